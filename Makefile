@@ -1,0 +1,69 @@
+# Every target works on a bare machine with Python 3.11, g++ and a package index: each makes .venv first.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.lock-stamp
+CHROMIUM = $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+
+# DeepSpeed compiles CPUAdam at first use; kept in the clone so that two clones never share a build.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
+# So that a wrong Python is an error here, and never a silent download of another one.
+export UV_PYTHON_DOWNLOADS := never
+# The deepspeed launcher looks for `python` and `ninja` on PATH.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help venv quickstart test test-browser chromium lint format bench screenshot
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+venv: $(STAMP) ## make .venv with the exact versions of requirements.lock
+
+# Redone only when the lock changes. uv is taken from PATH or put into a small environment of its own.
+$(STAMP): requirements.lock
+	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
+	    echo "error: Python 3.11 is needed; found '$(PYTHON)': say make PYTHON=/path/to/python3.11" >&2; exit 2; fi; \
+	if uv --version >/dev/null 2>&1; then uv=uv; else \
+	    uv=.cache/uv/bin/uv; \
+	    [ -x $$uv ] || { "$(PYTHON)" -m venv .cache/uv && .cache/uv/bin/python -m pip install --quiet uv; }; fi; \
+	set -x; \
+	[ -x $(PY) ] || $$uv venv --python "$(PYTHON)" $(VENV); \
+	$$uv pip install --python $(PY) --requirements requirements.lock; \
+	touch $(STAMP)
+
+quickstart: venv ## the main job on a small real set: pack, pretrain, distill, finetune, and a table
+	$(PY) -m launcher.quickstart $(ARGS)
+
+test: venv ## all tests but the browser's (ARGS="-k order" picks some)
+	$(PY) -m pytest -m "not browser" $(ARGS)
+
+test-browser: chromium ## the tests that open TensorBoard in headless Chromium
+	$(PY) -m pytest -m browser $(ARGS)
+
+chromium: venv
+	@if [ -z "$(CHROMIUM)" ]; then \
+	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; \
+	    else \
+	        echo "error: no Chromium on PATH: install your system's package 'chromium', then run this again" >&2; exit 2; \
+	    fi; fi
+
+lint: venv ## ruff (rules and format) and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: venv ## let ruff put files in order
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: venv ## time a training step
+	$(PY) -m benchmarks.step $(ARGS)
+
+screenshot: chromium ## the README's picture of TensorBoard, from the runs in runs/
+	$(PY) -m launcher.screenshot $(ARGS)

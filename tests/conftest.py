@@ -1,0 +1,26 @@
+"""What every test shares: gpu tests are left out, and counted, where there is no CUDA device."""
+
+import pytest
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu:
+        return
+    import torch  # seconds to import: only where a gpu test was asked for
+
+    if torch.cuda.is_available():
+        return
+    config.hook.pytest_deselected(items=gpu)
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    config.stash[_LEFT_OUT] = len(gpu)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if count := config.stash.get(_LEFT_OUT, 0):
+        terminalreporter.write_line(f"gpu tests not run, no CUDA device here: {count}")
+
+
+_LEFT_OUT = pytest.StashKey[int]()

@@ -14,6 +14,8 @@ CHROMIUM = $(shell command -v chromium || command -v chromium-browser || command
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 # So that a wrong Python is an error here, and never a silent download of another one.
 export UV_PYTHON_DOWNLOADS := never
+# Some wheels are gigabytes: wait longer than 30 seconds for a slow index.
+export UV_HTTP_TIMEOUT ?= 300
 # The deepspeed launcher looks for `python` and `ninja` on PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 

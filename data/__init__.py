@@ -1,0 +1,1 @@
+"""Files -> shards -> batches. Knows nothing of models or DeepSpeed."""

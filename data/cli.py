@@ -1,0 +1,164 @@
+"""Command lines from a function's signature: Fire, with unknown flags refused before it runs.
+
+Fire calls the function first and complains of a leftover flag afterwards, so a mistyped option
+would start a long job with a default in its place. Here flags are checked against the signature
+first, and values against the annotations (pydantic), so that every mistake is one line and exit
+code 2.
+"""
+
+import difflib
+import errno
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import fire
+import pydantic
+
+from data.errors import UserError
+
+# Failures of the machine that the user, not we, can mend.
+_USER_ERRNO = {
+    errno.ENOSPC: "free some space or choose another disk",
+    errno.EDQUOT: "your quota is used up: free some space or choose another disk",
+    errno.EACCES: "choose a place that you may read and write, or change its permissions",
+    errno.EPERM: "choose a place that you may read and write, or change its permissions",
+    errno.EROFS: "choose a folder on a writable disk",
+}
+
+
+def nearest(word: str, options: Iterable[str], prefix: str = "--") -> str:
+    """A hint for a mistyped word.
+
+    Args:
+        word: What was typed.
+        options: What would have been right.
+        prefix: Written before the suggestion.
+
+    Returns:
+        ``" Did you mean --x?"``, or ``""`` when nothing is near.
+    """
+    found = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
+    return f" Did you mean {prefix}{found[0]}?" if found else ""
+
+
+def one_line(error: BaseException) -> str:
+    """The error's text on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def machine_error(error: OSError) -> UserError | None:
+    """A full disk, missing permission and the like as a UserError; None for other failures."""
+    cure = _USER_ERRNO.get(error.errno or 0)
+    if cure is None:
+        return None
+    where = f" {error.filename}" if error.filename else ""
+    return UserError(f"{error.strerror}:{where}: {cure}")
+
+
+def _is_flag(token: str) -> bool:
+    return token.startswith("--") or re.match(r"^-[a-zA-Z]", token) is not None
+
+
+def check_arguments(function: Callable[..., Any], argv: Sequence[str]) -> None:
+    """Refuses flags and arguments that the function does not have, or that it lacks.
+
+    Args:
+        function: Its parameters are the options.
+        argv: The words of the command line, without the program's name.
+
+    Raises:
+        UserError: Names the word, and the nearest option.
+    """
+    parameters = inspect.signature(function).parameters
+    named: set[str] = set()
+    positional: list[str] = []
+    i = 0
+    while i < len(argv):
+        token = argv[i]
+        i += 1
+        if not _is_flag(token):
+            positional.append(token)
+            continue
+        name, equals, _ = token.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        followed = i < len(argv) and not _is_flag(argv[i])
+        if name not in parameters:
+            raise UserError(
+                f"unknown option {token.partition('=')[0]}.{nearest(name, parameters)}"
+                f" The options are: {', '.join('--' + p for p in parameters)}"
+            )
+        if name in named:
+            raise UserError(f"option --{name} is given twice: leave one out")
+        named.add(name)
+        if equals or not followed:
+            if not equals and parameters[name].annotation is not bool:
+                raise UserError(f"option --{name} needs a value: write --{name} VALUE")
+        else:
+            i += 1
+    free = [p for p in parameters if p not in named]
+    if len(positional) > len(free):
+        extra = positional[len(free)]
+        raise UserError(f"too many arguments: {extra!r} is one more than there is an option for")
+    missing = [
+        p for p in free[len(positional) :] if parameters[p].default is inspect.Parameter.empty
+    ]
+    if missing:
+        raise UserError(f"{missing[0]} is missing: give it, and see --help for all options")
+
+
+def _validated(function: Callable[..., Any]) -> Callable[..., None]:
+    """The function taking strings, which pydantic turns into what the annotations say."""
+    signature = inspect.signature(function)
+
+    def value_of(name: str, text: Any) -> Any:
+        adapter = pydantic.TypeAdapter(signature.parameters[name].annotation)
+        try:
+            return adapter.validate_python(None if text in ("None", "none", "null") else text)
+        except pydantic.ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise UserError(f"option --{name}: {reason}, not {text!r}") from None
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(*args, **kwargs).arguments
+        function(**{name: value_of(name, text) for name, text in bound.items()})
+
+    return call
+
+
+def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
+    """Runs a function as a command line.
+
+    Args:
+        function: Its parameters become the options; its docstring becomes the help.
+        argv: The words of the command line; ``sys.argv[1:]`` when None.
+
+    Raises:
+        SystemExit: 2 for a user's mistake, 130 for Ctrl-C, Fire's own code for ``--help``.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    name = f"python -m {spec.name}" if spec else None
+    try:
+        if "--help" in words or "-h" in words:
+            fire.Fire(function, command=["--help"], name=name)
+            return
+        check_arguments(function, words)
+        # Fire would read 2024 as a number and 1e3 as a float although a folder's name is meant.
+        fire.Fire(fire.decorators.SetParseFn(str)(_validated(function)), command=words, name=name)
+    except UserError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        user_error = machine_error(error)
+        if user_error is None:
+            raise
+        print(f"error: {one_line(user_error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

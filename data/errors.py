@@ -1,0 +1,12 @@
+"""The errors that a user can mend."""
+
+
+class UserError(Exception):
+    """A mistake of the user: one line saying what is wrong, where, and the cure.
+
+    Command lines print it as ``error: <line>`` and exit with code 2; it never shows a traceback.
+    """
+
+
+class BrokenData(UserError):
+    """A shard or a sample that cannot be used: the kind of error that may be skipped on request."""

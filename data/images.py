@@ -1,0 +1,197 @@
+"""Image files of any kind -> 8-bit RGB.
+
+What is done, so that no mode is silently wrong: palettes are looked up; CMYK is converted; 16-bit
+grey is scaled to 8 bits (v / 257, rounded; plain Pillow clips at 255); transparent pixels are laid
+over white; grey is repeated; the camera's orientation (EXIF) is applied; of an animation the first
+frame is taken. 32-bit integers beyond 16 bits and floats are refused: their range is not known.
+"""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from data.errors import BrokenData
+
+SUFFIXES = frozenset(
+    f".{kind}"
+    for kind in [
+        "png",
+        "jpg",
+        "jpeg",
+        "webp",
+        "bmp",
+        "gif",
+        "tif",
+        "tiff",
+        "ppm",
+        "pgm",
+        "pbm",
+        "pnm",
+        "jp2",
+        "tga",
+        "avif",
+    ]
+)
+_PNG = b"\x89PNG\r\n\x1a\n"
+_CHUNK = struct.Struct(">I4s")
+
+
+def check_png(content: bytes) -> None:
+    """Checks the CRC of every chunk of a PNG, which Pillow does not do for pixel data.
+
+    Args:
+        content: The whole file.
+
+    Raises:
+        ValueError: A chunk is broken, or the end is missing.
+    """
+    at = len(_PNG)
+    view = memoryview(content)
+    while at + 12 <= len(content):
+        size, kind = _CHUNK.unpack_from(content, at)
+        end = at + 8 + size
+        if end + 4 > len(content):
+            break
+        if zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            raise ValueError(f"the checksum of its chunk {kind.decode('latin-1')} is wrong")
+        at = end + 4
+        if kind == b"IEND":
+            return
+    raise ValueError("it ends too early")
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """A 16-bit grey image as 8-bit."""
+    values = np.asarray(image).astype(np.int64)
+    if values.size and (values.min() < 0 or values.max() > 65535):
+        raise ValueError("its 32-bit values are beyond 16 bits; convert it to 8 or 16 bits")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8), "L")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image as mode L (grey) or RGB, upright.
+
+    Args:
+        image: As Pillow opened it.
+
+    Returns:
+        The image in mode "L" or "RGB".
+
+    Raises:
+        ValueError: Its mode has no fixed range.
+    """
+    image.load()
+    if image.mode not in ("L", "RGB") or "exif" in image.info or "xmp" in image.info:
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ("L", "RGB") and "transparency" not in image.info:
+        return image
+    if image.mode == "F":
+        raise ValueError("it has floating-point pixels; convert it to 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;"):
+        return _scaled(image)
+    if image.mode == "1":
+        return image.convert("L")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def read(content: bytes) -> Image.Image:
+    """A whole image file as mode L or RGB.
+
+    Args:
+        content: The file's bytes.
+
+    Returns:
+        The upright image.
+
+    Raises:
+        ValueError: It is broken or of no known kind; one line that says how.
+    """
+    try:
+        if content.startswith(_PNG):
+            check_png(content)
+        return to_rgb(Image.open(io.BytesIO(content)))
+    except UnidentifiedImageError:
+        raise ValueError("it is no image of a known kind" if content else "it is empty") from None
+    except Image.DecompressionBombError:
+        raise ValueError("it has too many pixels; make it smaller") from None
+    except MemoryError:
+        raise ValueError("it does not fit in memory; make it smaller") from None
+    # Pillow's plug-ins raise almost anything on broken files.
+    except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+    except (struct.error, zlib.error, OverflowError, ZeroDivisionError, AttributeError) as error:
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def fit(image: Image.Image, size: int) -> Image.Image:
+    """Short side to `size` (bicubic, antialiased), then the centre square.
+
+    Args:
+        image: Mode L or RGB.
+        size: Pixels.
+
+    Returns:
+        The image, size x size.
+    """
+    if image.size == (size, size):
+        return image
+    return ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
+
+
+def prepare(content: bytes, size: int | None) -> bytes:
+    """An image file as it is packed: fitted to a square, PNG, without loss.
+
+    Args:
+        content: The file's bytes.
+        size: Side of the square in pixels; None keeps the image's own.
+
+    Returns:
+        A PNG file, grey or RGB.
+
+    Raises:
+        ValueError: See `read`.
+    """
+    image = read(content)
+    if size is not None:
+        image = fit(image, size)
+    image.info.clear()  # no colour profiles, no dates: equal pixels make equal files
+    out = io.BytesIO()
+    image.save(out, format="PNG")
+    return out.getvalue()
+
+
+def decode(content: bytes, size: int | None, name: str = "image") -> NDArray[np.uint8]:
+    """An image file as pixels.
+
+    Args:
+        content: The file's bytes.
+        size: Images of another size are fitted to this square; None leaves them as they are.
+        name: Of the sample, for errors.
+
+    Returns:
+        uint8 [3, H, W], RGB.
+
+    Raises:
+        BrokenData: The image is unreadable.
+    """
+    try:
+        image = read(content)
+    except ValueError as error:
+        raise BrokenData(
+            f"{name}: the image cannot be read: {error}: pack it again from a whole file, or"
+            " allow some to be skipped (skip_broken)"
+        ) from None
+    if size is not None:
+        image = fit(image, size)
+    pixels = np.asarray(image)
+    if pixels.ndim == 2:
+        return np.broadcast_to(pixels, (3, *pixels.shape))
+    return pixels.transpose(2, 0, 1)

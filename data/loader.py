@@ -1,0 +1,415 @@
+"""Batches: what rank r sees at step s, whatever the number of ranks and workers.
+
+`Loader` is the endless training stream, `Sequential` one pass for evaluation. Both run on torch's
+DataLoader over arrays of positions: a worker is told which samples to read, so the number of
+workers changes nothing, and a rank is told its slice of the global batch, so neither does the
+number of ranks.
+"""
+
+import atexit
+import math
+import signal
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from data import images
+from data.errors import BrokenData, UserError
+from data.manifest import Manifest
+from data.order import Order
+from data.reader import Reader, Record
+
+Ints = NDArray[np.int64]
+Batch = dict[str, torch.Tensor]
+Keyed = Callable[[Ints], dict[str, NDArray[Any]]]
+
+# A broken sample is replaced by the next readable one of its partition, looked for this far ahead.
+_TRIES = 64
+
+
+def _ignore_signals(_: int) -> None:
+    """A worker leaves SIGTERM, SIGUSR2 and Ctrl-C to the trainer, which saves and then ends it."""
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class _Samples(Dataset[dict[str, Any]]):
+    """Reads and decodes the samples of a batch; an error is returned, so that its line survives."""
+
+    def __init__(self, reader: Reader, size: int | None, skip: bool) -> None:
+        self.reader = reader
+        self.size = size
+        self.skip = skip
+
+    def _sample(self, sample: int) -> tuple[NDArray[np.uint8], Record]:
+        record = self.reader.record(sample)
+        return images.decode(record.input, self.size, record.name), record
+
+    def batch(self, positions: Ints) -> dict[str, Any]:
+        """The batch at these positions."""
+        raise NotImplementedError
+
+    def __getitem__(self, positions: Ints) -> dict[str, Any]:
+        try:
+            return self.batch(positions)
+        except UserError as error:
+            return {"error": str(error)}
+
+    def _stack(self, pictures: list[NDArray[np.uint8]], names: list[str]) -> torch.Tensor:
+        """uint8 [b, 3, H, W]; the sizes must agree."""
+        first = pictures[0].shape
+        out = np.empty((len(pictures), *first), dtype=np.uint8)
+        for row, picture, name in zip(out, pictures, names, strict=True):
+            if picture.shape != first:
+                raise UserError(
+                    f"{name} has {picture.shape[2]}x{picture.shape[1]} pixels, {names[0]}"
+                    f" {first[2]}x{first[1]}: give the size to fit them to, or pack with --size"
+                )
+            row[:] = picture
+        return torch.from_numpy(out)
+
+
+class _Stream(_Samples):
+    """Batches of the endless stream."""
+
+    def __init__(
+        self, reader: Reader, size: int | None, skip: bool, order: Order, keyed: Keyed | None
+    ) -> None:
+        super().__init__(reader, size, skip)
+        self.order = order
+        self.keyed = keyed
+        self._ahead: list[list[int]] = []
+
+    def batch(self, positions: Ints) -> dict[str, Any]:
+        """images, labels, positions, ids, the keyed numbers, and what was broken."""
+        ids = self.order.ids(positions)
+        self._prefetch(positions)
+        pictures, records, broken = [], [], {}
+        for row, position in enumerate(positions):
+            reason = ""
+            for attempt in range(_TRIES):
+                try:
+                    picture, record = self._sample(int(ids[row]))
+                    break
+                except BrokenData as error:
+                    if not self.skip:
+                        raise
+                    broken[int(ids[row])] = reason = str(error)
+                    following = int(position) + (attempt + 1) * self.order.partitions
+                    ids[row] = self.order.ids(np.array([following]))[0]
+            else:
+                raise UserError(f"{_TRIES} samples in a row are broken; the last: {reason}")
+            pictures.append(picture)
+            records.append(record)
+        out: dict[str, Any] = {
+            "images": self._stack(pictures, [r.name for r in records]),
+            "labels": torch.tensor([r.label for r in records], dtype=torch.int64),
+            "positions": torch.from_numpy(positions.copy()),
+            "ids": torch.from_numpy(ids),
+        }
+        if self.keyed is not None:
+            out |= {
+                k: torch.from_numpy(np.ascontiguousarray(v))
+                for k, v in self.keyed(positions).items()
+            }
+        return out | {"broken": broken}
+
+    def _prefetch(self, positions: Ints) -> None:
+        """Remote shards of this window and the next are fetched ahead by the first worker."""
+        worker = torch.utils.data.get_worker_info()
+        if not self.reader.remote or (worker is not None and worker.id != 0):
+            return
+        _, first = np.unique(positions % self.order.partitions, return_index=True)
+        ahead = [self.order.shards_ahead(int(positions[i])) for i in first]
+        # The current window of every partition comes before anybody's next.
+        windows = [w for nth in zip(*ahead, strict=True) for w in nth]
+        if windows != self._ahead:
+            self._ahead = windows
+            self.reader.prefetch([s for w in windows for s in w])
+
+
+class _Rows(_Samples):
+    """Batches of one pass; ids of -1 pad the last ones."""
+
+    def batch(self, positions: Ints) -> dict[str, Any]:
+        """images, labels, positions, ids, valid, and what was broken."""
+        ids = positions.copy()
+        found: dict[int, tuple[NDArray[np.uint8], Record]] = {}
+        broken = {}
+        for row, sample in enumerate(positions):
+            if sample < 0:
+                continue
+            try:
+                found[row] = self._sample(int(sample))
+            except BrokenData as error:
+                if not self.skip:
+                    raise
+                broken[int(sample)] = str(error)
+        if found:
+            shape = next(iter(found.values()))[0].shape
+        elif self.size is not None:
+            shape = (3, self.size, self.size)
+        else:
+            shape = self._sample(0)[0].shape
+        nothing = np.zeros(shape, dtype=np.uint8), Record(b"", -1, "padding")
+        rows = [found.get(row, nothing) for row in range(len(ids))]
+        return {
+            "images": self._stack([r[0] for r in rows], [r[1].name for r in rows]),
+            "labels": torch.tensor([r[1].label for r in rows], dtype=torch.int64),
+            "positions": torch.from_numpy(positions.copy()),
+            "ids": torch.from_numpy(ids),
+            "valid": torch.tensor([row in found for row in range(len(ids))], dtype=torch.bool),
+            "broken": broken,
+        }
+
+
+class _Batches:
+    """The part that `Loader` and `Sequential` share: workers, errors, what was skipped.
+
+    Attributes:
+        manifest: The split.
+        broken: Samples skipped so far by this rank: id -> what is wrong.
+    """
+
+    def __init__(
+        self, manifest: Manifest, samples: _Samples, workers: int, pin: bool, skip_broken: float
+    ) -> None:
+        if workers < 0:
+            raise UserError(f"workers is {workers}: give 0 or more")
+        if not 0 <= skip_broken < 1:
+            raise UserError(f"skip_broken is {skip_broken}: give the tolerated share, 0 to below 1")
+        self.manifest = manifest
+        self.broken: dict[int, str] = {}
+        self._samples = samples
+        self._workers = workers
+        self._pin = pin
+        self._skip_broken = skip_broken
+        self._live: weakref.WeakSet[Any] = weakref.WeakSet()
+        # Workers ignore SIGTERM, with which Python would end them at exit and then wait for ever.
+        close = weakref.WeakMethod(self.close)
+        atexit.register(lambda: (method := close()) and method())
+
+    def close(self) -> None:
+        """Ends the workers."""
+        for iterator in list(self._live):
+            shutdown = getattr(iterator, "_shutdown_workers", None)
+            if shutdown is not None:
+                shutdown()
+
+    def _run(self, arrays: Callable[[], Iterator[Ints]]) -> Iterator[Batch]:
+        """Yields the batch of each array."""
+
+        class Arrays:
+            def __iter__(self) -> Iterator[Ints]:
+                return arrays()
+
+        loader = DataLoader(
+            self._samples,
+            sampler=Arrays(),
+            batch_size=None,
+            num_workers=self._workers,
+            pin_memory=self._pin,
+            prefetch_factor=4 if self._workers else None,
+            worker_init_fn=_ignore_signals if self._workers else None,
+        )
+        iterator = iter(loader)
+        self._live.add(iterator)
+        try:
+            for batch in iterator:
+                if "error" in batch:
+                    raise UserError(batch["error"])
+                self._count(batch.pop("broken"))
+                yield batch
+        finally:
+            shutdown = getattr(iterator, "_shutdown_workers", None)
+            if shutdown is not None:
+                shutdown()
+
+    def _count(self, broken: dict[int, str]) -> None:
+        """Notes skipped samples; too many are an error."""
+        for sample in broken.keys() - self.broken.keys():
+            self.broken[sample] = broken[sample]
+            warnings.warn(f"skipped: {broken[sample]}", stacklevel=2)
+            if len(self.broken) > self._skip_broken * self.manifest.samples:
+                raise UserError(
+                    f"{len(self.broken)} broken samples are more than the tolerated share"
+                    f" {self._skip_broken:g} of {self.manifest.samples}; the last: {broken[sample]}"
+                )
+
+
+def _check_labels(manifest: Manifest, require_labels: bool) -> None:
+    if require_labels and manifest.labelled != manifest.samples:
+        raise UserError(
+            f"{manifest.samples - manifest.labelled} of {manifest.samples} samples in"
+            f" {manifest.root} have no label: pack them with labels (class folders or a CSV)"
+        )
+
+
+class Loader(_Batches):
+    """The endless training stream of one rank, as micro-batches.
+
+    Args:
+        manifest: The split.
+        batch: B, samples of an optimiser step over all ranks.
+        rank: 0 ... world - 1.
+        world: Number of ranks.
+        accumulation: Micro-batches of a step on each rank.
+        workers: Processes that read and decode; 0 does it in this one.
+        seed: Of the order.
+        partitions: P, see `data.order`; B must be a multiple of it.
+        window: Shards shuffled together; 0 is automatic.
+        start_step: The first step, for resuming.
+        keyed: Makes arrays from positions int64 [b]; they are added to the batch as tensors.
+        cache_dir: Folder of fetched shards on this node.
+        cache_gb: Its limit in GB (1e9 bytes).
+        skip_broken: Tolerated share of broken samples; 0 makes the first one an error. A skipped
+            sample is replaced by the next of its partition, so batches stay full.
+        size: Side in pixels to which images of another size are fitted; None leaves them.
+        require_labels: Refuse data of which a sample has no label.
+        pin: Batches in page-locked memory.
+
+    Yields:
+        dict: images uint8 [b, 3, H, W], labels int64 [b] (-1 for none), positions int64 [b], ids
+        int64 [b], and what `keyed` gives; b = B / world / accumulation.
+
+    Raises:
+        UserError: Sizes that do not divide; broken data.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        batch: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulation: int = 1,
+        workers: int = 0,
+        seed: int = 0,
+        partitions: int = 1,
+        window: int = 0,
+        start_step: int = 0,
+        keyed: Keyed | None = None,
+        cache_dir: str | None = None,
+        cache_gb: float | None = None,
+        skip_broken: float = 0.0,
+        size: int | None = None,
+        require_labels: bool = False,
+        pin: bool = False,
+    ) -> None:
+        if batch < 1 or accumulation < 1:
+            raise UserError(f"batch is {batch}, accumulation {accumulation}: give 1 or more")
+        unit = world * accumulation
+        if batch % unit:
+            below = batch // unit * unit
+            near = f"{below} or {below + unit}" if below else str(unit)
+            raise UserError(
+                f"batch {batch} does not divide by {world} ranks x {accumulation} micro-batches:"
+                f" give {near}"
+            )
+        self.order = Order(manifest.counts, seed, partitions, window)
+        if batch % partitions:
+            raise UserError(
+                f"batch {batch} does not divide by {partitions} partitions: make it a multiple"
+            )
+        _check_labels(manifest, require_labels)
+        reader = Reader(manifest, cache_dir=cache_dir, cache_gb=cache_gb)
+        if not skip_broken:
+            reader.check_shards()
+        stream = _Stream(reader, size, skip_broken > 0, self.order, keyed)
+        super().__init__(manifest, stream, workers, pin, skip_broken)
+        self.batch, self.rank, self.world = batch, rank, world
+        self.accumulation, self.start_step = accumulation, start_step
+
+    def _arrays(self) -> Iterator[Ints]:
+        step = self.start_step
+        while True:
+            mine = self.order.slice(step, self.batch, self.rank, self.world)
+            yield from np.split(mine, self.accumulation)
+            step += 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._run(self._arrays)
+
+
+class Sequential(_Batches):
+    """One pass over a split, its samples divided among the ranks without overlap.
+
+    Rank r owns ids N r // W ... N (r+1) // W - 1. All ranks give the same number of batches of the
+    same size, because under ZeRO-3 every forward is collective; padding rows have valid = False.
+
+    Args:
+        manifest: The split.
+        batch: Samples of a batch of this rank.
+        rank: 0 ... world - 1.
+        world: Number of ranks.
+        workers: Processes that read and decode; 0 does it in this one.
+        cache_dir: Folder of fetched shards on this node.
+        cache_gb: Its limit in GB (1e9 bytes).
+        skip_broken: Tolerated share of broken samples, which become rows with valid = False.
+        size: Side in pixels to which images of another size are fitted; None leaves them.
+        require_labels: Refuse data of which a sample has no label.
+        pin: Batches in page-locked memory.
+
+    Yields:
+        dict: as `Loader`, without keyed numbers; also valid bool [batch]. Padding has id -1, label
+            -1.
+
+    Raises:
+        UserError: Broken data; no samples.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        batch: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        cache_dir: str | None = None,
+        cache_gb: float | None = None,
+        skip_broken: float = 0.0,
+        size: int | None = None,
+        require_labels: bool = False,
+        pin: bool = False,
+    ) -> None:
+        if batch < 1:
+            raise UserError(f"batch is {batch}: give 1 or more")
+        if manifest.samples == 0:
+            raise UserError(
+                f"{manifest.root} has no samples: pack some first (python -m data.pack)"
+            )
+        _check_labels(manifest, require_labels)
+        reader = Reader(manifest, cache_dir=cache_dir, cache_gb=cache_gb)
+        if not skip_broken:
+            reader.check_shards()
+        if size is None:
+            size = manifest.image.get("size")
+        super().__init__(manifest, _Rows(reader, size, skip_broken > 0), workers, pin, skip_broken)
+        self.batch = batch
+        self.first = manifest.samples * rank // world
+        self.last = manifest.samples * (rank + 1) // world
+        self._batches = math.ceil(math.ceil(manifest.samples / world) / batch)
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def _arrays(self) -> Iterator[Ints]:
+        ids = np.full(self._batches * self.batch, -1, dtype=np.int64)
+        ids[: self.last - self.first] = np.arange(self.first, self.last)
+        yield from np.split(ids, self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._run(self._arrays)
+
+
+def sequential(manifest: Manifest, **options: Any) -> Sequential:
+    """One pass over a split; see `Sequential`."""
+    return Sequential(manifest, **options)

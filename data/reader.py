@@ -1,0 +1,203 @@
+"""Samples by number: from local tars by offset, from remote ones through the node's cache.
+
+What is caught here, without hashing local shards at every start (`data.verify` does that): a
+missing shard; one whose size is not the manifest's; a tar header that fails its checksum or names
+another size; a label that is no number or outside the classes; and, once decoded, any flipped byte
+of a PNG (by the CRC of its chunks). What is not: a digit of a label that turned into another valid
+one, and flipped bytes in the pixels of a format without checksums (JPEG, WebP under
+--keep_original). Remote shards are checked against their sha256 when they are fetched.
+"""
+
+import os
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.cache import ShardCache
+from data.errors import BrokenData, UserError
+from data.manifest import Manifest, is_remote
+from data.tars import BLOCK, parse_header
+
+# Read label and input in one go when no more than this lies between them.
+_GAP = 64 * 1024
+# Beyond so many local shards they are checked when first opened, not all at the start.
+_CHECKED_AT_START = 20_000
+
+
+class Record(NamedTuple):
+    """A sample: the input's bytes, its label (-1 for none), and a name for messages."""
+
+    input: bytes
+    label: int
+    name: str
+
+
+class Reader:
+    """Reads samples by id.
+
+    Args:
+        manifest: The split.
+        cache_dir: Folder of fetched shards; by default the one that the manifest names.
+        cache_gb: Limit of that folder in GB (1e9 bytes).
+        max_open: Shards kept open.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        cache_dir: str | None = None,
+        cache_gb: float | None = None,
+        max_open: int = 64,
+    ) -> None:
+        self.manifest = manifest
+        self.max_open = max_open
+        self.remote = any(is_remote(manifest.shard_place(s)) for s in range(len(manifest.shards)))
+        self.cache: ShardCache | None = None
+        if self.remote:
+            self.cache = ShardCache(cache_dir or manifest.cache_dir, cache_gb)
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._failed: dict[int, str] = {}
+        self._pid = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files."""
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def close(self) -> None:
+        """Closes the open shards."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def check_shards(self) -> None:
+        """Looks whether the local shards are there and have the right size.
+
+        Raises:
+            BrokenData: Names the first that is not.
+        """
+        if len(self.manifest.shards) <= _CHECKED_AT_START:
+            for shard in range(len(self.manifest.shards)):
+                place = self.manifest.shard_place(shard)
+                if not is_remote(place):
+                    self._check_size(shard, place, None)
+
+    def _check_size(self, shard: int, place: str, fd: int | None) -> None:
+        try:
+            found = (os.stat(place) if fd is None else os.fstat(fd)).st_size
+        except OSError as error:
+            raise BrokenData(
+                f"shard {place} cannot be opened: {error.strerror}: put it back, or pack the data"
+                " anew (python -m data.pack --overwrite)"
+            ) from None
+        wanted = self.manifest.shards[shard].bytes
+        if found != wanted:
+            what = "is cut off" if found < wanted else "is another file"
+            raise BrokenData(
+                f"shard {place} {what}: {found} bytes where {self.manifest.place} says {wanted}:"
+                " copy it again, or pack the data anew (python -m data.pack --overwrite)"
+            )
+
+    def _descriptor(self, shard: int) -> int:
+        """A file descriptor of a shard's local copy; fetches remote ones."""
+        if self._pid != os.getpid():  # forked: the parent keeps its own descriptors
+            self._open, self._pid = OrderedDict(), os.getpid()
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        if shard in self._failed:
+            raise BrokenData(self._failed[shard])
+        info = self.manifest.shards[shard]
+        place = self.manifest.shard_place(shard)
+        try:
+            if self.cache is not None and is_remote(place):
+                fd = self.cache.open(place, info.sha256, info.bytes)
+            else:
+                try:
+                    fd = os.open(place, os.O_RDONLY)
+                except OSError:
+                    self._check_size(shard, place, None)
+                    raise
+                try:
+                    self._check_size(shard, place, fd)
+                except UserError:
+                    os.close(fd)
+                    raise
+        except BrokenData as error:
+            self._failed[shard] = str(error)
+            raise
+        self._open[shard] = fd
+        if len(self._open) > self.max_open:
+            os.close(self._open.popitem(last=False)[1])
+        return fd
+
+    def prefetch(self, shards: list[int]) -> None:
+        """Fetches remote shards in the background, in this order; older wishes are dropped."""
+        if self.cache is not None:
+            infos = [(self.manifest.shard_place(s), self.manifest.shards[s]) for s in shards]
+            self.cache.prefetch([(p, i.sha256, i.bytes) for p, i in infos if is_remote(p)])
+
+    def read(self, ids: NDArray[np.int64]) -> list[Record]:
+        """Reads samples.
+
+        Args:
+            ids: int64 [b], sample ids.
+
+        Returns:
+            One record for each, in this order.
+
+        Raises:
+            BrokenData: Names shard, sample and cure.
+        """
+        return [self.record(int(i)) for i in ids]
+
+    def record(self, sample: int) -> Record:
+        """Reads one sample; see `read`."""
+        shard = int(np.searchsorted(self.manifest.starts, sample, side="right")) - 1
+        at, size, label_at, label_size = self.manifest.members[sample].tolist()
+        fd = self._descriptor(shard)
+        spans = [(at - BLOCK, at + size)]
+        if label_at >= 0:
+            spans.append((label_at - BLOCK, label_at + label_size))
+            low, high = min(spans)[0], max(s[1] for s in spans)
+            if high - low <= size + label_size + _GAP:
+                whole = os.pread(fd, high - low, low)
+                parts = [whole[a - low : b - low] for a, b in spans]
+            else:
+                parts = [os.pread(fd, b - a, a) for a, b in spans]
+        else:
+            parts = [os.pread(fd, spans[0][1] - spans[0][0], spans[0][0])]
+        name = f"sample {sample - int(self.manifest.starts[shard])}"
+        try:
+            content, header_name = self._content(parts[0], size)
+            name = header_name
+            label = self._label(self._content(parts[1], label_size)[0]) if label_at >= 0 else -1
+        except ValueError as error:
+            raise BrokenData(
+                f"shard {self.manifest.shard_place(shard)}, {name}: {error}: check the shards"
+                " (python -m data.verify) and fetch or pack this one anew, or allow some to be"
+                " skipped (skip_broken)"
+            ) from None
+        return Record(content, label, f"shard {self.manifest.shard_place(shard)}, {name}")
+
+    @staticmethod
+    def _content(part: bytes, size: int) -> tuple[bytes, str]:
+        """A member's bytes and name from its header and data."""
+        if len(part) != size + BLOCK:
+            raise ValueError("the shard ends within it")
+        header = parse_header(part[:BLOCK])
+        if header.size != size:
+            raise ValueError(f"the tar holds {header.size} bytes where the manifest says {size}")
+        return part[BLOCK:], header.name
+
+    def _label(self, text: bytes) -> int:
+        """A class number from a .cls member."""
+        if not text.strip().isdigit():
+            raise ValueError(f"its label {text[:20]!r} is no class number")
+        label = int(text)
+        if label >= len(self.manifest.classes):
+            raise ValueError(
+                f"its label {label} is outside the {len(self.manifest.classes)} classes"
+                f" of {self.manifest.place}"
+            )
+        return label

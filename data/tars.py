@@ -1,0 +1,73 @@
+"""Where the members of a tar lie, and whether a header is whole."""
+
+import hashlib
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+BLOCK = tarfile.BLOCKSIZE  # 512: headers and paddings are multiples of it
+
+# WebDataset's naming: the key ends at the first dot of the base name.
+_NAME = re.compile(r"^((?:.*/)?[^/.]+)\.([^/]*)$", re.DOTALL)
+
+
+class Member(NamedTuple):
+    """One file in a tar: its name, and where its bytes are (offset and length in bytes)."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def scan(path: Path) -> Iterator[Member]:
+    """The regular files of an uncompressed tar, in order.
+
+    Args:
+        path: The tar.
+
+    Yields:
+        Its members.
+
+    Raises:
+        tarfile.TarError: A broken header, or the tar ends within a member.
+    """
+    total = path.stat().st_size
+    with tarfile.open(path, "r:") as tar:
+        for info in tar:
+            if info.isfile():
+                if info.offset_data + info.size > total:
+                    raise tarfile.ReadError(f"it ends within {info.name}")
+                yield Member(info.name, info.offset_data, info.size)
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """A member's WebDataset key and its lower-case extension; None for names without one."""
+    match = _NAME.match(name)
+    return (match[1], match[2].lower()) if match else None
+
+
+def sha256_of(path: Path) -> str:
+    """The file's sha256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def parse_header(block: bytes) -> Member:
+    """Name and size in a tar header, its checksum tested.
+
+    Args:
+        block: The 512 bytes before a member's data.
+
+    Returns:
+        The member, with offset -1; the name may be cut at 100 characters.
+
+    Raises:
+        ValueError: This is not a whole header.
+    """
+    try:
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
+    except tarfile.HeaderError as error:
+        raise ValueError(f"its tar header is broken ({error})") from None
+    return Member(info.name, -1, info.size)

@@ -1,0 +1,1 @@
+"""What runs on every rank: models, objectives, the training loop, and the stages."""

@@ -1,0 +1,1 @@
+"""The models: ViT-MAE on timm, and the conversion between weight formats."""

@@ -1,0 +1,358 @@
+"""ViT-MAE on timm's blocks: encoder, decoder, masked auto-encoder, classifier.
+
+The method is He et al. 2022 (arXiv 2111.06377). Orders, masks and the loss are those of
+transformers' ``ViTMAEForPreTraining``, so that the same weights, images and noise give the same
+loss and gradients.
+
+Every parameter is used only inside the forward of the module that owns it: DeepSpeed's ZeRO-3
+gathers a parameter around that forward alone, so code outside must never read ``encoder.cls_token``
+and its like while it trains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from data.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that fixes a ViT-MAE apart from its weights; the defaults are the paper's.
+
+    ``image_size`` and ``patch_size`` are in pixels, one side of a square. ``mlp_width`` is the
+    hidden width of a block's MLP. ``norm_eps`` is 1e-12 in Hugging Face's models and 1e-6 in FAIR's
+    and timm's: it travels with the weights. ``mask_ratio`` is the share of patches that the encoder
+    does not see in pre-training. ``normalize_pixels``: the target is each patch's pixels less their
+    mean, over their standard deviation.
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    decoder_mlp_width: int = 2048
+    channels: int = 3
+    norm_eps: float = 1e-12
+    mask_ratio: float = 0.75
+    normalize_pixels: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuses a shape that no model can have, with a UserError."""
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"image size {self.image_size} is not a multiple of patch size {self.patch_size}"
+            )
+        for name, width, heads in (
+            ("width", self.width, self.heads),
+            ("decoder_width", self.decoder_width, self.decoder_heads),
+        ):
+            if width % heads or width % 4:
+                raise UserError(f"{name} {width} is not a multiple of both 4 and its {heads} heads")
+        if not 0 < self.kept < self.patches:
+            raise UserError(
+                f"mask ratio {self.mask_ratio} keeps {self.kept} of {self.patches} patches"
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """Patches in an image, K."""
+        return self.grid**2
+
+    @property
+    def patch_values(self) -> int:
+        """Values in a patch, p·p·C."""
+        return self.patch_size**2 * self.channels
+
+    @property
+    def kept(self) -> int:
+        """Patches that the masked view keeps, L."""
+        return kept_patches(self.patches, self.mask_ratio)
+
+
+def kept_patches(patches: int, ratio: float) -> int:
+    """How many of ``patches`` are kept at a mask ratio: rounded down as transformers does."""
+    return int(patches * (1 - ratio))
+
+
+def random_mask(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Chooses the patches to keep: those of the smallest noise.
+
+    The same choice as ``ViTMAEEmbeddings.random_masking`` in transformers.
+
+    Args:
+        noise: [B, K], one uniform number a patch. Ties are broken by position, on every device
+            alike.
+        ratio: share of patches to mask.
+
+    Returns:
+        keep: LongTensor [B, L], numbers of the kept patches, in order of their noise.
+        restore: LongTensor [B, K], where patch k stands among (kept, then masked) ones.
+        mask: float32 [B, K], 1 where a patch is masked, 0 where it is kept.
+    """
+    shuffle = torch.argsort(noise, dim=1, stable=True)
+    restore = torch.argsort(shuffle, dim=1)
+    kept = kept_patches(noise.shape[1], ratio)
+    mask = (restore >= kept).to(torch.float32)
+    return shuffle[:, :kept], restore, mask
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cuts images [B, C, H, W] into patches [B, K, p·p·C]; inside a patch: row, column, channel."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    images = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    return images.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size**2 * channels)
+
+
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """The inverse of `patchify` for square images: [B, K, p·p·C] -> [B, C, H, W]."""
+    batch, count, values = patches.shape
+    grid, channels = round(count**0.5), values // patch_size**2
+    patches = patches.reshape(batch, grid, grid, patch_size, patch_size, channels)
+    return patches.permute(0, 5, 1, 3, 2, 4).reshape(
+        batch, channels, grid * patch_size, grid * patch_size
+    )
+
+
+def mae_loss(prediction: Tensor, images: Tensor, mask: Tensor, normalize_pixels: bool) -> Tensor:
+    """Squared error of the masked patches' pixels, in fp32.
+
+    MAE section 3; ``ViTMAEForPreTraining.forward`` in transformers.
+
+    Args:
+        prediction: [B, K, p·p·C].
+        images: [B, C, H, W], normalised by the data set's mean and standard deviation.
+        mask: [B, K], 1 where a patch is masked.
+        normalize_pixels: normalise each patch's target by its own mean and *unbiased* variance.
+
+    Returns:
+        Scalar fp32: the mean over a patch's values, then over all masked patches of the batch.
+    """
+    patch_size = round((prediction.shape[2] / images.shape[1]) ** 0.5)
+    with torch.autocast(images.device.type, enabled=False):
+        target = patchify(images.float(), patch_size)
+        if normalize_pixels:
+            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+            target = (target - mean) / (variance + 1e-6) ** 0.5
+        error = ((prediction.float() - target) ** 2).mean(dim=-1)
+        return (error * mask).sum() / mask.sum()
+
+
+def position_table(width: int, grid: int) -> Tensor:
+    """Fixed sine-cosine position embeddings, CLS first (zeros): float32 [1, 1 + grid·grid, width].
+
+    FAIR's MAE code, and so every published MAE weight, has the patch's *column* in the first half
+    of the vector and its row in the second, each as (sines, cosines) of frequencies
+    10000^(-i/(width/4)). Computed in float64.
+    """
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)
+    table = torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)], dim=1)
+    return torch.cat([torch.zeros(1, width, dtype=torch.float64), table]).float()[None]
+
+
+def _initialise(module: nn.Module) -> None:
+    """MAE's fresh weights: Xavier-uniform linear layers with zero bias; LayerNorm at identity."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        # The patch projection is a linear map over a patch's values, and is initialised as one.
+        nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def _mlp_ratio(hidden: int, width: int) -> float:
+    # timm takes int(width * ratio): the half keeps rounding from ever giving hidden - 1.
+    return (hidden + 0.5) / width
+
+
+class ViTEncoder(VisionTransformer):
+    """timm's ``VisionTransformer`` with a forward that can leave patches out.
+
+    Its state-dict keys are timm's. The position embeddings are the fixed ones and not trained;
+    `ViTClassifier` sets them free, as fine-tuning does.
+    """
+
+    def __init__(self, shape: Shape, dropout: float = 0.0) -> None:
+        """Fresh weights.
+
+        Args:
+            shape: the model's shape.
+            dropout: rate in the places of transformers' ``hidden_dropout_prob``: after the
+                embeddings, after each attention's output projection and after each MLP (not inside
+                it, where timm has one more).
+        """
+        super().__init__(
+            img_size=shape.image_size,
+            patch_size=shape.patch_size,
+            in_chans=shape.channels,
+            num_classes=0,
+            embed_dim=shape.width,
+            depth=shape.depth,
+            num_heads=shape.heads,
+            mlp_ratio=_mlp_ratio(shape.mlp_width, shape.width),
+            qkv_bias=True,
+            pos_drop_rate=dropout,
+            proj_drop_rate=dropout,
+            norm_layer=partial(nn.LayerNorm, eps=shape.norm_eps),
+            weight_init="skip",
+        )
+        self.shape = shape
+        for block in self.blocks:
+            block.mlp.drop1.p = 0.0
+        self.apply(_initialise)
+        nn.init.normal_(self.cls_token, std=0.02)
+        with torch.no_grad():
+            self.pos_embed.copy_(position_table(shape.width, shape.grid))
+        self.pos_embed.requires_grad_(False)
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Encodes all patches, or the kept ones.
+
+        Args:
+            images: [B, C, H, W], normalised; cast to the weights' dtype.
+            keep: LongTensor [B, L], the patches to encode; None encodes all K.
+
+        Returns:
+            [B, 1 + L, D] after the last LayerNorm, the CLS token first, patches in the order of
+            ``keep``.
+        """
+        tokens = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))
+        tokens = tokens + self.pos_embed[:, 1:]
+        if keep is not None:
+            tokens = tokens.gather(1, keep[:, :, None].expand(-1, -1, tokens.shape[2]))
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
+        tokens = self.pos_drop(torch.cat([cls, tokens], dim=1))
+        encoded: Tensor = self.norm(self.blocks(tokens))
+        return encoded
+
+
+class MAEDecoder(nn.Module):
+    """MAE's light decoder: predicts every patch's pixels from the encoder's kept tokens."""
+
+    def __init__(self, shape: Shape) -> None:
+        """Fresh weights for a shape."""
+        super().__init__()
+        norm = partial(nn.LayerNorm, eps=shape.norm_eps)
+        width = shape.decoder_width
+        self.embed = nn.Linear(shape.width, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + shape.patches, width), requires_grad=False)
+        self.blocks = nn.Sequential(
+            *(
+                Block(
+                    dim=width,
+                    num_heads=shape.decoder_heads,
+                    mlp_ratio=_mlp_ratio(shape.decoder_mlp_width, width),
+                    qkv_bias=True,
+                    norm_layer=norm,
+                )
+                for _ in range(shape.decoder_depth)
+            )
+        )
+        self.norm = norm(width)
+        self.pred = nn.Linear(width, shape.patch_values)
+        self.apply(_initialise)
+        nn.init.normal_(self.mask_token, std=0.02)
+        with torch.no_grad():
+            self.pos_embed.copy_(position_table(width, shape.grid))
+
+    def forward(self, tokens: Tensor, restore: Tensor) -> Tensor:
+        """Predicts pixels.
+
+        Args:
+            tokens: [B, 1 + L, D] from the encoder, CLS first.
+            restore: LongTensor [B, K] from `random_mask`.
+
+        Returns:
+            [B, K, p·p·C].
+        """
+        tokens = self.embed(tokens)
+        batch, kept, width = tokens.shape[0], tokens.shape[1] - 1, tokens.shape[2]
+        masked = self.mask_token.to(tokens.dtype).expand(batch, restore.shape[1] - kept, -1)
+        patches = torch.cat([tokens[:, 1:], masked], dim=1)
+        patches = patches.gather(1, restore[:, :, None].expand(-1, -1, width))
+        tokens = torch.cat([tokens[:, :1], patches], dim=1) + self.pos_embed
+        prediction: Tensor = self.pred(self.norm(self.blocks(tokens)))
+        return prediction[:, 1:]
+
+
+class ViTMAE(nn.Module):
+    """The masked auto-encoder: `ViTEncoder` and `MAEDecoder`."""
+
+    def __init__(self, shape: Shape) -> None:
+        """Fresh weights for a shape, ready to train from scratch."""
+        super().__init__()
+        self.shape = shape
+        self.encoder = ViTEncoder(shape)
+        self.decoder = MAEDecoder(shape)
+
+    def forward(self, images: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """One masked reconstruction.
+
+        Args:
+            images: [B, C, H, W], normalised.
+            noise: [B, K], uniform; decides the mask.
+
+        Returns:
+            ``loss`` (fp32 scalar), ``prediction`` [B, K, p·p·C], ``mask`` [B, K] (1 = masked).
+        """
+        keep, restore, mask = random_mask(noise, self.shape.mask_ratio)
+        prediction = self.decoder(self.encoder(images, keep), restore)
+        loss = mae_loss(prediction, images, mask, self.shape.normalize_pixels)
+        return {"loss": loss, "prediction": prediction, "mask": mask}
+
+
+class ViTClassifier(nn.Module):
+    """An encoder with a fresh linear head (transformers' ``ViTForImageClassification``)."""
+
+    def __init__(
+        self, encoder: ViTEncoder, classes: int, pool: str = "cls", dropout: float = 0.0
+    ) -> None:
+        """Puts a head on an encoder.
+
+        Args:
+            encoder: taken as it is, not copied; its dropout is its own, and its position embeddings
+                become trainable, as in transformers' ViT.
+            classes: number of classes.
+            pool: ``cls``, the CLS vector after the last LayerNorm, or ``mean``, the mean of the
+                patches' vectors.
+            dropout: rate before the head; transformers has none there.
+        """
+        super().__init__()
+        if pool not in ("cls", "mean"):
+            raise ValueError(f"pool is {pool!r}, not cls or mean")
+        self.pool = pool
+        self.encoder = encoder
+        self.encoder.pos_embed.requires_grad_(True)
+        self.head_drop = nn.Dropout(dropout)
+        self.head = nn.Linear(encoder.shape.width, classes)
+        trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] of normalised images [B, C, H, W]."""
+        tokens = self.encoder(images)
+        features = tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
+        logits: Tensor = self.head(self.head_drop(features))
+        return logits

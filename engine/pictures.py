@@ -14,7 +14,7 @@ from engine.models.vit_mae import Shape, patchify, unpatchify
 #: Side in pixels up to which small images are enlarged.
 SIDE = 128
 #: Confusion matrices of more classes are drawn without labels; more squares than this, summed.
-LABELLED, SQUARES = 200, 1000
+LABELLED, SQUARES = 200, 500
 #: Colours from 0 to 1 of the confusion matrix: white, blue, night.
 COLOURS = np.array([[255, 255, 255], [66, 133, 190], [8, 29, 88]], dtype=np.float64)
 
@@ -70,7 +70,7 @@ def reconstruction(
 
 
 def confusion(matrix: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """Draws a confusion matrix; each row is coloured by its share of the true class.
+    """Draws a confusion matrix; colours are shares of the true class.
 
     Up to 25 classes with the counts, up to 200 with the names, beyond that a heat map alone.
 
@@ -87,10 +87,10 @@ def confusion(matrix: np.ndarray, classes: Sequence[str]) -> np.ndarray:
         edges = np.linspace(0, n, SQUARES + 1).astype(int)[:-1]
         counts = np.add.reduceat(np.add.reduceat(counts, edges, axis=0), edges, axis=1)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    cell = max(1, SQUARES // len(counts))
-    if n <= LABELLED:
-        cell = min(max(cell, 13), 44)
-    heat = np.stack([np.interp(share, [0, 0.5, 1], channel) for channel in COLOURS.T], axis=-1)
+    cell = min(max(1000 // len(counts), 13 if n <= LABELLED else 1), 44)
+    # The root lets rare mistakes be seen beside the diagonal.
+    tint = np.sqrt(share)
+    heat = np.stack([np.interp(tint, [0, 0.5, 1], channel) for channel in COLOURS.T], axis=-1)
     squares = Image.fromarray(heat.round().astype(np.uint8)).resize(
         (cell * len(counts), cell * len(counts)), Image.Resampling.NEAREST
     )
@@ -115,7 +115,7 @@ def confusion(matrix: np.ndarray, classes: Sequence[str]) -> np.ndarray:
     if n <= 25:
         for row, column in np.argwhere(matrix > 0):
             at = (left + (column + 0.5) * cell, top + (row + 0.5) * cell)
-            colour = "white" if share[row, column] > 0.4 else "black"
+            colour = "white" if tint[row, column] > 0.5 else "black"
             number = str(matrix[row, column])
             size = min(14, int(1.6 * (cell - 4) / len(number)))
             small = ImageFont.load_default(size)

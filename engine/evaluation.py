@@ -1,0 +1,168 @@
+"""Scores of a classifier over a split that several ranks share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from sklearn.metrics import f1_score
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a split's samples, each counted once, came out as.
+
+    Attributes:
+        accuracy: share of samples whose largest logit is the label's.
+        macro_f1: mean over the classes that occur (as label or prediction) of each one's F1.
+        micro_f1: F1 of all decisions together.
+        loss: mean cross-entropy, in nats.
+        confusion: int64 [C, C], rows true, columns predicted.
+        n: samples.
+    """
+
+    accuracy: float
+    macro_f1: float
+    micro_f1: float
+    loss: float
+    confusion: np.ndarray
+    n: int
+
+    def scalars(self) -> dict[str, float]:
+        """The four figures by name."""
+        return {
+            "accuracy": self.accuracy,
+            "macro_f1": self.macro_f1,
+            "micro_f1": self.micro_f1,
+            "loss": self.loss,
+        }
+
+    def as_dict(self, split: str) -> dict[str, float]:
+        """Figures and number of samples as `SPLIT_accuracy` and so on, for `result.json`."""
+        return {f"{split}_{k}": v for k, v in (self.scalars() | {"samples": self.n}).items()}
+
+
+class Tally:
+    """Collects predictions on each rank, then scores them together.
+
+    A sample's id decides: however often it was padded in or met again, on one rank or on several,
+    it counts once. A rank keeps 25 bytes a sample, not the logits; between ranks go the ids, the
+    confusion matrix and the sum of the losses.
+
+    Args:
+        classes: C.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+        self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, labels: Tensor, valid: Tensor, ids: Tensor) -> None:
+        """Takes in a batch; nothing is read back from the device.
+
+        Args:
+            logits: [B, C].
+            labels: int64 [B]; in padded rows anything.
+            valid: bool [B], False in padded rows.
+            ids: int64 [B], the samples' ids.
+        """
+        labels, valid, ids = (t.to(logits.device) for t in (labels, valid, ids))
+        labels = labels.where(valid, 0)
+        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        predicted = logits.argmax(dim=1)
+        # In padded rows the label is 0 and the loss is not used.
+        self._parts.append((ids, labels.int(), predicted.int(), losses.double(), valid))
+
+    def gather(self) -> Scores:
+        """Scores of all ranks' samples; every rank of the process group, if there is one, calls it.
+
+        Raises:
+            ValueError: no sample was counted.
+        """
+        device = self._device()
+        columns: list[Tensor] = [
+            torch.cat([part[i] for part in self._parts]).to(device)
+            if self._parts
+            else torch.empty(0, dtype=dtype, device=device)
+            for i, dtype in enumerate(
+                (torch.int64, torch.int32, torch.int32, torch.float64, torch.bool)
+            )
+        ]
+        valid = columns[4]
+        ids, labels, predicted, losses = (column[valid] for column in columns[:4])
+        mine = _first(ids)
+        mine[mine.clone()] = ~torch.isin(ids[mine], _of_lower_ranks(ids[mine]))
+
+        cells = labels[mine].long() * self.classes + predicted[mine].long()
+        confusion = torch.bincount(cells, minlength=self.classes**2)
+        loss = losses[mine].sum()
+        if _world() > 1:
+            dist.all_reduce(confusion)
+            dist.all_reduce(loss)
+        matrix = confusion.view(self.classes, self.classes).cpu().numpy()
+        return scores(matrix, float(loss))
+
+    def _device(self) -> torch.device:
+        """Where the collectives work: where the logits were, if any came."""
+        if self._parts:
+            return self._parts[0][0].device
+        if _world() > 1 and "nccl" in dist.get_backend():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+
+def scores(confusion: np.ndarray, loss: float) -> Scores:
+    """Scores from a confusion matrix.
+
+    Args:
+        confusion: int64 [C, C], rows true, columns predicted.
+        loss: sum of the samples' losses.
+
+    Raises:
+        ValueError: the matrix is empty.
+    """
+    n = int(confusion.sum())
+    if n == 0:
+        raise ValueError("no labelled sample to score")
+    true, predicted = np.nonzero(confusion)
+    weight = confusion[true, predicted]
+    macro, micro = (
+        float(f1_score(true, predicted, sample_weight=weight, average=average, zero_division=0))
+        for average in ("macro", "micro")
+    )
+    accuracy = float(np.trace(confusion)) / n
+    return Scores(accuracy, macro, micro, loss / n, confusion, n)
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _first(ids: Tensor) -> Tensor:
+    """Where an id stands for the first time, bool [n]."""
+    order = torch.argsort(ids, stable=True)
+    ranked = ids[order]
+    new = torch.ones_like(ranked, dtype=torch.bool)
+    new[1:] = ranked[1:] != ranked[:-1]
+    return torch.empty_like(new).scatter_(0, order, new)
+
+
+def _of_lower_ranks(ids: Tensor) -> Tensor:
+    """The ids that ranks before this one hold."""
+    if _world() == 1:
+        return ids[:0]
+    counts = ids.new_zeros(_world())
+    counts[dist.get_rank()] = len(ids)
+    dist.all_reduce(counts)
+    # Collectives want equal sizes.
+    padded = ids.new_zeros(int(counts.max()))
+    padded[: len(ids)] = ids
+    everyone = [torch.empty_like(padded) for _ in range(_world())]
+    dist.all_gather(everyone, padded)
+    lower = [row[: int(counts[rank])] for rank, row in enumerate(everyone[: dist.get_rank()])]
+    return torch.cat([ids[:0], *lower])

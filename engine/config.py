@@ -1,0 +1,312 @@
+"""The one validated configuration of a run: defaults, then a recipe (TOML), then the command line."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from data.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "recipes"
+
+
+class Section(BaseModel):
+    """A group of options. Fields that nobody declared are refused."""
+
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=True)
+
+
+class DataSection(Section):
+    """Where the samples come from, and how they are read."""
+
+    path: str | None = Field(None, description="folder or URL of a packed data set")
+    workers: int = Field(0, ge=0, description="loader processes per rank")
+    partitions: int = Field(1, ge=1, description="partitions of the shards (1 = full shuffle)")
+    window: int = Field(0, ge=0, description="shards shuffled together (0 = chosen from the set)")
+    cache_dir: str | None = Field(None, description="node-local folder for remote shards")
+    cache_gb: float = Field(50.0, gt=0, description="size limit of that folder, GiB")
+    skip_broken: float = Field(0.0, ge=0, lt=1, description="share of broken samples to skip")
+
+
+class ShapeSection(Section):
+    """Architecture of a model made from scratch (path = "scratch")."""
+
+    image_size: int = Field(64, gt=0)
+    patch_size: int = Field(8, gt=0)
+    width: int = Field(192, gt=0)
+    depth: int = Field(6, gt=0)
+    heads: int = Field(3, gt=0)
+    decoder_width: int = Field(96, gt=0)
+    decoder_depth: int = Field(2, gt=0)
+    decoder_heads: int = Field(3, gt=0)
+
+
+class ModelSection(Section):
+    """The pre-trained model, theta_init and phi_init of the paper."""
+
+    path: str | None = Field(
+        None, description='hub name, folder, .pth or .safetensors; "scratch" = fresh weights'
+    )
+    image_size: int | None = Field(None, gt=0, description="train at another resolution")
+    shape: ShapeSection = Field(default_factory=ShapeSection)
+
+
+class MaskSection(Section):
+    """Masked auto-encoding, the paper's L_MAE."""
+
+    ratio: float = Field(0.75, gt=0, lt=1, description="share of patches that are hidden")
+    normalize_pixels: bool = Field(True, description="target pixels normalised per patch")
+
+
+class TeacherSection(Section):
+    """The frozen teacher of the distillation stage."""
+
+    path: str | None = Field(None, description="exported model to distil from (default: own run's)")
+    mode: Literal["auto", "replicated", "sharded", "cached"] = Field(
+        "auto", description="a copy on each rank, ZeRO-3 shards, or a table of its features"
+    )
+    table_gb: float = Field(16.0, gt=0, description="auto: largest feature table to cache, GiB")
+
+
+class StageSection(Section):
+    """What every stage has: length, batch, optimiser (AdamW, linear decay to 0)."""
+
+    steps: int | None = Field(None, ge=1, description="optimiser steps")
+    epochs: float | None = Field(None, gt=0, description="length in passes over the train split")
+    batch: int = Field(64, ge=1, description="global batch")
+    accumulation: int = Field(1, ge=1, description="micro-batches per step and rank")
+    lr: float = Field(1.5e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    clip: float = Field(0.0, ge=0, description="gradient norm limit (0 = none)")
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _pair(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> StageSection:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give steps or epochs, one of the two")
+        return self
+
+    def length(self, samples: int) -> int:
+        """Number of optimiser steps for a train split of `samples`."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, round(self.epochs * samples / self.batch))
+
+
+class PretrainSection(StageSection):
+    """Stage 1: further pre-training (Algorithm 2)."""
+
+    steps: int | None = 20_000
+
+
+class DistillSection(StageSection):
+    """Stage 2: self-distillation (Algorithm 1, Eq. 3)."""
+
+    steps: int | None = 20_000
+    feature: Literal["cls", "mean", "tokens"] = Field("cls", description="distilled feature")
+    weight: float = Field(1.0, ge=0, description="weight of L_Distill")
+    mae_weight: float = Field(1.0, ge=0, description="weight of L_MAE")
+
+
+class FinetuneSection(StageSection):
+    """Stage 3: supervised fine-tuning with a fresh head."""
+
+    steps: int | None = 10_000
+    batch: int = Field(32, ge=1, description="global batch")
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: int = Field(500, ge=0, description="steps of linear warm-up")
+    clip: float = Field(1.0, ge=0, description="gradient norm limit (0 = none)")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    flip: bool = Field(True, description="random horizontal flips")
+    pool: Literal["cls", "mean"] = Field("cls", description="feature under the classifier")
+    start: Literal["auto", "distill", "pretrain", "model"] = Field(
+        "auto", description="weights to start from (auto = the run's last distillation)"
+    )
+    seeds: int = Field(1, ge=1, description="repetitions, seeds seed, seed+1, ...")
+    eval_every: int = Field(0, ge=0, description="validation interval in steps (0 = at the end)")
+
+
+class Config(Section):
+    """Everything a run is told."""
+
+    stage: Literal["pretrain", "distill", "finetune", "all"] = "all"
+    recipe: str | None = Field(None, description="name in recipes/, or a TOML file")
+    output: str | None = Field(None, description="run folder")
+    data: DataSection = Field(default_factory=DataSection)
+    model: ModelSection = Field(default_factory=ModelSection)
+    mae: MaskSection = Field(default_factory=MaskSection)
+    teacher: TeacherSection = Field(default_factory=TeacherSection)
+    pretrain: PretrainSection = Field(default_factory=PretrainSection)
+    distill: DistillSection = Field(default_factory=DistillSection)
+    finetune: FinetuneSection = Field(default_factory=FinetuneSection)
+    rounds: int = Field(1, ge=1, description="rounds of self-distillation (T' in the paper)")
+    compare: bool = Field(
+        False, description="all: also fine-tune the model and the further pre-trained one"
+    )
+    seed: int = Field(0, ge=0, lt=2**31)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    zero: str = Field("zero1", description="name in ds_configs/, or a DeepSpeed JSON file")
+    resume: str = Field("auto", description="auto | never")
+    overwrite: bool = Field(False, description="delete what the stage left before")
+    save_every: int = Field(1000, ge=0, description="checkpoint interval in steps (0 = none)")
+    keep: int = Field(2, ge=1, description="checkpoints kept")
+    log_every: int = Field(50, ge=1, description="steps between log lines")
+    picture_every: int = Field(1000, ge=0, description="steps between pictures (0 = none)")
+    local_rank: int = Field(-1, description="set by the launcher")
+
+    @field_validator("resume")
+    @classmethod
+    def _resume(cls, value: str) -> str:
+        if value not in ("auto", "never"):
+            raise ValueError("must be auto or never")
+        return value
+
+    def toml(self) -> str:
+        """This configuration as TOML, which `--recipe` reads back."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True, exclude={"local_rank"}))
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def options(section: type[Section] = Config, prefix: str = "") -> dict[str, Any]:
+    """Every option's dotted name with its pydantic field; a section's own name stands for its path."""
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        inner = _section(field.annotation)
+        if inner is None:
+            found[prefix + name] = field
+        else:
+            if "path" in inner.model_fields:
+                found[prefix + name] = inner.model_fields["path"]
+            found |= options(inner, f"{prefix}{name}.")
+    return found
+
+
+def nearest_option(name: str) -> str:
+    """A hint naming the known option nearest to `name`, or nothing."""
+    known = list(options())
+    leaves = [o for o in known if o.rsplit(".", 1)[-1] == name]
+    close = leaves or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {' or '.join('--' + c for c in close)}?" if close else ""
+
+
+def _insert(tree: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    if dotted not in options():
+        raise UserError(f"{where}: unknown option {dotted!r}{nearest_option(dotted)}")
+    keys = dotted.split(".")
+    node, section = tree, Config
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+        section = section.model_fields[key].annotation  # type: ignore[assignment]  # a Section
+    if _section(section.model_fields[keys[-1]].annotation):
+        node.setdefault(keys[-1], {})["path"] = value
+    else:
+        node[keys[-1]] = value
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def recipe_file(name: str) -> Path:
+    """The TOML file of a recipe given by name or by path.
+
+    Raises:
+        UserError: there is none.
+    """
+    known = sorted(p.stem for p in RECIPES.glob("*.toml"))
+    for path in (RECIPES / f"{name}.toml", Path(name)):
+        if path.is_file():
+            return path
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise UserError(f"--recipe {name}: no such recipe or file; there are {', '.join(known)}{hint}")
+
+
+def load(overrides: dict[str, Any]) -> Config:
+    """Resolves defaults < recipe < `overrides` (dotted names) into one configuration.
+
+    Raises:
+        UserError: an unknown option, a wrong type or value, an unreadable recipe.
+    """
+    tree: dict[str, Any] = {}
+    given: dict[str, str] = {}
+    if overrides.get("recipe"):
+        path = recipe_file(str(overrides["recipe"]))
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"recipe {path}: not valid TOML: {error}") from error
+        for name, value in _flatten(content).items():
+            _insert(tree, name, value, f"recipe {path.name}")
+            given[name] = f"recipe {path.name}"
+    for name, value in overrides.items():
+        _insert(tree, name, value, "command line")
+        given[name] = "command line"
+        for length, other in (("steps", "epochs"), ("epochs", "steps")):
+            # A length on the command line replaces the recipe's, in whichever unit that was.
+            stage, _, leaf = name.rpartition(".")
+            if leaf == length and f"{stage}.{other}" not in overrides:
+                tree[stage][other] = None
+    for stage in ("pretrain", "distill", "finetune"):
+        if tree.get(stage, {}).get("epochs") is not None and "steps" not in tree[stage]:
+            tree[stage]["steps"] = None  # the default length gives way, too
+    try:
+        return Config(**tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(p) for p in first["loc"])
+        value = first["input"]
+        told = "" if isinstance(value, dict) else f" {value}"
+        source = given.get(name, "command line")
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{source}: --{name}{told}: {message}") from error
+
+
+def kind_of(field: Any) -> str:
+    """A short name of what an option takes, for the help page."""
+    annotation = field.annotation
+    if typing.get_origin(annotation) is Literal:
+        return "|".join(map(str, typing.get_args(annotation)))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return "|".join(
+            getattr(a, "__name__", str(a)) for a in typing.get_args(annotation) if a is not type(None)
+        )
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def help_text() -> str:
+    """The options page of `engine/run.py --help`."""
+    lines = ["deepspeed engine/run.py --stage STAGE --recipe NAME --data DIR --output DIR", ""]
+    for name, field in options().items():
+        if name.endswith(".path") or name == "local_rank":
+            continue
+        default = "" if field.default is None else f" [{field.get_default(call_default_factory=True)}]"
+        lines.append(f"  --{name:<28} {kind_of(field):<24} {field.description or ''}{default}")
+    lines += ["", "recipes: " + ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))]
+    return "\n".join(lines)

@@ -1,0 +1,158 @@
+"""The process group: rendezvous from torchrun, the deepspeed launcher, or none; rank helpers."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among the others."""
+
+    rank: int
+    local_rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and the terminal."""
+        return self.rank == 0
+
+
+def initialize() -> Ranks:
+    """Joins the process group that the launcher's environment describes; alone, makes one of size 1.
+
+    The launchers `deepspeed` and `torchrun` both set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
+    MASTER_PORT. Without them this is the only process.
+
+    Raises:
+        UserError: the environment is incomplete, or there are more local ranks than GPUs.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    missing = [k for k in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
+    if missing:
+        raise UserError(
+            f"RANK is set but {', '.join(missing)} is not: start with deepspeed or torchrun, "
+            "or unset RANK to run one process"
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU: this machine shows "
+                f"{torch.cuda.device_count()}; start fewer ranks (--num_gpus)"
+            )
+        torch.cuda.set_device(local_rank)
+        device, backend = torch.device("cuda", local_rank), "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        if "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] == "1":
+            # Launchers set one thread a process; ranks on a CPU share its cores evenly instead.
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    import deepspeed  # late: it takes seconds, and a wrong option should be told at once
+
+    deepspeed.init_distributed(
+        dist_backend=backend,
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(minutes=30),
+    )
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
+
+def barrier() -> None:
+    """Waits for every rank."""
+    if dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's `value`, on every rank."""
+    box = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def mean(values: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, float]:
+    """Means of scalar tensors over the ranks; the one host synchronisation of a log step."""
+    if not values:
+        return {}
+    packed = torch.stack([v.detach().double().reshape(()) for v in values.values()]).to(device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(packed)
+        packed /= dist.get_world_size()
+    return dict(zip(values, packed.tolist(), strict=True))
+
+
+def total(value: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor over the ranks, in place."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def agree(error: str | None) -> None:
+    """Raises rank 0's error on every rank, so that none is left waiting.
+
+    Raises:
+        UserError: rank 0 passed a message.
+    """
+    message = broadcast(error)
+    if message is not None:
+        raise UserError(message)
+
+
+def main_only(ranks: Ranks, action: Any) -> Any:
+    """Runs `action()` on rank 0 and gives its result, or its UserError, to every rank."""
+    result, error = None, None
+    if ranks.main:
+        try:
+            result = action()
+        except UserError as caught:
+            error = str(caught)
+        except OSError as caught:
+            error = describe(caught)
+    agree(error)
+    return broadcast(result)
+
+
+def describe(error: OSError) -> str:
+    """An operating system's refusal as one line with the cure."""
+    import errno
+
+    cures = {
+        errno.EACCES: "change its permissions or choose another folder",
+        errno.EPERM: "change its permissions or choose another folder",
+        errno.EROFS: "the file system is read-only: choose another folder",
+        errno.ENOSPC: "the disk is full: free space or choose another disk",
+        errno.EDQUOT: "the disk quota is used up: free space or choose another disk",
+        errno.ENOENT: "it does not exist: check the path",
+        errno.ENOTDIR: "a part of the path is a file: choose another folder",
+        errno.EEXIST: "a file of that name is in the way: choose another folder",
+        errno.EISDIR: "it is a folder, not a file",
+    }
+    cure = cures.get(error.errno or 0, "check the path and the disk")
+    return f"{error.filename or 'a file'}: {error.strerror or error}: {cure}"

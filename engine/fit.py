@@ -1,0 +1,353 @@
+"""What every stage does around its objective: engine, loader, resume, monitor, result."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.errors import UserError
+from data.loader import Loader, sequential
+from data.manifest import Manifest
+from engine import flops as flop_counts
+from engine import optim, pictures, zero
+from engine.checkpoint import Checkpoints, State
+from engine.config import StageSection
+from engine.drift import Drift
+from engine.evaluation import Scores, Tally
+from engine.folder import Run, write_result
+from engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
+from engine.models.weights import Pretrained, load_pretrained
+from engine.monitor import Meter, Monitor
+from engine.trainer import Loop, train
+
+#: Images in a picture of reconstructions.
+PICTURES = 8
+
+
+@dataclass
+class Fit:
+    """What tells one stage from another.
+
+    Attributes:
+        name: its folder.
+        kind: pretrain | distill | finetune.
+        plan: its settings.
+        objective: module whose forward gives the losses.
+        keyed: random numbers by stream position.
+        inputs: a loader's batch -> the objective's arguments, on the device.
+        base: weights that it starts from.
+        train: manifest of the train split.
+        encoder: the trained encoder, watched for its distance from `reference`.
+        reference: theta_init (default: `base.encoder`).
+        record: what must be equal at resume, beside plan and seed.
+        flops: FLOPs an image of one step.
+        finish: engine -> entries of result.json (export, evaluation). Every rank calls it.
+        seed: seed of order, head and dropout (default: the run's).
+        validate: manifest scored every `eval_every` steps.
+    """
+
+    name: str
+    kind: str
+    plan: StageSection
+    objective: nn.Module
+    keyed: Callable[[np.ndarray], dict[str, np.ndarray]] | None
+    inputs: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    base: Pretrained
+    train: Manifest
+    encoder: nn.Module
+    record: dict[str, Any]
+    flops: float
+    finish: Callable[[Any], dict[str, Any]]
+    reference: Mapping[str, Tensor] | None = None
+    seed: int | None = None
+    validate: Manifest | None = None
+
+
+def pretrained(run: Run, source: str | None = None) -> Pretrained:
+    """The weights of `source`, or of --model; "scratch" makes fresh ones of the recipe's shape.
+
+    Raises:
+        UserError: no model is named, or it cannot be loaded.
+    """
+    config = run.config
+    path = source or config.model.path
+    if path is None:
+        raise UserError(
+            "--model is missing: a hub name (facebook/vit-mae-base), a folder, a .pth, or scratch"
+        )
+    if path != "scratch":
+        loaded = load_pretrained(path, config.model.image_size)
+        shape = replace(
+            loaded.shape,
+            mask_ratio=config.mae.ratio,
+            normalize_pixels=config.mae.normalize_pixels,
+        )
+        return replace(loaded, shape=shape)
+    told = config.model.shape
+    shape = Shape(
+        image_size=told.image_size,
+        patch_size=told.patch_size,
+        width=told.width,
+        depth=told.depth,
+        heads=told.heads,
+        mlp_width=4 * told.width,
+        decoder_width=told.decoder_width,
+        decoder_depth=told.decoder_depth,
+        decoder_heads=told.decoder_heads,
+        decoder_mlp_width=4 * told.decoder_width,
+        mask_ratio=config.mae.ratio,
+        normalize_pixels=config.mae.normalize_pixels,
+    )
+    torch.manual_seed(config.seed)
+    return Pretrained.fresh(ViTMAE(shape))
+
+
+def mae_model(run: Run, base: Pretrained) -> ViTMAE:
+    """Encoder and decoder with the base's weights; a missing decoder is new, and said so."""
+    torch.manual_seed(run.config.seed)
+    model = ViTMAE(base.shape)
+    model.encoder.load_state_dict(base.encoder)
+    if base.decoder is None:
+        run.say(
+            f"warning: {base.origin} has no decoder: a new, random one takes its place; "
+            "weights with their decoder (facebook/vit-mae-base) start better"
+        )
+    else:
+        model.decoder.load_state_dict(base.decoder)
+    return model
+
+
+def classifier(run: Run, base: Pretrained, classes: int, seed: int) -> ViTClassifier:
+    """A fresh head on the base's encoder; the position embedding is trained from here on."""
+    torch.manual_seed(seed)
+    plan = run.config.finetune
+    encoder = ViTEncoder(base.shape)
+    encoder.load_state_dict(base.encoder)
+    encoder.pos_embed.requires_grad_(True)
+    return ViTClassifier(encoder, classes, pool=plan.pool)
+
+
+def base_encoder(run: Run, weights: Pretrained) -> Mapping[str, Tensor]:
+    """theta_init, from which fine-tuning's distance is measured: --model's encoder."""
+    if run.config.model.path in (None, "scratch"):
+        return weights.encoder
+    return pretrained(run).encoder
+
+
+def _check_size(manifest: Manifest, shape: Shape) -> None:
+    packed = manifest.image.get("size")
+    if packed is not None and packed != shape.image_size:
+        raise UserError(
+            f"{manifest.root} holds {packed}x{packed} images, the model takes {shape.image_size}: "
+            f"pack with --size {shape.image_size}, or give --model.image_size {packed}"
+        )
+
+
+def build_engine(run: Run, objective: nn.Module, kind: str, plan: StageSection) -> Any:
+    """The DeepSpeed engine of an objective.
+
+    Raises:
+        UserError: batch, ZeRO setting or precision do not fit.
+    """
+    import deepspeed
+
+    content = zero.training_config(run.config, plan, run.ranks.world)
+    optimizer = optim.build(objective, kind, plan, offload=zero.offloads(content))
+    engine, *_ = deepspeed.initialize(
+        model=objective, optimizer=optimizer, config=content, dist_init_required=False
+    )
+    return engine
+
+
+def fit(run: Run, task: Fit) -> None:
+    """Trains one stage to its end, continuing a checkpoint if there is one, and writes its result."""
+    config, ranks, plan = run.config, run.ranks, task.plan
+    began = time.time()
+    _check_size(task.train, task.base.shape)
+    seed = config.seed if task.seed is None else task.seed
+    steps = plan.length(task.train.samples)
+    if plan.steps is None:
+        run.say(
+            f"{task.name}: {plan.epochs:g} epochs x {task.train.samples} samples / batch {plan.batch}"
+            f" = {steps} steps"
+        )
+    engine = build_engine(run, task.objective, task.kind, plan)
+    drift = Drift(task.encoder, task.reference or task.base.encoder, ranks)
+    checkpoints = Checkpoints(run.folder / task.name / "checkpoints", ranks, config.keep)
+    record = _record(run, task, steps, seed)
+    state = checkpoints.load(engine, record, task.train.hash)
+    if state is None:
+        state = State(0, 0, record, task.train.hash, ranks.world)
+    else:
+        run.say(f"{task.name}: resumed at step {state.step} of {steps}")
+
+    loader = Loader(
+        task.train,
+        batch=plan.batch,
+        rank=ranks.rank,
+        world=ranks.world,
+        accumulation=plan.accumulation,
+        workers=config.data.workers,
+        seed=seed,
+        partitions=config.data.partitions,
+        window=config.data.window,
+        start_step=state.step,
+        keyed=task.keyed,
+        cache_dir=config.data.cache_dir,
+        cache_gb=config.data.cache_gb,
+        skip_broken=config.data.skip_broken,
+        size=task.base.shape.image_size,
+        require_labels=task.kind == "finetune",
+    )
+    monitor = Monitor(
+        run.folder / task.name,
+        enabled=ranks.main,
+        stage=task.name,
+        steps=steps,
+        start=state.step,
+        samples_per_step=plan.batch,
+        log_every=config.log_every,
+    )
+    monitor.text("config", f"```toml\n{config.toml()}\n```")
+    peak = flop_counts.peak_flops(_device_name(ranks.device), run.dtype)
+    meter = Meter(
+        plan.batch,
+        flops_per_sample=task.flops,
+        peak_flops=None if peak is None else peak * ranks.world,
+    )
+
+    def evaluate_now(step: int) -> None:
+        assert task.validate is not None
+        scores = evaluate(run, engine, task.validate)
+        monitor.log(step, {f"val/{k}": v for k, v in scores.scalars().items()})
+        monitor.confusion(step, scores.confusion, task.validate.classes)
+
+    def draw(step: int, batch: dict[str, Tensor], out: dict[str, Tensor]) -> None:
+        if not ranks.main:
+            return
+        monitor.image(
+            step,
+            "reconstruction",
+            pictures.reconstruction(
+                batch["images"][:PICTURES].cpu(),
+                out["prediction"][:PICTURES].float().cpu(),
+                out["mask"][:PICTURES].cpu(),
+                task.base.shape,
+                task.base.mean,
+                task.base.std,
+            ),
+        )
+
+    masked = task.kind != "finetune"
+    with monitor:
+        last = train(
+            Loop(
+                engine=engine,
+                batches=iter(loader),
+                inputs=task.inputs,
+                plan=plan,
+                steps=steps,
+                seed=seed,
+                state=state,
+                log_every=config.log_every,
+                save_every=config.save_every,
+                watch=lambda: {"feature/distance_from_init": drift()},
+                draw=draw if masked else None,
+                draw_every=config.picture_every if masked else 0,
+                evaluate=evaluate_now if task.validate is not None else None,
+                evaluate_every=getattr(plan, "eval_every", 0),
+            ),
+            monitor,
+            meter,
+            checkpoints,
+            ranks,
+        )
+        if config.save_every:
+            checkpoints.save(engine, state)
+        left = task.finish(engine)
+        scores = left.pop("scores", {})
+        figures = {f"final/{k}": float(v) for k, v in left.get("metrics", {}).items()}
+        if figures:
+            monitor.log(steps, figures)
+        for split, score in scores.items():
+            monitor.confusion(steps, score.confusion, task.train.classes)
+            monitor.log(steps, {f"{split}/{k}": v for k, v in score.scalars().items()})
+        monitor.hparams(
+            config.model_dump(exclude={"local_rank"}),
+            figures or {"final/loss": last.get("loss/loss", float("nan"))},
+        )
+    write_result(
+        run,
+        task.name,
+        {
+            "stage": task.name,
+            "steps": steps,
+            "seed": seed,
+            "seconds": round(time.time() - began, 2),
+            "losses": {k: v for k, v in last.items() if k.startswith(("loss/", "feature/"))},
+            "model": {"path": config.model.path, "sha256": task.base.sha256},
+            "manifest": task.train.hash,
+            "world": ranks.world,
+            "precision": config.precision,
+            "zero": config.zero,
+            "device": _device_name(ranks.device),
+            "versions": {
+                p: importlib.metadata.version(p)
+                for p in ("torch", "deepspeed", "transformers", "timm", "webdataset")
+            },
+        }
+        | left,
+    )
+    run.say(f"{task.name}: done in {time.time() - began:.0f} s -> {run.folder / task.name}")
+    engine.destroy()
+
+
+def _record(run: Run, task: Fit, steps: int, seed: int) -> dict[str, Any]:
+    """What a checkpoint's and a resumed stage's settings must share."""
+    config = run.config
+    plan = task.plan.model_dump(mode="json", exclude={"seeds", "eval_every", "start", "epochs"})
+    return {
+        **{f"{task.kind}.{k}": v for k, v in plan.items()},
+        f"{task.kind}.steps": steps,
+        "seed": seed,
+        "precision": config.precision,
+        "zero": config.zero,
+        "data.partitions": config.data.partitions,
+        "data.window": config.data.window,
+        **task.record,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+@torch.no_grad()
+def evaluate(run: Run, engine: Any, manifest: Manifest) -> Scores:
+    """Scores a split once, its samples dealt over the ranks; padded samples do not count."""
+    config, ranks = run.config, run.ranks
+    engine.eval()
+    tally = Tally(len(manifest.classes))
+    batches = sequential(
+        manifest,
+        batch=max(1, min(256, 4 * config.finetune.batch) // ranks.world),
+        rank=ranks.rank,
+        world=ranks.world,
+        workers=config.data.workers,
+        cache_dir=config.data.cache_dir,
+        cache_gb=config.data.cache_gb,
+        size=engine.module.model.encoder.shape.image_size,
+        require_labels=True,
+    )
+    for batch in batches:
+        labels = batch["labels"].to(ranks.device)
+        out = engine(images=batch["images"].to(ranks.device), labels=labels)
+        tally.add(out["logits"], labels, batch["valid"].to(ranks.device), batch["ids"])
+    return tally.gather()

@@ -1,0 +1,126 @@
+"""The folder of a run: who uses it, which stages it holds, what each left behind."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from data.errors import UserError
+from engine.checkpoint import write_text
+from engine.config import Config
+from engine.distributed import Ranks, main_only
+from engine.zero import DTYPES
+
+RESULT = "result.json"
+
+
+@dataclass
+class Run:
+    """One launch: its configuration, its processes, its folder."""
+
+    config: Config
+    ranks: Ranks
+    folder: Path
+    lock: IO[str] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights in a forward pass."""
+        return DTYPES[self.config.precision]
+
+    def say(self, line: str) -> None:
+        """Prints a line on rank 0."""
+        if self.ranks.main:
+            print(line, flush=True)
+
+    def result(self, stage: str) -> dict[str, Any] | None:
+        """What a complete stage left as result.json, or None."""
+        path = self.folder / stage / RESULT
+        if not path.is_file():
+            return None
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise UserError(f"{path}: not valid JSON ({error}): delete it to redo the stage") from error
+
+
+def open_run(config: Config, ranks: Ranks) -> Run:
+    """Makes or enters a run folder and locks it against a second launch.
+
+    Raises:
+        UserError: no --output, no permission, or another launch is using it.
+    """
+    if not config.output:
+        raise UserError("--output is missing: name the run folder, such as --output runs/first")
+    run = Run(config, ranks, Path(config.output))
+
+    def enter() -> None:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run.lock = open(run.folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115  held till exit
+        try:
+            fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{run.folder} is in use by another launch: wait for it, or take another --output"
+            ) from None
+        before = run.folder / "config.toml"
+        if before.exists() and config.model.path is None:
+            import tomllib
+
+            known = tomllib.loads(before.read_text(encoding="utf-8")).get("model", {})
+            config.model.path = known.get("path")
+        write_text(before, config.toml())
+
+    main_only(ranks, enter)
+    config.model.path = main_only(ranks, lambda: config.model.path)
+    return run
+
+
+def open_stage(run: Run, stage: str) -> bool:
+    """Prepares the folder of a stage; says whether there is work to do.
+
+    A complete stage is left alone. An incomplete one with checkpoints is continued under
+    `--resume auto`. `--overwrite` deletes it first.
+
+    Raises:
+        UserError: something is there and may be neither continued nor deleted.
+    """
+    folder, config = run.folder / stage, run.config
+
+    def prepare() -> bool:
+        if config.overwrite and folder.exists():
+            print(f"{stage}: deleting {folder} (--overwrite)", flush=True)
+            shutil.rmtree(folder)
+        if run.result(stage) is not None:
+            if config.resume == "never":
+                raise UserError(
+                    f"{folder} is complete: add --overwrite to do it again, or take another --output"
+                )
+            print(f"{stage}: complete, skipped ({folder / RESULT}; --overwrite does it again)")
+            return False
+        left = [p.name for p in folder.iterdir()] if folder.exists() else []
+        if left and config.resume == "never":
+            raise UserError(
+                f"{folder} holds an unfinished stage: --resume auto continues it, --overwrite deletes it"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.toml", config.toml())
+        return True
+
+    return bool(main_only(run.ranks, prepare))
+
+
+def write_result(run: Run, stage: str, content: dict[str, Any]) -> None:
+    """Marks a stage complete."""
+
+    def write() -> None:
+        (run.folder / stage).mkdir(parents=True, exist_ok=True)
+        write_text(run.folder / stage / RESULT, json.dumps(content, indent=1) + "\n")
+
+    main_only(run.ranks, write)

@@ -1,0 +1,114 @@
+"""The command line: `deepspeed engine/run.py --stage distill ...`.
+
+Resolves the configuration, joins the process group, runs the stages in order.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# Run as a script, sys.path[0] is engine/: the packages lie one folder up.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import logging  # noqa: E402
+import time  # noqa: E402
+import warnings  # noqa: E402
+from typing import Any  # noqa: E402
+
+from data.errors import UserError  # noqa: E402
+from engine import config as configuration  # noqa: E402
+
+
+def parse(argv: list[str]) -> dict[str, Any]:
+    """Dotted option names and values of a command line.
+
+    Raises:
+        UserError: something that is no option, or an option that does not exist.
+    """
+    import fire
+
+    known = configuration.options()
+    expects_value = False
+    for word in argv:
+        if word.startswith("--"):
+            name = word[2:].split("=", 1)[0].replace("-", "_")
+            bare = name.removeprefix("no") if name.startswith("no") else name
+            if name not in known and bare not in known:
+                raise UserError(f"unknown option --{name}{configuration.nearest_option(name)}")
+            expects_value = "=" not in word
+        elif word.startswith("-") and not word[1:2].isdigit() and word != "-":
+            raise UserError(f"unknown option {word}: options start with two dashes (--help lists them)")
+        elif not expects_value:
+            raise UserError(f"{word!r} belongs to no option: --help lists them")
+        else:
+            expects_value = False
+    captured: dict[str, Any] = {}
+
+    def capture(**options: Any) -> None:
+        captured.update(options)
+
+    fire.Fire(capture, command=argv, name="engine/run.py")
+    captured.pop("local_rank", None)
+    return captured
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the stages; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    main_rank = int(os.environ.get("RANK", "0")) == 0
+    try:
+        if {"--help", "-h"} & set(argv):
+            if main_rank:
+                print(configuration.help_text())
+            return 0
+        settings = configuration.load(parse(argv))
+        _quiet()
+        from engine.distributed import describe, initialize
+
+        ranks = initialize()
+        from engine.folder import open_run
+        from engine.stages import run_stages
+
+        try:
+            run_stages(open_run(settings, ranks))
+        except OSError as error:
+            raise UserError(describe(error)) from error
+        except FloatingPointError as error:
+            raise UserError(
+                f"the loss is not finite at {error}: lower the learning rate, or use bf16 or fp32"
+            ) from error
+    except UserError as error:
+        if not main_rank:
+            # Most mistakes are every rank's; rank 0 says it once, then the launcher ends the others.
+            time.sleep(3)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _quiet() -> None:
+    """Leaves the terminal to the run's own lines."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import deepspeed
+
+    for logger in (deepspeed.utils.logger, logging.getLogger("DeepSpeed")):
+        logger.setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    code = main()
+    import torch.distributed
+
+    if torch.distributed.is_initialized() and code == 0:
+        torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Ranks waiting in a collective would keep a failed process's threads alive: leave at once.
+    os._exit(code)

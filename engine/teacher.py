@@ -1,0 +1,209 @@
+"""The frozen teacher: replicated, sharded, or cached as a table of its features."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.errors import UserError
+from data.loader import sequential
+from data.manifest import Manifest
+from engine.checkpoint import fsync, write_text
+from engine.config import Config
+from engine.distributed import Ranks, barrier, broadcast, main_only
+from engine.objectives import FeatureExtractor
+from engine.zero import inference_config
+
+
+class Teacher(Protocol):
+    """Gives the features of a batch."""
+
+    mode: str
+
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        """Features fp32 [B, D] or [B, 1+K, D] of a loader's batch, on the device."""
+        ...
+
+
+class Replicated:
+    """A whole frozen copy on each rank."""
+
+    mode = "replicated"
+
+    def __init__(self, extractor: FeatureExtractor, ranks: Ranks, dtype: torch.dtype) -> None:
+        self.extractor = extractor.to(ranks.device, dtype).eval()
+        self.device = ranks.device
+
+    @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        """See `Teacher`."""
+        return self.extractor(batch["images"].to(self.device, non_blocking=True))
+
+
+class Sharded:
+    """A ZeRO-3 inference engine: each rank holds a part of every parameter."""
+
+    mode = "sharded"
+
+    def __init__(self, extractor: FeatureExtractor, ranks: Ranks, dtype: torch.dtype) -> None:
+        import deepspeed
+
+        self.engine, *_ = deepspeed.initialize(
+            model=extractor, config=inference_config(ranks.world, dtype)
+        )
+        self.engine.eval()
+        self.device = ranks.device
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        """See `Teacher`."""
+        return self.engine(batch["images"].to(self.device, non_blocking=True))
+
+
+class Cached:
+    """A table of the features of every sample, computed once before step 0.
+
+    Exact, because stage 2's full view is deterministic (no augmentation). The table is a plain
+    float32 `.npy`, memory-mapped; row = sample id of the manifest.
+    """
+
+    mode = "cached"
+
+    def __init__(self, table: np.ndarray, device: torch.device) -> None:
+        self.table, self.device = table, device
+
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        """See `Teacher`."""
+        rows = torch.from_numpy(np.ascontiguousarray(self.table[batch["ids"].numpy()]))
+        return rows.to(self.device, non_blocking=True)
+
+
+def feature_shape(extractor: FeatureExtractor, tokens: int, width: int) -> tuple[int, ...]:
+    """Shape of one sample's feature."""
+    return (tokens, width) if extractor.feature == "tokens" else (width,)
+
+
+def table_bytes(samples: int, shape: tuple[int, ...]) -> int:
+    """Size of the feature table in bytes (fp32)."""
+    return 4 * samples * int(np.prod(shape))
+
+
+def choose(mode: str, bytes_needed: int, config: Config, folder: Path) -> str:
+    """Resolves `auto`: cached if the table fits the limit and half the free disk, else replicated.
+
+    Stage 2 has no random view, so that a table is always exact.
+
+    Raises:
+        UserError: `cached` was asked for and the disk has no room.
+    """
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if mode == "cached" and bytes_needed > free and not (folder / "table.json").exists():
+        raise UserError(
+            f"{folder}: the feature table needs {bytes_needed / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free: free space, or --teacher.mode replicated"
+        )
+    if mode != "auto":
+        return mode
+    fits = bytes_needed <= config.teacher.table_gb * 2**30 and bytes_needed <= free / 2
+    return "cached" if fits else "replicated"
+
+
+def build_table(
+    folder: Path,
+    key: dict[str, Any],
+    manifest: Manifest,
+    teacher: Callable[[dict[str, Tensor]], Tensor],
+    shape: tuple[int, ...],
+    config: Config,
+    ranks: Ranks,
+    progress: Callable[[int, int], None],
+) -> Cached:
+    """Opens the table of `key`, computing it first if it is not there.
+
+    Each rank computes a contiguous part of the set into a file of its own; rank 0 joins them,
+    fsyncs and renames. `table.json` holds the key (manifest, teacher, view) and comes last.
+
+    Raises:
+        UserError: a table is there but belongs to another teacher, data set or view.
+    """
+    file, record = folder / "features.npy", folder / "table.json"
+    state: dict[str, Any] | None = None
+    if ranks.main and record.exists():
+        try:
+            state = json.loads(record.read_text(encoding="utf-8"))
+        except ValueError:
+            state = {"unreadable": True}
+    state = broadcast(state)
+    if state is not None:
+        wrong = [k for k in key if state.get(k) != key[k]]
+        if wrong or not file.exists():
+            raise UserError(
+                f"{folder}: the cached features were made with another {wrong[0] if wrong else 'file'}"
+                ": delete that folder to compute them anew, or give the teacher and data they "
+                "were made with"
+            )
+        return Cached(_open(file, manifest.samples, shape), ranks.device)
+
+    main_only(ranks, lambda: folder.mkdir(parents=True, exist_ok=True))
+    part = folder / f".part-{ranks.rank}.npy"
+    first = manifest.samples * ranks.rank // ranks.world
+    last = manifest.samples * (ranks.rank + 1) // ranks.world
+    rows = np.lib.format.open_memmap(part, "w+", np.float32, (last - first, *shape))
+    done = 0
+    batch_size = max(1, config.distill.batch // ranks.world)
+    for batch in sequential(
+        manifest,
+        batch=batch_size,
+        rank=ranks.rank,
+        world=ranks.world,
+        workers=config.data.workers,
+        cache_dir=config.data.cache_dir,
+        cache_gb=config.data.cache_gb,
+        size=config.model.image_size,
+    ):
+        features = teacher(batch).cpu().numpy()
+        valid = batch["valid"].numpy()
+        rows[batch["ids"].numpy()[valid] - first] = features[valid]
+        done += int(valid.sum())
+        progress(done, last - first)
+    rows.flush()
+    del rows
+    barrier()
+
+    def join() -> None:
+        draft = folder / ".features.npy.tmp"
+        table = np.lib.format.open_memmap(draft, "w+", np.float32, (manifest.samples, *shape))
+        for rank in range(ranks.world):
+            a, b = (manifest.samples * (rank + i) // ranks.world for i in (0, 1))
+            if b > a:
+                table[a:b] = np.load(folder / f".part-{rank}.npy", mmap_mode="r")
+        table.flush()
+        del table
+        fsync(draft)
+        os.replace(draft, file)
+        write_text(record, json.dumps(key, indent=1))
+        for rank in range(ranks.world):
+            (folder / f".part-{rank}.npy").unlink()
+
+    main_only(ranks, join)
+    return Cached(_open(file, manifest.samples, shape), ranks.device)
+
+
+def _open(file: Path, samples: int, shape: tuple[int, ...]) -> np.ndarray:
+    table = np.load(file, mmap_mode="r", allow_pickle=False)
+    if table.shape != (samples, *shape) or table.dtype != np.float32:
+        raise UserError(
+            f"{file}: shape {table.shape} is not {(samples, *shape)}: delete its folder to "
+            "compute the features anew"
+        )
+    return table
+

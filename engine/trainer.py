@@ -1,0 +1,154 @@
+"""The one training loop, around one DeepSpeed engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data import keyed
+from engine import optim
+from engine.checkpoint import Checkpoints, State
+from engine.config import StageSection
+from engine.distributed import Ranks, mean
+from engine.monitor import Meter, Monitor
+from engine.objectives import EXTRAS
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class Loop:
+    """What a stage gives to `train`.
+
+    Attributes:
+        engine: the DeepSpeed engine around the objective.
+        batches: endless iterator of micro-batches, `plan.accumulation` a step.
+        inputs: a loader's batch -> arguments of the objective, on the device.
+        plan: the stage's settings.
+        steps: optimiser steps of the whole stage.
+        seed: seed of the dropout masks.
+        state: where the stage stands; `step` is the next one to take.
+        log_every: steps between log lines.
+        save_every: steps between checkpoints, 0 for none.
+        watch: extra scalars of a log step (named tensors; every rank calls it).
+        draw: (step, batch, outputs) -> None, called every `draw_every` steps on rank 0.
+        draw_every: steps between pictures, 0 for none.
+        evaluate: step -> None, called every `evaluate_every` steps on every rank.
+        evaluate_every: steps between evaluations, 0 for none.
+    """
+
+    engine: Any
+    batches: Iterator[Batch]
+    inputs: Callable[[Batch], dict[str, Tensor]]
+    plan: StageSection
+    steps: int
+    seed: int
+    state: State
+    log_every: int = 50
+    save_every: int = 0
+    watch: Callable[[], dict[str, Tensor]] | None = None
+    draw: Callable[[int, Batch, dict[str, Tensor]], None] | None = None
+    draw_every: int = 0
+    evaluate: Callable[[int], None] | None = None
+    evaluate_every: int = 0
+
+
+def train(
+    loop: Loop, monitor: Monitor, meter: Meter, checkpoints: Checkpoints, ranks: Ranks
+) -> dict[str, float]:
+    """Runs a stage from `loop.state.step` to its end.
+
+    Returns:
+        The scalars of the last log step (means over ranks and micro-batches).
+
+    Raises:
+        FloatingPointError: the loss is no longer finite (looked at on log steps).
+    """
+    engine, plan, state = loop.engine, loop.plan, loop.state
+    engine.train()
+    meter.reset()
+    last: dict[str, float] = {}
+    while state.step < loop.steps:
+        step = state.step
+        optim.set_learning_rate(
+            engine.optimizer, optim.learning_rate(step, loop.steps, plan.warmup, plan.lr)
+        )
+        losses, batch, out = _step(loop, meter, ranks)
+        state.step += 1
+        state.position += plan.batch
+        meter.step()
+
+        done = state.step == loop.steps
+        if state.step % loop.log_every == 0 or step == 0 or done:
+            last = _log(loop, losses, monitor, meter, ranks)
+        else:
+            monitor.progress(state.step)
+        if loop.draw and loop.draw_every and (state.step % loop.draw_every == 0 or done):
+            with meter.paused():
+                loop.draw(state.step, batch, out)
+        if loop.evaluate and loop.evaluate_every and state.step % loop.evaluate_every == 0:
+            if not done:  # the stage evaluates at its end in any case
+                with meter.paused():
+                    loop.evaluate(state.step)
+                    engine.train()
+        if loop.save_every and (state.step % loop.save_every == 0) and not done:
+            with meter.paused():
+                checkpoints.save(engine, state)
+    return last
+
+
+def _step(loop: Loop, meter: Meter, ranks: Ranks) -> tuple[dict[str, Tensor], Batch, Batch]:
+    """One optimiser step; returns summed scalar losses, and the last micro-batch with its outputs."""
+    engine, accumulation = loop.engine, loop.plan.accumulation
+    sums: dict[str, Tensor] = {}
+    for micro in range(accumulation):
+        with meter.waiting():
+            batch = next(loop.batches)
+        # Dropout's generator is keyed by step and rank: a resumed run draws the same masks.
+        draw = keyed.bits(
+            loop.seed, f"dropout {ranks.rank}", loop.state.step * accumulation + micro
+        )
+        torch.manual_seed(int(draw.random_raw()) >> 1)
+        out = engine(**loop.inputs(batch))
+        engine.backward(out["loss"])
+        engine.step()
+        for name, value in out.items():
+            if name not in EXTRAS:
+                value = value.detach()
+                sums[name] = sums[name] + value if name in sums else value
+    return sums, batch, out
+
+
+def _log(
+    loop: Loop, losses: dict[str, Tensor], monitor: Monitor, meter: Meter, ranks: Ranks
+) -> dict[str, float]:
+    step, accumulation = loop.state.step, loop.plan.accumulation
+    values = mean({k: v / accumulation for k, v in losses.items()}, ranks.device)
+    if not all(abs(v) < float("inf") for v in values.values()):
+        # fp16 skips a step whose gradient overflows; a loss that is not finite never comes back.
+        worst = ", ".join(f"{k} = {v}" for k, v in values.items())
+        raise FloatingPointError(f"step {step}: {worst}")
+    scalars = {f"loss/{k}" if k in LOSSES else f"feature/{k}": v for k, v in values.items()}
+    scalars["optimizer/learning_rate"] = optim.learning_rate(
+        step - 1, loop.steps, loop.plan.warmup, loop.plan.lr
+    )
+    norm = loop.engine.get_global_grad_norm()
+    if norm is not None:
+        scalars["optimizer/gradient_norm"] = float(norm)
+    scale = getattr(loop.engine.optimizer, "cur_scale", None)
+    if scale is not None and loop.engine.fp16_enabled():
+        scalars["optimizer/loss_scale"] = float(scale)
+    if loop.watch:
+        scalars |= {k: float(v) for k, v in loop.watch().items()}
+    scalars |= meter.rates()
+    monitor.log(step, scalars)
+    monitor.progress(step, {k: v for k, v in values.items() if k in LOSSES})
+    return scalars
+
+
+#: Names of losses; whatever else an objective returns describes features.
+LOSSES = ("loss", "mae", "distill", "cross_entropy")

@@ -4,7 +4,7 @@ Whatever `webdataset.gopen` opens can be fetched: http and https (through curl),
 gs, hf, sftp ... Files are named by their sha256, so two data sets or two addresses never mix.
 Processes of a node agree through a lock file a shard (flock, which the system drops when a process
 dies): the first fetches to ``NAME.part``, checks the sha256, and renames; the others wait and find
-    it done.
+it done.
 """
 
 import contextlib

@@ -85,6 +85,9 @@ def check_arguments(function: Callable[..., Any], argv: Sequence[str]) -> None:
             continue
         name, equals, _ = token.lstrip("-").partition("=")
         name = name.replace("-", "_")
+        if len(name) == 1:  # Fire's short flags
+            starting = [p for p in parameters if p.startswith(name)]
+            name = starting[0] if len(starting) == 1 else name
         followed = i < len(argv) and not _is_flag(argv[i])
         if name not in parameters:
             raise UserError(
@@ -99,13 +102,12 @@ def check_arguments(function: Callable[..., Any], argv: Sequence[str]) -> None:
                 raise UserError(f"option --{name} needs a value: write --{name} VALUE")
         else:
             i += 1
-    free = [p for p in parameters if p not in named]
+    required = [p for p in parameters if parameters[p].default is inspect.Parameter.empty]
+    free = [p for p in required if p not in named]
     if len(positional) > len(free):
         extra = positional[len(free)]
-        raise UserError(f"too many arguments: {extra!r} is one more than there is an option for")
-    missing = [
-        p for p in free[len(positional) :] if parameters[p].default is inspect.Parameter.empty
-    ]
+        raise UserError(f"unexpected argument {extra!r}: write options as --NAME VALUE")
+    missing = free[len(positional) :]
     if missing:
         raise UserError(f"{missing[0]} is missing: give it, and see --help for all options")
 
@@ -142,7 +144,7 @@ def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> None
     """
     words = list(sys.argv[1:] if argv is None else argv)
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    name = f"python -m {spec.name}" if spec else None
+    name = spec.name if spec else None
     try:
         if "--help" in words or "-h" in words:
             fire.Fire(function, command=["--help"], name=name)

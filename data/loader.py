@@ -16,157 +16,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from data import images
-from data.errors import BrokenData, UserError
+from data.errors import UserError
 from data.manifest import Manifest
-from data.order import Order
-from data.reader import Reader, Record
+from data.order import Ints, Order
+from data.reader import Reader
+from data.samples import Keyed, Rows, Samples, Stream
 
-Ints = NDArray[np.int64]
 Batch = dict[str, torch.Tensor]
-Keyed = Callable[[Ints], dict[str, NDArray[Any]]]
-
-# A broken sample is replaced by the next readable one of its partition, looked for this far ahead.
-_TRIES = 64
 
 
 def _ignore_signals(_: int) -> None:
     """A worker leaves SIGTERM, SIGUSR2 and Ctrl-C to the trainer, which saves and then ends it."""
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-
-
-class _Samples(Dataset[dict[str, Any]]):
-    """Reads and decodes the samples of a batch; an error is returned, so that its line survives."""
-
-    def __init__(self, reader: Reader, size: int | None, skip: bool) -> None:
-        self.reader = reader
-        self.size = size
-        self.skip = skip
-
-    def _sample(self, sample: int) -> tuple[NDArray[np.uint8], Record]:
-        record = self.reader.record(sample)
-        return images.decode(record.input, self.size, record.name), record
-
-    def batch(self, positions: Ints) -> dict[str, Any]:
-        """The batch at these positions."""
-        raise NotImplementedError
-
-    def __getitem__(self, positions: Ints) -> dict[str, Any]:
-        try:
-            return self.batch(positions)
-        except UserError as error:
-            return {"error": str(error)}
-
-    def _stack(self, pictures: list[NDArray[np.uint8]], names: list[str]) -> torch.Tensor:
-        """uint8 [b, 3, H, W]; the sizes must agree."""
-        first = pictures[0].shape
-        out = np.empty((len(pictures), *first), dtype=np.uint8)
-        for row, picture, name in zip(out, pictures, names, strict=True):
-            if picture.shape != first:
-                raise UserError(
-                    f"{name} has {picture.shape[2]}x{picture.shape[1]} pixels, {names[0]}"
-                    f" {first[2]}x{first[1]}: give the size to fit them to, or pack with --size"
-                )
-            row[:] = picture
-        return torch.from_numpy(out)
-
-
-class _Stream(_Samples):
-    """Batches of the endless stream."""
-
-    def __init__(
-        self, reader: Reader, size: int | None, skip: bool, order: Order, keyed: Keyed | None
-    ) -> None:
-        super().__init__(reader, size, skip)
-        self.order = order
-        self.keyed = keyed
-        self._ahead: list[list[int]] = []
-
-    def batch(self, positions: Ints) -> dict[str, Any]:
-        """images, labels, positions, ids, the keyed numbers, and what was broken."""
-        ids = self.order.ids(positions)
-        self._prefetch(positions)
-        pictures, records, broken = [], [], {}
-        for row, position in enumerate(positions):
-            reason = ""
-            for attempt in range(_TRIES):
-                try:
-                    picture, record = self._sample(int(ids[row]))
-                    break
-                except BrokenData as error:
-                    if not self.skip:
-                        raise
-                    broken[int(ids[row])] = reason = str(error)
-                    following = int(position) + (attempt + 1) * self.order.partitions
-                    ids[row] = self.order.ids(np.array([following]))[0]
-            else:
-                raise UserError(f"{_TRIES} samples in a row are broken; the last: {reason}")
-            pictures.append(picture)
-            records.append(record)
-        out: dict[str, Any] = {
-            "images": self._stack(pictures, [r.name for r in records]),
-            "labels": torch.tensor([r.label for r in records], dtype=torch.int64),
-            "positions": torch.from_numpy(positions.copy()),
-            "ids": torch.from_numpy(ids),
-        }
-        if self.keyed is not None:
-            out |= {
-                k: torch.from_numpy(np.ascontiguousarray(v))
-                for k, v in self.keyed(positions).items()
-            }
-        return out | {"broken": broken}
-
-    def _prefetch(self, positions: Ints) -> None:
-        """Remote shards of this window and the next are fetched ahead by the first worker."""
-        worker = torch.utils.data.get_worker_info()
-        if not self.reader.remote or (worker is not None and worker.id != 0):
-            return
-        _, first = np.unique(positions % self.order.partitions, return_index=True)
-        ahead = [self.order.shards_ahead(int(positions[i])) for i in first]
-        # The current window of every partition comes before anybody's next.
-        windows = [w for nth in zip(*ahead, strict=True) for w in nth]
-        if windows != self._ahead:
-            self._ahead = windows
-            self.reader.prefetch([s for w in windows for s in w])
-
-
-class _Rows(_Samples):
-    """Batches of one pass; ids of -1 pad the last ones."""
-
-    def batch(self, positions: Ints) -> dict[str, Any]:
-        """images, labels, positions, ids, valid, and what was broken."""
-        ids = positions.copy()
-        found: dict[int, tuple[NDArray[np.uint8], Record]] = {}
-        broken = {}
-        for row, sample in enumerate(positions):
-            if sample < 0:
-                continue
-            try:
-                found[row] = self._sample(int(sample))
-            except BrokenData as error:
-                if not self.skip:
-                    raise
-                broken[int(sample)] = str(error)
-        if found:
-            shape = next(iter(found.values()))[0].shape
-        elif self.size is not None:
-            shape = (3, self.size, self.size)
-        else:
-            shape = self._sample(0)[0].shape
-        nothing = np.zeros(shape, dtype=np.uint8), Record(b"", -1, "padding")
-        rows = [found.get(row, nothing) for row in range(len(ids))]
-        return {
-            "images": self._stack([r[0] for r in rows], [r[1].name for r in rows]),
-            "labels": torch.tensor([r[1].label for r in rows], dtype=torch.int64),
-            "positions": torch.from_numpy(positions.copy()),
-            "ids": torch.from_numpy(ids),
-            "valid": torch.tensor([row in found for row in range(len(ids))], dtype=torch.bool),
-            "broken": broken,
-        }
 
 
 class _Batches:
@@ -178,7 +42,7 @@ class _Batches:
     """
 
     def __init__(
-        self, manifest: Manifest, samples: _Samples, workers: int, pin: bool, skip_broken: float
+        self, manifest: Manifest, samples: Samples, workers: int, pin: bool, skip_broken: float
     ) -> None:
         if workers < 0:
             raise UserError(f"workers is {workers}: give 0 or more")
@@ -322,7 +186,7 @@ class Loader(_Batches):
         reader = Reader(manifest, cache_dir=cache_dir, cache_gb=cache_gb)
         if not skip_broken:
             reader.check_shards()
-        stream = _Stream(reader, size, skip_broken > 0, self.order, keyed)
+        stream = Stream(reader, size, skip_broken > 0, self.order, keyed)
         super().__init__(manifest, stream, workers, pin, skip_broken)
         self.batch, self.rank, self.world = batch, rank, world
         self.accumulation, self.start_step = accumulation, start_step
@@ -392,7 +256,7 @@ class Sequential(_Batches):
             reader.check_shards()
         if size is None:
             size = manifest.image.get("size")
-        super().__init__(manifest, _Rows(reader, size, skip_broken > 0), workers, pin, skip_broken)
+        super().__init__(manifest, Rows(reader, size, skip_broken > 0), workers, pin, skip_broken)
         self.batch = batch
         self.first = manifest.samples * rank // world
         self.last = manifest.samples * (rank + 1) // world

@@ -1,7 +1,6 @@
 """Where samples come from: class folders, split folders, CSV files, known data sets."""
 
 import csv
-import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -230,56 +229,27 @@ def divide(samples: list[Sample], shares: tuple[float, ...], seed: int) -> dict[
     return {split: chosen for split, chosen in found.items() if chosen}
 
 
-def _from_layout(name: str, root: Path) -> Splits:
-    layouts = importlib.import_module("data.layouts")
-    found = layouts.load(name, root)
-    return {split: (list(samples), found.classes) for split, samples in found.splits.items()}
-
-
-def find(
-    root: Path,
-    *,
-    layout: str | None = None,
-    unlabelled: bool = False,
-    shares: str | None = None,
-    split: str | None = None,
-    seed: int = 0,
-) -> Splits:
-    """The samples of a source.
+def find(root: Path, *, unlabelled: bool = False, split: str | None = None) -> Splits:
+    """The samples of class folders, split folders or a CSV.
 
     Args:
         root: Folder or CSV file.
-        layout: Name of a known data set's layout; by default it is looked for.
         unlabelled: Leave labels away.
-        shares: Text of --splits.
-        split: Take everything as this split.
-        seed: Of the division.
+        split: Everything is to become this split, so a folder `train` is a class like any other.
 
     Returns:
-        Per split its samples and classes.
+        Per split its samples and classes; the split "" where the source is not divided.
 
     Raises:
-        UserError: The source is missing, empty or contradicts the options.
+        UserError: The source is missing, empty or contradicts itself.
     """
     if not root.exists():
-        near = (
-            nearest(root.name, [p.name for p in root.parent.iterdir()], "")
-            if root.parent.is_dir()
-            else ""
-        )
-        raise UserError(f"there is no {root}:{near} give a folder of images or a CSV file")
-    parsed = parse_shares(shares)
-    if shares is not None and split is not None:
-        raise UserError("--splits divides, --split packs everything as one: give one of them")
-    if layout is None and root.is_dir():
-        layout = importlib.import_module("data.layouts").detect(root)
-    if layout is not None:
-        found = _from_layout(layout, root)
-        if unlabelled:
-            found = {s: ([x._replace(label=None) for x in v[0]], []) for s, v in found.items()}
-    elif root.is_file():
+        beside = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
+        hint = nearest(root.name, beside, "") or " Give a folder of images or a CSV file."
+        raise UserError(f"there is no {root}.{hint}")
+    if root.is_file():
         if root.suffix.lower() != ".csv":
-            raise UserError(f"{root} is neither a folder nor a .csv file: give one of these")
+            raise UserError(f"{root} is neither a folder, an archive nor a .csv file: give one")
         found = from_csv(root, unlabelled)
     elif split is None and (folders := split_folders(root)):
         found = from_split_folders(folders, unlabelled)
@@ -288,20 +258,41 @@ def find(
     else:
         classes = _class_names(root)
         found = {"": (_class_folders(root, classes, whole=True), classes)}
-    if shares is not None and "" not in found:
-        raise UserError(f"{root} has splits of its own ({', '.join(found)}): leave --splits out")
-    if split is not None:
-        if "" not in found and split not in found:
-            raise UserError(
-                f"{root} has no split {split!r}, it has {', '.join(found)}: give one of these"
-            )
-        found = {split: found[split] if split in found else found[""]}
-    if "" in found:
-        samples, classes = found[""]
-        found = {s: (part, classes) for s, part in divide(samples, parsed, seed).items()}
     found = {s: v for s, v in found.items() if v[0]}
     if not found:
-        raise UserError(
-            f"{root} has no images: give a folder of them ({' '.join(sorted(SUFFIXES))})"
-        )
+        known = " ".join(sorted(SUFFIXES))
+        raise UserError(f"{root} has no images: give a folder of them ({known})")
     return found
+
+
+def settle(found: Splits, root: Path, shares: str | None, split: str | None, seed: int) -> Splits:
+    """Divides what is not divided yet, or takes one split.
+
+    Args:
+        found: From `find` or a layout.
+        root: Where it is from, for messages.
+        shares: Text of --splits.
+        split: Take everything as this split, or this one of several.
+        seed: Of the division.
+
+    Returns:
+        Per split its samples and classes.
+
+    Raises:
+        UserError: The options contradict the source or each other.
+    """
+    if shares is not None and split is not None:
+        raise UserError("--splits divides, --split packs everything as one: give one of them")
+    parsed = parse_shares(shares)
+    if shares is not None and "" not in found:
+        has = ", ".join(found)
+        raise UserError(f"{root} has splits of its own ({has}): leave --splits out")
+    if split is not None:
+        if "" not in found and split not in found:
+            has = ", ".join(found)
+            raise UserError(f"{root} has no split {split!r}, it has {has}: give one of these")
+        return {split: found.get(split) or found[""]}
+    if "" not in found:
+        return found
+    samples, classes = found[""]
+    return {s: (part, classes) for s, part in divide(samples, parsed, seed).items()}

@@ -1,0 +1,259 @@
+"""Writes the shards of a split, with WebDataset's own writer, and their index."""
+
+import io
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import webdataset
+from numpy.typing import NDArray
+from PIL import Image
+from rich.progress import Progress
+
+from data import images, keyed, manifest, tars
+from data.errors import UserError
+from data.sources import Sample
+
+# The size of the published ViT-MAE models.
+DEFAULT_SIZE = 224
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What became of one split."""
+
+    split: str
+    samples: int
+    classes: int
+    shards: int
+    bytes: int
+    skipped: int
+
+
+def content_of(sample: Sample) -> bytes:
+    """The sample's file."""
+    if isinstance(sample.source, Path):
+        try:
+            return sample.source.read_bytes()
+        except OSError as error:
+            raise ValueError(f"it cannot be opened ({error.strerror})") from None
+    return sample.source if isinstance(sample.source, bytes) else sample.source()
+
+
+def _encode(sample: Sample, size: int | None, keep_original: bool) -> tuple[str, bytes]:
+    """Extension and bytes of the sample as it is stored."""
+    content = content_of(sample)
+    if not keep_original:
+        return "png", images.prepare(content, size)
+    images.read(content)  # only to see that it can be read
+    if isinstance(sample.source, Path):
+        return sample.source.suffix.lower().lstrip(".") or "img", content
+    return _suffix(content), content
+
+
+def _suffix(content: bytes) -> str:
+    """The extension of an image file that has no name."""
+    kind = (Image.open(io.BytesIO(content)).format or "img").lower()
+    return {"jpeg": "jpg"}.get(kind, kind)
+
+
+def _name(sample: Sample) -> str:
+    return str(sample.source) if isinstance(sample.source, Path) else sample.key
+
+
+def _encoded(
+    samples: Iterable[Sample], encode: Callable[[Sample], tuple[str, bytes]]
+) -> Iterator[tuple[Sample, Future[tuple[str, bytes]]]]:
+    """Encodes in threads (Pillow works outside Python's lock) and yields in order."""
+    threads = min(16, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: list[tuple[Sample, Future[tuple[str, bytes]]]] = []
+        try:
+            for sample in samples:
+                waiting.append((sample, pool.submit(encode, sample)))
+                if len(waiting) > 4 * threads:
+                    yield waiting.pop(0)
+            yield from waiting
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def _key(number: int, key: str) -> str:
+    """A WebDataset key: no dots (they begin the extension), unique, short enough for any tar."""
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "_", key)[-60:].strip("_")
+    return f"{number:08d}-{readable}" if readable else f"{number:08d}"
+
+
+def _index(folder: Path, names: list[str]) -> tuple[list[manifest.ShardInfo], NDArray[np.int64]]:
+    """Shards and table of members of tars written by `write_split`."""
+    shards, tables = [], []
+    for name in names:
+        path = folder / name
+        rows: dict[str, list[int]] = {}
+        for member in tars.scan(path):
+            key, extension = tars.split_name(member.name) or (member.name, "")
+            row = rows.setdefault(key, [-1, -1, -1, -1])
+            at = 2 if extension == "cls" else 0
+            row[at : at + 2] = member.offset, member.size
+        size = path.stat().st_size
+        shards.append(manifest.ShardInfo(name, tars.sha256_of(path), size, len(rows)))
+        tables.append(np.array(list(rows.values()), dtype=np.int64).reshape(-1, 4))
+    return shards, np.concatenate(tables)
+
+
+def write_split(
+    samples: Iterable[Sample],
+    classes: Sequence[str],
+    out_dir: Path,
+    *,
+    split: str = "train",
+    name: str | None = None,
+    size: int | None = DEFAULT_SIZE,
+    keep_original: bool = False,
+    samples_per_shard: int = 1000,
+    overwrite: bool = False,
+    skip_broken: bool = False,
+    progress: Progress | None = None,
+) -> Packed:
+    """Writes one split: its shards, members.npy and manifest.json.
+
+    The tars are the same bytes for the same samples and options: fixed owner, time 0. A list of
+    samples is shuffled first (always in the same way), so that a shard holds all classes; an
+    iterator is written as it comes. Everything goes to a temporary folder, which is renamed at the
+    end.
+
+    Args:
+        samples: What to write.
+        classes: Names of the classes; a sample's label is an index into them.
+        out_dir: The data set's folder; the split's is made in it.
+        split: "train", "val" or "test".
+        name: First part of the shards' names; by default that of `out_dir`.
+        size: Side in pixels of the square that images are fitted to; None keeps their own.
+        keep_original: Store the files as they are.
+        samples_per_shard: Samples in a tar.
+        overwrite: Replace the split if it is there.
+        skip_broken: Leave out unreadable images (counted) where they would be an error.
+        progress: Where to show how far it is.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: An unreadable image, a split that exists, nothing to write.
+    """
+    if split not in manifest.SPLITS:
+        raise UserError(f"there is no split {split!r}: give one of {', '.join(manifest.SPLITS)}")
+    if samples_per_shard < 1:
+        raise UserError(f"samples_per_shard is {samples_per_shard}: give 1 or more")
+    if size is not None and size < 1:
+        raise UserError(f"size is {size} pixels: give 1 or more")
+    final = out_dir / split
+    check_replaceable(final, overwrite)
+    total = len(samples) if isinstance(samples, Sequence) else None
+    if isinstance(samples, Sequence):
+        samples = [samples[i] for i in keyed.permutation(0, "pack", 0, len(samples))]
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", name or out_dir.resolve().name) or "data"
+    task = progress.add_task(split, total=total) if progress is not None else None
+    temporary = out_dir / f".{split}.{os.getpid()}.partial"
+    temporary.mkdir(parents=True)
+    try:
+        counts: Counter[int] = Counter()
+        written = skipped = 0
+        names: list[str] = []
+        with webdataset.ShardWriter(
+            str(temporary / f"{name}-{split}-%06d.tar"),
+            maxcount=samples_per_shard,
+            maxsize=2**40,
+            post=lambda path: names.append(Path(path).name),
+            verbose=0,
+            encoder=False,
+            mtime=0,
+            user="root",
+            group="root",
+        ) as writer:
+            for sample, future in _encoded(samples, lambda s: _encode(s, size, keep_original)):
+                try:
+                    extension, content = future.result()
+                except ValueError as error:
+                    if not skip_broken:
+                        raise UserError(
+                            f"{_name(sample)}: the image cannot be read: {error}: mend or remove"
+                            " it, or leave such images out with --skip_broken"
+                        ) from None
+                    skipped += 1
+                    continue
+                finally:
+                    if progress is not None and task is not None:
+                        progress.advance(task)
+                record: dict[str, str | bytes] = {
+                    "__key__": _key(written, sample.key),
+                    extension: content,
+                }
+                if sample.label is not None:
+                    if not 0 <= sample.label < len(classes):
+                        raise UserError(
+                            f"{_name(sample)}: label {sample.label} is outside the"
+                            f" {len(classes)} classes: correct it"
+                        )
+                    record["cls"] = str(sample.label).encode()
+                    counts[sample.label] += 1
+                writer.write(record)
+                written += 1
+        if not written:
+            raise UserError(f"split {split!r} has no readable image: check the source folder")
+        shards, members = _index(temporary, names)
+        manifest.write(
+            temporary,
+            split=split,
+            classes=list(classes),
+            class_counts=[counts[i] for i in range(len(classes))],
+            shards=shards,
+            members=members,
+            image={
+                "size": None if keep_original else size,
+                "stored": "original" if keep_original else "png",
+                "fit": None if keep_original or size is None else "short side bicubic, centre crop",
+            },
+        )
+        replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    total_bytes = sum(s.bytes for s in shards)
+    return Packed(split, written, len(classes), len(shards), total_bytes, skipped)
+
+
+def check_replaceable(folder: Path, overwrite: bool) -> None:
+    """Refuses a folder that exists, unless it holds shards and may be overwritten.
+
+    Raises:
+        UserError: It may not be replaced.
+    """
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{folder} exists: give another folder, or replace it with --overwrite")
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    try:
+        manifest.Manifest.load(str(folder))
+    except UserError:
+        raise UserError(
+            f"{folder} holds something other than shards, so --overwrite does not touch it:"
+            " give another folder"
+        ) from None
+
+
+def replace(new: Path, final: Path) -> None:
+    """Puts a folder in place; the one that was there goes when the new one stands."""
+    old = final.with_name(f".{final.name}.{os.getpid()}.old")
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)

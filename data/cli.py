@@ -73,7 +73,11 @@ def check_arguments(function: Callable[..., Any], argv: Sequence[str]) -> None:
     Raises:
         UserError: Names the word, and the nearest option.
     """
-    parameters = inspect.signature(function).parameters
+    parameters = dict(inspect.signature(function).parameters)
+    # *paths takes all words that are no flags, and is no flag itself.
+    rest = [n for n, p in parameters.items() if p.kind is inspect.Parameter.VAR_POSITIONAL]
+    for variadic in rest:
+        del parameters[variadic]
     named: set[str] = set()
     positional: list[str] = []
     i = 0
@@ -104,6 +108,8 @@ def check_arguments(function: Callable[..., Any], argv: Sequence[str]) -> None:
             i += 1
     required = [p for p in parameters if parameters[p].default is inspect.Parameter.empty]
     free = [p for p in required if p not in named]
+    if rest:
+        positional = []
     if len(positional) > len(free):
         extra = positional[len(free)]
         raise UserError(f"unexpected argument {extra!r}: write options as --NAME VALUE")
@@ -126,8 +132,13 @@ def _validated(function: Callable[..., Any]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(*args, **kwargs).arguments
-        function(**{name: value_of(name, text) for name, text in bound.items()})
+        bound = signature.bind(*args, **kwargs)
+        for name, text in bound.arguments.items():
+            several = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+            bound.arguments[name] = (
+                tuple(value_of(name, one) for one in text) if several else value_of(name, text)
+            )
+        function(*bound.args, **bound.kwargs)
 
     return call
 

@@ -5,7 +5,8 @@ SOURCE is one of
   a folder with splits                 SOURCE/{train,val,test}/CLASS/*.jpg
   a CSV file with a header             path,label[,split]        paths relative to the file
   a folder of images without classes   with --unlabelled
-  a known data set's own archive       recognised by its files, or named with --layout
+  a known data set as published        recognised by its files, or named with --layout
+  a .tar, .tgz or .zip of one of these
 
 OUT/{train,val,test}/ then hold shards NAME-SPLIT-000000.tar, manifest.json and members.npy.
 """
@@ -81,6 +82,7 @@ def pack(
     layout: str | None = None,
     fold: int = 1,
     trainval: bool = False,
+    val_fraction: float = 0.0,
     keep_banner: bool = False,
     name: str | None = None,
     samples_per_shard: int = 1000,
@@ -92,7 +94,7 @@ def pack(
 
     Args:
         source: Folder of class folders, folder with {train,val,test}/CLASS, CSV with
-            path,label[,split], or a known data set's own files.
+            path,label[,split], or a known data set as published, extracted or not.
         out: The data set's folder, e.g. shards/cub.
         size: Side in pixels; images are fitted to this square (short side bicubic, centre crop) and
             stored as PNG. By default their own if they are squares of one size up to 224, else 224.
@@ -101,10 +103,14 @@ def pack(
             taken class by class at random.
         unlabelled: Take all images without labels, whatever folders they lie in.
         split: Pack everything as this one split (train, val or test) of `out`.
-        layout: Name of a known data set's own layout, where it is not recognised by itself.
+        layout: Known data set whose official splits are taken, where it is not recognised itself:
+            aircraft, cub, xray, dtd, dogs, flowers or cifar100.
         fold: Of DTD's ten published divisions, which to take.
         trainval: Train on a known data set's official train and val images together.
-        keep_banner: Keep the copyright notice below FGVC Aircraft's pictures.
+        val_fraction: Where the source has splits but no val: part of train to set aside as val,
+            class by class at random; by default none.
+        keep_banner: Keep the 20 rows of copyright notice below FGVC Aircraft's pictures, which the
+            data set's authors ask to remove.
         name: First part of the shards' names; by default that of `out`.
         samples_per_shard: Samples in a tar.
         seed: Of the division into splits.
@@ -126,7 +132,7 @@ def pack(
     options = layouts.Options(fold=fold, trainval=trainval, keep_banner=keep_banner)
     with layouts.opened(root, out_dir.parent) as folder:
         found, notes = _find(folder, layout, options, unlabelled, split)
-        found = sources.settle(found, root, splits, split, seed)
+        found = sources.settle(found, root, splits, split, seed, val_fraction)
         for note in notes:
             console.print(note, highlight=False)
         if not keep_original and size is None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data import labels
 from data.cache import ShardCache
 from data.errors import BrokenData, UserError
 from data.manifest import Manifest, is_remote
@@ -69,6 +70,11 @@ class Reader:
         """Closes the open shards."""
         while self._open:
             os.close(self._open.popitem()[1])
+
+    @property
+    def opened(self) -> list[int]:
+        """The shards that are open, least recently used first."""
+        return list(self._open)
 
     def check_shards(self) -> None:
         """Looks whether the local shards are there and have the right size.
@@ -191,10 +197,8 @@ class Reader:
         return part[BLOCK:], header.name
 
     def _label(self, text: bytes) -> int:
-        """A class number from a .cls member."""
-        if not text.strip().isdigit():
-            raise ValueError(f"its label {text[:20]!r} is no class number")
-        label = int(text)
+        """A class number from a label member."""
+        label = labels.parse(text)
         if label >= len(self.manifest.classes):
             raise ValueError(
                 f"its label {label} is outside the {len(self.manifest.classes)} classes"

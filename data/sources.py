@@ -265,7 +265,44 @@ def find(root: Path, *, unlabelled: bool = False, split: str | None = None) -> S
     return found
 
 
-def settle(found: Splits, root: Path, shares: str | None, split: str | None, seed: int) -> Splits:
+def hold_out(found: Splits, fraction: float, seed: int) -> Splits:
+    """Sets part of train aside as val, of each class the same fraction, where there is no val.
+
+    Args:
+        found: A source's own splits.
+        fraction: Between 0 and 1.
+        seed: Another seed, another choice.
+
+    Returns:
+        The splits, with a val.
+
+    Raises:
+        UserError: The fraction is out of range, there is nothing to divide, or a val already.
+    """
+    cure = ""
+    if not 0 < fraction < 1:
+        cure = "give a number between 0 and 1, such as 0.1"
+    elif "" in found:
+        cure = "it is for sources with splits of their own; divide this one with --splits"
+    elif "val" in found:
+        cure = "the source has a val split; drop the option, or join val to train (--trainval)"
+    elif "train" not in found:
+        cure = f"the source has no train split, only {', '.join(found)}; drop the option"
+    if cure:
+        raise UserError(f"--val_fraction {fraction}: {cure}")
+    samples, classes = found["train"]
+    parts = divide(samples, (1 - fraction, fraction), seed)
+    return {**found, **{split: (part, classes) for split, part in parts.items()}}
+
+
+def settle(
+    found: Splits,
+    root: Path,
+    shares: str | None,
+    split: str | None,
+    seed: int,
+    val_fraction: float = 0.0,
+) -> Splits:
     """Divides what is not divided yet, or takes one split.
 
     Args:
@@ -274,6 +311,7 @@ def settle(found: Splits, root: Path, shares: str | None, split: str | None, see
         shares: Text of --splits.
         split: Take everything as this split, or this one of several.
         seed: Of the division.
+        val_fraction: Part of train to set aside as val; 0 for none.
 
     Returns:
         Per split its samples and classes.
@@ -287,6 +325,8 @@ def settle(found: Splits, root: Path, shares: str | None, split: str | None, see
     if shares is not None and "" not in found:
         has = ", ".join(found)
         raise UserError(f"{root} has splits of its own ({has}): leave --splits out")
+    if val_fraction:
+        found = hold_out(found, val_fraction, seed)
     if split is not None:
         if "" not in found and split not in found:
             has = ", ".join(found)

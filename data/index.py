@@ -1,0 +1,313 @@
+"""WebDataset tars made elsewhere -> manifest.json and members.npy beside them.
+
+    python -m data.index shards/birds                    # a folder with train/, val/, test/ of tars
+    python -m data.index shards/birds/train              # one split
+    python -m data.index shards/birds/train/a-*.tar      # some tars of a folder
+
+Members are grouped as WebDataset groups them: the key ends at the first dot of the base name, the
+extension is all that follows, neighbours with one key are one sample. A sample needs one image and,
+for fine-tuning, a class number in .cls, .txt or .json ({"label": 3}).
+"""
+
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import track
+
+from data import cli, images, labels, manifest, tars
+from data.errors import UserError
+
+LABELS = ("cls", "txt", "json")
+# First bytes of what people compress tars with.
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+# As in webdataset.tariterators.
+_META = re.compile(r"__[^/]*__($|/)")
+# A label above this is a number that means something else (an id, a date).
+_MAX_CLASSES = 2**20
+
+
+class Scanned(NamedTuple):
+    """What one tar holds: int64 [n, 4] rows of members.npy, int64 [n] labels, -1 for none."""
+
+    shard: manifest.ShardInfo
+    rows: NDArray[np.int64]
+    labels: NDArray[np.int64]
+
+
+class _Sample(NamedTuple):
+    key: str
+    members: dict[str, tars.Member]
+
+
+def _samples(path: Path) -> Iterator[_Sample]:
+    """A tar's samples: neighbouring members with one key."""
+    seen: set[str] = set()
+    sample: _Sample | None = None
+    for member in tars.scan(path):
+        split = tars.split_name(member.name)
+        # WebDataset's own notes, and what macOS adds to tars.
+        if split is None or _is_meta(member.name):
+            continue
+        key, extension = split
+        if sample is None or key != sample.key:
+            if sample is not None:
+                yield sample
+            if key in seen:
+                raise UserError(
+                    f"shard {path}, sample {key}: the key comes twice, not side by side: give"
+                    " every sample a key of its own and keep its files together (tar --sort=name)"
+                )
+            seen.add(key)
+            sample = _Sample(key, {})
+        if extension in sample.members:
+            raise UserError(
+                f"shard {path}, sample {key}: two files .{extension}: give every sample a key of"
+                " its own (it ends at the first dot of the file's name)"
+            )
+        sample.members[extension] = member
+    if sample is not None:
+        yield sample
+
+
+def _is_meta(name: str) -> bool:
+    """Whether WebDataset skips the member (``__name__``, ``__name__/...``), or macOS added it."""
+    return _META.match(name) is not None or PurePosixPath(name).name.startswith("._")
+
+
+def _image(path: Path, sample: _Sample, wanted: str) -> tars.Member:
+    """The sample's input."""
+    found = [
+        extension
+        for extension in sample.members
+        if (extension == wanted if wanted != "auto" else f".{extension}" in images.SUFFIXES)
+    ]
+    if not found and wanted == "auto":
+        # A key with dots: "a.b.jpg" is sample "a" with extension "b.jpg".
+        found = [e for e in sample.members if "." + e.rpartition(".")[2] in images.SUFFIXES]
+    where = f"shard {path}, sample {sample.key}"
+    has = ", ".join(f".{extension}" for extension in sample.members)
+    if not found:
+        kind = "image" if wanted == "auto" else f".{wanted}"
+        raise UserError(
+            f"{where}: no {kind} among its files ({has}): leave the sample out of the tar, or name"
+            " the images' extension (--image EXTENSION)"
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"{where}: more than one image among its files ({has}): say which (--image EXTENSION);"
+            " or, if they are different samples, rename them (a key ends at the first dot)"
+        )
+    return sample.members[found[0]]
+
+
+def _label(
+    path: Path, sample: _Sample, wanted: Sequence[str], file: BinaryIO
+) -> tuple[int, int, int]:
+    """Offset and length of the sample's label member, and its class number; -1 each if none."""
+    extension = next((e for e in wanted if e in sample.members), None)
+    if extension is None:
+        return -1, -1, -1
+    member = sample.members[extension]
+    file.seek(member.offset)
+    try:
+        return member.offset, member.size, labels.parse(file.read(member.size))
+    except ValueError as error:
+        raise UserError(
+            f"shard {path}, sample {sample.key}: {error} (.{extension}): write the number of its"
+            " class there, or name another file (--label EXTENSION), or use none (--label none)"
+        ) from None
+
+
+def scan(path: Path, image: str = "auto", label: str = "auto") -> Scanned:
+    """Reads one tar.
+
+    Args:
+        path: The tar.
+        image: Extension of the inputs; "auto" for any image's.
+        label: Extension of the labels; "auto" for the first of .cls, .txt, .json; "none" for none.
+
+    Returns:
+        Its name, hash and samples.
+
+    Raises:
+        UserError: It is compressed or broken, or a sample is not as it should be.
+    """
+    with path.open("rb") as file:
+        head = file.read(8)
+    for magic, kind in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise UserError(
+                f"{path} is compressed ({kind}), so its samples cannot be read by their place:"
+                " decompress it (images hardly shrink by it)"
+            )
+    wanted = LABELS if label == "auto" else () if label == "none" else (label,)
+    rows: list[tuple[int, ...]] = []
+    numbers: list[int] = []
+    try:
+        with path.open("rb") as file:
+            for sample in _samples(path):
+                picture = _image(path, sample, image)
+                *place, number = _label(path, sample, wanted, file)
+                rows.append((picture.offset, picture.size, *place))
+                numbers.append(number)
+    except tarfile.TarError as error:
+        raise UserError(f"{path} is no whole tar ({error}): copy it again") from None
+    shard = manifest.ShardInfo(path.name, tars.sha256_of(path), path.stat().st_size, len(rows))
+    return Scanned(
+        shard,
+        np.array(rows, dtype=np.int64).reshape(-1, 4),
+        np.array(numbers, dtype=np.int64),
+    )
+
+
+def _groups(places: Sequence[str], split: str | None) -> dict[str, list[Path]]:
+    """The tars of each split, from what the user gave."""
+    if not places:
+        raise UserError("nothing to index: give tars, or the folder that holds them")
+    paths = [Path(place) for place in places]
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} does not exist: give tars, or the folder that holds them")
+    if len(paths) == 1 and paths[0].is_dir():
+        found = sorted(paths[0].glob("*.tar"))
+        inner = {s: sorted((paths[0] / s).glob("*.tar")) for s in manifest.SPLITS}
+        if not found and split is None and any(inner.values()):
+            return {name: listed for name, listed in inner.items() if listed}
+        if not found:
+            packed = sorted(p.name for p in paths[0].glob("*.tar.*")) + sorted(
+                p.name for p in paths[0].glob("*.tgz")
+            )
+            hint = f"; {packed[0]} is compressed: decompress it" if packed else ""
+            raise UserError(f"{paths[0]} has no tars (*.tar), nor has a train/ in it{hint}")
+        paths = found
+    if folders := [path for path in paths if path.is_dir()]:
+        raise UserError(f"{folders[0]} is a folder: give one folder, or tars only")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError("a tar is given twice: name each once")
+    parents = {path.resolve().parent for path in paths}
+    if len(parents) > 1:
+        raise UserError(
+            f"the tars lie in {len(parents)} folders, and one manifest covers one: index each"
+            " folder by itself, or move them together"
+        )
+    parent = parents.pop()
+    name = split or (parent.name if parent.name in manifest.SPLITS else "train")
+    if name not in manifest.SPLITS:
+        raise UserError(
+            f"--split {name}: the splits are {', '.join(manifest.SPLITS)}."
+            + cli.nearest(name, manifest.SPLITS, prefix="")
+        )
+    return {name: paths}
+
+
+def _class_names(path: str | None, scanned: Sequence[Scanned]) -> list[str]:
+    """From the file of names, or numbers up to the greatest label."""
+    greatest = max((int(s.labels.max()) for s in scanned if len(s.labels)), default=-1)
+    if path is None:
+        if greatest >= _MAX_CLASSES:
+            raise UserError(
+                f"the greatest label is {greatest}: that is hardly the number of a class; if it is"
+                " another kind of number, index without labels (--label none)"
+            )
+        return [str(number) for number in range(greatest + 1)]
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        raise UserError(
+            f"--classes {path}: no text file there: give one with a class name a line, in the order"
+            " of the labels"
+        ) from None
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if greatest >= len(names):
+        shard, row = next(
+            (s, int(np.argmax(s.labels))) for s in scanned if (s.labels == greatest).any()
+        )
+        raise UserError(
+            f"shard {shard.shard.name}, sample {row}: label {greatest} is outside the {len(names)}"
+            f" classes of {path}: labels begin at 0; add the names that are missing"
+        )
+    return names
+
+
+def index(
+    *places: str,
+    split: str | None = None,
+    classes: str | None = None,
+    image: str = "auto",
+    label: str = "auto",
+    workers: int = 4,
+    overwrite: bool = False,
+) -> None:
+    """Writes manifest.json and members.npy beside WebDataset tars made elsewhere.
+
+    Args:
+        places: The tars of one split, or one folder: of tars, or of train/, val/, test/ with tars.
+        split: train, val or test; by default what the folder is called, else train.
+        classes: Text file with a class name a line, in the order of the labels; by default the
+            classes are called by their numbers, up to the greatest label.
+        image: Extension of the inputs where a sample has several images.
+        label: Extension of the label: by default the first of cls, txt, json; "none" for no labels.
+        workers: Tars that are read at the same time.
+        overwrite: Replace a manifest that is there.
+
+    Raises:
+        UserError: Names shard, sample and cure.
+    """
+    groups = _groups(places, split)
+    for paths in groups.values():
+        there = paths[0].parent / manifest.FILE
+        if there.exists() and not overwrite:
+            raise UserError(f"{there} is there already: use it, or replace it (--overwrite)")
+    todo = [path for paths in groups.values() for path in paths]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        try:
+            jobs = pool.map(lambda path: scan(path, image, label), todo)
+            scanned = list(track(jobs, "indexing", total=len(todo), transient=True))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    names = _class_names(classes, scanned)
+    at = 0
+    for name, paths in groups.items():
+        part, at = scanned[at : at + len(paths)], at + len(paths)
+        _write(name, paths[0].parent, part, names)
+
+
+def _write(split: str, folder: Path, scanned: Sequence[Scanned], names: list[str]) -> None:
+    """One split's manifest, and a line about it."""
+    numbers = np.concatenate([s.labels for s in scanned])
+    if len(numbers) == 0:
+        raise UserError(f"{folder}: its tars hold no samples: give tars with images")
+    unlabelled = int((numbers < 0).sum())
+    if 0 < unlabelled < len(numbers):
+        shard, row = next((s, int(np.argmin(s.labels))) for s in scanned if (s.labels < 0).any())
+        raise UserError(
+            f"{unlabelled} of {len(numbers)} samples have no label, the first is sample {row} of"
+            f" shard {folder / shard.shard.name}: label all, or index without labels (--label none)"
+        )
+    counts = np.bincount(numbers[numbers >= 0], minlength=len(names)).tolist()
+    manifest.write(
+        folder,
+        split=split,
+        classes=names,
+        class_counts=counts,
+        shards=[s.shard for s in scanned],
+        members=np.concatenate([s.rows for s in scanned]),
+        image={"size": None},
+    )
+    kind = "no labels" if unlabelled else f"{len(names)} classes"
+    print(f"{folder}: {split}, {len(numbers)} samples in {len(scanned)} shards, {kind}")
+    if empty := [name for name, count in zip(names, counts, strict=True) if count == 0]:
+        print(f"note: {len(empty)} classes have no sample in {split}, the first is {empty[0]}")
+    if folder.name != split:
+        print(f"note: training looks for DATA/{split}: call the folder {split}, or link it there")
+
+
+if __name__ == "__main__":
+    cli.run(index)

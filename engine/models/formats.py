@@ -1,0 +1,259 @@
+"""The published formats of ViT and ViT-MAE checkpoints, each read into the same record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransformer
+from torch import Tensor, nn
+
+from data.errors import UserError
+from engine.models.layout import Tensors, from_fair, from_hugging_face
+from engine.models.source import read_folder, read_json, read_safetensors, read_torch
+from engine.models.vit_mae import Shape
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+#: Heads of FAIR's MAE encoders by width; a file of tensors does not tell them.
+_FAIR_HEADS = {768: 12, 1024: 16, 1280: 16}
+#: What fine-tuned and other checkpoints have beside the encoder.
+_HF_EXTRA = ("pooler.", "vit.pooler.", "classifier.")
+_HF_MASK = ("embeddings.mask_token", "vit.embeddings.mask_token")
+_TIMM_EXTRA = ("head.",)
+
+
+@dataclass
+class Found:
+    """What a checkpoint holds, under our names, not yet checked for completeness."""
+
+    shape: Shape
+    encoder: Tensors
+    decoder: Tensors
+    origin: str
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    notes: list[str] = field(default_factory=list)
+
+
+def read(path: Path, origin: str) -> Found:
+    """Reads a folder or file of any known format.
+
+    Raises:
+        UserError: none of the known formats, or another architecture.
+    """
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            return _bare(read_safetensors(path), {}, origin)
+        if path.suffix in (".pth", ".pt", ".bin"):
+            return _bare(*read_torch(path), origin)
+        raise UserError(f"{origin} is neither .pth, .pt, .bin nor .safetensors: give one of them")
+    # A classifier that pools by the mean is exported for timm alone.
+    folder = path if (path / "config.json").exists() else path / "timm"
+    if not (folder / "config.json").exists():
+        raise UserError(
+            f"{origin} has no config.json: give a model's folder as transformers or timm save it"
+        )
+    config = read_json(folder / "config.json")
+    if "architecture" in config:
+        return _timm(folder, config, origin)
+    return _hugging_face(folder, config, origin)
+
+
+def _hugging_face(folder: Path, config: dict[str, Any], origin: str) -> Found:
+    """Reads the ViTMAE and ViT classes of transformers."""
+    kind = config.get("model_type")
+    if kind not in ("vit_mae", "vit"):
+        raise UserError(
+            f"{origin} is a {kind or 'model of unknown type'}, not a ViT-MAE or ViT: give image "
+            "weights such as facebook/vit-mae-base"
+        )
+    # Where config.json is silent, transformers' own defaults hold.
+    told: dict[str, Any] = {
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "layer_norm_eps": 1e-12,
+    } | config
+    if told["hidden_act"] != "gelu" or not told["qkv_bias"]:
+        raise UserError(
+            f"{origin} has activation {told['hidden_act']} and qkv_bias {told['qkv_bias']}: only "
+            "gelu with biases is supported, as in every published ViT-MAE"
+        )
+    shape = Shape(
+        image_size=_square(told, "image_size", 224, origin),
+        patch_size=_square(told, "patch_size", 16, origin),
+        width=told.get("hidden_size", 768),
+        depth=told.get("num_hidden_layers", 12),
+        heads=told.get("num_attention_heads", 12),
+        mlp_width=told.get("intermediate_size", 3072),
+        decoder_width=told.get("decoder_hidden_size", 512),
+        decoder_depth=told.get("decoder_num_hidden_layers", 8),
+        decoder_heads=told.get("decoder_num_attention_heads", 16),
+        decoder_mlp_width=told.get("decoder_intermediate_size", 2048),
+        channels=told.get("num_channels", 3),
+        norm_eps=told["layer_norm_eps"],
+        mask_ratio=told.get("mask_ratio", 0.75),
+        normalize_pixels=told.get("norm_pix_loss", False) if kind == "vit_mae" else True,
+    )
+    encoder, decoder, left = from_hugging_face(read_folder(folder))
+    # ViTForMaskedImageModeling's decoder, one convolution, is no MAE's.
+    known = (*_HF_EXTRA, "decoder.") if kind == "vit" else _HF_EXTRA
+    strange = [k for k in left if not k.startswith(known) and k not in _HF_MASK]
+    if strange:
+        raise UserError(
+            f"{origin} has {strange[0]}, which no plain ViT-MAE has: take an unmodified checkpoint"
+        )
+    found = Found(shape, encoder, decoder, origin)
+    dropped = sorted({k.removeprefix("vit.").split(".")[0] for k in left})
+    if dropped:
+        found.notes.append(f"{origin}: left out {', '.join(dropped)}: only the encoder is used")
+    _read_processor(folder, found)
+    return found
+
+
+def _square(config: Mapping[str, Any], key: str, default: int, origin: str) -> int:
+    value = config.get(key, default)
+    sides = set(value) if isinstance(value, list) else {value}
+    if len(sides) != 1 or not isinstance(side := sides.pop(), int):
+        raise UserError(f"{origin}: {key} {value} is not square: only square images are supported")
+    return side
+
+
+def _read_processor(folder: Path, found: Found) -> None:
+    """Mean and standard deviation, which the weights were trained with."""
+    path = folder / "preprocessor_config.json"
+    if not path.exists():
+        found.notes.append(
+            f"{found.origin}: no preprocessor_config.json: images are normalised by ImageNet's "
+            "mean and standard deviation"
+        )
+        return
+    processor = read_json(path)
+    # ViTImageProcessor's own defaults are 0.5.
+    half = [0.5] * found.shape.channels
+    if processor.get("do_normalize", True):
+        found.mean = tuple(processor.get("image_mean") or half)
+        found.std = tuple(processor.get("image_std") or half)
+    else:
+        found.mean, found.std = (0.0,) * found.shape.channels, (1.0,) * found.shape.channels
+
+
+def _bare(tensors: dict[str, Tensor], args: dict[str, Any], origin: str) -> Found:
+    """A file of tensors alone under FAIR's or timm's names; the shape is read off the tensors."""
+    encoder, decoder = from_fair(tensors)
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    absent = [k for k in needed if k not in encoder]
+    if absent:
+        hint = "give the folder with its config.json" if "vit." in " ".join(tensors) else ""
+        raise UserError(
+            f"{origin} has no {absent[0]}, so it is no ViT or MAE under FAIR's or timm's names: "
+            + (hint or "give such a checkpoint, or a folder with its config.json")
+        )
+    notes = []
+    width, channels, patch = encoder["patch_embed.proj.weight"].shape[:3]
+    grid = round((encoder["pos_embed"].shape[1] - 1) ** 0.5)
+    heads = _FAIR_HEADS.get(width) or max(1, width // 64)
+    if width not in _FAIR_HEADS:
+        notes.append(f"{origin}: the file does not tell its heads: took {heads} of width 64")
+    told: dict[str, Any] = {}
+    if decoder.keys() >= {"mask_token", "blocks.0.mlp.fc1.weight"}:
+        decoder_width = decoder["mask_token"].shape[2]
+        told = {
+            "decoder_width": decoder_width,
+            "decoder_depth": _depth(decoder),
+            # FAIR's decoders have 16 heads at width 512, whatever the encoder.
+            "decoder_heads": max(1, decoder_width // 32),
+            "decoder_mlp_width": decoder["blocks.0.mlp.fc1.weight"].shape[0],
+        }
+    shape = Shape(
+        image_size=grid * patch,
+        patch_size=patch,
+        width=width,
+        depth=_depth(encoder),
+        heads=heads,
+        mlp_width=encoder["blocks.0.mlp.fc1.weight"].shape[0],
+        channels=channels,
+        norm_eps=1e-6,
+        mask_ratio=args.get("mask_ratio", 0.75),
+        normalize_pixels=args.get("norm_pix_loss", True),
+        **told,
+    )
+    found = Found(shape, encoder, decoder, origin, notes=notes)
+    _drop_head(found)
+    return found
+
+
+def _depth(tensors: Mapping[str, Tensor]) -> int:
+    return 1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks."))
+
+
+def _drop_head(found: Found) -> None:
+    kept = {k: v for k, v in found.encoder.items() if not k.startswith(_TIMM_EXTRA)}
+    if len(kept) < len(found.encoder):
+        found.notes.append(f"{found.origin}: left out head: only the encoder is used")
+    found.encoder = kept
+
+
+def _timm(folder: Path, config: dict[str, Any], origin: str) -> Found:
+    """A folder as timm's hub saves it: the shape is asked of the model that timm builds from it."""
+    import timm
+
+    name = config["architecture"]
+    try:
+        with torch.device("meta"):
+            model: Any = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    except (RuntimeError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        raise UserError(
+            f"{origin}: timm cannot build its {name} ({' '.join(str(error).split())[:80]}): check "
+            "config.json, or update timm"
+        ) from error
+    _check_plain(model, name, origin)
+    block = model.blocks[0]
+    shape = Shape(
+        image_size=model.patch_embed.img_size[0],
+        patch_size=model.patch_embed.patch_size[0],
+        width=model.embed_dim,
+        depth=len(model.blocks),
+        heads=block.attn.num_heads,
+        mlp_width=block.mlp.fc1.out_features,
+        channels=model.in_chans,
+        # timm's configuration cannot express it; our exports write it beside.
+        norm_eps=config.get("norm_eps", block.norm1.eps),
+    )
+    found = Found(shape, read_folder(folder), {}, origin)
+    found.mean = tuple(model.pretrained_cfg.get("mean", IMAGENET_MEAN))
+    found.std = tuple(model.pretrained_cfg.get("std", IMAGENET_STD))
+    _drop_head(found)
+    return found
+
+
+def _check_plain(model: Any, name: str, origin: str) -> None:
+    """Refuses what our encoder would compute otherwise: registers, layer scale, other norms..."""
+    plain = (
+        type(model) is VisionTransformer
+        and type(block := model.blocks[0]) is Block
+        and type(block.attn) is Attention
+        and type(block.mlp) is Mlp
+        and isinstance(block.mlp.act, nn.GELU)
+        and block.mlp.act.approximate == "none"
+        and block.attn.qkv.bias is not None
+        and model.num_prefix_tokens == 1
+        and model.has_class_token
+        and not model.no_embed_class
+        and model.pos_embed is not None
+        and isinstance(model.norm_pre, nn.Identity)
+        and isinstance(block.ls1, nn.Identity)
+        and isinstance(block.attn.q_norm, nn.Identity)
+        and isinstance(model.norm, nn.LayerNorm)
+        and isinstance(block.norm1, nn.LayerNorm)
+        and len(set(model.patch_embed.img_size)) == len(set(model.patch_embed.patch_size)) == 1
+    )
+    if not plain:
+        raise UserError(
+            f"{origin} is timm's {name}, which is not a plain ViT as MAE's is: take one with a "
+            "class token, learnt or fixed positions and a final LayerNorm, e.g. "
+            "timm/vit_base_patch16_224.mae"
+        )

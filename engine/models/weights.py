@@ -1,0 +1,141 @@
+"""Pre-trained ViT-MAE weights, read from any published format into one record."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from data.errors import UserError
+from engine.models import formats
+from engine.models.formats import IMAGENET_MEAN, IMAGENET_STD, Found
+from engine.models.layout import Tensors
+from engine.models.source import locate
+from engine.models.vit_mae import Shape, ViTMAE, position_table
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Pre-trained weights, theta_init and phi_init of the paper, and what belongs to them.
+
+    Attributes:
+        shape: the model's shape; its decoder part is MAE's default where `decoder` is None.
+        encoder: fp32 tensors under timm's names; `ViTEncoder` loads them strictly.
+        decoder: fp32 tensors that `MAEDecoder` loads strictly; None if the source has no decoder.
+        mean: mean of each channel, of pixels in [0, 1].
+        std: standard deviation of each channel.
+        origin: what the user named.
+        sha256: of the tensors' names, shapes and fp32 bytes, whatever file they came in.
+        notes: what the user should be told, a line each.
+    """
+
+    shape: Shape
+    encoder: Tensors
+    decoder: Tensors | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    origin: str
+    sha256: str
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def fresh(cls, model: ViTMAE) -> Pretrained:
+        """A model's own weights, copied; ImageNet's mean and standard deviation."""
+        encoder = {k: v.detach().float().clone() for k, v in model.encoder.state_dict().items()}
+        decoder = {k: v.detach().float().clone() for k, v in model.decoder.state_dict().items()}
+        digest = fingerprint(encoder, decoder)
+        return cls(model.shape, encoder, decoder, IMAGENET_MEAN, IMAGENET_STD, "scratch", digest)
+
+
+def load_pretrained(source: str, image_size: int | None = None) -> Pretrained:
+    """Reads weights.
+
+    Args:
+        source: a Hugging Face folder or hub name (ViTMAE, ViT, ViT classifiers; safetensors or
+            pytorch_model.bin; names of transformers 4 and 5), FAIR's .pth, a timm folder or hub
+            name, or a timm .safetensors file.
+        image_size: side of the images to train on, if other than the source's. Sine-cosine
+            position embeddings are computed anew, learnt ones resampled; a note says which.
+
+    Raises:
+        UserError: unknown or unreadable source, another architecture, missing or strange tensors,
+            an image size that is no multiple of the patch size.
+    """
+    found = formats.read(locate(source), source)
+    encoder = _complete("encoder", found, found.encoder)
+    decoder = _complete("decoder", found, found.decoder) if found.decoder else None
+    shape, notes = found.shape, list(found.notes)
+    if image_size is not None and image_size != shape.image_size:
+        old, shape = shape, replace(shape, image_size=image_size)
+        for part in (encoder, decoder):
+            if part is not None:
+                part["pos_embed"], how = _move(part["pos_embed"], old.grid, shape.grid)
+        notes.append(
+            f"{source}: image size {old.image_size} -> {image_size}: position embeddings {how}"
+        )
+    return Pretrained(
+        shape=shape,
+        encoder=encoder,
+        decoder=decoder,
+        mean=found.mean,
+        std=found.std,
+        origin=source,
+        sha256=fingerprint(encoder, decoder),
+        notes=tuple(notes),
+    )
+
+
+def fingerprint(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor] | None) -> str:
+    """sha256 over all tensors' names, shapes and fp32 bytes, in order of their names."""
+    digest = hashlib.sha256()
+    for part, tensors in (("encoder", encoder), ("decoder", decoder or {})):
+        for name in sorted(tensors):
+            digest.update(f"{part}.{name} {tuple(tensors[name].shape)}\n".encode())
+            digest.update(tensors[name].float().contiguous().cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def _complete(part: str, found: Found, given: Mapping[str, Tensor]) -> Tensors:
+    """Copies into NaN-filled tensors of the shape's own names, so that nothing missed is silent."""
+    with torch.device("meta"):
+        model: Any = getattr(ViTMAE(found.shape), part)
+    wanted = {k: torch.full(v.shape, torch.nan) for k, v in model.state_dict().items()}
+    missing = sorted(wanted.keys() - given.keys())
+    strange = sorted(given.keys() - wanted.keys())
+    if missing or strange:
+        which = f"lacks {_few(missing)}" if missing else f"has {_few(strange)}"
+        raise UserError(
+            f"{found.origin}: its {part} {which}, so it is no plain ViT-MAE {part} of "
+            f"{len(model.blocks)} blocks: take a complete checkpoint"
+        )
+    for name, tensor in wanted.items():
+        if given[name].shape != tensor.shape:
+            raise UserError(
+                f"{found.origin}: {part}.{name} is {tuple(given[name].shape)}, its configuration "
+                f"asks for {tuple(tensor.shape)}: the two do not belong together"
+            )
+        tensor.copy_(given[name])
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{found.origin}: {part}.{name} holds NaN or infinite values: take another "
+                "checkpoint"
+            )
+    return wanted
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _move(table: Tensor, old: int, new: int) -> tuple[Tensor, str]:
+    """Position embeddings [1, 1 + old², D] for a grid of new², and how they were made."""
+    width = table.shape[2]
+    if torch.allclose(table, position_table(width, old), atol=1e-3):
+        return position_table(width, new), "(sine-cosine) computed anew"
+    moved: Tensor = resample_abs_pos_embed(table, [new, new], [old, old], num_prefix_tokens=1)
+    return moved.contiguous(), "resampled (bicubic)"

@@ -86,9 +86,9 @@ class Peak(NamedTuple):
     bf16: float | None
 
 
-# Vendors' data sheets; figures given there with sparsity are halved here. NVIDIA: the data sheets of
-# each; for GeForce, the white papers of the GA102 and Ada architectures (appendix A). AMD: Instinct
-# MI250X (which shows as two devices: half of the sheet's figures) and MI300X data sheets.
+# Vendors' data sheets; figures with sparsity are halved here. NVIDIA: the data sheet of each; for
+# GeForce the white papers of GA102 and Ada (appendix A). AMD: the sheets of Instinct MI300X and
+# MI250X, which shows as two devices: half of its sheet's figures.
 PEAKS = (
     Peak(r"\bB200\b", 75.0, 1125.0, 2250.0, 2250.0),
     Peak(r"\bH(100|200) NVL\b", 60.0, 417.5, 835.0, 835.0),

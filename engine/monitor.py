@@ -75,6 +75,7 @@ class Monitor:
         self._metrics = (folder / METRICS).open("a", encoding="utf-8")
         # TensorBoard drops all that earlier event files of the folder hold from this step on.
         self._writer = SummaryWriter(str(folder), purge_step=self.first)
+        self._latest: dict[str, int] = {}  # tag -> last step
         self._line = (
             None if quiet else _Line(stage, steps, start, samples_per_step, log_every, unit)
         )
@@ -91,6 +92,7 @@ class Monitor:
         values = {tag: float(value) for tag, value in scalars.items()}
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
+            self._latest[tag] = step
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         record = {"step": step, "time": round(time.time(), 3), **finite}
         self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
@@ -152,7 +154,8 @@ class Monitor:
         for summary in (begin, end):
             writer.add_summary(summary, self.steps)
         for tag, value in metrics.items():
-            self._writer.add_scalar(tag, value, self.steps)
+            if self._latest.get(tag) != self.steps:  # the tab shows scalars; logged ones are there
+                self._writer.add_scalar(tag, value, self.steps)
         self._writer.flush()
 
     def progress(self, step: int, losses: Mapping[str, float] | None = None) -> None:
@@ -295,15 +298,17 @@ def cut_metrics(path: Path, first: int) -> None:
     os.replace(temporary, path)
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Nested tables as dotted names, with values of the types that the HParams tab knows."""
-    flat: dict[str, bool | int | float | str] = {}
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str]:
+    """Nested tables as dotted names; truth values, lists and None as words."""
+    flat: dict[str, int | float | str] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             flat |= _flat(value, name + ".")
-        else:
-            flat[name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+        elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            flat[name] = value
+        else:  # torch's writer would make 1.0 of True
+            flat[name] = str(value).lower() if isinstance(value, bool | None) else str(value)
     return flat
 
 

@@ -89,6 +89,8 @@ def pretrained(run: Run, source: str | None = None) -> Pretrained:
             mask_ratio=config.mae.ratio,
             normalize_pixels=config.mae.normalize_pixels,
         )
+        for note in loaded.notes:
+            run.say(f"{path}: {note}")
         return replace(loaded, shape=shape)
     told = config.model.shape
     shape = Shape(
@@ -348,6 +350,7 @@ def evaluate(run: Run, engine: Any, manifest: Manifest) -> Scores:
     )
     for batch in batches:
         labels = batch["labels"].to(ranks.device)
-        out = engine(images=batch["images"].to(ranks.device), labels=labels)
+        # Padding bears label -1, which no cross-entropy takes; the tally leaves it out.
+        out = engine(images=batch["images"].to(ranks.device), labels=labels.clamp(min=0))
         tally.add(out["logits"], labels, batch["valid"].to(ranks.device), batch["ids"])
     return tally.gather()

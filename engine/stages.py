@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +96,7 @@ def distill(run: Run, number: int) -> None:
     base = pretrained(run)
     train = Manifest.load_split(_data(run), "train")
     taught = pretrained(run, source)
-    if taught.shape.encoder != base.shape.encoder:
-        raise UserError(
-            f"teacher {source} has another architecture ({taught.shape.encoder}) than the model "
-            f"{config.model.path} ({base.shape.encoder}): give the --model that it was trained from"
-        )
+    _same_architecture(taught, base)
     model = mae_model(run, base)
     normalize = Normalize(base.mean, base.std)
     teacher = _teacher(run, name, taught, train, normalize)
@@ -153,6 +148,16 @@ def teacher_source(run: Run, number: int) -> str:
             f"run --stage pretrain first, or give --teacher FOLDER"
         )
     return str(run.folder / stage / "export")
+
+
+def _same_architecture(taught: Pretrained, base: Pretrained) -> None:
+    for field in ("image_size", "patch_size", "width", "depth", "heads", "mlp_width"):
+        theirs, ours = getattr(taught.shape, field), getattr(base.shape, field)
+        if theirs != ours:
+            raise UserError(
+                f"teacher {taught.origin} has another architecture ({field} {theirs}) than the model "
+                f"{base.origin} ({ours}): give the --model that the teacher was trained from"
+            )
 
 
 def _teacher(
@@ -298,15 +303,13 @@ def _finetune_once(run: Run, name: str, source: str, seed: int) -> None:
     def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {k: batch[k].to(device, non_blocking=True) for k in keys}
 
-    def score(engine: Any) -> Callable[[str], Scores]:
-        return lambda split: evaluate(run, engine, splits[split])
-
     def finish(engine: Any) -> dict[str, Any]:
         metrics: dict[str, float] = {}
+        scores: dict[str, Scores] = {}
         for split in ("val", "test"):
             if split in splits:
-                scores = score(engine)(split)
-                metrics |= scores.as_dict(split)
+                scores[split] = evaluate(run, engine, splits[split])
+                metrics |= scores[split].as_dict(split)
         encoder = full_state(engine.module.model.encoder, keep=ranks.main)
         head = full_state(engine.module.model.head, keep=ranks.main)
         folder = run.folder / name / "export"
@@ -321,7 +324,7 @@ def _finetune_once(run: Run, name: str, source: str, seed: int) -> None:
                 weights.mean,
                 weights.std,
             )
-        return {"metrics": metrics, "export": str(folder), "start": source}
+        return {"metrics": metrics, "scores": scores, "export": str(folder), "start": source}
 
     fit(
         run,

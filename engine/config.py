@@ -263,6 +263,8 @@ def load(overrides: dict[str, Any]) -> Config:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"recipe {path}: not valid TOML: {error}") from error
         for name, value in _flatten(content).items():
+            if name == "model.path" and (path.parent / str(value)).exists():
+                value = str(path.parent / str(value))  # weights that lie beside their recipe
             _insert(tree, name, value, f"recipe {path.name}")
             given[name] = f"recipe {path.name}"
     for name, value in overrides.items():

@@ -1,0 +1,108 @@
+"""The methods of one run side by side: `python -m launcher.compare runs/NAME`.
+
+A run made with `--stage all --compare` holds three fine-tunings: from the pre-trained model, from the
+further pre-trained one, and from the self-distilled one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from data import cli
+from data.errors import UserError
+
+#: Method, its fine-tuning, and the stages whose time it needs as well.
+METHODS = (
+    ("fine-tuning", "finetune-model", ()),
+    ("further pre-training", "finetune-pretrain", ("pretrain",)),
+    ("self-distillation", "finetune", ("pretrain", "distill-*")),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's figures: shares in 0..1, seconds of all its stages (one fine-tuning)."""
+
+    method: str
+    mean: float
+    std: float | None
+    n: int
+    seconds: float
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}): run the stage again") from error
+
+
+def rows(run: Path, metric: str = "test_accuracy") -> list[Row]:
+    """The methods that a run folder holds complete.
+
+    Args:
+        run: a run folder.
+        metric: a key of result.json's metrics.
+
+    Raises:
+        UserError: there is no complete fine-tuning, or it lacks the metric.
+    """
+    found = []
+    for method, stage, before in METHODS:
+        path = run / stage / "result.json"
+        if not path.is_file():
+            continue
+        result = _read(path)
+        if metric not in result["metrics"]:
+            known = ", ".join(result["metrics"])
+            raise UserError(f"{path} has no {metric!r}; it has {known or 'no metrics'}")
+        n = int(result.get("n", 1))
+        seconds = float(result["seconds"]) / n
+        for pattern in before:
+            seconds += sum(
+                float(_read(p)["seconds"]) for p in run.glob(f"{pattern}/result.json")
+            )
+        std = result.get("std", {}).get(metric)
+        found.append(Row(method, float(result["metrics"][metric]), std, n, seconds))
+    if not found:
+        raise UserError(
+            f"{run} holds no complete fine-tuning: run engine/run.py --stage all --compare first"
+        )
+    return found
+
+
+def show(run: Path, metric: str = "test_accuracy", title: str | None = None) -> None:
+    """Prints the table: method, mean ± sample standard deviation over the seeds, wall time."""
+    table = Table(title=title or str(run))
+    table.add_column("method")
+    table.add_column(f"{metric.replace('_', ' ')}, % (mean ± std, n)", justify="right")
+    table.add_column("wall time", justify="right")
+    for row in rows(run, metric):
+        spread = "" if row.std is None else f" ± {100 * row.std:.2f}"
+        minutes, seconds = divmod(round(row.seconds), 60)
+        table.add_row(
+            row.method, f"{100 * row.mean:.2f}{spread} (n = {row.n})", f"{minutes}:{seconds:02d} min"
+        )
+    console = Console()
+    console.print(table)
+    console.print("wall time: all stages of the method, with one fine-tuning", style="dim")
+
+
+def main(run: str, metric: str = "test_accuracy") -> None:
+    """Prints the table of a run.
+
+    Args:
+        run: run folder.
+        metric: a key of result.json's metrics, such as val_accuracy or test_macro_f1.
+    """
+    show(Path(run), metric)
+
+
+if __name__ == "__main__":
+    cli.run(main)

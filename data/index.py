@@ -110,7 +110,9 @@ def _label(
     path: Path, sample: _Sample, wanted: Sequence[str], file: BinaryIO
 ) -> tuple[int, int, int]:
     """Offset and length of the sample's label member, and its class number; -1 each if none."""
-    extension = next((e for e in wanted if e in sample.members), None)
+    found = [e for w in wanted for e in sample.members if e == w]
+    found += [e for w in wanted for e in sample.members if e.endswith(f".{w}")]
+    extension = next(iter(found), None)
     if extension is None:
         return -1, -1, -1
     member = sample.members[extension]
@@ -120,17 +122,18 @@ def _label(
     except ValueError as error:
         raise UserError(
             f"shard {path}, sample {sample.key}: {error} (.{extension}): write the number of its"
-            " class there, or name another file (--label EXTENSION), or use none (--label none)"
+            " class there, or name another file (--label EXTENSION), or take none (--unlabelled)"
         ) from None
 
 
-def scan(path: Path, image: str = "auto", label: str = "auto") -> Scanned:
+def scan(path: Path, image: str = "auto", label: str = "auto", unlabelled: bool = False) -> Scanned:
     """Reads one tar.
 
     Args:
         path: The tar.
         image: Extension of the inputs; "auto" for any image's.
-        label: Extension of the labels; "auto" for the first of .cls, .txt, .json; "none" for none.
+        label: Extension of the labels; "auto" for the first of .cls, .txt, .json.
+        unlabelled: Take no labels.
 
     Returns:
         Its name, hash and samples.
@@ -146,7 +149,7 @@ def scan(path: Path, image: str = "auto", label: str = "auto") -> Scanned:
                 f"{path} is compressed ({kind}), so its samples cannot be read by their place:"
                 " decompress it (images hardly shrink by it)"
             )
-    wanted = LABELS if label == "auto" else () if label == "none" else (label,)
+    wanted = () if unlabelled else LABELS if label == "auto" else (label,)
     rows: list[tuple[int, ...]] = []
     numbers: list[int] = []
     try:
@@ -213,7 +216,7 @@ def _class_names(path: str | None, scanned: Sequence[Scanned]) -> list[str]:
         if greatest >= _MAX_CLASSES:
             raise UserError(
                 f"the greatest label is {greatest}: that is hardly the number of a class; if it is"
-                " another kind of number, index without labels (--label none)"
+                " another kind of number, index without labels (--unlabelled)"
             )
         return [str(number) for number in range(greatest + 1)]
     try:
@@ -241,6 +244,7 @@ def index(
     classes: str | None = None,
     image: str = "auto",
     label: str = "auto",
+    unlabelled: bool = False,
     workers: int = 4,
     overwrite: bool = False,
 ) -> None:
@@ -252,7 +256,8 @@ def index(
         classes: Text file with a class name a line, in the order of the labels; by default the
             classes are called by their numbers, up to the greatest label.
         image: Extension of the inputs where a sample has several images.
-        label: Extension of the label: by default the first of cls, txt, json; "none" for no labels.
+        label: Extension of the label; by default the first of cls, txt and json that is there.
+        unlabelled: Take no labels, whatever files there are.
         workers: Tars that are read at the same time.
         overwrite: Replace a manifest that is there.
 
@@ -267,7 +272,7 @@ def index(
     todo = [path for paths in groups.values() for path in paths]
     with ThreadPoolExecutor(max(1, workers)) as pool:
         try:
-            jobs = pool.map(lambda path: scan(path, image, label), todo)
+            jobs = pool.map(lambda path: scan(path, image, label, unlabelled), todo)
             scanned = list(track(jobs, "indexing", total=len(todo), transient=True))
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -289,7 +294,7 @@ def _write(split: str, folder: Path, scanned: Sequence[Scanned], names: list[str
         shard, row = next((s, int(np.argmin(s.labels))) for s in scanned if (s.labels < 0).any())
         raise UserError(
             f"{unlabelled} of {len(numbers)} samples have no label, the first is sample {row} of"
-            f" shard {folder / shard.shard.name}: label all, or index without labels (--label none)"
+            f" shard {folder / shard.shard.name}: label all, or index without labels (--unlabelled)"
         )
     counts = np.bincount(numbers[numbers >= 0], minlength=len(names)).tolist()
     manifest.write(

@@ -20,6 +20,20 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 #: Heads of FAIR's MAE encoders by width; a file of tensors does not tell them.
 _FAIR_HEADS = {768: 12, 1024: 16, 1280: 16}
+#: Shape's field -> key in transformers' config.json, and the default where it is silent.
+_HF_NUMBERS: dict[str, tuple[str, float]] = {
+    "width": ("hidden_size", 768),
+    "depth": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 12),
+    "mlp_width": ("intermediate_size", 3072),
+    "decoder_width": ("decoder_hidden_size", 512),
+    "decoder_depth": ("decoder_num_hidden_layers", 8),
+    "decoder_heads": ("decoder_num_attention_heads", 16),
+    "decoder_mlp_width": ("decoder_intermediate_size", 2048),
+    "channels": ("num_channels", 3),
+    "norm_eps": ("layer_norm_eps", 1e-12),
+    "mask_ratio": ("mask_ratio", 0.75),
+}
 #: What fine-tuned and other checkpoints have beside the encoder.
 _HF_EXTRA = ("pooler.", "vit.pooler.", "classifier.")
 _HF_MASK = ("embeddings.mask_token", "vit.embeddings.mask_token")
@@ -71,32 +85,24 @@ def _hugging_face(folder: Path, config: dict[str, Any], origin: str) -> Found:
             f"{origin} is a {kind or 'model of unknown type'}, not a ViT-MAE or ViT: give image "
             "weights such as facebook/vit-mae-base"
         )
-    # Where config.json is silent, transformers' own defaults hold.
-    told: dict[str, Any] = {
-        "hidden_act": "gelu",
-        "qkv_bias": True,
-        "layer_norm_eps": 1e-12,
-    } | config
+    told: dict[str, Any] = {"hidden_act": "gelu", "qkv_bias": True} | config
     if told["hidden_act"] != "gelu" or not told["qkv_bias"]:
         raise UserError(
             f"{origin} has activation {told['hidden_act']} and qkv_bias {told['qkv_bias']}: only "
             "gelu with biases is supported, as in every published ViT-MAE"
         )
+    numbers = {name: told.get(key, default) for name, (key, default) in _HF_NUMBERS.items()}
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise UserError(
+                f"{origin}: {_HF_NUMBERS[name][0]} is {value!r} in config.json, not a positive "
+                "number: fetch the file again"
+            )
     shape = Shape(
         image_size=_square(told, "image_size", 224, origin),
         patch_size=_square(told, "patch_size", 16, origin),
-        width=told.get("hidden_size", 768),
-        depth=told.get("num_hidden_layers", 12),
-        heads=told.get("num_attention_heads", 12),
-        mlp_width=told.get("intermediate_size", 3072),
-        decoder_width=told.get("decoder_hidden_size", 512),
-        decoder_depth=told.get("decoder_num_hidden_layers", 8),
-        decoder_heads=told.get("decoder_num_attention_heads", 16),
-        decoder_mlp_width=told.get("decoder_intermediate_size", 2048),
-        channels=told.get("num_channels", 3),
-        norm_eps=told["layer_norm_eps"],
-        mask_ratio=told.get("mask_ratio", 0.75),
         normalize_pixels=told.get("norm_pix_loss", False) if kind == "vit_mae" else True,
+        **numbers,
     )
     encoder, decoder, left = from_hugging_face(read_folder(folder))
     # ViTForMaskedImageModeling's decoder, one convolution, is no MAE's.

@@ -27,8 +27,8 @@ def locate(source: str) -> Path:
         UserError: there is no such thing, or the hub cannot be reached.
     """
     path = Path(source).expanduser()
-    if path.is_file() and path.suffix == ".safetensors" and (path.parent / "config.json").exists():
-        return path.parent
+    if path.name == "model.safetensors" and (path.parent / "config.json").exists():
+        path = path.parent  # its configuration tells more than its tensors
     if path.exists():
         return path
     name = source.removeprefix("hf-hub:")

@@ -52,17 +52,22 @@ class Shape:
         """Refuses a shape that no model can have, with a UserError."""
         if self.image_size % self.patch_size:
             raise UserError(
-                f"image size {self.image_size} is not a multiple of patch size {self.patch_size}"
+                f"image size {self.image_size} is not a multiple of patch size {self.patch_size}: "
+                f"take {max(1, round(self.image_size / self.patch_size)) * self.patch_size}"
             )
         for name, width, heads in (
             ("width", self.width, self.heads),
             ("decoder_width", self.decoder_width, self.decoder_heads),
         ):
             if width % heads or width % 4:
-                raise UserError(f"{name} {width} is not a multiple of both 4 and its {heads} heads")
+                raise UserError(
+                    f"{name} {width} is not a multiple of both 4 and its {heads} heads: change one "
+                    "of them"
+                )
         if not 0 < self.kept < self.patches:
             raise UserError(
-                f"mask ratio {self.mask_ratio} keeps {self.kept} of {self.patches} patches"
+                f"mask ratio {self.mask_ratio} keeps {self.kept} of {self.patches} patches: it "
+                "must leave some, and hide some"
             )
 
     @property

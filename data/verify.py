@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data import images, labels, manifest
-from data.cache import ShardCache
 from data.errors import BrokenData, UserError
 from data.manifest import Manifest
 from data.tars import BLOCK, parse_header, sha256_of, split_name
@@ -111,6 +110,8 @@ def _local(file: Manifest, shard: int) -> Path:
     """
     info, place = file.shards[shard], file.shard_place(shard)
     if manifest.is_remote(place):
+        from data.cache import ShardCache  # and with it torch: seconds that local shards need not
+
         return ShardCache(file.cache_dir).path(place, info.sha256, info.bytes)
     path = Path(place)
     if not path.is_file():

@@ -38,6 +38,7 @@ class _Batches:
 
     Attributes:
         manifest: The split.
+        samples: What the workers run.
         broken: Samples skipped so far by this rank: id -> what is wrong.
     """
 
@@ -50,7 +51,7 @@ class _Batches:
             raise UserError(f"skip_broken is {skip_broken}: give the tolerated share, 0 to below 1")
         self.manifest = manifest
         self.broken: dict[int, str] = {}
-        self._samples = samples
+        self.samples = samples
         self._workers = workers
         self._pin = pin
         self._skip_broken = skip_broken
@@ -74,7 +75,7 @@ class _Batches:
                 return arrays()
 
         loader = DataLoader(
-            self._samples,
+            self.samples,
             sampler=Arrays(),
             batch_size=None,
             num_workers=self._workers,

@@ -158,12 +158,14 @@ class Order:
                 window = (shard - head) // self.window
                 while len(found) < windows:
                     low, high = self._bounds(line, start, end, window)
-                    if low >= high:
+                    if low >= end:
                         break
+                    window += 1
+                    if high <= low:  # shards without samples
+                        continue
                     a = int(np.searchsorted(line, low, side="right")) - 1
                     b = int(np.searchsorted(line, high, side="left"))
                     found.append([int(s) for s in shards[a:b] if self.counts[s]])
-                    window += 1
             epoch += 1
         return found
 

@@ -41,6 +41,11 @@ class Samples(Dataset[dict[str, Any]]):
         except UserError as error:
             return {"error": str(error)}
 
+    def _prefetches(self) -> bool:
+        """Whether this process is the one that fetches ahead."""
+        worker = torch.utils.data.get_worker_info()
+        return self.reader.remote and (worker is None or worker.id == 0)
+
     def _stack(self, pictures: list[NDArray[np.uint8]], names: list[str]) -> torch.Tensor:
         """uint8 [b, 3, H, W]; the sizes must agree."""
         first = pictures[0].shape
@@ -102,8 +107,7 @@ class Stream(Samples):
 
     def _prefetch(self, positions: Ints) -> None:
         """Remote shards of this window and the next are fetched ahead by the first worker."""
-        worker = torch.utils.data.get_worker_info()
-        if not self.reader.remote or (worker is not None and worker.id != 0):
+        if not self._prefetches():
             return
         _, first = np.unique(positions % self.order.partitions, return_index=True)
         ahead = [self.order.shards_ahead(int(positions[i])) for i in first]
@@ -111,7 +115,7 @@ class Stream(Samples):
         windows = [w for nth in zip(*ahead, strict=True) for w in nth]
         if windows != self._ahead:
             self._ahead = windows
-            self.reader.prefetch([s for w in windows for s in w])
+            self.reader.prefetch(list(dict.fromkeys(s for w in windows for s in w)))
 
 
 class Rows(Samples):
@@ -120,6 +124,7 @@ class Rows(Samples):
     def batch(self, positions: Ints) -> dict[str, Any]:
         """images, labels, positions, ids, valid, and what was broken."""
         ids = positions.copy()
+        self._prefetch(int(positions.max()))
         found: dict[int, tuple[NDArray[np.uint8], Record]] = {}
         broken = {}
         for row, sample in enumerate(positions):
@@ -147,3 +152,10 @@ class Rows(Samples):
             "valid": torch.tensor([row in found for row in range(len(ids))], dtype=torch.bool),
             "broken": broken,
         }
+
+    def _prefetch(self, sample: int) -> None:
+        """The remote shards after this one are fetched ahead by the first worker."""
+        if sample >= 0 and self._prefetches():
+            starts = self.reader.manifest.starts
+            shard = int(np.searchsorted(starts, sample, side="right")) - 1
+            self.reader.prefetch(list(range(shard, min(shard + 3, len(starts) - 1))))

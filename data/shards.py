@@ -91,8 +91,10 @@ def _key(number: int, key: str) -> str:
     return f"{number:08d}-{readable}" if readable else f"{number:08d}"
 
 
-def _index(folder: Path, names: list[str]) -> tuple[list[manifest.ShardInfo], NDArray[np.int64]]:
-    """Shards and table of members of tars written by `write_split`."""
+def index_tars(
+    folder: Path, names: list[str]
+) -> tuple[list[manifest.ShardInfo], NDArray[np.int64]]:
+    """Shards and table of members of tars as `write_split` makes them, in this order."""
     shards, tables = [], []
     for name in names:
         path = folder / name
@@ -208,7 +210,7 @@ def write_split(
                 written += 1
         if not written:
             raise UserError(f"split {split!r} has no readable image: check the source folder")
-        shards, members = _index(temporary, names)
+        shards, members = index_tars(temporary, names)
         manifest.write(
             temporary,
             split=split,

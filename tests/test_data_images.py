@@ -1,0 +1,150 @@
+"""Every kind of image becomes the RGB that it means; broken ones are named."""
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import images
+from data.errors import BrokenData
+from tests.data_kit import png
+
+GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+RGB = np.stack([GREY, GREY.T, np.full_like(GREY, 9)], axis=-1)
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format=kind, **options)
+    return out.getvalue()
+
+
+def pixels(content: bytes) -> np.ndarray:
+    return images.decode(content, None)
+
+
+def test_rgb_and_grey() -> None:
+    assert np.array_equal(pixels(png(Image.fromarray(RGB))), RGB.transpose(2, 0, 1))
+    grey = pixels(png(Image.fromarray(GREY)))
+    assert grey.shape == (3, 8, 8)
+    assert all(np.array_equal(channel, GREY) for channel in grey)
+    bits = Image.fromarray(GREY > 100)
+    assert np.array_equal(pixels(png(bits))[0], (GREY > 100) * 255)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_are_scaled(kind: str) -> None:
+    wide = GREY.astype(np.uint16) * 257
+    assert np.array_equal(pixels(saved(Image.fromarray(wide), kind))[0], GREY)
+    assert pixels(saved(Image.fromarray(np.array([[200]], np.uint16)), kind)).max() == 1
+
+
+def test_palette() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    image.putpixel((1, 0), 1)
+    assert pixels(png(image))[:, 0, 1].tolist() == [10, 20, 30]
+    assert pixels(saved(image, "GIF"))[:, 0, 1].tolist() == [10, 20, 30]
+
+
+def test_transparency_is_laid_over_white() -> None:
+    half = Image.new("RGBA", (1, 1), (0, 100, 200, 128))
+    assert np.abs(pixels(png(half))[:, 0, 0].astype(int) - [127, 177, 227]).max() <= 1
+    assert pixels(png(Image.new("LA", (1, 1), (0, 0)))).tolist() == [[[255]]] * 3
+    image = Image.new("P", (1, 1))
+    image.putpalette([10, 20, 30])
+    assert pixels(saved(image, "PNG", transparency=0)).tolist() == [[[255]]] * 3
+    keyed = saved(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG", transparency=(1, 2, 3))
+    assert pixels(keyed).tolist() == [[[255]]] * 3
+
+
+def test_cmyk() -> None:
+    for kind in ("JPEG", "TIFF"):
+        found = pixels(saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), kind))
+        assert np.abs(found.mean((1, 2)) - [255, 0, 0]).max() < 4
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_orientation_of_the_camera(kind: str) -> None:
+    wide = Image.new("RGB", (16, 8), (255, 0, 0))
+    wide.paste((0, 0, 255), (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees to the right
+    found = pixels(saved(wide, kind, exif=exif)).astype(int)
+    assert found.shape == (3, 16, 8)
+    assert found[2, 2, 4] > 200 > 50 > found[2, 13, 4]
+
+
+def test_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (2, 2), (50 * i, 0, 0)) for i in range(3)]
+    content = saved(frames[2], "GIF", save_all=True, append_images=frames[:2])
+    assert pixels(content)[0].max() == 100
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (300, 2)])
+def test_tiny_and_thin_images_fill_the_square(shape: tuple[int, int]) -> None:
+    content = images.prepare(png(Image.new("RGB", shape, (1, 2, 3))), 8)
+    found = pixels(content)
+    assert found.shape == (3, 8, 8)
+    assert np.array_equal(found[:, 3, 3], [1, 2, 3])
+
+
+def test_fit_takes_the_centre_of_the_short_side() -> None:
+    wide = Image.new("RGB", (40, 20), (255, 0, 0))
+    wide.paste((0, 255, 0), (10, 0, 30, 20))
+    found = np.asarray(images.fit(wide, 10))
+    assert (found == [0, 255, 0]).all(-1)[:, 1:-1].all()
+    same = Image.fromarray(RGB)
+    assert images.fit(same, 8) is same
+
+
+def test_prepare_is_lossless_and_leaves_metadata_out() -> None:
+    plain = images.prepare(png(Image.fromarray(RGB)), 8)
+    marked = images.prepare(saved(Image.fromarray(RGB), "PNG", dpi=(72, 72), exif=Image.Exif()), 8)
+    assert plain == marked
+    assert np.array_equal(pixels(plain), RGB.transpose(2, 0, 1))
+    grey = images.prepare(png(Image.fromarray(GREY)), 8)
+    assert Image.open(io.BytesIO(grey)).mode == "L"
+    assert images.prepare(png(Image.new("RGB", (3, 5))), None) == png(Image.new("RGB", (3, 5)))
+
+
+WHOLE = png(Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)))
+
+
+@pytest.mark.parametrize("at", [9, 20, 30, 60, 500, len(WHOLE) - 20, len(WHOLE) - 3])
+def test_a_flipped_byte_of_a_png_is_caught(at: int) -> None:
+    broken = bytearray(WHOLE)
+    broken[at] ^= 4
+    with pytest.raises(BrokenData, match=r"shard a, sample b: the image cannot be read: .*skip"):
+        images.decode(bytes(broken), None, "shard a, sample b")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        WHOLE[: len(WHOLE) // 2],
+        WHOLE[:-1],
+        saved(Image.fromarray(RGB).resize((64, 64)), "JPEG")[:-200],
+        saved(Image.fromarray(RGB), "WEBP", lossless=True)[:40],
+        b"",
+        b"hello",
+        b"\x89PNG\r\n\x1a\n",
+        saved(Image.fromarray(GREY.astype(np.float32)), "TIFF"),
+        saved(Image.fromarray(GREY.astype(np.int32) * 10**6), "TIFF"),
+        saved(Image.fromarray(np.full((2, 2), -1, np.int32)), "TIFF"),
+    ],
+)
+def test_unreadable_images_are_named(content: bytes) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(BrokenData, match="sample b: the image cannot be read: ") as caught:
+            images.decode(content, None, "sample b")
+    assert "\n" not in str(caught.value)
+
+
+def test_bombs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(BrokenData, match="too many pixels"):
+        images.decode(WHOLE, None)

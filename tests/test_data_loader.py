@@ -1,0 +1,212 @@
+"""Batches: the same samples for all numbers of ranks and workers; one pass without overlap."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import keyed
+from data.errors import UserError
+from data.loader import Loader, sequential
+from data.manifest import Manifest
+from tests.data_kit import number_of, uneven
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return uneven(tmp_path_factory.mktemp("data") / "train", [7, 1, 12, 5, 9, 3])
+
+
+def noise(positions: np.ndarray) -> dict[str, np.ndarray]:
+    return {"noise": keyed.uniform(0, "mask", positions, 3)}
+
+
+def take(loader: Loader, batches: int) -> list[dict[str, torch.Tensor]]:
+    stream = iter(loader)
+    out = [next(stream) for _ in range(batches)]
+    stream.close()
+    return out
+
+
+def steps_of(manifest: Manifest, steps: int, world: int, **options: Any) -> list[np.ndarray]:
+    """The global batch of each step as ids, put together from all ranks."""
+    each = options.get("accumulation", 1)
+    ranks = [
+        take(Loader(manifest, rank=r, world=world, **options), steps * each) for r in range(world)
+    ]
+    return [
+        np.concatenate([b["ids"].numpy() for r in ranks for b in r[s * each : (s + 1) * each]])
+        for s in range(steps)
+    ]
+
+
+def test_a_batch_holds_what_it_says(split: Manifest) -> None:
+    for batch in take(Loader(split, batch=8, keyed=noise, require_labels=True), 12):
+        assert batch["images"].dtype == torch.uint8
+        assert batch["images"].shape == (8, 3, 4, 4)
+        numbers = [number_of(image.numpy()) for image in batch["images"]]
+        assert numbers == batch["ids"].tolist()
+        assert batch["labels"].tolist() == [n % 3 for n in numbers]
+        expected = keyed.uniform(0, "mask", batch["positions"].numpy(), 3)
+        assert torch.equal(batch["noise"], torch.from_numpy(expected))
+        assert set(batch) == {"images", "labels", "positions", "ids", "noise"}
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 7),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(0, 2),
+    st.integers(0, 99),
+    st.integers(0, 20),
+)
+def test_steps_are_the_same_for_all_world_sizes(
+    split: Manifest,
+    world: int,
+    accumulation: int,
+    partitions: int,
+    window: int,
+    seed: int,
+    start: int,
+) -> None:
+    batch = world * accumulation * partitions
+    common: dict[str, Any] = {
+        "batch": batch,
+        "seed": seed,
+        "partitions": partitions,
+        "window": window,
+        "start_step": start,
+    }
+    alone = steps_of(split, 3, 1, **common)
+    together = steps_of(split, 3, world, accumulation=accumulation, **common)
+    for a, b in zip(alone, together, strict=True):
+        assert np.array_equal(a, b)
+    whole = steps_of(split, start + 3, 1, **{**common, "start_step": 0})
+    assert np.array_equal(np.concatenate(whole[start:]), np.concatenate(alone))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(split: Manifest, workers: int) -> None:
+    options: dict[str, Any] = {"batch": 6, "seed": 5, "partitions": 3, "keyed": noise}
+    for alone, helped in zip(
+        take(Loader(split, **options), 9),
+        take(Loader(split, workers=workers, **options), 9),
+        strict=True,
+    ):
+        assert set(alone) == set(helped)
+        assert all(torch.equal(alone[k], helped[k]) for k in alone)
+
+
+def test_entering_reads_few_shards(split: Manifest) -> None:
+    loader = Loader(split, batch=2, window=1, start_step=10**12)
+    ids = take(loader, 1)[0]["ids"].numpy()
+    reader = loader.samples.reader
+    shards = set((np.searchsorted(split.starts, ids, side="right") - 1).tolist())
+    assert set(reader.opened) == shards
+    assert len(shards) <= 2
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (3, 0), (5, 0), (3, 2)])
+def test_one_pass_shares_the_samples_out(split: Manifest, world: int, workers: int) -> None:
+    passes = [
+        list(sequential(split, batch=4, rank=r, world=world, workers=workers)) for r in range(world)
+    ]
+    assert len({len(p) for p in passes}) == 1
+    assert len(passes[0]) == len(sequential(split, batch=4, world=world))
+    seen = []
+    for r, batches in enumerate(passes):
+        mine = torch.cat([b["ids"][b["valid"]] for b in batches]).tolist()
+        assert mine == list(range(37 * r // world, 37 * (r + 1) // world))
+        seen += mine
+        for batch in batches:
+            assert batch["images"].shape == (4, 3, 4, 4)
+            assert (batch["labels"][~batch["valid"]] == -1).all()
+            assert not batch["images"][~batch["valid"]].any()
+    assert seen == list(range(37))
+
+
+def test_more_ranks_than_samples(tmp_path: Path) -> None:
+    tiny = uneven(tmp_path / "train", [2])
+    counts = [
+        sum(int(b["valid"].sum()) for b in sequential(tiny, batch=3, rank=r, world=5))
+        for r in range(5)
+    ]
+    assert sum(counts) == 2
+    assert len(sequential(tiny, batch=3, rank=4, world=5)) == 1
+
+
+def test_size_fits_images(split: Manifest) -> None:
+    assert take(Loader(split, batch=2, size=9), 1)[0]["images"].shape == (2, 3, 9, 9)
+    assert next(iter(sequential(split, batch=2, size=9)))["images"].shape == (2, 3, 9, 9)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch": 0}, "give 1 or more"),
+        ({"batch": 10, "world": 3}, "give 9 or 12"),
+        ({"batch": 8, "world": 2, "accumulation": 3}, "give 6 or 12"),
+        ({"batch": 2, "world": 4}, "give 4"),
+        ({"batch": 8, "partitions": 3}, "multiple"),
+        ({"batch": 8, "workers": -1}, "workers"),
+        ({"batch": 8, "skip_broken": 1.5}, "skip_broken"),
+    ],
+)
+def test_mistakes(split: Manifest, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Loader(split, **options)
+
+
+def test_labels_can_be_demanded(tmp_path: Path) -> None:
+    bare = uneven(tmp_path / "train", [3], labels=False)
+    assert take(Loader(bare, batch=2), 1)[0]["labels"].tolist() == [-1, -1]
+    with pytest.raises(UserError, match="3 of 3 samples .* have no label"):
+        Loader(bare, batch=2, require_labels=True)
+    with pytest.raises(UserError, match="no label"):
+        sequential(bare, batch=2, require_labels=True)
+
+
+SCRIPT = """
+import os, signal, sys, time
+from data.manifest import Manifest
+from data.loader import Loader
+stream = iter(Loader(Manifest.load(sys.argv[1]), batch=4, workers=2))
+next(stream)
+for pid in open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read().split():
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        os.kill(int(pid), number)
+time.sleep(0.2)
+for _ in range(20):
+    next(stream)
+print("read on")
+if sys.argv[2] == "raise":
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize("end", ["return", "raise"])
+def test_workers_ignore_signals_and_end_with_the_program(split: Manifest, end: str) -> None:
+    """SLURM signals all processes of a job; the trainer then still needs its batches."""
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, split.root, end],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        check=False,
+    )
+    assert done.stdout == "read on\n", done.stderr
+    assert done.returncode == (3 if end == "raise" else 0)
+    assert time.monotonic() - begin < 45
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN

@@ -18,6 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.progress import track
 
 from data import cli, images, labels, manifest, tars
@@ -270,10 +271,19 @@ def index(
         if there.exists() and not overwrite:
             raise UserError(f"{there} is there already: use it, or replace it (--overwrite)")
     todo = [path for paths in groups.values() for path in paths]
+    console = Console(stderr=True)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         try:
             jobs = pool.map(lambda path: scan(path, image, label, unlabelled), todo)
-            scanned = list(track(jobs, "indexing", total=len(todo), transient=True))
+            bar = track(
+                jobs,
+                "indexing",
+                len(todo),
+                console=console,
+                transient=True,
+                disable=not console.is_terminal,
+            )
+            scanned = list(bar)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -105,9 +105,7 @@ class Checkpoints:
         def publish() -> None:
             inner = draft / name
             files = sorted(p for p in inner.rglob("*") if p.is_file())
-            state.files = {
-                str(p.relative_to(inner)): [p.stat().st_size, sha256(p)] for p in files
-            }
+            state.files = {str(p.relative_to(inner)): [p.stat().st_size, sha256(p)] for p in files}
             for path in files:
                 fsync(path)
             write_text(inner / "state.json", json.dumps(asdict(state), indent=1))
@@ -148,7 +146,8 @@ class Checkpoints:
                 print(f"warning: {self.folder / name}: {fault}; skipped", file=sys.stderr)
             return None
 
-        return broadcast(find() if self.ranks.main else None)
+        found: tuple[str, State] | None = broadcast(find() if self.ranks.main else None)
+        return found
 
     def load(self, engine: Any, config: Mapping[str, Any], manifest: str) -> State | None:
         """Restores the newest whole checkpoint, if there is one. All ranks call it.

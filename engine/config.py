@@ -1,4 +1,4 @@
-"""The one validated configuration of a run: defaults, then a recipe (TOML), then the command line."""
+"""The one validated configuration of a run: defaults, then a recipe, then the command line."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def _section(annotation: Any) -> type[Section] | None:
 
 
 def options(section: type[Section] = Config, prefix: str = "") -> dict[str, Any]:
-    """Every option's dotted name with its pydantic field; a section's own name stands for its path."""
+    """Every option's dotted name and pydantic field; a section's name stands for its path."""
     found: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         inner = _section(field.annotation)
@@ -297,7 +297,9 @@ def kind_of(field: Any) -> str:
         return "|".join(map(str, typing.get_args(annotation)))
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return "|".join(
-            getattr(a, "__name__", str(a)) for a in typing.get_args(annotation) if a is not type(None)
+            getattr(a, "__name__", str(a))
+            for a in typing.get_args(annotation)
+            if a is not type(None)
         )
     return getattr(annotation, "__name__", str(annotation))
 
@@ -308,7 +310,9 @@ def help_text() -> str:
     for name, field in options().items():
         if name.endswith(".path") or name == "local_rank":
             continue
-        default = "" if field.default is None else f" [{field.get_default(call_default_factory=True)}]"
+        default = (
+            "" if field.default is None else f" [{field.get_default(call_default_factory=True)}]"
+        )
         lines.append(f"  --{name:<28} {kind_of(field):<24} {field.description or ''}{default}")
     lines += ["", "recipes: " + ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))]
     return "\n".join(lines)

@@ -31,7 +31,7 @@ class Ranks:
 
 
 def initialize() -> Ranks:
-    """Joins the process group that the launcher's environment describes; alone, makes one of size 1.
+    """Joins the process group of the launcher's environment; alone, makes one of size 1.
 
     The launchers `deepspeed` and `torchrun` both set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
     MASTER_PORT. Without them this is the only process.

@@ -1,4 +1,4 @@
-"""How far the encoder has moved from theta_init: the paper's ||theta_init - theta_t||_2 (Figure 5)."""
+"""How far the encoder is from theta_init: the paper's ||theta_init - theta_t||_2 (Figure 5)."""
 
 from __future__ import annotations
 

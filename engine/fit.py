@@ -169,7 +169,7 @@ def build_engine(run: Run, objective: nn.Module, kind: str, plan: StageSection) 
 
 
 def fit(run: Run, task: Fit) -> None:
-    """Trains one stage to its end, continuing a checkpoint if there is one, and writes its result."""
+    """Trains one stage to its end, from its checkpoint if there is one, and writes its result."""
     config, ranks, plan = run.config, run.ranks, task.plan
     began = time.time()
     _check_size(task.train, task.base.shape)
@@ -177,8 +177,8 @@ def fit(run: Run, task: Fit) -> None:
     steps = plan.length(task.train.samples)
     if plan.steps is None:
         run.say(
-            f"{task.name}: {plan.epochs:g} epochs x {task.train.samples} samples / batch {plan.batch}"
-            f" = {steps} steps"
+            f"{task.name}: {plan.epochs:g} epochs x {task.train.samples} samples"
+            f" / batch {plan.batch} = {steps} steps"
         )
     engine = build_engine(run, task.objective, task.kind, plan)
     drift = Drift(task.encoder, task.reference or task.base.encoder, ranks)

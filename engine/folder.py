@@ -47,7 +47,9 @@ class Run:
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:
-            raise UserError(f"{path}: not valid JSON ({error}): delete it to redo the stage") from error
+            raise UserError(
+                f"{path}: not valid JSON ({error}): delete it to redo the stage"
+            ) from error
 
 
 def open_run(config: Config, ranks: Ranks) -> Run:
@@ -100,14 +102,15 @@ def open_stage(run: Run, stage: str) -> bool:
         if run.result(stage) is not None:
             if config.resume == "never":
                 raise UserError(
-                    f"{folder} is complete: add --overwrite to do it again, or take another --output"
+                    f"{folder} is complete: --overwrite does it again, or take another --output"
                 )
             print(f"{stage}: complete, skipped ({folder / RESULT}; --overwrite does it again)")
             return False
         left = [p.name for p in folder.iterdir()] if folder.exists() else []
         if left and config.resume == "never":
             raise UserError(
-                f"{folder} holds an unfinished stage: --resume auto continues it, --overwrite deletes it"
+                f"{folder} holds an unfinished stage: --resume auto continues it, "
+                "--overwrite deletes it"
             )
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.toml", config.toml())

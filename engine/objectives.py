@@ -20,7 +20,7 @@ Feature = Literal["cls", "mean", "tokens"]
 class Normalize(nn.Module):
     """uint8 images to normalised fp32, on the device.
 
-    Its constants are no buffers: `module.bfloat16()` would round them, and the pixel target with them.
+    Its constants are no buffers: `module.bfloat16()` would round them, and so the pixel target.
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
@@ -114,7 +114,7 @@ class DistillObjective(nn.Module):
     def forward(self, images: Tensor, noise: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Losses, how student and teacher agree, and the prediction for pictures.
 
-        `teacher_spread` is the mean squared distance of the teacher's features from their batch mean.
+        `teacher_spread` is the mean squared distance of the teacher's features from their mean.
         Where it is not far above `distill`, the feature says little about the image.
 
         Args:

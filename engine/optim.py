@@ -48,9 +48,7 @@ def build(module: nn.Module, stage: str, plan: StageSection, *, offload: bool) -
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(
-            groups, lr=plan.lr, betas=plan.betas, eps=plan.eps, adamw_mode=True
-        )
+        return DeepSpeedCPUAdam(groups, lr=plan.lr, betas=plan.betas, eps=plan.eps, adamw_mode=True)
     return torch.optim.AdamW(groups, lr=plan.lr, betas=plan.betas, eps=plan.eps, fused=True)
 
 

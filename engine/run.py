@@ -39,7 +39,9 @@ def parse(argv: list[str]) -> dict[str, Any]:
                 raise UserError(f"unknown option --{name}{configuration.nearest_option(name)}")
             expects_value = "=" not in word
         elif word.startswith("-") and not word[1:2].isdigit() and word != "-":
-            raise UserError(f"unknown option {word}: options start with two dashes (--help lists them)")
+            raise UserError(
+                f"unknown option {word}: options start with two dashes (--help lists them)"
+            )
         elif not expects_value:
             raise UserError(f"{word!r} belongs to no option: --help lists them")
         else:
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
             ) from error
     except UserError as error:
         if not main_rank:
-            # Most mistakes are every rank's; rank 0 says it once, then the launcher ends the others.
+            # Most mistakes are every rank's: rank 0 says it, then the launcher ends the others.
             time.sleep(3)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -1,4 +1,4 @@
-"""The three stages: which model, which objective, which view of the data, what each leaves behind."""
+"""The three stages: which model, objective and view of the data, and what each leaves behind."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from data.errors import UserError
 from data.manifest import Manifest
 from engine import flops
 from engine.evaluation import Scores
-from engine.fit import Fit, base_encoder, classifier, evaluate, fit, mae_model, pretrained
 from engine.export import export_classifier, export_mae
+from engine.fit import Fit, base_encoder, classifier, evaluate, fit, mae_model, pretrained
 from engine.folder import Run, open_stage, write_result
 from engine.models.vit_mae import ViTEncoder
 from engine.models.weights import Pretrained
@@ -127,8 +127,10 @@ def distill(run: Run, number: int) -> None:
                 "mae": config.mae.model_dump(),
             },
             flops=flops.step_flops(model.shape, "distill", teacher=teacher.mode),
-            finish=lambda engine: _export_mae(run, name, engine, base)
-            | {"teacher": {"path": source, "sha256": taught.sha256, "mode": teacher.mode}},
+            finish=lambda engine: (
+                _export_mae(run, name, engine, base)
+                | {"teacher": {"path": source, "sha256": taught.sha256, "mode": teacher.mode}}
+            ),
         ),
     )
 
@@ -155,7 +157,7 @@ def _same_architecture(taught: Pretrained, base: Pretrained) -> None:
         theirs, ours = getattr(taught.shape, field), getattr(base.shape, field)
         if theirs != ours:
             raise UserError(
-                f"teacher {taught.origin} has another architecture ({field} {theirs}) than the model "
+                f"teacher {taught.origin} has another architecture ({field} {theirs}) than model "
                 f"{base.origin} ({ours}): give the --model that the teacher was trained from"
             )
 
@@ -366,7 +368,7 @@ def _splits(run: Run) -> dict[str, Manifest]:
         except UserError:
             if (Path(_data(run)) / split).exists():
                 raise
-    for split, manifest in found.items():
+    for manifest in found.values():
         if manifest.classes != found["train"].classes:
             raise UserError(
                 f"{manifest.root}: its classes are not those of the train split: pack both together"

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from engine.zero import inference_config
 class Teacher(Protocol):
     """Gives the features of a batch."""
 
-    mode: str
+    mode: Literal["replicated", "sharded", "cached"]
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """Features fp32 [B, D] or [B, 1+K, D] of a loader's batch, on the device."""
@@ -36,7 +36,7 @@ class Teacher(Protocol):
 class Replicated:
     """A whole frozen copy on each rank."""
 
-    mode = "replicated"
+    mode: Literal["replicated", "sharded", "cached"] = "replicated"
 
     def __init__(self, extractor: FeatureExtractor, ranks: Ranks, dtype: torch.dtype) -> None:
         self.extractor = extractor.to(ranks.device, dtype).eval()
@@ -45,13 +45,14 @@ class Replicated:
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """See `Teacher`."""
-        return self.extractor(batch["images"].to(self.device, non_blocking=True))
+        features: Tensor = self.extractor(batch["images"].to(self.device, non_blocking=True))
+        return features
 
 
 class Sharded:
     """A ZeRO-3 inference engine: each rank holds a part of every parameter."""
 
-    mode = "sharded"
+    mode: Literal["replicated", "sharded", "cached"] = "sharded"
 
     def __init__(self, extractor: FeatureExtractor, ranks: Ranks, dtype: torch.dtype) -> None:
         import deepspeed
@@ -65,7 +66,8 @@ class Sharded:
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """See `Teacher`."""
-        return self.engine(batch["images"].to(self.device, non_blocking=True))
+        features: Tensor = self.engine(batch["images"].to(self.device, non_blocking=True))
+        return features
 
 
 class Cached:
@@ -75,7 +77,7 @@ class Cached:
     float32 `.npy`, memory-mapped; row = sample id of the manifest.
     """
 
-    mode = "cached"
+    mode: Literal["replicated", "sharded", "cached"] = "cached"
 
     def __init__(self, table: np.ndarray, device: torch.device) -> None:
         self.table, self.device = table, device
@@ -147,8 +149,8 @@ def build_table(
         wrong = [k for k in key if state.get(k) != key[k]]
         if wrong or not file.exists():
             raise UserError(
-                f"{folder}: the cached features were made with another {wrong[0] if wrong else 'file'}"
-                ": delete that folder to compute them anew, or give the teacher and data they "
+                f"{folder}: the cached features were made with another "
+                f"{wrong[0] if wrong else 'file'}: delete that folder to compute them anew, or give the teacher and data they "
                 "were made with"
             )
         return Cached(_open(file, manifest.samples, shape), ranks.device)
@@ -199,11 +201,10 @@ def build_table(
 
 
 def _open(file: Path, samples: int, shape: tuple[int, ...]) -> np.ndarray:
-    table = np.load(file, mmap_mode="r", allow_pickle=False)
+    table: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
     if table.shape != (samples, *shape) or table.dtype != np.float32:
         raise UserError(
             f"{file}: shape {table.shape} is not {(samples, *shape)}: delete its folder to "
             "compute the features anew"
         )
     return table
-

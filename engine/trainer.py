@@ -90,11 +90,11 @@ def train(
         if loop.draw and loop.draw_every and (state.step % loop.draw_every == 0 or done):
             with meter.paused():
                 loop.draw(state.step, batch, out)
-        if loop.evaluate and loop.evaluate_every and state.step % loop.evaluate_every == 0:
-            if not done:  # the stage evaluates at its end in any case
-                with meter.paused():
-                    loop.evaluate(state.step)
-                    engine.train()
+        due = loop.evaluate_every and state.step % loop.evaluate_every == 0
+        if loop.evaluate and due and not done:  # the stage evaluates at its end in any case
+            with meter.paused():
+                loop.evaluate(state.step)
+                engine.train()
         if loop.save_every and (state.step % loop.save_every == 0) and not done:
             with meter.paused():
                 checkpoints.save(engine, state)
@@ -102,7 +102,7 @@ def train(
 
 
 def _step(loop: Loop, meter: Meter, ranks: Ranks) -> tuple[dict[str, Tensor], Batch, Batch]:
-    """One optimiser step; returns summed scalar losses, and the last micro-batch with its outputs."""
+    """One optimiser step; returns summed losses, and the last micro-batch with its outputs."""
     engine, accumulation = loop.engine, loop.plan.accumulation
     sums: dict[str, Tensor] = {}
     for micro in range(accumulation):

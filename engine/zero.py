@@ -100,7 +100,7 @@ def training_config(config: Config, plan: StageSection, world: int) -> dict[str,
 
 
 def inference_config(world: int, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's configuration of a frozen engine: ZeRO-3, which alone shards without optimiser."""
+    """DeepSpeed's configuration of a frozen engine: ZeRO-3 alone shards without optimiser."""
     content: dict[str, Any] = {
         "train_batch_size": world,
         "train_micro_batch_size_per_gpu": 1,

@@ -1,7 +1,7 @@
 """The methods of one run side by side: `python -m launcher.compare runs/NAME`.
 
-A run made with `--stage all --compare` holds three fine-tunings: from the pre-trained model, from the
-further pre-trained one, and from the self-distilled one.
+A run made with `--stage all --compare true` holds three fine-tunings: from the pre-trained model,
+from the further pre-trained one, and from the self-distilled one.
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ def rows(run: Path, metric: str = "test_accuracy") -> list[Row]:
         n = int(result.get("n", 1))
         seconds = float(result["seconds"]) / n
         for pattern in before:
-            seconds += sum(
-                float(_read(p)["seconds"]) for p in run.glob(f"{pattern}/result.json")
-            )
+            seconds += sum(float(_read(p)["seconds"]) for p in run.glob(f"{pattern}/result.json"))
         std = result.get("std", {}).get(metric)
         found.append(Row(method, float(result["metrics"][metric]), std, n, seconds))
     if not found:
@@ -87,7 +85,9 @@ def show(run: Path, metric: str = "test_accuracy", title: str | None = None) -> 
         spread = "" if row.std is None else f" ± {100 * row.std:.2f}"
         minutes, seconds = divmod(round(row.seconds), 60)
         table.add_row(
-            row.method, f"{100 * row.mean:.2f}{spread} (n = {row.n})", f"{minutes}:{seconds:02d} min"
+            row.method,
+            f"{100 * row.mean:.2f}{spread} (n = {row.n})",
+            f"{minutes}:{seconds:02d} min",
         )
     console = Console()
     console.print(table)

@@ -1,7 +1,7 @@
 """`make quickstart`: the main job on scikit-learn's handwritten digits, few of them labelled.
 
 Packs the images, runs all three stages through the deepspeed launcher with plain fine-tuning and
-further pre-training beside them, and prints the table. A second call continues or repeats the table.
+further pre-training beside them, and prints the table. A second call continues or repeats it.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def make_base(folder: Path, *, size: int = 16, width: int = 24, depth: int = 2) 
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment of a launch: the venv's tools on PATH, one build folder for DeepSpeed's ops."""
+    """The environment of a launch: the venv's tools on PATH, one build folder for ops."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env["PATH"] = f"{BIN}:{env['PATH']}"
     env.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))

@@ -2,8 +2,8 @@
 
     deepspeed --num_gpus 2 tests/run_cases.py cases.json
 
-cases.json holds a list of option tables (dotted names); each is one launch of the engine's stages. A
-case's "expect_error" is a piece of the message that it must end with.
+cases.json holds a list of option tables (dotted names); each is one launch of the stages. A case's
+ "expect_error" is a piece of the message that it must end with.
 """
 
 import json

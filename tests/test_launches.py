@@ -1,4 +1,4 @@
-"""The command line as people type it: launchers, numbers of ranks, ZeRO settings, precision, remote shards."""
+"""The command line as people type it: launchers, ranks, ZeRO settings, precision, remote shards."""
 
 import http.server
 import json
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -41,7 +42,9 @@ def losses(root: Path, name: str, stage: str = "distill-1") -> list[float]:
 
 
 def test_every_launcher_and_number_of_ranks_gives_the_same_losses(root: Path) -> None:
-    done = launch("engine/run.py", "--stage", "pretrain", *options(root, "python"), launcher="python")
+    done = launch(
+        "engine/run.py", "--stage", "pretrain", *options(root, "python"), launcher="python"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     teacher = root / "runs" / "python" / "pretrain" / "export"
     for launcher, ranks, zero in (
@@ -53,9 +56,7 @@ def test_every_launcher_and_number_of_ranks_gives_the_same_losses(root: Path) ->
     ):
         name = f"{launcher}-{ranks}"
         words = options(root, name, zero=zero, teacher=teacher)
-        done = launch(
-            "engine/run.py", "--stage", "distill", *words, ranks=ranks, launcher=launcher
-        )
+        done = launch("engine/run.py", "--stage", "distill", *words, ranks=ranks, launcher=launcher)
         assert done.returncode == 0, (name, (done.stdout + done.stderr)[-3000:])
         assert json.loads((root / "runs" / name / "distill-1" / "result.json").read_text())[
             "world"
@@ -67,7 +68,7 @@ def test_every_launcher_and_number_of_ranks_gives_the_same_losses(root: Path) ->
 
 
 class _Counting(http.server.SimpleHTTPRequestHandler):
-    seen: Counter[str] = Counter()
+    seen: ClassVar[Counter[str]] = Counter()
 
     def do_GET(self) -> None:
         self.seen[self.path] += 1
@@ -88,7 +89,7 @@ def server(root: Path) -> Iterator[str]:
 
 
 def test_settings_within_one_group(root: Path, server: str) -> None:
-    """ZeRO-3 with offload, 16-bit precision, the three teachers, remote shards: one start for all."""
+    """ZeRO-3 with offload, bf16, the three teachers, remote shards: one start for all."""
     (root / "zero3.json").write_text(
         '{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}'
     )

@@ -76,7 +76,9 @@ def test_a_killed_run_continues_bit_for_bit(root: Path) -> None:
     assert "resumed at step" in done.stdout
     assert ("skipped" in done.stderr) == (len(copies) > 1)
 
-    a, b = (load_file(p / "finetune-model" / "export" / "model.safetensors") for p in (whole, broken))
+    a, b = (
+        load_file(p / "finetune-model" / "export" / "model.safetensors") for p in (whole, broken)
+    )
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
     lines = [metrics(p / "finetune-model") for p in (whole, broken)]

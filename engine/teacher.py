@@ -148,10 +148,10 @@ def build_table(
     if state is not None:
         wrong = [k for k in key if state.get(k) != key[k]]
         if wrong or not file.exists():
+            what = wrong[0] if wrong else "file"
             raise UserError(
-                f"{folder}: the cached features were made with another "
-                f"{wrong[0] if wrong else 'file'}: delete that folder to compute them anew, or give the teacher and data they "
-                "were made with"
+                f"{folder}: the cached features were made with another {what}: delete that folder "
+                "to compute them anew, or give the teacher and data they were made with"
             )
         return Cached(_open(file, manifest.samples, shape), ranks.device)
 

@@ -1,6 +1,11 @@
 """What every test shares: gpu tests are left out, and counted, where there is no CUDA device."""
 
+import os
+
 import pytest
+
+# Tiny models: threads would only wait for each other. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

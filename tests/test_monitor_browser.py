@@ -1,0 +1,148 @@
+"""What a person sees: TensorBoard over a run's folder, opened in headless Chromium."""
+
+import io
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.errors import UserError
+from engine import pictures
+from engine.models.vit_mae import Shape
+from engine.monitor import Monitor
+from launcher import screenshot
+
+SCALARS = ("loss/mae", "optimizer/learning_rate", "speed/images_per_second")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run with all that TensorBoard is to show, resumed once."""
+    folder = tmp_path_factory.mktemp("runs")
+    shape = Shape(16, 4, 8, 1, 2, 16, 8, 1, 2, 16)
+    images = torch.arange(4 * 3 * 16 * 16).reshape(4, 3, 16, 16).to(torch.uint8)
+    mask = (torch.arange(16) % 2).float().expand(4, 16)
+    for start in (0, 20):
+        with Monitor(
+            folder / "digits" / "pretrain",
+            enabled=True,
+            stage="pretrain",
+            steps=40,
+            start=start,
+            samples_per_step=8,
+            log_every=5,
+            quiet=True,
+        ) as monitor:
+            monitor.text("config", "```toml\nseed = 0\n```")
+            for step in range(start + 1, 41 if start else 26):
+                monitor.log(step, {tag: math.exp(-step / 10) for tag in SCALARS})
+            page = pictures.reconstruction(
+                images, torch.zeros(4, 16, 48), mask, shape, (0.5,) * 3, (0.25,) * 3
+            )
+            monitor.image(start + 5, "reconstruction", page)
+    with Monitor(
+        folder / "digits" / "finetune",
+        enabled=True,
+        stage="finetune",
+        steps=10,
+        samples_per_step=8,
+        log_every=5,
+        quiet=True,
+    ) as monitor:
+        monitor.confusion(10, np.eye(3, dtype=np.int64), ["one", "two", "three"])
+        monitor.hparams({"seed": 3, "lr": 1e-4}, {"test/accuracy": 0.5})
+    return folder
+
+
+def colours(png: bytes) -> int:
+    """How many colours a picture has; a blank page has one, an empty TensorBoard a few."""
+    found = Image.open(io.BytesIO(png)).convert("RGB").getcolors(maxcolors=1 << 24)
+    return len(found or [])
+
+
+@pytest.mark.browser
+def test_scalar_charts_are_drawn(runs: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "docs" / "scalars.png"
+    command = [sys.executable, "-m", "launcher.screenshot", str(runs), str(picture)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for tag in (*SCALARS, "test/accuracy"):
+        assert tag in done.stdout
+    assert colours(picture.read_bytes()) > 200
+    # Never overwritten silently.
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: ")
+    assert "--overwrite" in again.stderr
+
+
+@pytest.mark.browser
+def test_time_series_shows_charts_beside_pictures(runs: Path) -> None:
+    png, cards = screenshot.take(runs, "timeseries")
+    shown = {(card.kind, card.name) for card in cards if card.drawn}
+    assert {("scalar", tag) for tag in SCALARS} <= shown
+    assert {("image", "reconstruction"), ("image", "confusion")} <= shown
+    assert colours(png) > 200
+
+
+@pytest.mark.browser
+def test_pictures_are_there_pixel_by_pixel(runs: Path) -> None:
+    png, cards = screenshot.take(runs, "images", actual_size=True, tags="reconstruction")
+    assert cards == [screenshot.Card("image", "reconstruction", True)]
+    # The grid's grey of hidden patches: 4 columns, half of each 128 x 128 tile.
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    assert (pixels == 128).all(axis=-1).sum() == 4 * 128 * 128 // 2
+
+
+@pytest.mark.browser
+def test_hparams_list_the_run_itself(runs: Path) -> None:
+    _, cards = screenshot.take(runs, "hparams")
+    assert screenshot.Card("row", "digits/finetune", True) in cards
+
+
+@pytest.mark.browser
+def test_config_is_shown_as_text(runs: Path) -> None:
+    _, cards = screenshot.take(runs, "text")
+    assert cards == [screenshot.Card("text", "config/text_summary", True)]
+
+
+@pytest.mark.browser
+def test_a_tab_without_anything_is_said(tmp_path: Path) -> None:
+    with Monitor(
+        tmp_path,
+        enabled=True,
+        stage="pretrain",
+        steps=1,
+        samples_per_step=1,
+        log_every=1,
+        quiet=True,
+    ) as monitor:
+        monitor.log(1, {"loss": 1.0})
+    with pytest.raises(UserError, match="nothing to see"):
+        screenshot.take(tmp_path, "images", timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("words", "cure"),
+    [
+        (["{empty}", "{empty}/x.png"], "name a folder of runs"),
+        (["{empty}", "{empty}/x.png", "--tab", "scalar"], "Did you mean scalars?"),
+        (["{empty}", "{empty}/x.jpg"], "ends in .png"),
+        (["{empty}", "{empty}/x.png", "--overwite"], "Did you mean --overwrite?"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: list[str], cure: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        screenshot.cli.run(screenshot.screenshot, [w.format(empty=tmp_path) for w in words])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert cure in said

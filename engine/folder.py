@@ -39,6 +39,11 @@ class Run:
         if self.ranks.main:
             print(line, flush=True)
 
+    def close(self) -> None:
+        """Lets another launch use the folder."""
+        if self.lock:
+            self.lock.close()
+
     def result(self, stage: str) -> dict[str, Any] | None:
         """What a complete stage left as result.json, or None."""
         path = self.folder / stage / RESULT

@@ -74,7 +74,11 @@ def main(argv: list[str] | None = None) -> int:
         from engine.stages import run_stages
 
         try:
-            run_stages(open_run(settings, ranks))
+            run = open_run(settings, ranks)
+            try:
+                run_stages(run)
+            finally:
+                run.close()
         except OSError as error:
             raise UserError(describe(error)) from error
         except FloatingPointError as error:

@@ -30,8 +30,7 @@ def main() -> None:
         try:
             run = open_run(configuration.load(case), ranks)
             run_stages(run)
-            if run.lock:
-                run.lock.close()
+            run.close()
         except UserError as error:
             if expected is None or expected not in str(error):
                 raise

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -36,7 +37,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
     tar = next((broken("flipped") / "train").glob("*.tar"))
     content = bytearray(tar.read_bytes())
-    content[600] ^= 0xFF  # inside the first image
+    offset, length = np.load(tar.parent / "members.npy")[0, :2]
+    content[offset + length // 2] ^= 0xFF  # inside the first image
     tar.write_bytes(content)
     manifest = broken("foreign") / "train" / "members.npy"
     manifest.write_bytes((shards / "val" / "members.npy").read_bytes())
@@ -108,7 +110,7 @@ def table(root: Path) -> list[tuple[str, tuple[str, list[str]], str]]:
         ("truncated shard", engine(r, data=r / "truncated"), ".tar"),
         ("flipped byte", engine(r, data=r / "flipped"), ".tar"),
         ("foreign index", engine(r, data=r / "foreign"), "members.npy"),
-        ("no model", engine(r, model=None), "--model is missing"),
+        ("no model", engine(r, model=None, output=r / "runs/none"), "--model is missing"),
         ("no such model", engine(r, model=r / "nowhere"), "nowhere"),
         (
             "hub cannot be reached",
@@ -160,7 +162,11 @@ def table(root: Path) -> list[tuple[str, tuple[str, list[str]], str]]:
         ("pack: not an image", ("data.pack", [str(r / "text"), str(r / "o")]), "1.png"),
         ("pack: wrong columns", ("data.pack", [str(r / "wrong.csv"), str(r / "o")]), "path"),
         ("pack: unknown option", ("data.pack", ["a", "b", "--sise", "3"]), "--size"),
-        ("verify: truncated", ("data.verify", [str(r / "truncated")]), ".tar"),
+        (
+            "verify: truncated",
+            ("data.verify", [str(r / "truncated")]),
+            "named above, with its cure",
+        ),
         (
             "compare: nothing there",
             ("launcher.compare", [str(r / "file")]),

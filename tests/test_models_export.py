@@ -25,8 +25,8 @@ from engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
 from engine.models.weights import Pretrained, load_pretrained
 from tests import models_kit as kit
 
-#: Odd widths too: 50 / 48 loses a unit in timm's int(width * ratio) unless care is taken.
-SHAPE = Shape(16, 4, 48, 2, 3, 50, 36, 1, 3, 41, norm_eps=1e-6, mask_ratio=0.5)
+#: Uneven widths: int(60 * (123 / 60)), as timm reckons an MLP, is 122.
+SHAPE = Shape(16, 4, 60, 2, 3, 123, 36, 1, 3, 41, norm_eps=1e-6, mask_ratio=0.5)
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 CLASSES = ["Löwe", "dog", "0"]
 
@@ -80,8 +80,9 @@ def test_transformers_loads_the_mae_and_gives_the_same(tmp_path: Path, eps: floa
     )
 
 
-def test_round_trip_from_transformers_is_bitwise(tmp_path: Path) -> None:
-    oracle = kit.hf_mae(norm_pix_loss=True, mask_ratio=0.5)
+@pytest.mark.parametrize("normalized", [True, False])
+def test_round_trip_from_transformers_is_bitwise(tmp_path: Path, normalized: bool) -> None:
+    oracle = kit.hf_mae(norm_pix_loss=normalized, mask_ratio=0.5)
     oracle.save_pretrained(tmp_path / "theirs")
     weights = load_pretrained(str(tmp_path / "theirs"))
     assert weights.decoder is not None
@@ -136,8 +137,8 @@ def test_timms_own_class_loads_the_file_strictly_at_any_eps(tmp_path: Path) -> N
     images, _ = kit.batch()
     norm = partial(nn.LayerNorm, eps=1e-2)
     plain = VisionTransformer(
-        img_size=16, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=3,
-        mlp_ratio=50.5 / 48, norm_layer=norm,
+        img_size=16, patch_size=4, embed_dim=60, depth=2, num_heads=3, num_classes=3,
+        mlp_ratio=123.5 / 60, norm_layer=norm,
     ).eval()  # fmt: skip
     plain.load_state_dict(load_file(tmp_path / "export/timm/model.safetensors"), strict=True)
     torch.testing.assert_close(plain(images), model(images), rtol=1e-5, atol=1e-5)

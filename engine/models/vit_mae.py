@@ -151,13 +151,12 @@ def mae_loss(prediction: Tensor, images: Tensor, mask: Tensor, normalize_pixels:
         Scalar fp32: the mean over a patch's values, then over all masked patches of the batch.
     """
     patch_size = round((prediction.shape[2] / images.shape[1]) ** 0.5)
-    with torch.autocast(images.device.type, enabled=False):
-        target = patchify(images.float(), patch_size)
-        if normalize_pixels:
-            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-            target = (target - mean) / (variance + 1e-6) ** 0.5
-        error = ((prediction.float() - target) ** 2).mean(dim=-1)
-        return (error * mask).sum() / mask.sum()
+    target = patchify(images.float(), patch_size)
+    if normalize_pixels:
+        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        target = (target - mean) / (variance + 1e-6) ** 0.5
+    error = ((prediction.float() - target) ** 2).mean(dim=-1)
+    return (error * mask).sum() / mask.sum()
 
 
 def position_table(width: int, grid: int) -> Tensor:

@@ -15,6 +15,7 @@ import selectors
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from typing import Any, Self
@@ -35,6 +36,17 @@ FLAGS = (
     "--force-color-profile=srgb",
     "--remote-debugging-pipe",
 )
+
+# Becomes Chromium, with the pipes at 3 and 4. Copies first: a pipe may stand at the other's place.
+STARTER = """
+import os, sys
+pipes = [os.dup(int(fd)) for fd in sys.argv[1:3]]
+while min(pipes) < 5:
+    pipes = [os.dup(fd) for fd in pipes]
+os.dup2(pipes[0], 3)
+os.dup2(pipes[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Page:
@@ -63,10 +75,9 @@ class Page:
         self._profile = tempfile.mkdtemp(prefix="chromium-")
         its_in, self._out = os.pipe()
         self._in, its_out = os.pipe()
-        # A shell moves the pipes to 3 and 4: between fork and exec Python itself must not.
-        script = f'exec "$@" 3<&{its_in} 4>&{its_out}'
+        starter = [sys.executable, "-I", "-S", "-c", STARTER, str(its_in), str(its_out)]
         self._process = subprocess.Popen(
-            ["sh", "-c", script, "sh", program, *FLAGS, f"--user-data-dir={self._profile}"],
+            [*starter, program, *FLAGS, f"--user-data-dir={self._profile}"],
             pass_fds=(its_in, its_out),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -95,8 +106,11 @@ class Page:
         if self._session:
             message["sessionId"] = self._session
         data = json.dumps(message).encode() + b"\0"
-        while data:
-            data = data[os.write(self._out, data) :]
+        try:
+            while data:
+                data = data[os.write(self._out, data) :]
+        except BrokenPipeError:
+            raise RuntimeError(f"{method}: Chromium ended") from None
         deadline = time.monotonic() + self.timeout
         while True:
             answer = self._receive(deadline, method)

@@ -40,11 +40,11 @@ SCRIPT = """
   const kinds = {
     'tf-scalar-card': ['scalar', e => e.tag,
       e => inside(e, '.render-area path').some(p => (p.getAttribute('d') || '').length > 9)],
-    'scalar-card-component': ['scalar', e => e.querySelector('.tag')?.title,
+    'scalar-card-component': ['scalar', e => e.querySelector('tb-truncated-path')?.title,
       e => inside(e, 'line-chart').length && inside(e, 'line-chart-axis text').length > 1
         && !inside(e, 'mat-spinner').length],
     'tf-image-loader': ['image', e => e.tag, loaded],
-    'image-card-component': ['image', e => e.querySelector('.tag')?.title, loaded],
+    'image-card-component': ['image', e => e.querySelector('tb-truncated-path')?.title, loaded],
     'tf-text-loader': ['text', e => e.tag,
       e => inside(e, 'tf-markdown-view').some(m => inside(m, '#markdown')
         .some(t => t.innerText.trim().length))],

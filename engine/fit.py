@@ -275,11 +275,11 @@ def fit(run: Run, task: Fit) -> None:
             checkpoints.save(engine, state)
         left = task.finish(engine)
         scores = left.pop("scores", {})
-        figures = {f"final/{k}": float(v) for k, v in left.get("metrics", {}).items()}
-        if figures:
-            monitor.log(steps, figures)
+        figures: dict[str, float] = {}
         for split, score in scores.items():
-            monitor.confusion(steps, score.confusion, task.train.classes)
+            figures |= {f"{split}/{k}": v for k, v in score.scalars().items()}
+            if split == list(scores)[-1]:  # one picture at the last step: test, or val without it
+                monitor.confusion(steps, score.confusion, task.train.classes)
             monitor.log(steps, {f"{split}/{k}": v for k, v in score.scalars().items()})
         monitor.hparams(
             config.model_dump(exclude={"local_rank"}),

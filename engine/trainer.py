@@ -77,21 +77,22 @@ def train(
         optim.set_learning_rate(
             engine.optimizer, optim.learning_rate(step, loop.steps, plan.warmup, plan.lr)
         )
-        losses, batch, out = _step(loop, meter, ranks)
+        due = (step + 1) % loop.log_every == 0 or step == 0 or step + 1 == loop.steps
+        losses, batch, out, norm = _step(loop, meter, ranks, measure=due)
         state.step += 1
         state.position += plan.batch
         meter.step()
 
         done = state.step == loop.steps
-        if state.step % loop.log_every == 0 or step == 0 or done:
-            last = _log(loop, losses, monitor, meter, ranks)
+        if due:
+            last = _log(loop, losses, norm, monitor, meter, ranks)
         else:
             monitor.progress(state.step)
         if loop.draw and loop.draw_every and (state.step % loop.draw_every == 0 or done):
             with meter.paused():
                 loop.draw(state.step, batch, out)
-        due = loop.evaluate_every and state.step % loop.evaluate_every == 0
-        if loop.evaluate and due and not done:  # the stage evaluates at its end in any case
+        scored = loop.evaluate_every and state.step % loop.evaluate_every == 0
+        if loop.evaluate and scored and not done:  # the stage evaluates at its end in any case
             with meter.paused():
                 loop.evaluate(state.step)
                 engine.train()
@@ -101,8 +102,16 @@ def train(
     return last
 
 
-def _step(loop: Loop, meter: Meter, ranks: Ranks) -> tuple[dict[str, Tensor], Batch, Batch]:
-    """One optimiser step; returns summed losses, and the last micro-batch with its outputs."""
+def _step(
+    loop: Loop, meter: Meter, ranks: Ranks, *, measure: bool
+) -> tuple[dict[str, Tensor], Batch, Batch, Tensor | None]:
+    """One optimiser step.
+
+    Returns:
+        Losses summed over the micro-batches, the last micro-batch and its outputs, and the
+        gradient's norm where `measure` asks for it and DeepSpeed knows none.
+    """
+    norm = None
     engine, accumulation = loop.engine, loop.plan.accumulation
     sums: dict[str, Tensor] = {}
     for micro in range(accumulation):
@@ -115,16 +124,26 @@ def _step(loop: Loop, meter: Meter, ranks: Ranks) -> tuple[dict[str, Tensor], Ba
         torch.manual_seed(int(draw.random_raw()) >> 1)
         out = engine(**loop.inputs(batch))
         engine.backward(out["loss"])
+        last = micro == accumulation - 1
+        if measure and last and engine.zero_optimization_stage() == 0 and not loop.plan.clip:
+            # Plain data parallelism without clipping computes no norm; gradients are whole here.
+            gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
         engine.step()
         for name, value in out.items():
             if name not in EXTRAS:
                 value = value.detach()
                 sums[name] = sums[name] + value if name in sums else value
-    return sums, batch, out
+    return sums, batch, out, norm
 
 
 def _log(
-    loop: Loop, losses: dict[str, Tensor], monitor: Monitor, meter: Meter, ranks: Ranks
+    loop: Loop,
+    losses: dict[str, Tensor],
+    norm: Tensor | None,
+    monitor: Monitor,
+    meter: Meter,
+    ranks: Ranks,
 ) -> dict[str, float]:
     step, accumulation = loop.state.step, loop.plan.accumulation
     values = mean({k: v / accumulation for k, v in losses.items()}, ranks.device)
@@ -136,9 +155,9 @@ def _log(
     scalars["optimizer/learning_rate"] = optim.learning_rate(
         step - 1, loop.steps, loop.plan.warmup, loop.plan.lr
     )
-    norm = loop.engine.get_global_grad_norm()
-    if norm is not None:
-        scalars["optimizer/gradient_norm"] = float(norm)
+    known = loop.engine.get_global_grad_norm() if norm is None else norm
+    if known is not None:
+        scalars["optimizer/gradient_norm"] = float(known)
     scale = getattr(loop.engine.optimizer, "cur_scale", None)
     if scale is not None and loop.engine.fp16_enabled():
         scalars["optimizer/loss_scale"] = float(scale)

@@ -124,7 +124,9 @@ def test_settings_within_one_group(root: Path, server: str) -> None:
     for name in ("cached", "sharded", "sharded-zero3", "http"):
         assert losses(root, name) == pytest.approx(local, rel=1e-6), name
     assert losses(root, "offload") == pytest.approx(local, rel=1e-5)
-    assert losses(root, "bf16") == pytest.approx(local, rel=2e-2)
+    # bf16 keeps 8 bits: 1e-2 on equal weights; after a few updates the weights differ as well.
+    assert losses(root, "bf16")[0] == pytest.approx(local[0], rel=1e-2)
+    assert losses(root, "bf16") == pytest.approx(local, rel=5e-2)
     assert losses(root, "bf16") != local
     assert losses(root, "http-partitions") == losses(root, "partitions") != local
     assert losses(root, "tokens")[0] != losses(root, "mean")[0] != local[0]

@@ -1,0 +1,123 @@
+"""Time of a distillation step against a plain loop: `python -m benchmarks.step`.
+
+The peer is transformers' ViTMAE, two backward calls a step and the teacher run online, in one process.
+Ours is the objective that the stages use, with the teacher's features from a table. Both take the
+same batch, fp32, and torch's AdamW; rounds alternate between them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+from data import cli
+from engine.models.vit_mae import Shape, ViTMAE
+from engine.objectives import DistillObjective, Normalize
+
+
+def peer(batch: int) -> Callable[[], None]:
+    """One step of the plain loop."""
+    config = ViTMAEConfig(
+        hidden_size=192,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        intermediate_size=768,
+        image_size=64,
+        patch_size=8,
+        decoder_hidden_size=96,
+        decoder_num_hidden_layers=2,
+        decoder_num_attention_heads=3,
+        decoder_intermediate_size=384,
+        norm_pix_loss=True,
+    )
+    model, teacher = ViTMAEForPreTraining(config), ViTMAEForPreTraining(config).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    images = torch.rand(batch, 3, 64, 64)
+    everything = torch.arange(64).float().expand(batch, -1)
+
+    def full(network: ViTMAEForPreTraining) -> torch.Tensor:
+        network.config.mask_ratio = 0.0
+        feature: torch.Tensor = network.vit(images, noise=everything).last_hidden_state[:, 0]
+        network.config.mask_ratio = 0.75
+        return feature
+
+    def step() -> None:
+        model(images).loss.backward()
+        with torch.no_grad():
+            target = full(teacher)
+        (full(model) - target).pow(2).sum(-1).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ours(batch: int) -> Callable[[], None]:
+    """One step of the project's objective."""
+    shape = Shape(
+        image_size=64,
+        patch_size=8,
+        width=192,
+        depth=6,
+        heads=3,
+        mlp_width=768,
+        decoder_width=96,
+        decoder_depth=2,
+        decoder_heads=3,
+        decoder_mlp_width=384,
+    )
+    objective = DistillObjective(ViTMAE(shape), Normalize((0.5,) * 3, (0.5,) * 3))
+    optimizer = torch.optim.AdamW(
+        [p for p in objective.parameters() if p.requires_grad], lr=1e-4, fused=True
+    )
+    images = torch.randint(0, 256, (batch, 3, 64, 64), dtype=torch.uint8)
+    target = torch.randn(batch, 192)
+
+    def step() -> None:
+        objective(images, torch.rand(batch, 64), target)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def main(batch: int = 64, rounds: int = 5, steps: int = 3) -> None:
+    """Times both and prints medians, spread and the ratio.
+
+    Args:
+        batch: images a step.
+        rounds: alternating rounds.
+        steps: steps of each in a round.
+    """
+    torch.manual_seed(0)
+    methods = {
+        "plain loop (transformers, teacher online)": peer(batch),
+        "ours (cached)": ours(batch),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in methods}
+    for number in range(rounds + 1):
+        for name, step in methods.items():
+            began = time.perf_counter()
+            for _ in range(steps):
+                step()
+            if number:  # the first round warms up
+                rates[name].append(batch * steps / (time.perf_counter() - began))
+    table = Table(title=f"distillation step, small base, 64x64, batch {batch}, fp32, one process")
+    for column in ("", "images/s, median", "min to max", "n", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    base = statistics.median(rates[next(iter(rates))])
+    for name, values in rates.items():
+        middle = statistics.median(values)
+        spread = f"{min(values):.1f} to {max(values):.1f}"
+        table.add_row(name, f"{middle:.1f}", spread, str(len(values)), f"{middle / base:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -149,7 +149,9 @@ class Monitor:
             return
         from torch.utils.tensorboard.summary import hparams
 
-        _, begin, end = hparams(_flat(config), dict(metrics))
+        # A figure that is not known, as after a resume with no step left, is left out.
+        metrics = {tag: value for tag, value in metrics.items() if math.isfinite(value)}
+        _, begin, end = hparams(_flat(config), metrics)
         writer = self._writer._get_file_writer()
         for summary in (begin, end):
             writer.add_summary(summary, self.steps)

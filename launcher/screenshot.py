@@ -131,7 +131,7 @@ def take(
     tab: Tab = "scalars",
     *,
     tags: str = "",
-    width: int = 1400,
+    width: int = 1500,
     height: int = 0,
     actual_size: bool = False,
     timeout: float = 300.0,
@@ -163,8 +163,10 @@ def take(
         prepare = f"prepare({str(bool(tags)).lower()}, {str(actual_size).lower()})"
         picture, cards = _rest(page, prepare, tab, folder, deadline)
         tall = height or 1000
+        # The HParams tab's column of options is long, its table is not.
+        grows = height == 0 and tab != "hparams"
         # What comes into sight is loaded then, and may make the page taller still.
-        while height == 0 and tall < TALLEST and (more := page.evaluate(f"{SCRIPT}.missing()")):
+        while grows and tall < TALLEST and (more := page.evaluate(f"{SCRIPT}.missing()")):
             tall = min(tall + int(more), TALLEST)
             page.resize(width, tall)
             picture, cards = _rest(page, prepare, tab, folder, deadline)
@@ -197,7 +199,7 @@ def screenshot(
     picture: str,
     tab: str = "scalars",
     tags: str = "",
-    width: int = 1400,
+    width: int = 1500,
     height: int = 0,
     actual_size: bool = False,
     timeout: float = 300.0,

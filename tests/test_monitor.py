@@ -147,7 +147,7 @@ def test_hparams_stand_in_the_run_itself(tmp_path: Path) -> None:
     }
     with make(tmp_path) as monitor:
         monitor.log(20, {"test/accuracy": 0.75})
-        monitor.hparams(config, {"test/accuracy": 0.75, "test/loss": 1.25})
+        monitor.hparams(config, {"test/accuracy": 0.75, "test/loss": 1.25, "final/loss": math.nan})
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
     seen = events(tmp_path)
     contents = seen.PluginTagToContent(metadata.PLUGIN_NAME)
@@ -162,6 +162,7 @@ def test_hparams_stand_in_the_run_itself(tmp_path: Path) -> None:
     # Once, though the run had logged it already; and what it had not logged is there too.
     assert [(e.step, e.value) for e in seen.Scalars("test/accuracy")] == [(20, 0.75)]
     assert [(e.step, e.value) for e in seen.Scalars("test/loss")] == [(20, 1.25)]
+    assert "final/loss" not in seen.Tags()["scalars"]
 
 
 def test_plain_lines_where_stdout_is_no_terminal(

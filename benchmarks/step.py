@@ -1,6 +1,6 @@
 """Time of a distillation step against a plain loop: `python -m benchmarks.step`.
 
-The peer is transformers' ViTMAE, two backward calls a step and the teacher run online, in one process.
+The peer is transformers' ViTMAE: two backward calls a step, the teacher run online, one process.
 Ours is the objective that the stages use, with the teacher's features from a table. Both take the
 same batch, fp32, and torch's AdamW; rounds alternate between them.
 """

@@ -90,7 +90,7 @@ class ShardCache:
 
     def __init__(self, folder: str | Path | None = None, limit_gb: float | None = None) -> None:
         self.folder = Path(folder) if folder else default_folder()
-        self.limit = int((DEFAULT_GB if limit_gb is None else limit_gb) * 1e9)
+        self.limit = round((DEFAULT_GB if limit_gb is None else limit_gb) * 1e9)
         if self.limit <= 0:
             raise UserError(f"the shard cache may hold {limit_gb} GB: give more than 0")
         try:

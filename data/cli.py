@@ -55,8 +55,8 @@ def machine_error(error: OSError) -> UserError | None:
     cure = _USER_ERRNO.get(error.errno or 0)
     if cure is None:
         return None
-    where = f" {error.filename}" if error.filename else ""
-    return UserError(f"{error.strerror}:{where}: {cure}")
+    where = f" {error.filename}:" if error.filename else ""
+    return UserError(f"{error.strerror}:{where} {cure}")
 
 
 def _is_flag(token: str) -> bool:

@@ -8,6 +8,7 @@ number of ranks.
 
 import atexit
 import math
+import os
 import signal
 import warnings
 import weakref
@@ -55,6 +56,7 @@ class _Batches:
         self._workers = workers
         self._pin = pin
         self._skip_broken = skip_broken
+        self._pid = os.getpid()
         self._live: weakref.WeakSet[Any] = weakref.WeakSet()
         # Workers ignore SIGTERM, with which Python would end them at exit and then wait for ever.
         close = weakref.WeakMethod(self.close)
@@ -62,6 +64,9 @@ class _Batches:
 
     def close(self) -> None:
         """Ends the workers."""
+        # A worker forked later holds a copy of this object: it must not stop its siblings.
+        if os.getpid() != self._pid:
+            return
         for iterator in list(self._live):
             shutdown = getattr(iterator, "_shutdown_workers", None)
             if shutdown is not None:
@@ -92,8 +97,9 @@ class _Batches:
                 self._count(batch.pop("broken"))
                 yield batch
         finally:
+            self._live.discard(iterator)
             shutdown = getattr(iterator, "_shutdown_workers", None)
-            if shutdown is not None:
+            if shutdown is not None and os.getpid() == self._pid:
                 shutdown()
 
     def _count(self, broken: dict[int, str]) -> None:

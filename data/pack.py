@@ -71,6 +71,25 @@ def _find(
     return found, [f"layout {known.name}", *known.notes]
 
 
+def _renumbered(found: Splits, split: str, out_dir: Path) -> Splits:
+    """A split that joins others takes their numbers of the classes, which go by name."""
+    samples, classes = found[split]
+    for other in manifest.SPLITS:
+        if other == split or not classes or not (out_dir / other / manifest.FILE).is_file():
+            continue
+        theirs = manifest.Manifest.load(str(out_dir / other)).classes
+        unknown = [c for c in classes if c not in theirs]
+        if unknown:
+            raise UserError(
+                f"class {unknown[0]!r} is not among the {len(theirs)} classes of {out_dir / other}:"
+                " correct its name, or pack all splits together"
+            )
+        number = [theirs.index(c) for c in classes]
+        moved = [s if s.label is None else s._replace(label=number[s.label]) for s in samples]
+        return {split: (moved, theirs)}
+    return found
+
+
 def pack(
     source: str,
     out: str,
@@ -133,6 +152,8 @@ def pack(
     with layouts.opened(root, out_dir.parent) as folder:
         found, notes = _find(folder, layout, options, unlabelled, split)
         found = sources.settle(found, root, splits, split, seed, val_fraction)
+        if split is not None:
+            found = _renumbered(found, split, out_dir)
         for note in notes:
             console.print(note, highlight=False)
         if not keep_original and size is None:

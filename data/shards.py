@@ -164,13 +164,13 @@ def write_split(
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", name or out_dir.resolve().name) or "data"
     task = progress.add_task(split, total=total) if progress is not None else None
     temporary = out_dir / f".{split}.{os.getpid()}.partial"
-    temporary.mkdir(parents=True)
+    make_folder(temporary)
     try:
         counts: Counter[int] = Counter()
         written = skipped = 0
         names: list[str] = []
         with webdataset.ShardWriter(
-            str(temporary / f"{name}-{split}-%06d.tar"),
+            str(temporary).replace("%", "%%") + f"/{name}-{split}-%06d.tar",
             maxcount=samples_per_shard,
             maxsize=2**40,
             post=lambda path: names.append(Path(path).name),
@@ -229,6 +229,21 @@ def write_split(
         shutil.rmtree(temporary, ignore_errors=True)
     total_bytes = sum(s.bytes for s in shards)
     return Packed(split, written, len(classes), len(shards), total_bytes, skipped)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it.
+
+    Raises:
+        UserError: It cannot be made there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the folder {folder.parent} ({error.strerror}): choose a place that you"
+            " may write to"
+        ) from None
 
 
 def check_replaceable(folder: Path, overwrite: bool) -> None:

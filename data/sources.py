@@ -219,7 +219,7 @@ def divide(samples: list[Sample], shares: tuple[float, ...], seed: int) -> dict[
         rows = np.flatnonzero(labels == label)
         rows = rows[keyed.permutation(seed, f"split {label}", 0, len(rows))]
         bounds = np.rint(np.cumsum(shares) * len(rows)).astype(int)
-        bounds[0] = max(1, bounds[0])
+        bounds = np.maximum(bounds, max(1, bounds[0]))
         for split in range(1, len(shares)):
             owner[rows[bounds[split - 1] : bounds[split]]] = split
     found = {

@@ -45,11 +45,13 @@ def make_images(root: Path, *, size: int = 16, train: int = 9, other: int = 5) -
     return root
 
 
-def make_base(folder: Path, *, size: int = 16, width: int = 24, depth: int = 2) -> Path:
+def make_base(
+    folder: Path, *, size: int = 16, width: int = 24, depth: int = 2, seed: int = 0
+) -> Path:
     """A random ViT-MAE in Hugging Face's layout, written by transformers itself."""
     from engine.models.vit_mae import position_table
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = ViTMAEForPreTraining(
         ViTMAEConfig(
             hidden_size=width,

@@ -62,9 +62,7 @@ def test_whole_data_reads(split: Manifest) -> None:
         (2, 0, 8, "label 9 is outside the 3 classes"),
     ],
 )
-def test_a_flipped_byte(
-    split: Manifest, column: int, offset: int, mask: int, said: str
-) -> None:
+def test_a_flipped_byte(split: Manifest, column: int, offset: int, mask: int, said: str) -> None:
     flip(split, 7, column, offset, mask)
     with pytest.raises(UserError, match=said) as caught:
         read_all(split)
@@ -150,9 +148,7 @@ def edit(split: Manifest, **changes: object) -> None:
         ),
     ],
 )
-def test_a_damaged_index(
-    split: Manifest, damage: Callable[[Manifest], object], said: str
-) -> None:
+def test_a_damaged_index(split: Manifest, damage: Callable[[Manifest], object], said: str) -> None:
     damage(split)
     with pytest.raises(UserError, match=said) as caught:
         read_all(split)

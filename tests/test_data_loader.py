@@ -170,7 +170,7 @@ def test_mistakes(split: Manifest, options: dict[str, Any], said: str) -> None:
 def test_labels_can_be_demanded(tmp_path: Path) -> None:
     bare = uneven(tmp_path / "train", [3], labels=False)
     assert take(Loader(bare, batch=2), 1)[0]["labels"].tolist() == [-1, -1]
-    with pytest.raises(UserError, match="3 of 3 samples .* have no label"):
+    with pytest.raises(UserError, match=r"3 of 3 samples .* have no label"):
         Loader(bare, batch=2, require_labels=True)
     with pytest.raises(UserError, match="no label"):
         sequential(bare, batch=2, require_labels=True)

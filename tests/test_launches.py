@@ -23,7 +23,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_images(root / "images")
     pack.pack(str(root / "images"), str(root / "shards"), samples_per_shard=10)
     make_base(root / "base")
-    make_base(root / "teacher")
+    make_base(root / "teacher", seed=1)
     return root
 
 

@@ -115,7 +115,7 @@ def _hugging_face(folder: Path, config: dict[str, Any], origin: str) -> Found:
     found = Found(shape, encoder, decoder, origin)
     dropped = sorted({k.removeprefix("vit.").split(".")[0] for k in left})
     if dropped:
-        found.notes.append(f"{origin}: left out {', '.join(dropped)}: only the encoder is used")
+        found.notes.append(f"left out {', '.join(dropped)}: only the encoder is used")
     _read_processor(folder, found)
     return found
 
@@ -133,7 +133,7 @@ def _read_processor(folder: Path, found: Found) -> None:
     path = folder / "preprocessor_config.json"
     if not path.exists():
         found.notes.append(
-            f"{found.origin}: no preprocessor_config.json: images are normalised by ImageNet's "
+            "no preprocessor_config.json: images are normalised by ImageNet's "
             "mean and standard deviation"
         )
         return
@@ -163,7 +163,7 @@ def _bare(tensors: dict[str, Tensor], args: dict[str, Any], origin: str) -> Foun
     grid = round((encoder["pos_embed"].shape[1] - 1) ** 0.5)
     heads = _FAIR_HEADS.get(width) or max(1, width // 64)
     if width not in _FAIR_HEADS:
-        notes.append(f"{origin}: the file does not tell its heads: took {heads} of width 64")
+        notes.append(f"the file does not tell its heads: took {heads} of width 64")
     told: dict[str, Any] = {}
     if decoder.keys() >= {"mask_token", "blocks.0.mlp.fc1.weight"}:
         decoder_width = decoder["mask_token"].shape[2]
@@ -199,7 +199,7 @@ def _depth(tensors: Mapping[str, Tensor]) -> int:
 def _drop_head(found: Found) -> None:
     kept = {k: v for k, v in found.encoder.items() if not k.startswith(_TIMM_EXTRA)}
     if len(kept) < len(found.encoder):
-        found.notes.append(f"{found.origin}: left out head: only the encoder is used")
+        found.notes.append("left out head: only the encoder is used")
     found.encoder = kept
 
 

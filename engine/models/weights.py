@@ -31,7 +31,7 @@ class Pretrained:
         std: standard deviation of each channel.
         origin: what the user named.
         sha256: of the tensors' names, shapes and fp32 bytes, whatever file they came in.
-        notes: what the user should be told, a line each.
+        notes: what the user should be told of it, a line each, without its name.
     """
 
     shape: Shape
@@ -75,9 +75,7 @@ def load_pretrained(source: str, image_size: int | None = None) -> Pretrained:
         for part in (encoder, decoder):
             if part is not None:
                 part["pos_embed"], how = _move(part["pos_embed"], old.grid, shape.grid)
-        notes.append(
-            f"{source}: image size {old.image_size} -> {image_size}: position embeddings {how}"
-        )
+        notes.append(f"image size {old.image_size} -> {image_size}: position embeddings {how}")
     return Pretrained(
         shape=shape,
         encoder=encoder,

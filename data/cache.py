@@ -28,6 +28,15 @@ _CHUNK = 2**20
 
 Wanted = tuple[str, str, int]  # URL, sha256 in hex, bytes
 
+# A worker forked while another thread starts curl would inherit curl's pipes, whose end then never
+# comes: no fork while a command is being started.
+_STARTING = threading.Lock()
+os.register_at_fork(
+    before=_STARTING.acquire,
+    after_in_parent=_STARTING.release,
+    after_in_child=_STARTING.release,
+)
+
 
 def default_folder() -> Path:
     """$SELFDISTILL_CACHE, or selfdistill/shards in the user's cache folder."""
@@ -51,7 +60,9 @@ def _failure(url: str, error: Exception) -> BrokenData:
 def _chunks(url: str) -> Iterator[bytes]:
     """The bytes of a URL; whatever fails names the URL."""
     try:
-        with webdataset.gopen(url, "rb") as stream:
+        with _STARTING:
+            opened = webdataset.gopen(url, "rb")
+        with opened as stream:
             while chunk := stream.read(_CHUNK):
                 yield chunk
     except (OSError, ValueError, ImportError) as error:
@@ -125,6 +136,8 @@ class ShardCache:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
+            # Said outright: a worker forked meanwhile has a copy of fd, which would keep the lock.
+            fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
     def open(self, url: str, sha256: str, size: int | None) -> int:

@@ -130,7 +130,7 @@ def classifier(run: Run, base: Pretrained, classes: int, seed: int) -> ViTClassi
     """A fresh head on the base's encoder; the position embedding is trained from here on."""
     torch.manual_seed(seed)
     plan = run.config.finetune
-    encoder = ViTEncoder(base.shape)
+    encoder = ViTEncoder(base.shape, dropout=plan.dropout)
     encoder.load_state_dict(base.encoder)
     encoder.pos_embed.requires_grad_(True)
     return ViTClassifier(encoder, classes, pool=plan.pool)

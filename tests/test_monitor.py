@@ -6,6 +6,7 @@ import math
 import os
 import pty
 import re
+import select
 import time
 from pathlib import Path
 
@@ -193,6 +194,7 @@ def test_one_live_line_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyP
             time.sleep(0.25)
             monitor.progress(10, {"mae": 0.5})
             monitor.progress(20, None)
+        assert select.select([outer], [], [], 5)[0], "nothing on the terminal"
         shown = os.read(outer, 1 << 16).decode()
     os.close(outer)
     for part in ("pretrain", "10/20", "50.0%", "mae 0.5", "images/s", "left", "20/20"):

@@ -5,8 +5,6 @@ Ours is the objective that the stages use, with the teacher's features from a ta
 same batch, fp32, and torch's AdamW; rounds alternate between them.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

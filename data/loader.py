@@ -34,6 +34,23 @@ def _ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _stop(iterator: Any) -> None:
+    """Ends the workers of a DataLoader's iterator.
+
+    They are asked first. Where that does not reach them (Python has collected the queue to them
+    before the iterator) torch sends SIGTERM, which they ignore, and the program would wait for them
+    at its end for ever: so they are killed.
+    """
+    shutdown = getattr(iterator, "_shutdown_workers", None)
+    if shutdown is None:
+        return
+    shutdown()
+    for worker in iterator._workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
+
+
 class _Batches:
     """The part that `Loader` and `Sequential` share: workers, errors, what was skipped.
 
@@ -68,9 +85,7 @@ class _Batches:
         if os.getpid() != self._pid:
             return
         for iterator in list(self._live):
-            shutdown = getattr(iterator, "_shutdown_workers", None)
-            if shutdown is not None:
-                shutdown()
+            _stop(iterator)
 
     def _run(self, arrays: Callable[[], Iterator[Ints]]) -> Iterator[Batch]:
         """Yields the batch of each array."""
@@ -98,9 +113,8 @@ class _Batches:
                 yield batch
         finally:
             self._live.discard(iterator)
-            shutdown = getattr(iterator, "_shutdown_workers", None)
-            if shutdown is not None and os.getpid() == self._pid:
-                shutdown()
+            if os.getpid() == self._pid:
+                _stop(iterator)
 
     def _count(self, broken: dict[int, str]) -> None:
         """Notes skipped samples; too many are an error."""

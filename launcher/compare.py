@@ -4,8 +4,6 @@ A run made with `--stage all --compare true` holds three fine-tunings: from the 
 from the further pre-trained one, and from the self-distilled one.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

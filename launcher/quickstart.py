@@ -4,8 +4,6 @@ Packs the images, runs all three stages through the deepspeed launcher with plai
 further pre-training beside them, and prints the table. A second call continues or repeats it.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

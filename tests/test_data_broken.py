@@ -177,6 +177,7 @@ def test_missing_data_sets_and_splits(split: Manifest, tmp_path: Path) -> None:
         Manifest.load(str(place(split, 0)))
 
 
+@pytest.mark.filterwarnings("ignore:skipped")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_skipping_is_asked_for_counted_and_reported(split: Manifest, workers: int) -> None:
     flip(split, 7, 0, 45)

@@ -177,10 +177,10 @@ def test_labels_can_be_demanded(tmp_path: Path) -> None:
 
 
 SCRIPT = """
-import os, signal, sys, time
+import gc, os, signal, sys, time
 from data.manifest import Manifest
 from data.loader import Loader
-stream = iter(Loader(Manifest.load(sys.argv[1]), batch=4, workers=2))
+stream = iter(Loader(Manifest.load(sys.argv[1]), batch=4, workers=1))
 next(stream)
 for pid in open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read().split():
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
@@ -191,10 +191,15 @@ for _ in range(20):
 print("read on")
 if sys.argv[2] == "raise":
     raise SystemExit(3)
+if sys.argv[2] == "lose":  # as in the traceback of an error: collected with all that it holds
+    ring = [stream]
+    ring.append(ring)
+    del ring, stream
+    gc.collect()
 """
 
 
-@pytest.mark.parametrize("end", ["return", "raise"])
+@pytest.mark.parametrize("end", ["raise", "lose"])
 def test_workers_ignore_signals_and_end_with_the_program(split: Manifest, end: str) -> None:
     """SLURM signals all processes of a job; the trainer then still needs its batches."""
     begin = time.monotonic()

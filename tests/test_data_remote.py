@@ -1,6 +1,8 @@
 """Shards behind HTTP and pipes: read as local, fetched once a node, kept while there is room."""
 
+import fcntl
 import http.server
+import io
 import multiprocessing
 import os
 import threading
@@ -12,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 
 from data import tars
-from data.cache import ShardCache, default_folder
+from data.cache import ShardCache, default_folder, fetch_bytes
 from data.errors import BrokenData, UserError
 from data.loader import Loader, sequential
 from data.manifest import Manifest
@@ -164,20 +167,41 @@ def test_a_remote_manifest_cannot_run_commands(split: Manifest, server: Server) 
         Manifest.load_split(server.url, "train")
 
 
-def test_workers_forked_while_shards_are_fetched(
-    split: Manifest, server: Server, tmp_path: Path
-) -> None:
-    """The fetching thread's locks and pipes must not live on in a worker."""
-    server.delay = 0.1
-    for attempt in range(4):
-        cache = str(tmp_path / f"cache{attempt}")
-        remote = Manifest.load_split(server.url, "train", cache)
-        ahead = ShardCache(cache)
-        ahead.prefetch([(f"{server.url}/train/{s.name}", s.sha256, s.bytes) for s in split.shards])
-        time.sleep(0.05 * attempt)
-        rows = [b["ids"] for b in sequential(remote, batch=9, workers=2, cache_dir=cache)]
-        assert np.concatenate(rows).tolist() == list(range(18))
-    assert server.tars() == {s.name: 4 for s in split.shards}
+def test_a_lock_does_not_live_on_in_a_worker(split: Manifest, tmp_path: Path) -> None:
+    """A worker forked while a thread fetches has a copy of the lock's descriptor."""
+    cache = ShardCache(tmp_path / "cache")
+    context = multiprocessing.get_context("fork")
+    gate = context.Event()
+    worker = context.Process(target=gate.wait, args=(30,))
+    with cache._locked(split.shards[0].sha256):
+        worker.start()
+    with (tmp_path / "cache" / f"{split.shards[0].sha256}.lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError while it is held
+    gate.set()
+    worker.join(30)
+    assert worker.exitcode == 0
+
+
+def test_no_worker_is_forked_while_a_command_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would inherit the pipes that the command is waited for with."""
+    starting, started = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> io.BytesIO:
+        starting.set()
+        time.sleep(0.5)
+        started.set()
+        return io.BytesIO(b"content")
+
+    monkeypatch.setattr(webdataset, "gopen", slow)
+    thread = threading.Thread(target=fetch_bytes, args=("http://x",))
+    thread.start()
+    starting.wait()
+    worker = multiprocessing.get_context("fork").Process(target=os.getpid)
+    worker.start()
+    assert started.is_set()
+    worker.join(30)
+    thread.join()
+    assert worker.exitcode == 0
 
 
 def test_remote_damage_is_named(split: Manifest, server: Server, cache: str) -> None:

@@ -19,7 +19,7 @@ from engine.models.vit_mae import Shape, ViTMAE
 from engine.objectives import DistillObjective, Normalize
 
 
-def peer(batch: int) -> Callable[[], None]:
+def peer(batch: int, device: str) -> Callable[[], None]:
     """One step of the plain loop."""
     config = ViTMAEConfig(
         hidden_size=192,
@@ -34,10 +34,11 @@ def peer(batch: int) -> Callable[[], None]:
         decoder_intermediate_size=384,
         norm_pix_loss=True,
     )
-    model, teacher = ViTMAEForPreTraining(config), ViTMAEForPreTraining(config).eval()
+    model = ViTMAEForPreTraining(config).to(device)
+    teacher = ViTMAEForPreTraining(config).to(device).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    images = torch.rand(batch, 3, 64, 64)
-    everything = torch.arange(64).float().expand(batch, -1)
+    images = torch.rand(batch, 3, 64, 64, device=device)
+    everything = torch.arange(64, device=device).float().expand(batch, -1)
 
     def full(network: ViTMAEForPreTraining) -> torch.Tensor:
         network.config.mask_ratio = 0.0
@@ -56,7 +57,7 @@ def peer(batch: int) -> Callable[[], None]:
     return step
 
 
-def ours(batch: int) -> Callable[[], None]:
+def ours(batch: int, device: str) -> Callable[[], None]:
     """One step of the project's objective."""
     shape = Shape(
         image_size=64,
@@ -70,19 +71,30 @@ def ours(batch: int) -> Callable[[], None]:
         decoder_heads=3,
         decoder_mlp_width=384,
     )
-    objective = DistillObjective(ViTMAE(shape), Normalize((0.5,) * 3, (0.5,) * 3))
+    objective = DistillObjective(ViTMAE(shape), Normalize((0.5,) * 3, (0.5,) * 3)).to(device)
     optimizer = torch.optim.AdamW(
         [p for p in objective.parameters() if p.requires_grad], lr=1e-4, fused=True
     )
-    images = torch.randint(0, 256, (batch, 3, 64, 64), dtype=torch.uint8)
-    target = torch.randn(batch, 192)
+    images = torch.randint(0, 256, (batch, 3, 64, 64), dtype=torch.uint8, device=device)
+    target = torch.randn(batch, 192, device=device)
 
     def step() -> None:
-        objective(images, torch.rand(batch, 64), target)["loss"].backward()
+        objective(images, torch.rand(batch, 64, device=device), target)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
+
+
+def name_of(device: str) -> str:
+    """What the device is, for people."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} cores"
+
+
+def wait(device: str) -> None:
+    """Returns once the device has done what it was told."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def main(batch: int = 64, rounds: int = 5, steps: int = 3) -> None:
@@ -94,9 +106,10 @@ def main(batch: int = 64, rounds: int = 5, steps: int = 3) -> None:
         steps: steps of each in a round.
     """
     torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     methods = {
-        "plain loop (transformers, teacher online)": peer(batch),
-        "ours (cached)": ours(batch),
+        "plain loop (transformers, teacher online)": peer(batch, device),
+        "ours (cached)": ours(batch, device),
     }
     rates: dict[str, list[float]] = {name: [] for name in methods}
     for number in range(rounds + 1):
@@ -104,9 +117,11 @@ def main(batch: int = 64, rounds: int = 5, steps: int = 3) -> None:
             began = time.perf_counter()
             for _ in range(steps):
                 step()
+            wait(device)
             if number:  # the first round warms up
                 rates[name].append(batch * steps / (time.perf_counter() - began))
-    table = Table(title=f"distillation step, small base, 64x64, batch {batch}, fp32, one process")
+    where = f"fp32, one process, {name_of(device)}"
+    table = Table(title=f"distillation step, small base, 64x64, batch {batch}, {where}")
     for column in ("", "images/s, median", "min to max", "n", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
     base = statistics.median(rates[next(iter(rates))])

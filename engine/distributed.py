@@ -68,7 +68,8 @@ def initialize() -> Ranks:
     else:
         device, backend = torch.device("cpu"), "gloo"
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        if "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] == "1":
+        threads = os.environ.get("OMP_NUM_THREADS")
+        if threads is None or (threads == "1" and local_world > 1):
             # Launchers set one thread a process; ranks on a CPU share its cores evenly instead.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     import deepspeed  # late: it takes seconds, and a wrong option should be told at once

@@ -148,7 +148,8 @@ def build_table(
     if state is not None:
         wrong = [k for k in key if state.get(k) != key[k]]
         if wrong or not file.exists():
-            what = wrong[0] if wrong else "file"
+            names = {"manifest": "data set"}
+            what = names.get(wrong[0], wrong[0]) if wrong else "file"
             raise UserError(
                 f"{folder}: the cached features were made with another {what}: delete that folder "
                 "to compute them anew, or give the teacher and data they were made with"

@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from data import pack
 from tests.helpers import COMMON, launch, make_base, make_images, metrics, run_cases
@@ -115,10 +117,24 @@ def test_settings_within_one_group(root: Path, server: str) -> None:
             "data.cache_dir": str(root / "cache-2"),
             "data.partitions": 2,
         },
+        "rounds": {
+            "stage": "all",
+            "rounds": 2,
+            "compare": True,
+            "finetune.seeds": 2,
+            "teacher": None,
+        },
     }
     run_cases(
         root / "settings",
-        [shared | more | {"output": str(root / "runs" / name)} for name, more in settings.items()],
+        [
+            {
+                key: value
+                for key, value in (shared | more | {"output": str(root / "runs" / name)}).items()
+                if value is not None
+            }
+            for name, more in settings.items()
+        ],
     )
     local = losses(root, "local")
     for name in ("cached", "sharded", "sharded-zero3", "http"):
@@ -134,3 +150,36 @@ def test_settings_within_one_group(root: Path, server: str) -> None:
     # Two runs with caches of their own; two ranks and their workers share one copy in each.
     assert len(shards) == 3
     assert set(shards.values()) == {2}
+    _check_rounds(root / "runs" / "rounds")
+
+
+def _check_rounds(run: Path) -> None:
+    """Each round's teacher is the round before; each student starts from the model anew."""
+
+    def result(stage: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((run / stage / "result.json").read_text())
+        return found
+
+    before = run / "pretrain"
+    for number in (1, 2):
+        record = result(f"distill-{number}")
+        assert record["teacher"]["path"] == str(before / "export")
+        assert record["model"] == result("pretrain")["model"]
+        before = run / f"distill-{number}"
+    first, second = (
+        load_file(run / f"distill-{n}" / "export" / "model.safetensors") for n in (1, 2)
+    )
+    assert any(not torch.equal(first[k], second[k]) for k in first)
+    assert result("distill-1")["teacher"]["sha256"] != result("distill-2")["teacher"]["sha256"]
+    for stage, start in (
+        ("finetune", before),
+        ("finetune-pretrain", run / "pretrain"),
+    ):
+        record = result(stage)
+        assert record["start"] == str(start / "export")
+        assert record["seeds"] == [0, 1]
+        each = record["each"]["test/accuracy"]
+        assert record["metrics"]["test/accuracy"] == pytest.approx(sum(each) / 2)
+        for seed in (0, 1):
+            assert (run / stage / f"seed-{seed}" / "export" / "model.safetensors").exists()
+    assert result("finetune-model")["start"].endswith("base")

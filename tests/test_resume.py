@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 from data import pack
-from tests.helpers import COMMON, ROOT, environment, launch, make_base, make_images, metrics
+from tests.helpers import (
+    COMMON,
+    ROOT,
+    environment,
+    launch,
+    make_base,
+    make_images,
+    metrics,
+    run_cases,
+)
 
 pytestmark = pytest.mark.multi
 
@@ -24,6 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_images(root / "images")
     pack.pack(str(root / "images"), str(root / "shards"))
     make_base(root / "base")
+    make_base(root / "teacher", seed=1)
     return root
 
 
@@ -110,3 +121,72 @@ def test_another_configuration_is_refused(root: Path) -> None:
     assert "made with 1 ranks, now there are 2" in done.stderr
     state = output / "finetune-model" / "checkpoints" / "step-00000010" / "state.json"
     assert json.loads(state.read_text())["position"] == 10 * COMMON["finetune.batch"]
+
+
+def test_two_ranks_continue_bit_for_bit_and_reuse_the_feature_table(root: Path) -> None:
+    more = {
+        "stage": "distill",
+        "teacher": root / "teacher",
+        "teacher.mode": "cached",
+        "distill.steps": 40,
+        "zero": "zero2",
+    }
+    whole, broken = root / "runs" / "whole-2", root / "runs" / "broken-2"
+    done = launch("engine/run.py", *words(root, whole, **more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    port = "29713"
+    launcher = ["deepspeed", "--num_gpus", "2", "--master_port", port, "engine/run.py"]
+    stage = broken / "distill-1"
+    kill_after(stage / "checkpoints" / "step-00000010", launcher + words(root, broken, **more))
+    assert not (stage / "result.json").exists()
+    table = (stage / "teacher" / "features.npy").stat()
+    done = launch("engine/run.py", *words(root, broken, **more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed at step" in done.stdout
+    again = (stage / "teacher" / "features.npy").stat()
+    assert (again.st_ino, again.st_mtime_ns) == (table.st_ino, table.st_mtime_ns)
+    a, b = (load_file(p / "distill-1" / "export" / "model.safetensors") for p in (whole, broken))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert [line["loss/loss"] for line in metrics(whole / "distill-1")] == [
+        line["loss/loss"] for line in metrics(stage)
+    ]
+
+
+def test_a_feature_table_of_something_else_is_refused(root: Path) -> None:
+    """Another teacher, other data, another view; the right ones are let in."""
+    make_images(root / "more", train=10)
+    pack.pack(str(root / "more"), str(root / "other-shards"))
+    shared = {
+        "stage": "distill",
+        "data": str(root / "shards"),
+        "model": str(root / "base"),
+        "teacher": str(root / "teacher"),
+        "teacher.mode": "cached",
+    }
+    first = shared | {"output": str(root / "runs" / "table")}
+    run_cases(root / "first", [first])
+    table = root / "runs" / "table" / "distill-1" / "teacher"
+    cases: dict[str, dict[str, object]] = {
+        "same": {},
+        "teacher": {"teacher": str(root / "base"), "expect_error": "another teacher"},
+        "data": {"data": str(root / "other-shards"), "expect_error": "another data set"},
+        "feature": {"distill.feature": "mean", "expect_error": "another view"},
+    }
+    for name in cases:
+        shutil.copytree(table, root / "runs" / f"table-{name}" / "distill-1" / "teacher")
+    copy = root / "runs" / "table-same" / "distill-1" / "teacher" / "features.npy"
+    before = copy.stat()
+    run_cases(
+        root / "again",
+        [
+            shared | {"output": str(root / "runs" / f"table-{name}")} | more
+            for name, more in cases.items()
+        ],
+    )
+    one, other = (
+        [line["loss/loss"] for line in metrics(root / "runs" / name / "distill-1")]
+        for name in ("table", "table-same")
+    )
+    assert one == other
+    assert (copy.stat().st_ino, copy.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)

@@ -1,0 +1,149 @@
+"""The long jobs for a machine with a GPU: `python -m benchmarks.gpu JOB --out DIR`.
+
+    base       pre-train the small base of the embedded default from scratch, on a folder of images
+    tests      the tests marked gpu
+    bench      the benchmark of the distillation step
+    reproduce  three methods on each of several packed data sets
+
+Each leaves its log, its figures and `machine.json` (date, device, versions, commands) in DIR.
+"""
+
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from data import cli, pack
+from data.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "deepspeed", "transformers", "timm", "webdataset")
+
+
+class Job:
+    """Runs commands, keeps their output, and records what ran where."""
+
+    def __init__(self, name: str, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.name, self.out = name, out
+        self.commands: list[dict[str, object]] = []
+
+    def run(self, *words: str) -> None:
+        """Runs a command to its end, its output both on the terminal and in the log.
+
+        Raises:
+            UserError: it failed.
+        """
+        shown = " ".join(Path(w).name if w == words[0] else w for w in words)
+        print("$ " + shown, flush=True)
+        began = time.monotonic()
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        with (self.out / f"{self.name}.log").open("a", encoding="utf-8") as log:
+            log.write(f"$ {shown}\n")
+            process = subprocess.Popen(
+                words,
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                log.write(line)
+        code = process.wait()
+        self.commands.append({"command": shown, "seconds": round(time.monotonic() - began, 1)})
+        self.record()
+        if code:
+            raise UserError(f"{shown}: exit code {code}; see {self.out / f'{self.name}.log'}")
+
+    def record(self) -> None:
+        """Writes machine.json."""
+        cuda = torch.cuda.is_available()
+        (self.out / f"{self.name}-machine.json").write_text(
+            json.dumps(
+                {
+                    "date": datetime.date.today().isoformat(),
+                    "device": torch.cuda.get_device_name() if cuda else "cpu",
+                    "devices": torch.cuda.device_count(),
+                    "versions": {name: version(name) for name in PACKAGES},
+                    "commands": self.commands,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
+
+    def train(self, *words: str) -> None:
+        """Runs engine/run.py under the deepspeed launcher, a rank for each GPU."""
+        ranks = torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
+        launcher = shutil.which("deepspeed") or str(Path(sys.executable).with_name("deepspeed"))
+        self.run(launcher, "--num_gpus", str(ranks), "engine/run.py", *words)
+
+
+def main(
+    job: Literal["base", "tests", "bench", "reproduce"],
+    out: str,
+    images: str | None = None,
+    shards: str | None = None,
+    work: str = "runs/gpu",
+    steps: int | None = None,
+    precision: str = "bf16",
+    recipe: str | None = None,
+) -> None:
+    """Runs one of the long jobs.
+
+    Args:
+        job: base, tests, bench or reproduce.
+        out: gets logs, figures and weights.
+        images: base: folder of images to pre-train on; labels are not used.
+        shards: reproduce: packed data sets, separated by commas.
+        work: for shards, checkpoints and runs.
+        steps: base: optimiser steps, in place of the recipe's.
+        precision: of base and reproduce.
+        recipe: of base (default vit_small_base) and reproduce (default vit_small).
+    """
+    here, folder = Job(job, Path(out).resolve()), Path(work).resolve()
+    if job == "tests":
+        here.run(sys.executable, "-m", "pytest", "-m", "gpu", "-v")
+    elif job == "bench":
+        here.run(sys.executable, "-m", "benchmarks.step")
+    elif job == "base":
+        if images is None:
+            raise UserError("base: --images is missing: name a folder of images")
+        packed = folder / "base-shards"
+        if not (packed / "train" / "manifest.json").exists():
+            pack.pack(images, str(packed), unlabelled=True, keep_original=True, splits="1")
+        words = ["--stage", "pretrain", "--recipe", recipe or "vit_small_base"]
+        words += ["--data", str(packed), "--output", str(folder / "base")]
+        words += ["--precision", precision, "--data.workers", str(min(12, os.cpu_count() or 1))]
+        if steps:
+            words += ["--pretrain.steps", str(steps)]
+        here.train(*words)
+        stage = folder / "base" / "pretrain"
+        shutil.copytree(stage / "export", here.out / "base", dirs_exist_ok=True)
+        for name in ("result.json", "metrics.jsonl"):
+            shutil.copy(stage / name, here.out / f"base-{name}")
+    else:
+        if shards is None:
+            raise UserError("reproduce: --shards is missing: name packed data sets, comma between")
+        for data in shards.split(","):
+            name = Path(data).name
+            words = ["--stage", "all", "--compare", "true", "--recipe", recipe or "vit_small"]
+            words += ["--data", data, "--output", str(folder / name), "--precision", precision]
+            here.train(*words)
+            here.run(sys.executable, "-m", "launcher.compare", str(folder / name))
+    here.record()
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,118 @@
+"""What only a CUDA device shows: the model on it, its precisions, ZeRO over NCCL, the teachers."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import pack
+from engine.models.vit_mae import Shape, ViTMAE
+from engine.objectives import DistillObjective, Normalize
+from tests.helpers import launch, make_base, make_images, metrics, run_cases
+
+pytestmark = pytest.mark.gpu
+
+
+def test_objective_equals_the_cpu() -> None:
+    """Loss and all gradients of the distillation objective, fp32 without TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(0)
+    shape = Shape(
+        image_size=64,
+        patch_size=8,
+        width=192,
+        depth=6,
+        heads=3,
+        mlp_width=768,
+        decoder_width=96,
+        decoder_depth=2,
+        decoder_heads=3,
+        decoder_mlp_width=384,
+    )
+    cpu = DistillObjective(ViTMAE(shape), Normalize((0.5,) * 3, (0.5,) * 3))
+    gpu = copy.deepcopy(cpu).cuda()
+    images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
+    noise, target = torch.rand(8, 64), torch.randn(8, 192)
+    one = cpu(images, noise, target)
+    other = gpu(images.cuda(), noise.cuda(), target.cuda())
+    for name, value in one.items():
+        assert other[name].item() == pytest.approx(value.item(), rel=1e-5), name
+    one["loss"].backward()
+    other["loss"].backward()
+    for (name, a), (_, b) in zip(cpu.named_parameters(), gpu.named_parameters(), strict=True):
+        if a.grad is None:
+            assert b.grad is None, name
+            continue
+        assert b.grad is not None, name
+        # Key biases have no gradient but rounding: against the largest gradient, not their own.
+        error = (b.grad.cpu() - a.grad).norm() / max(a.grad.norm().item(), 1e-3)
+        assert error < 1e-4, name
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("gpu")
+    make_images(root / "images")
+    pack.pack(str(root / "images"), str(root / "shards"), samples_per_shard=10)
+    make_base(root / "base")
+    make_base(root / "teacher", seed=1)
+    return root
+
+
+def test_settings_agree(root: Path) -> None:
+    """ZeRO 0-3 and offload, three teachers, three precisions, in one process group."""
+    shared = {
+        "stage": "distill",
+        "data": str(root / "shards"),
+        "model": str(root / "base"),
+        "teacher": str(root / "teacher"),
+        "distill.steps": 20,
+    }
+    settings: dict[str, dict[str, object]] = {
+        "zero0": {"zero": "zero0"},
+        "zero1": {"zero": "zero1"},
+        "zero2": {"zero": "zero2"},
+        "zero3": {"zero": "zero3"},
+        "offload": {"zero": "zero3_offload"},
+        "cached": {"teacher.mode": "cached"},
+        "replicated": {"teacher.mode": "replicated"},
+        "sharded": {"teacher.mode": "sharded"},
+        "bf16": {"precision": "bf16", "zero": "zero2"},
+        "fp16": {"precision": "fp16", "zero": "zero2"},
+        "finetune-fp16": {"stage": "finetune", "finetune.start": "model", "precision": "fp16"},
+        "finetune-bf16": {"stage": "finetune", "finetune.start": "model", "precision": "bf16"},
+    }
+    run_cases(
+        root / "settings",
+        [shared | more | {"output": str(root / "runs" / name)} for name, more in settings.items()],
+        ranks=1,
+    )
+
+    def losses(name: str, stage: str = "distill-1") -> list[float]:
+        return [line["loss/loss"] for line in metrics(root / "runs" / name / stage)]
+
+    base = losses("zero0")
+    assert base[-1] < base[0]
+    for name in ("zero1", "zero2", "zero3", "offload", "replicated", "sharded", "cached"):
+        assert losses(name) == pytest.approx(base, rel=1e-3), name
+    for name in ("bf16", "fp16"):
+        assert losses(name)[0] == pytest.approx(base[0], rel=2e-2), name
+        assert losses(name)[-1] == pytest.approx(base[-1], rel=1e-1), name
+    for name in ("finetune-fp16", "finetune-bf16"):
+        assert all(x == x for x in losses(name, "finetune-model")), name
+
+
+def test_the_three_stages_by_the_launcher(root: Path) -> None:
+    done = launch(
+        *("engine/run.py", "--stage", "all", "--data", root / "shards", "--model", root / "base"),
+        *("--output", root / "runs" / "all", "--precision", "bf16", "--pretrain.steps", "5"),
+        *("--distill.steps", "5", "--finetune.steps", "20", "--finetune.warmup", "2"),
+        *("--log_every", "5"),
+        ranks=1,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "test/accuracy" in done.stdout
+    line = metrics(root / "runs" / "all" / "distill-1")[-1]
+    assert any("memory" in key for key in line)

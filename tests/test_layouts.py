@@ -209,6 +209,16 @@ def test_the_inner_folder_does_too(name: str, tmp_path: Path) -> None:
     assert set(layouts.load(name, inside).splits) == set(EXPECTED[name])
 
 
+def test_xrays_in_another_format(tmp_path: Path) -> None:
+    """Sets that were made smaller keep the folders but seldom the format."""
+    xray(tmp_path / "source")
+    for path in (tmp_path / "source").rglob("IM-*.jpeg"):
+        with Image.open(path) as image:
+            image.save(path.with_suffix(".webp"), lossless=True)
+        path.unlink()
+    assert packed(tmp_path / "source", tmp_path / "out") == EXPECTED["xray"]
+
+
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".zip"])
 @pytest.mark.parametrize("name", ["xray", "dtd", "flowers"])
 def test_the_archive_itself(name: str, suffix: str, tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ class Manifest:
             The manifest.
 
         Raises:
-            UserError: The data set is missing, or has no such split.
+            UserError: The data set is missing, has no such split, or another split lies in its place.
         """
         data = str(data)
         if not is_remote(data):
@@ -207,7 +207,13 @@ class Manifest:
                     f"{data} has no split {split!r} ({has}): pack one into it"
                     f" (python -m data.pack IMAGES {data} --split {split})"
                 )
-        return cls.load(join(data, split), cache_dir)
+        found = cls.load(join(data, split), cache_dir)
+        if found.split != split:
+            raise UserError(
+                f"{found.root} holds the split {found.split!r}, not {split!r}: put each split into"
+                " the folder of its name, or pack the images anew"
+            )
+        return found
 
     def shard_place(self, shard: int) -> str:
         """Path or URL of a shard."""

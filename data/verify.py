@@ -302,7 +302,8 @@ def verify(data: str, decode: bool = False, workers: int = 4, cache_dir: str | N
             pool.shutdown(cancel_futures=True)
             raise
     if problems:
-        raise UserError(f"{data} has {len(problems)} problems: each is named above, with its cure")
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"{data} has {count}: named above, with the cure")
     shards = sum(len(file.shards) for file in files)
     samples = sum(file.samples for file in files)
     splits = ", ".join(file.split for file in files)

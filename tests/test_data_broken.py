@@ -173,6 +173,9 @@ def test_missing_data_sets_and_splits(split: Manifest, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no split 'test' \(it has train\)"):
         Manifest.load_split(str(tmp_path), "test")
     assert Manifest.load_split(str(tmp_path), "train").hash == split.hash
+    shutil.copytree(tmp_path / "train", tmp_path / "test")
+    with pytest.raises(UserError, match="holds the split 'train', not 'test'"):
+        Manifest.load_split(str(tmp_path), "test")
     with pytest.raises(UserError, match="is a file"):
         Manifest.load(str(place(split, 0)))
 

@@ -191,7 +191,7 @@ class Manifest:
             The manifest.
 
         Raises:
-            UserError: The data set is missing, has no such split, or another split lies in its place.
+            UserError: The data set is missing, or has no such split, or another one in its place.
         """
         data = str(data)
         if not is_remote(data):

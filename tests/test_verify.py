@@ -39,7 +39,7 @@ def problems(capsys: pytest.CaptureFixture[str], *words: object) -> list[str]:
     assert call(verify, *words) == 2
     captured = capsys.readouterr()
     assert captured.err.strip().startswith("error: ")
-    assert "problems" in captured.err
+    assert "problem" in captured.err
     return captured.out.splitlines()
 
 

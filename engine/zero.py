@@ -95,8 +95,22 @@ def training_config(config: Config, plan: StageSection, world: int) -> dict[str,
         "wall_clock_breakdown": False,
     }
     if config.precision != "fp32":
+        _check_precision(config.precision)
         content[config.precision] = {"enabled": True}
     return content
+
+
+def _check_precision(precision: str) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator()
+    works = {"fp16": device.is_fp16_supported, "bf16": device.is_bf16_supported}
+    if not works[precision]():
+        others = [name for name, supported in works.items() if name != precision and supported()]
+        raise UserError(
+            f"--precision {precision}: DeepSpeed cannot train in it on this device "
+            f"({device.device_name()}): take {' or '.join([*others, 'fp32'])}"
+        )
 
 
 def inference_config(world: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data import pack
@@ -124,6 +125,11 @@ def table(root: Path) -> list[tuple[str, tuple[str, list[str]], str]]:
         ("no such ZeRO setting", engine(r, zero="zero5"), "zero"),
         ("ZeRO file sets the optimiser", engine(r, zero=r / "zero.json"), "remove 'optimizer'"),
         ("ZeRO file is not JSON", engine(r, zero=r / "broken.json"), "not valid JSON"),
+        *(
+            [("no fp16 on a CPU", engine(r, precision="fp16"), "take bf16 or fp32")]
+            if not torch.cuda.is_available()
+            else []
+        ),
         ("images of another size", engine(r, model=r / "large"), "--size 32"),
         (
             "distil without a teacher",
@@ -165,7 +171,7 @@ def table(root: Path) -> list[tuple[str, tuple[str, list[str]], str]]:
         (
             "verify: truncated",
             ("data.verify", [str(r / "truncated")]),
-            "named above, with its cure",
+            "named above, with the cure",
         ),
         (
             "compare: nothing there",

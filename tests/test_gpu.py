@@ -113,6 +113,6 @@ def test_the_three_stages_by_the_launcher(root: Path) -> None:
         ranks=1,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert "test/accuracy" in done.stdout
+    assert "test_accuracy" in done.stdout
     line = metrics(root / "runs" / "all" / "distill-1")[-1]
     assert any("memory" in key for key in line)

@@ -178,8 +178,8 @@ def _check_rounds(run: Path) -> None:
         record = result(stage)
         assert record["start"] == str(start / "export")
         assert record["seeds"] == [0, 1]
-        each = record["each"]["test/accuracy"]
-        assert record["metrics"]["test/accuracy"] == pytest.approx(sum(each) / 2)
+        each = record["each"]["test_accuracy"]
+        assert record["metrics"]["test_accuracy"] == pytest.approx(sum(each) / 2)
         for seed in (0, 1):
             assert (run / stage / f"seed-{seed}" / "export" / "model.safetensors").exists()
     assert result("finetune-model")["start"].endswith("base")

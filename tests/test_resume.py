@@ -128,7 +128,7 @@ def test_two_ranks_continue_bit_for_bit_and_reuse_the_feature_table(root: Path) 
         "stage": "distill",
         "teacher": root / "teacher",
         "teacher.mode": "cached",
-        "distill.steps": 40,
+        "distill.steps": 20,
         "zero": "zero2",
     }
     whole, broken = root / "runs" / "whole-2", root / "runs" / "broken-2"
@@ -165,7 +165,7 @@ def test_a_feature_table_of_something_else_is_refused(root: Path) -> None:
         "teacher.mode": "cached",
     }
     first = shared | {"output": str(root / "runs" / "table")}
-    run_cases(root / "first", [first])
+    run_cases(root / "first", [first], ranks=1)
     table = root / "runs" / "table" / "distill-1" / "teacher"
     cases: dict[str, dict[str, object]] = {
         "same": {},
@@ -183,6 +183,7 @@ def test_a_feature_table_of_something_else_is_refused(root: Path) -> None:
             shared | {"output": str(root / "runs" / f"table-{name}")} | more
             for name, more in cases.items()
         ],
+        ranks=1,
     )
     one, other = (
         [line["loss/loss"] for line in metrics(root / "runs" / name / "distill-1")]

@@ -5,7 +5,7 @@
     bench      the benchmark of the distillation step
     reproduce  three methods on each of several packed data sets
 
-Each leaves its log, its figures and `machine.json` (date, device, versions, commands) in DIR.
+Each leaves its log, its figures and JOB-machine.json (date, device, versions, commands) in DIR.
 """
 
 import datetime
@@ -67,7 +67,7 @@ class Job:
             raise UserError(f"{shown}: exit code {code}; see {self.out / f'{self.name}.log'}")
 
     def record(self) -> None:
-        """Writes machine.json."""
+        """Writes JOB-machine.json."""
         cuda = torch.cuda.is_available()
         (self.out / f"{self.name}-machine.json").write_text(
             json.dumps(

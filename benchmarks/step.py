@@ -8,6 +8,7 @@ same batch, fp32, and torch's AdamW; rounds alternate between them.
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -15,25 +16,17 @@ from rich.table import Table
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from data import cli
-from engine.models.vit_mae import Shape, ViTMAE
+from engine.models.vit_mae import ViTMAE
+from engine.models.weights import load_pretrained
 from engine.objectives import DistillObjective, Normalize
+
+#: Whose shape both take: the base of the embedded default.
+BASE = Path(__file__).resolve().parent.parent / "recipes" / "vit_small"
 
 
 def peer(batch: int, device: str) -> Callable[[], None]:
     """One step of the plain loop."""
-    config = ViTMAEConfig(
-        hidden_size=192,
-        num_hidden_layers=6,
-        num_attention_heads=3,
-        intermediate_size=768,
-        image_size=64,
-        patch_size=8,
-        decoder_hidden_size=96,
-        decoder_num_hidden_layers=2,
-        decoder_num_attention_heads=3,
-        decoder_intermediate_size=384,
-        norm_pix_loss=True,
-    )
+    config = ViTMAEConfig.from_pretrained(BASE)
     model = ViTMAEForPreTraining(config).to(device)
     teacher = ViTMAEForPreTraining(config).to(device).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -59,18 +52,7 @@ def peer(batch: int, device: str) -> Callable[[], None]:
 
 def ours(batch: int, device: str) -> Callable[[], None]:
     """One step of the project's objective."""
-    shape = Shape(
-        image_size=64,
-        patch_size=8,
-        width=192,
-        depth=6,
-        heads=3,
-        mlp_width=768,
-        decoder_width=96,
-        decoder_depth=2,
-        decoder_heads=3,
-        decoder_mlp_width=384,
-    )
+    shape = load_pretrained(str(BASE)).shape
     objective = DistillObjective(ViTMAE(shape), Normalize((0.5,) * 3, (0.5,) * 3)).to(device)
     optimizer = torch.optim.AdamW(
         [p for p in objective.parameters() if p.requires_grad], lr=1e-4, fused=True

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from data.codec import Codec, Images
 from data.errors import UserError
 from data.manifest import Manifest
 from data.order import Ints, Order
@@ -136,6 +137,12 @@ def _check_labels(manifest: Manifest, require_labels: bool) -> None:
         )
 
 
+def _codec(manifest: Manifest) -> Codec:
+    if manifest.kind != "image":
+        raise UserError(f"{manifest.root} holds {manifest.kind}: an image model cannot read it")
+    return Images(manifest.image.get("size"))
+
+
 class Loader(_Batches):
     """The endless training stream of one rank, as micro-batches.
 
@@ -150,18 +157,18 @@ class Loader(_Batches):
         partitions: P, see `data.order`; B must be a multiple of it.
         window: Shards shuffled together; 0 is automatic.
         start_step: The first step, for resuming.
-        keyed: Makes arrays from positions int64 [b]; they are added to the batch as tensors.
+        keyed: Makes arrays from positions int64 [b] and the batch, to which they are added.
         cache_dir: Folder of fetched shards on this node.
         cache_gb: Its limit in GB (1e9 bytes).
         skip_broken: Tolerated share of broken samples; 0 makes the first one an error. A skipped
             sample is replaced by the next of its partition, so batches stay full.
-        size: Side in pixels to which images of another size are fitted; None leaves them.
+        codec: Decodes the samples; by default `Images` in the size they were packed in.
         require_labels: Refuse data of which a sample has no label.
         pin: Batches in page-locked memory.
 
     Yields:
-        dict: images uint8 [b, 3, H, W], labels int64 [b] (-1 for none), positions int64 [b], ids
-        int64 [b], and what `keyed` gives; b = B / world / accumulation.
+        dict: what the codec gives (images uint8 [b, 3, H, W]), labels int64 [b] (-1 for none),
+        positions int64 [b], ids int64 [b], and what `keyed` gives; b = B / world / accumulation.
 
     Raises:
         UserError: Sizes that do not divide; broken data.
@@ -184,7 +191,7 @@ class Loader(_Batches):
         cache_dir: str | None = None,
         cache_gb: float | None = None,
         skip_broken: float = 0.0,
-        size: int | None = None,
+        codec: Codec | None = None,
         require_labels: bool = False,
         pin: bool = False,
     ) -> None:
@@ -207,7 +214,7 @@ class Loader(_Batches):
         reader = Reader(manifest, cache_dir=cache_dir, cache_gb=cache_gb)
         if not skip_broken:
             reader.check_shards()
-        stream = Stream(reader, size, skip_broken > 0, self.order, keyed)
+        stream = Stream(reader, codec or _codec(manifest), skip_broken > 0, self.order, keyed)
         super().__init__(manifest, stream, workers, pin, skip_broken)
         self.batch, self.rank, self.world = batch, rank, world
         self.accumulation, self.start_step = accumulation, start_step
@@ -238,7 +245,7 @@ class Sequential(_Batches):
         cache_dir: Folder of fetched shards on this node.
         cache_gb: Its limit in GB (1e9 bytes).
         skip_broken: Tolerated share of broken samples, which become rows with valid = False.
-        size: Side in pixels to which images of another size are fitted; None leaves them.
+        codec: Decodes the samples; by default `Images` in the size they were packed in.
         require_labels: Refuse data of which a sample has no label.
         pin: Batches in page-locked memory.
 
@@ -261,7 +268,7 @@ class Sequential(_Batches):
         cache_dir: str | None = None,
         cache_gb: float | None = None,
         skip_broken: float = 0.0,
-        size: int | None = None,
+        codec: Codec | None = None,
         require_labels: bool = False,
         pin: bool = False,
     ) -> None:
@@ -275,9 +282,8 @@ class Sequential(_Batches):
         reader = Reader(manifest, cache_dir=cache_dir, cache_gb=cache_gb)
         if not skip_broken:
             reader.check_shards()
-        if size is None:
-            size = manifest.image.get("size")
-        super().__init__(manifest, Rows(reader, size, skip_broken > 0), workers, pin, skip_broken)
+        rows = Rows(reader, codec or _codec(manifest), skip_broken > 0)
+        super().__init__(manifest, rows, workers, pin, skip_broken)
         self.batch = batch
         self.first = manifest.samples * rank // world
         self.last = manifest.samples * (rank + 1) // world

@@ -1,5 +1,6 @@
 """What a loader's workers do: read and decode the samples of one batch."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -8,32 +9,33 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from data import images
+from data.codec import Codec
 from data.errors import BrokenData, UserError
 from data.order import Ints, Order
 from data.reader import Reader, Record
 
-Keyed = Callable[[Ints], dict[str, NDArray[Any]]]
+# Makes arrays [b, ...] from positions int64 [b] and the batch that stands there.
+Keyed = Callable[[Ints, dict[str, torch.Tensor]], dict[str, NDArray[Any]]]
 
 # A broken sample is replaced by the next readable one of its partition, looked for this far ahead.
 _TRIES = 64
 
 
-class Samples(Dataset[dict[str, Any]]):
+class Samples(Dataset[dict[str, Any]], ABC):
     """Reads and decodes the samples of a batch; an error is returned, so that its line survives."""
 
-    def __init__(self, reader: Reader, size: int | None, skip: bool) -> None:
+    def __init__(self, reader: Reader, codec: Codec, skip: bool) -> None:
         self.reader = reader
-        self.size = size
+        self.codec = codec
         self.skip = skip
 
-    def _sample(self, sample: int) -> tuple[NDArray[np.uint8], Record]:
+    def _sample(self, sample: int) -> tuple[NDArray[Any], Record]:
         record = self.reader.record(sample)
-        return images.decode(record.input, self.size, record.name), record
+        return self.codec.decode(record.input, record.name), record
 
+    @abstractmethod
     def batch(self, positions: Ints) -> dict[str, Any]:
         """The batch at these positions."""
-        raise NotImplementedError
 
     def __getitem__(self, positions: Ints) -> dict[str, Any]:
         try:
@@ -46,41 +48,28 @@ class Samples(Dataset[dict[str, Any]]):
         worker = torch.utils.data.get_worker_info()
         return self.reader.remote and (worker is None or worker.id == 0)
 
-    def _stack(self, pictures: list[NDArray[np.uint8]], names: list[str]) -> torch.Tensor:
-        """uint8 [b, 3, H, W]; the sizes must agree."""
-        first = pictures[0].shape
-        out = np.empty((len(pictures), *first), dtype=np.uint8)
-        for row, picture, name in zip(out, pictures, names, strict=True):
-            if picture.shape != first:
-                raise UserError(
-                    f"{name} has {picture.shape[2]}x{picture.shape[1]} pixels, {names[0]}"
-                    f" {first[2]}x{first[1]}: give the size to fit them to, or pack with --size"
-                )
-            row[:] = picture
-        return torch.from_numpy(out)
-
 
 class Stream(Samples):
     """Batches of the endless stream."""
 
     def __init__(
-        self, reader: Reader, size: int | None, skip: bool, order: Order, keyed: Keyed | None
+        self, reader: Reader, codec: Codec, skip: bool, order: Order, keyed: Keyed | None
     ) -> None:
-        super().__init__(reader, size, skip)
+        super().__init__(reader, codec, skip)
         self.order = order
         self.keyed = keyed
         self._ahead: list[list[int]] = []
 
     def batch(self, positions: Ints) -> dict[str, Any]:
-        """images, labels, positions, ids, the keyed numbers, and what was broken."""
+        """The inputs, labels, positions, ids, the keyed numbers, and what was broken."""
         ids = self.order.ids(positions)
         self._prefetch(positions)
-        pictures, records, broken = [], [], {}
+        inputs, records, broken = [], [], {}
         for row, position in enumerate(positions):
             reason = ""
             for attempt in range(_TRIES):
                 try:
-                    picture, record = self._sample(int(ids[row]))
+                    array, record = self._sample(int(ids[row]))
                     break
                 except BrokenData as error:
                     if not self.skip:
@@ -90,10 +79,9 @@ class Stream(Samples):
                     ids[row] = self.order.ids(np.array([following]))[0]
             else:
                 raise UserError(f"{_TRIES} samples in a row are broken; the last: {reason}")
-            pictures.append(picture)
+            inputs.append(array)
             records.append(record)
-        out: dict[str, Any] = {
-            "images": self._stack(pictures, [r.name for r in records]),
+        out: dict[str, Any] = self.codec.collate(inputs, [r.name for r in records]) | {
             "labels": torch.tensor([r.label for r in records], dtype=torch.int64),
             "positions": torch.from_numpy(positions.copy()),
             "ids": torch.from_numpy(ids),
@@ -101,7 +89,7 @@ class Stream(Samples):
         if self.keyed is not None:
             out |= {
                 k: torch.from_numpy(np.ascontiguousarray(v))
-                for k, v in self.keyed(positions).items()
+                for k, v in self.keyed(positions, out).items()
             }
         return out | {"broken": broken}
 
@@ -122,10 +110,10 @@ class Rows(Samples):
     """Batches of one pass; ids of -1 pad the last ones."""
 
     def batch(self, positions: Ints) -> dict[str, Any]:
-        """images, labels, positions, ids, valid, and what was broken."""
+        """The inputs, labels, positions, ids, valid, and what was broken."""
         ids = positions.copy()
         self._prefetch(int(positions.max()))
-        found: dict[int, tuple[NDArray[np.uint8], Record]] = {}
+        found: dict[int, tuple[NDArray[Any], Record]] = {}
         broken = {}
         for row, sample in enumerate(positions):
             if sample < 0:
@@ -136,16 +124,13 @@ class Rows(Samples):
                 if not self.skip:
                     raise
                 broken[int(sample)] = str(error)
-        if found:
-            shape = next(iter(found.values()))[0].shape
-        elif self.size is not None:
-            shape = (3, self.size, self.size)
-        else:
-            shape = self._sample(0)[0].shape
-        nothing = np.zeros(shape, dtype=np.uint8), Record(b"", -1, "padding")
-        rows = [found.get(row, nothing) for row in range(len(ids))]
-        return {
-            "images": self._stack([r[0] for r in rows], [r[1].name for r in rows]),
+        blank = self.codec.blank(next(iter(found.values()))[0] if found else None)
+        if blank is None:
+            blank = self.codec.blank(self._sample(0)[0])
+        assert blank is not None
+        padding = blank, Record(b"", -1, "padding")
+        rows = [found.get(row, padding) for row in range(len(ids))]
+        return self.codec.collate([r[0] for r in rows], [r[1].name for r in rows]) | {
             "labels": torch.tensor([r[1].label for r in rows], dtype=torch.int64),
             "positions": torch.from_numpy(positions.copy()),
             "ids": torch.from_numpy(ids),

@@ -213,10 +213,13 @@ def _insert(tree: dict[str, Any], dotted: str, value: Any, where: str) -> None:
     if dotted not in options():
         raise UserError(f"{where}: unknown option {dotted!r}{nearest_option(dotted)}")
     keys = dotted.split(".")
-    node, section = tree, Config
+    node: dict[str, Any] = tree
+    section: type[Section] = Config
     for key in keys[:-1]:
         node = node.setdefault(key, {})
-        section = section.model_fields[key].annotation  # type: ignore[assignment]  # a Section
+        inner = _section(section.model_fields[key].annotation)
+        assert inner is not None, "only sections have dotted names below them"
+        section = inner
     if _section(section.model_fields[keys[-1]].annotation):
         node.setdefault(keys[-1], {})["path"] = value
     else:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data.codec import Images
 from data.errors import UserError
 from data.loader import Loader, sequential
 from data.manifest import Manifest
+from data.samples import Keyed
 from engine import flops as flop_counts
 from engine import optim, pictures, zero
 from engine.checkpoint import Checkpoints, State
@@ -57,7 +58,7 @@ class Fit:
     kind: str
     plan: StageSection
     objective: nn.Module
-    keyed: Callable[[np.ndarray], dict[str, np.ndarray]] | None
+    keyed: Keyed | None
     inputs: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     base: Pretrained
     train: Manifest
@@ -205,7 +206,7 @@ def fit(run: Run, task: Fit) -> None:
         cache_dir=config.data.cache_dir,
         cache_gb=config.data.cache_gb,
         skip_broken=config.data.skip_broken,
-        size=task.base.shape.image_size,
+        codec=Images(task.base.shape.image_size),
         require_labels=task.kind == "finetune",
     )
     monitor = Monitor(
@@ -345,7 +346,7 @@ def evaluate(run: Run, engine: Any, manifest: Manifest) -> Scores:
         workers=config.data.workers,
         cache_dir=config.data.cache_dir,
         cache_gb=config.data.cache_gb,
-        size=engine.module.model.encoder.shape.image_size,
+        codec=Images(engine.module.model.encoder.shape.image_size),
         require_labels=True,
     )
     for batch in batches:

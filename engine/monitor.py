@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, SupportsFloat
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class Monitor:
             None if quiet else _Line(stage, steps, start, samples_per_step, log_every, unit)
         )
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+    def log(self, step: int, scalars: Mapping[str, SupportsFloat]) -> None:
         """Write scalars to TensorBoard and as one line of `metrics.jsonl`.
 
         Args:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from data.codec import Images
 from data.errors import UserError
 from data.manifest import Manifest
 from engine import flops
@@ -196,6 +197,7 @@ def _teacher(
         folder,
         key,
         train,
+        Images(taught.shape.image_size),
         Replicated(extractor, ranks, run.dtype),
         shape,
         config,

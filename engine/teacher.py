@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.codec import Codec
 from data.errors import UserError
 from data.loader import sequential
 from data.manifest import Manifest
@@ -123,6 +124,7 @@ def build_table(
     folder: Path,
     key: dict[str, Any],
     manifest: Manifest,
+    codec: Codec,
     teacher: Callable[[dict[str, Tensor]], Tensor],
     shape: tuple[int, ...],
     config: Config,
@@ -171,7 +173,7 @@ def build_table(
         workers=config.data.workers,
         cache_dir=config.data.cache_dir,
         cache_gb=config.data.cache_gb,
-        size=config.model.image_size,
+        codec=codec,
     ):
         features = teacher(batch).cpu().numpy()
         valid = batch["valid"].numpy()

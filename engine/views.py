@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from data import keyed
 
@@ -16,7 +18,7 @@ class MaskNoise:
     seed: int
     patches: int
 
-    def __call__(self, positions: np.ndarray) -> dict[str, np.ndarray]:
+    def __call__(self, positions: np.ndarray, _: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Noise of the given stream positions, int64 [b]."""
         return {"noise": keyed.uniform(self.seed, "mask", positions, self.patches)}
 
@@ -27,6 +29,6 @@ class Flips:
 
     seed: int
 
-    def __call__(self, positions: np.ndarray) -> dict[str, np.ndarray]:
+    def __call__(self, positions: np.ndarray, _: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Flips of the given stream positions, int64 [b]."""
         return {"flip": keyed.uniform(self.seed, "flip", positions, 1)[:, 0] < 0.5}

@@ -197,7 +197,7 @@ def _rest(
 def screenshot(
     folder: str,
     picture: str,
-    tab: str = "scalars",
+    tab: Tab = "scalars",
     tags: str = "",
     width: int = 1500,
     height: int = 0,
@@ -228,7 +228,7 @@ def screenshot(
         raise UserError(f"{picture} is there already: name another, or add --overwrite")
     png, cards = take(
         Path(folder),
-        tab,  # type: ignore[arg-type]  # one of them, as checked above
+        tab,
         tags=tags,
         width=width,
         height=height,

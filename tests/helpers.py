@@ -2,14 +2,18 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+from data import pack
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -77,6 +81,15 @@ def make_base(
     return folder
 
 
+def make_world(root: Path, **options: Any) -> Path:
+    """What a run needs: images, their shards, a base model, and a teacher of its shape."""
+    make_images(root / "images")
+    pack.pack(str(root / "images"), str(root / "shards"), **options)
+    make_base(root / "base")
+    make_base(root / "teacher", seed=1)
+    return root
+
+
 def environment(**more: str) -> dict[str, str]:
     """The environment of a launch: the venv's tools on PATH, one build folder for ops."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -85,15 +98,18 @@ def environment(**more: str) -> dict[str, str]:
     return env | {"OMP_NUM_THREADS": "1"} | more
 
 
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def launch(
     *words: str | Path, ranks: int = 2, launcher: str = "deepspeed", timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script of the project under a launcher, on loopback, with a port of its own."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     head = {
         "deepspeed": ["deepspeed", "--num_gpus", str(ranks), "--master_port", port],
         "torchrun": ["torchrun", f"--nproc_per_node={ranks}", f"--master_port={port}"],
@@ -116,7 +132,7 @@ def run_cases(folder: Path, cases: list[dict[str, object]], *, ranks: int = 2) -
     file.write_text(json.dumps([COMMON | case for case in cases]))
     done = launch(ROOT / "tests" / "run_cases.py", file, ranks=ranks)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def metrics(stage: Path) -> list[dict[str, float]]:

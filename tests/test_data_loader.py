@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import keyed
+from data.codec import Images
 from data.errors import UserError
 from data.loader import Loader, sequential
 from data.manifest import Manifest
@@ -26,7 +27,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return uneven(tmp_path_factory.mktemp("data") / "train", [7, 1, 12, 5, 9, 3])
 
 
-def noise(positions: np.ndarray) -> dict[str, np.ndarray]:
+def noise(positions: np.ndarray, _: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return {"noise": keyed.uniform(0, "mask", positions, 3)}
 
 
@@ -146,8 +147,8 @@ def test_more_ranks_than_samples(tmp_path: Path) -> None:
 
 
 def test_size_fits_images(split: Manifest) -> None:
-    assert take(Loader(split, batch=2, size=9), 1)[0]["images"].shape == (2, 3, 9, 9)
-    assert next(iter(sequential(split, batch=2, size=9)))["images"].shape == (2, 3, 9, 9)
+    assert take(Loader(split, batch=2, codec=Images(9)), 1)[0]["images"].shape == (2, 3, 9, 9)
+    assert next(iter(sequential(split, batch=2, codec=Images(9))))["images"].shape == (2, 3, 9, 9)
 
 
 @pytest.mark.parametrize(

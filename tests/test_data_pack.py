@@ -14,6 +14,7 @@ import webdataset
 from PIL import Image
 
 from data.cli import run
+from data.codec import Images
 from data.errors import UserError
 from data.loader import sequential
 from data.manifest import Manifest
@@ -188,7 +189,12 @@ def test_originals_can_be_kept(tmp_path: Path) -> None:
     } == files
     manifest = Manifest.load_split(str(tmp_path / "out"), "train")
     assert manifest.image["size"] is None
-    assert next(iter(sequential(manifest, batch=3, size=8)))["images"].shape == (3, 3, 8, 8)
+    assert next(iter(sequential(manifest, batch=3, codec=Images(8))))["images"].shape == (
+        3,
+        3,
+        8,
+        8,
+    )
     with pytest.raises(UserError, match="give the size"):
         list(sequential(manifest, batch=3))
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import pack
-from engine.models.vit_mae import Shape, ViTMAE
+from engine.models.vit_mae import ViTMAE
+from engine.models.weights import load_pretrained
 from engine.objectives import DistillObjective, Normalize
-from tests.helpers import launch, make_base, make_images, metrics, run_cases
+from tests.helpers import ROOT, launch, make_world, metrics, run_cases
 
 pytestmark = pytest.mark.gpu
 
@@ -19,18 +19,7 @@ def test_objective_equals_the_cpu() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
-    shape = Shape(
-        image_size=64,
-        patch_size=8,
-        width=192,
-        depth=6,
-        heads=3,
-        mlp_width=768,
-        decoder_width=96,
-        decoder_depth=2,
-        decoder_heads=3,
-        decoder_mlp_width=384,
-    )
+    shape = load_pretrained(str(ROOT / "recipes" / "vit_small")).shape
     cpu = DistillObjective(ViTMAE(shape), Normalize((0.5,) * 3, (0.5,) * 3))
     gpu = copy.deepcopy(cpu).cuda()
     images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
@@ -53,12 +42,7 @@ def test_objective_equals_the_cpu() -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("gpu")
-    make_images(root / "images")
-    pack.pack(str(root / "images"), str(root / "shards"), samples_per_shard=10)
-    make_base(root / "base")
-    make_base(root / "teacher", seed=1)
-    return root
+    return make_world(tmp_path_factory.mktemp("gpu"), samples_per_shard=10)
 
 
 def test_settings_agree(root: Path) -> None:

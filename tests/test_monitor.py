@@ -9,6 +9,7 @@ import re
 import select
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 from engine.monitor import METRICS, Meter, Monitor, cut_metrics, read_metrics
 
 
-def make(folder: Path, **options: object) -> Monitor:
-    settings = {
+def make(folder: Path, **options: Any) -> Monitor:
+    settings: dict[str, Any] = {
         "enabled": True,
         "stage": "pretrain",
         "steps": 20,
@@ -29,7 +30,7 @@ def make(folder: Path, **options: object) -> Monitor:
         "log_every": 5,
         "quiet": True,
     }
-    return Monitor(folder, **(settings | options))  # type: ignore[arg-type]
+    return Monitor(folder, **(settings | options))
 
 
 def events(folder: Path) -> EventAccumulator:
@@ -40,7 +41,7 @@ def steps_of(folder: Path, tag: str) -> list[int]:
     return [event.step for event in events(folder).Scalars(tag)]
 
 
-def strict(path: Path) -> list[dict[str, object]]:
+def strict(path: Path) -> list[dict[str, Any]]:
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is no JSON")
 
@@ -59,14 +60,14 @@ def test_scalars_reach_tensorboard_and_metrics(tmp_path: Path) -> None:
     assert [r["step"] for r in records] == [1, 2]
     assert [r["loss/mae"] for r in records] == [0.5, 0.25]
     assert records[0]["optimizer/learning_rate"] == 1e-4
-    assert all(before - 1 <= r["time"] <= time.time() for r in records)  # type: ignore[operator]
+    assert all(before - 1 <= r["time"] <= time.time() for r in records)
     values = [event.value for event in events(tmp_path).Scalars("loss/mae")]
     assert values == [0.5, 0.25]
 
 
 def test_json_stays_strict_when_a_loss_is_not_finite(tmp_path: Path) -> None:
     with make(tmp_path) as monitor:
-        monitor.log(1, {"a": math.nan, "b": math.inf, "c": torch.tensor(2.0)})  # type: ignore[dict-item]
+        monitor.log(1, {"a": math.nan, "b": math.inf, "c": torch.tensor(2.0)})
     record = strict(tmp_path / METRICS)[0]
     assert record["a"] is None
     assert record["b"] is None

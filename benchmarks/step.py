@@ -16,9 +16,10 @@ from rich.table import Table
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from data import cli
+from engine.models.image import ImageAutoencoder, Normalize
 from engine.models.vit_mae import ViTMAE
 from engine.models.weights import load_pretrained
-from engine.objectives import DistillObjective, Normalize
+from engine.objectives import DistillObjective
 
 #: Whose shape both take: the base of the embedded default.
 BASE = Path(__file__).resolve().parent.parent / "recipes" / "vit_small"
@@ -53,7 +54,8 @@ def peer(batch: int, device: str) -> Callable[[], None]:
 def ours(batch: int, device: str) -> Callable[[], None]:
     """One step of the project's objective."""
     shape = load_pretrained(str(BASE)).shape
-    objective = DistillObjective(ViTMAE(shape), Normalize((0.5,) * 3, (0.5,) * 3)).to(device)
+    model = ImageAutoencoder(ViTMAE(shape), Normalize((0.5,) * 3, (0.5,) * 3))
+    objective = DistillObjective(model).to(device)
     optimizer = torch.optim.AdamW(
         [p for p in objective.parameters() if p.requires_grad], lr=1e-4, fused=True
     )
@@ -61,7 +63,8 @@ def ours(batch: int, device: str) -> Callable[[], None]:
     target = torch.randn(batch, 192, device=device)
 
     def step() -> None:
-        objective(images, torch.rand(batch, 64, device=device), target)["loss"].backward()
+        noise = torch.rand(batch, 64, device=device)
+        objective(target, images=images, noise=noise)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -55,6 +55,9 @@ class ModelSection(Section):
     path: str | None = Field(
         None, description='hub name, folder, .pth or .safetensors; "scratch" = fresh weights'
     )
+    tokenizer: str | None = Field(
+        None, description="folder of the tokenizer of a model from scratch"
+    )
     image_size: int | None = Field(None, gt=0, description="train at another resolution")
     shape: ShapeSection = Field(default_factory=ShapeSection)
 
@@ -64,6 +67,25 @@ class MaskSection(Section):
 
     ratio: float = Field(0.75, gt=0, lt=1, description="share of patches that are hidden")
     normalize_pixels: bool = Field(True, description="target pixels normalised per patch")
+
+
+class TokenSection(Section):
+    """Masked language modelling, the paper's L_MAE on text."""
+
+    ratio: float = Field(0.15, gt=0, lt=1, description="probability that a token is masked")
+    policy: Literal["mask", "bert"] = Field(
+        "mask", description="mask tokens everywhere, or 80% with 10% random, 10% unchanged"
+    )
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="in stages 1, 2 (none = model's own)"
+    )
+
+
+class TextSection(Section):
+    """How texts become token ids."""
+
+    max_length: int | None = Field(None, ge=3, description="tokens (none = the model's limit)")
+    bucket: int = Field(32, ge=1, description="lengths are padded to multiples of this")
 
 
 class TeacherSection(Section):
@@ -152,6 +174,8 @@ class Config(Section):
     data: DataSection = Field(default_factory=DataSection)
     model: ModelSection = Field(default_factory=ModelSection)
     mae: MaskSection = Field(default_factory=MaskSection)
+    mlm: TokenSection = Field(default_factory=TokenSection)
+    text: TextSection = Field(default_factory=TextSection)
     teacher: TeacherSection = Field(default_factory=TeacherSection)
     pretrain: PretrainSection = Field(default_factory=PretrainSection)
     distill: DistillSection = Field(default_factory=DistillSection)

@@ -12,8 +12,10 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from data.errors import UserError
+from engine.models.language import restore_dropout
 from engine.models.layout import to_hugging_face
 from engine.models.vit_mae import Shape
 
@@ -100,6 +102,41 @@ def export_classifier(
         _write_json(target / "timm" / "config.json", _timm_config(shape, classes, pool, mean, std))
         tensors = dict(encoder) | {f"head.{k}": v for k, v in head.items()}
         _write_tensors(target / "timm" / "model.safetensors", tensors)
+
+    _replace(Path(folder), write)
+
+
+def export_transformers(
+    folder: str | Path,
+    network: Any,
+    tensors: Mapping[str, Tensor],
+    tokenizer: Any,
+    original: PreTrainedConfig,
+) -> None:
+    """Writes one of transformers' own models with its tokenizer.
+
+    Args:
+        folder: to be made; an export that stands there is replaced.
+        network: the model; its class and configuration are written.
+        tensors: its parameters, whole; of tied ones the first.
+        tokenizer: transformers' tokenizer.
+        original: the configuration whose dropout rates are written.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
+    """
+
+    def write(target: Path) -> None:
+        config = restore_dropout(network.config, original)
+        whole = type(network)(config)
+        missing, strange = whole.load_state_dict(tensors, strict=False)
+        left = set(missing) - set(whole.all_tied_weights_keys)
+        assert not strange, strange
+        assert not left, left
+        whole.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        for path in target.iterdir():
+            _sync(path)
 
     _replace(Path(folder), write)
 

@@ -5,31 +5,26 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from data.codec import Images
-from data.errors import UserError
 from data.loader import Loader, sequential
 from data.manifest import Manifest
 from data.samples import Keyed
 from engine import flops as flop_counts
-from engine import optim, pictures, zero
+from engine import optim, zero
 from engine.checkpoint import Checkpoints, State
 from engine.config import StageSection
 from engine.drift import Drift
 from engine.evaluation import Scores, Tally
 from engine.folder import Run, write_result
-from engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
-from engine.models.weights import Pretrained, load_pretrained
+from engine.kinds.base import Kind, Stage, TeacherMode
 from engine.monitor import Meter, Monitor
+from engine.teacher import view
 from engine.trainer import Loop, train
-
-#: Images in a picture of reconstructions.
-PICTURES = 8
 
 
 @dataclass
@@ -38,122 +33,42 @@ class Fit:
 
     Attributes:
         name: its folder.
-        kind: pretrain | distill | finetune.
+        stage: pretrain | distill | finetune.
         plan: its settings.
         objective: module whose forward gives the losses.
         keyed: random numbers by stream position.
         inputs: a loader's batch -> the objective's arguments, on the device.
+        data: the kind of the inputs.
         base: weights that it starts from.
         train: manifest of the train split.
         encoder: the trained encoder, watched for its distance from `reference`.
         reference: theta_init (default: `base.encoder`).
         record: what must be equal at resume, beside plan and seed.
-        flops: FLOPs an image of one step.
+        mode: the teacher's, for the FLOPs.
         finish: engine -> entries of result.json (export, evaluation). Every rank calls it.
         seed: seed of order, head and dropout (default: the run's).
         validate: manifest scored every `eval_every` steps.
     """
 
     name: str
-    kind: str
+    stage: Stage
     plan: StageSection
     objective: nn.Module
     keyed: Keyed | None
     inputs: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-    base: Pretrained
+    data: Kind
+    base: Any
     train: Manifest
     encoder: nn.Module
     record: dict[str, Any]
-    flops: float
     finish: Callable[[Any], dict[str, Any]]
     reference: Mapping[str, Tensor] | None = None
     seed: int | None = None
     validate: Manifest | None = None
+    mode: TeacherMode = "cached"
 
 
-def pretrained(run: Run, source: str | None = None) -> Pretrained:
-    """The weights of `source`, or of --model; "scratch" makes fresh ones of the recipe's shape.
-
-    Raises:
-        UserError: no model is named, or it cannot be loaded.
-    """
-    config = run.config
-    path = source or config.model.path
-    if path is None:
-        raise UserError(
-            "--model is missing: a hub name (facebook/vit-mae-base), a folder, a .pth, or scratch"
-        )
-    if path != "scratch":
-        loaded = load_pretrained(path, config.model.image_size)
-        shape = replace(
-            loaded.shape,
-            mask_ratio=config.mae.ratio,
-            normalize_pixels=config.mae.normalize_pixels,
-        )
-        for note in loaded.notes:
-            run.say(f"{path}: {note}")
-        return replace(loaded, shape=shape)
-    told = config.model.shape
-    shape = Shape(
-        image_size=told.image_size,
-        patch_size=told.patch_size,
-        width=told.width,
-        depth=told.depth,
-        heads=told.heads,
-        mlp_width=4 * told.width,
-        decoder_width=told.decoder_width,
-        decoder_depth=told.decoder_depth,
-        decoder_heads=told.decoder_heads,
-        decoder_mlp_width=4 * told.decoder_width,
-        mask_ratio=config.mae.ratio,
-        normalize_pixels=config.mae.normalize_pixels,
-    )
-    torch.manual_seed(config.seed)
-    return Pretrained.fresh(ViTMAE(shape))
-
-
-def mae_model(run: Run, base: Pretrained) -> ViTMAE:
-    """Encoder and decoder with the base's weights; a missing decoder is new, and said so."""
-    torch.manual_seed(run.config.seed)
-    model = ViTMAE(base.shape)
-    model.encoder.load_state_dict(base.encoder)
-    if base.decoder is None:
-        run.say(
-            f"warning: {base.origin} has no decoder: a new, random one takes its place; "
-            "weights with their decoder (facebook/vit-mae-base) start better"
-        )
-    else:
-        model.decoder.load_state_dict(base.decoder)
-    return model
-
-
-def classifier(run: Run, base: Pretrained, classes: int, seed: int) -> ViTClassifier:
-    """A fresh head on the base's encoder; the position embedding is trained from here on."""
-    torch.manual_seed(seed)
-    plan = run.config.finetune
-    encoder = ViTEncoder(base.shape, dropout=plan.dropout)
-    encoder.load_state_dict(base.encoder)
-    encoder.pos_embed.requires_grad_(True)
-    return ViTClassifier(encoder, classes, pool=plan.pool)
-
-
-def base_encoder(run: Run, weights: Pretrained) -> Mapping[str, Tensor]:
-    """theta_init, from which fine-tuning's distance is measured: --model's encoder."""
-    if run.config.model.path in (None, "scratch"):
-        return weights.encoder
-    return pretrained(run).encoder
-
-
-def _check_size(manifest: Manifest, shape: Shape) -> None:
-    packed = manifest.image.get("size")
-    if packed is not None and packed != shape.image_size:
-        raise UserError(
-            f"{manifest.root} holds {packed}x{packed} images, the model takes {shape.image_size}: "
-            f"pack with --size {shape.image_size}, or give --model.image_size {packed}"
-        )
-
-
-def build_engine(run: Run, objective: nn.Module, kind: str, plan: StageSection) -> Any:
+def build_engine(run: Run, objective: nn.Module, stage: str, plan: StageSection) -> Any:
     """The DeepSpeed engine of an objective.
 
     Raises:
@@ -162,7 +77,7 @@ def build_engine(run: Run, objective: nn.Module, kind: str, plan: StageSection) 
     import deepspeed
 
     content = zero.training_config(run.config, plan, run.ranks.world)
-    optimizer = optim.build(objective, kind, plan, offload=zero.offloads(content))
+    optimizer = optim.build(objective, stage, plan, offload=zero.offloads(content))
     engine, *_ = deepspeed.initialize(
         model=objective, optimizer=optimizer, config=content, dist_init_required=False
     )
@@ -173,7 +88,7 @@ def fit(run: Run, task: Fit) -> None:
     """Trains one stage to its end, from its checkpoint if there is one, and writes its result."""
     config, ranks, plan = run.config, run.ranks, task.plan
     began = time.time()
-    _check_size(task.train, task.base.shape)
+    task.data.check(task.train, task.base)
     seed = config.seed if task.seed is None else task.seed
     steps = plan.length(task.train.samples)
     if plan.steps is None:
@@ -181,7 +96,7 @@ def fit(run: Run, task: Fit) -> None:
             f"{task.name}: {plan.epochs:g} epochs x {task.train.samples} samples"
             f" / batch {plan.batch} = {steps} steps"
         )
-    engine = build_engine(run, task.objective, task.kind, plan)
+    engine = build_engine(run, task.objective, task.stage, plan)
     drift = Drift(task.encoder, task.reference or task.base.encoder, ranks)
     checkpoints = Checkpoints(run.folder / task.name / "checkpoints", ranks, config.keep)
     record = _record(run, task, steps, seed)
@@ -206,8 +121,8 @@ def fit(run: Run, task: Fit) -> None:
         cache_dir=config.data.cache_dir,
         cache_gb=config.data.cache_gb,
         skip_broken=config.data.skip_broken,
-        codec=Images(task.base.shape.image_size),
-        require_labels=task.kind == "finetune",
+        codec=task.data.codec(task.base, task.train),
+        require_labels=task.stage == "finetune",
     )
     monitor = Monitor(
         run.folder / task.name,
@@ -217,38 +132,28 @@ def fit(run: Run, task: Fit) -> None:
         start=state.step,
         samples_per_step=plan.batch,
         log_every=config.log_every,
+        unit=task.data.samples,
     )
     monitor.text("config", f"```toml\n{config.toml()}\n```")
     peak = flop_counts.peak_flops(_device_name(ranks.device), run.dtype)
-    meter = Meter(
-        plan.batch,
-        flops_per_sample=task.flops,
-        peak_flops=None if peak is None else peak * ranks.world,
-    )
+    meter = Meter(unit=task.data.units, peak_flops=None if peak is None else peak * ranks.world)
 
     def evaluate_now(step: int) -> None:
         assert task.validate is not None
-        scores = evaluate(run, engine, task.validate)
+        scores = evaluate(run, engine, task.data, task.base, task.validate)
         monitor.log(step, {f"val/{k}": v for k, v in scores.scalars().items()})
         monitor.confusion(step, scores.confusion, task.validate.classes)
 
     def draw(step: int, batch: dict[str, Tensor], out: dict[str, Tensor]) -> None:
-        if not ranks.main:
-            return
-        monitor.image(
-            step,
-            "reconstruction",
-            pictures.reconstruction(
-                batch["images"][:PICTURES].cpu(),
-                out["prediction"][:PICTURES].float().cpu(),
-                out["mask"][:PICTURES].cpu(),
-                task.base.shape,
-                task.base.mean,
-                task.base.std,
-            ),
-        )
+        if ranks.main:
+            task.data.draw(monitor, step, batch, out, task.base)
 
-    masked = task.kind != "finetune"
+    def measure(batch: dict[str, Tensor]) -> tuple[float, float]:
+        classes = len(task.train.classes)
+        work = task.data.flops(task.base, task.stage, task.mode, classes, batch)
+        return task.data.size(batch), work
+
+    masked = task.stage != "finetune"
     with monitor:
         last = train(
             Loop(
@@ -261,6 +166,8 @@ def fit(run: Run, task: Fit) -> None:
                 state=state,
                 log_every=config.log_every,
                 save_every=config.save_every,
+                count=task.data.count if masked else lambda _: None,
+                measure=measure,
                 watch=lambda: {"feature/distance_from_init": drift()},
                 draw=draw if masked else None,
                 draw_every=config.picture_every if masked else 0,
@@ -317,8 +224,8 @@ def _record(run: Run, task: Fit, steps: int, seed: int) -> dict[str, Any]:
     config = run.config
     plan = task.plan.model_dump(mode="json", exclude={"seeds", "eval_every", "start", "epochs"})
     return {
-        **{f"{task.kind}.{k}": v for k, v in plan.items()},
-        f"{task.kind}.steps": steps,
+        **{f"{task.stage}.{k}": v for k, v in plan.items()},
+        f"{task.stage}.steps": steps,
         "seed": seed,
         "precision": config.precision,
         "zero": config.zero,
@@ -333,7 +240,7 @@ def _device_name(device: torch.device) -> str:
 
 
 @torch.no_grad()
-def evaluate(run: Run, engine: Any, manifest: Manifest) -> Scores:
+def evaluate(run: Run, engine: Any, data: Kind, base: Any, manifest: Manifest) -> Scores:
     """Scores a split once, its samples dealt over the ranks; padded samples do not count."""
     config, ranks = run.config, run.ranks
     engine.eval()
@@ -346,12 +253,12 @@ def evaluate(run: Run, engine: Any, manifest: Manifest) -> Scores:
         workers=config.data.workers,
         cache_dir=config.data.cache_dir,
         cache_gb=config.data.cache_gb,
-        codec=Images(engine.module.model.encoder.shape.image_size),
+        codec=data.codec(base, manifest),
         require_labels=True,
     )
     for batch in batches:
         labels = batch["labels"].to(ranks.device)
         # Padding bears label -1, which no cross-entropy takes; the tally leaves it out.
-        out = engine(images=batch["images"].to(ranks.device), labels=labels.clamp(min=0))
+        out = engine(labels=labels.clamp(min=0), **view(batch, data.full, ranks.device))
         tally.add(out["logits"], labels, batch["valid"].to(ranks.device), batch["ids"])
     return tally.gather()

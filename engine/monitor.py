@@ -112,15 +112,16 @@ class Monitor:
             self._writer.add_image(tag, picture, step)
             self._writer.flush()
 
-    def text(self, tag: str, markdown: str) -> None:
-        """Write a text to TensorBoard, at the first step of this launch.
+    def text(self, tag: str, markdown: str, step: int | None = None) -> None:
+        """Write a text to TensorBoard.
 
         Args:
             tag: Its name, "config" say.
             markdown: What TensorBoard shows.
+            step: Finished optimiser steps; by default the first step of this launch.
         """
         if self.enabled:
-            self._writer.add_text(tag, markdown, self.first)
+            self._writer.add_text(tag, markdown, self.first if step is None else step)
             self._writer.flush()
 
     def confusion(self, step: int, matrix: np.ndarray, classes: Sequence[str]) -> None:
@@ -195,29 +196,19 @@ class Meter:
     (`.item()`), which waits for the device, or the interval ends too early.
 
     Args:
-        samples_per_step: Global batch.
-        unit: What a sample is called in the rate's tag.
-        flops_per_sample: FLOPs of a step per sample, forward and backward (`flops.step_flops`).
+        unit: What is counted, in the rate's tag: images, tokens.
         peak_flops: FLOP/s of all devices of the run together; None where not known: no MFU.
     """
 
-    def __init__(
-        self,
-        samples_per_step: int,
-        *,
-        unit: str = "images",
-        flops_per_sample: float | None = None,
-        peak_flops: float | None = None,
-    ) -> None:
-        self.samples_per_step = samples_per_step
+    def __init__(self, *, unit: str = "images", peak_flops: float | None = None) -> None:
         self.unit = unit
-        self.flops_per_sample = flops_per_sample
         self.peak_flops = peak_flops
         self.reset()
 
     def reset(self) -> None:
         """Begin a new interval now."""
         self._steps = 0
+        self._units = self._flops = 0.0
         self._waited = 0.0
         self._paused = 0.0
         self._began = time.perf_counter()
@@ -240,9 +231,16 @@ class Meter:
         finally:
             self._paused += time.perf_counter() - began
 
-    def step(self) -> None:
-        """Count one finished optimiser step."""
+    def step(self, units: float, flops: float = 0.0) -> None:
+        """Count one finished optimiser step.
+
+        Args:
+            units: Images or tokens of all ranks.
+            flops: FLOPs of all ranks, forward and backward (`engine.flops`).
+        """
         self._steps += 1
+        self._units += units
+        self._flops += flops
 
     def rates(self) -> dict[str, float]:
         """Figures of the interval since the last call; begins a new one.
@@ -256,13 +254,11 @@ class Meter:
         figures = memory()
         elapsed = time.perf_counter() - self._began - self._paused
         if self._steps and elapsed > 0:
-            rate = self._steps * self.samples_per_step / elapsed
             figures["speed/step_seconds"] = elapsed / self._steps
-            figures[f"speed/{self.unit}_per_second"] = rate
+            figures[f"speed/{self.unit}_per_second"] = self._units / elapsed
             figures["speed/data_wait_percent"] = 100 * self._waited / elapsed
-            if self.flops_per_sample and self.peak_flops:
-                mfu = rate * self.flops_per_sample / self.peak_flops
-                figures["speed/mfu_percent"] = 100 * mfu
+            if self._flops and self.peak_flops:
+                figures["speed/mfu_percent"] = 100 * self._flops / elapsed / self.peak_flops
         self.reset()
         return figures
 

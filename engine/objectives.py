@@ -1,99 +1,113 @@
 """Training objectives: modules whose ONE forward returns a dict of named losses.
 
 One forward and one backward a step: two backward calls lose the first loss's gradient silently at
-ZeRO stages 1 and 2.
+ZeRO stages 1 and 2. They know neither images nor text: the models take a batch's entries by name.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.models.vit_mae import ViTClassifier, ViTEncoder, ViTMAE
-
 Feature = Literal["cls", "mean", "tokens"]
 
 
-class Normalize(nn.Module):
-    """uint8 images to normalised fp32, on the device.
+class Encodes(Protocol):
+    """A network that encodes the unmasked view of a batch."""
 
-    Its constants are no buffers: `module.bfloat16()` would round them, and so the pixel target.
-    """
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.mean, self.std = mean, std
-        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalises uint8 [B, 3, H, W] to fp32 (x / 255 - mean) / std."""
-        if images.device not in self._constants:
-            shift = torch.tensor(self.mean, device=images.device).view(-1, 1, 1) * 255
-            scale = torch.tensor(self.std, device=images.device).view(-1, 1, 1) * 255
-            self._constants[images.device] = (shift, scale)
-        shift, scale = self._constants[images.device]
-        return (images.float() - shift) / scale
+    def encode(self, **batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B, 1+K, D], the CLS vector first; and where they count, [B, 1+K], or None."""
+        ...
 
 
-def pick(tokens: Tensor, feature: Feature) -> Tensor:
+class Reconstructs(Encodes, Protocol):
+    """A masked auto-encoder."""
+
+    loss_name: str
+
+    def reconstruct(self, **batch: Tensor) -> dict[str, Tensor]:
+        """`loss` (fp32 scalar) of the masked view, and extras for pictures."""
+        ...
+
+
+class Classifies(Protocol):
+    """A classifier."""
+
+    def classify(self, **batch: Tensor) -> Tensor:
+        """Logits [B, C]."""
+        ...
+
+
+def pick(tokens: Tensor, feature: Feature, counts: Tensor | None = None) -> Tensor:
     """The distilled feature of encoder output [B, 1+K, D].
 
-    `cls`: the CLS vector after the last LayerNorm [B, D] (the paper's). `mean`: mean of the patch
+    `cls`: the CLS vector after the last LayerNorm [B, D] (the paper's). `mean`: mean of the other
     tokens [B, D]. `tokens`: all of them [B, 1+K, D].
+
+    Args:
+        tokens: the encoder's output.
+        feature: which.
+        counts: [B, 1+K], 0 at padding; None where all tokens count.
     """
     if feature == "cls":
         return tokens[:, 0]
-    if feature == "mean":
+    if feature == "tokens":
+        return tokens
+    if counts is None:
         return tokens[:, 1:].mean(1)
-    return tokens
+    weight = counts[:, 1:, None].to(tokens.dtype)
+    return (tokens[:, 1:] * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
-def distance(student: Tensor, teacher: Tensor) -> Tensor:
+def distance(student: Tensor, teacher: Tensor, counts: Tensor | None = None) -> Tensor:
     """Mean over the batch (and tokens) of the squared L2 distance, in fp32 (Eq. 3).
 
     Summed over the feature's dimensions, not averaged: that is the authors' reduction.
+
+    Args:
+        student: [B, D] or [B, T, D].
+        teacher: the same shape.
+        counts: of features [B, T, D], where tokens count, [B, T]; each sample has the same weight.
     """
-    return (student.float() - teacher.float()).pow(2).sum(-1).mean()
+    square = (student.float() - teacher.float()).pow(2).sum(-1)
+    if counts is None or square.ndim == 1:
+        return square.mean()
+    weight = counts.float()
+    return ((square * weight).sum(1) / weight.sum(1)).mean()
 
 
 class FeatureExtractor(nn.Module):
-    """The teacher: a frozen encoder that gives the distilled feature of uint8 images."""
+    """The teacher: a frozen encoder that gives the distilled feature of the unmasked view."""
 
-    def __init__(self, encoder: ViTEncoder, normalize: Normalize, feature: Feature) -> None:
+    def __init__(self, encoder: Encodes, feature: Feature) -> None:
         super().__init__()
-        self.encoder, self.normalize, self.feature = encoder, normalize, feature
+        self.encoder, self.feature = encoder, feature
         self.requires_grad_(False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Features fp32 of uint8 images [B, 3, H, W]."""
-        tokens = self.encoder(self.normalize(images))
-        return pick(tokens, self.feature).float()
+    def forward(self, **batch: Tensor) -> Tensor:
+        """Features fp32 [B, D] or [B, 1+K, D] of a batch's entries."""
+        tokens, counts = self.encoder.encode(**batch)
+        return pick(tokens, self.feature, counts).float()
 
 
-class MAEObjective(nn.Module):
-    """L_MAE: squared error of the masked patches' pixels (Algorithm 2)."""
+class MaskedObjective(nn.Module):
+    """L_MAE (Algorithm 2): pixels of the masked patches, or the masked tokens."""
 
-    def __init__(self, model: ViTMAE, normalize: Normalize) -> None:
+    def __init__(self, model: Reconstructs) -> None:
         super().__init__()
-        self.model, self.normalize = model, normalize
+        self.model = model
 
-    def forward(self, images: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Losses, and the prediction for pictures.
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """Losses, and extras for pictures.
 
         Args:
-            images: uint8 [B, 3, H, W].
-            noise: fp32 [B, K], whose ranks choose the visible patches.
+            batch: the masked view's entries.
         """
-        out = self.model(self.normalize(images), noise)
-        return {
-            "loss": out["loss"],
-            "mae": out["loss"].detach(),
-            "prediction": out["prediction"].detach(),
-            "mask": out["mask"],
-        }
+        out = self.model.reconstruct(**batch)
+        return out | {self.model.loss_name: out["loss"].detach()}
 
 
 class DistillObjective(nn.Module):
@@ -101,69 +115,65 @@ class DistillObjective(nn.Module):
 
     def __init__(
         self,
-        model: ViTMAE,
-        normalize: Normalize,
+        model: Reconstructs,
         feature: Feature = "cls",
         weight: float = 1.0,
         mae_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        self.model, self.normalize, self.feature = model, normalize, feature
+        self.model, self.feature = model, feature
         self.weight, self.mae_weight = weight, mae_weight
 
-    def forward(self, images: Tensor, noise: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Losses, how student and teacher agree, and the prediction for pictures.
+    def forward(self, target: Tensor, **batch: Tensor) -> dict[str, Tensor]:
+        """Losses, how student and teacher agree, and extras for pictures.
 
         `teacher_spread` is the mean squared distance of the teacher's features from their mean.
-        Where it is not far above `distill`, the feature says little about the image.
+        Where it is not far above `distill`, the feature says little about the sample.
 
         Args:
-            images: uint8 [B, 3, H, W].
-            noise: fp32 [B, K].
             target: the teacher's features, fp32 [B, D] or [B, 1+K, D].
+            batch: the entries of both views.
         """
-        pixels = self.normalize(images)
-        out = self.model(pixels, noise)
-        student = pick(self.model.encoder(pixels), self.feature).float()
+        out = self.model.reconstruct(**batch)
+        tokens, counts = self.model.encode(**batch)
+        student = pick(tokens, self.feature, counts).float()
         target = target.float()
-        distill = distance(student, target)
+        distill = distance(student, target, counts)
         with torch.no_grad():
-            spread = distance(target, target.mean(0, keepdim=True))
-            cosine = F.cosine_similarity(student, target, dim=-1).mean()
-        return {
+            spread = distance(target, target.mean(0, keepdim=True), counts)
+            cosine = F.cosine_similarity(student, target, dim=-1)
+            if counts is not None and cosine.ndim == 2:
+                cosine = (cosine * counts).sum(1) / counts.sum(1)
+        return out | {
             "loss": self.mae_weight * out["loss"] + self.weight * distill,
-            "mae": out["loss"].detach(),
+            self.model.loss_name: out["loss"].detach(),
             "distill": distill.detach(),
             "teacher_spread": spread,
-            "cosine": cosine,
-            "prediction": out["prediction"].detach(),
-            "mask": out["mask"],
+            "cosine": cosine.mean(),
         }
 
 
 class ClassifyObjective(nn.Module):
-    """L_CE of a classifier on labelled images."""
+    """L_CE of a classifier on labelled samples."""
 
-    def __init__(self, model: ViTClassifier, normalize: Normalize) -> None:
+    def __init__(self, model: Classifies) -> None:
         super().__init__()
-        self.model, self.normalize = model, normalize
+        self.model = model
 
-    def forward(
-        self, images: Tensor, labels: Tensor, flip: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
         """Cross-entropy and logits.
 
         Args:
-            images: uint8 [B, 3, H, W].
             labels: int64 [B].
-            flip: bool [B], images to mirror, or None.
+            batch: the model's entries.
         """
-        if flip is not None:
-            images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
-        logits = self.model(self.normalize(images)).float()
+        logits = self.model.classify(**batch).float()
         loss = F.cross_entropy(logits, labels)
         return {"loss": loss, "cross_entropy": loss.detach(), "logits": logits.detach()}
 
 
-#: What a forward returns beside its scalar losses.
+#: Names of losses; whatever other scalar an objective returns describes features.
+LOSSES = ("loss", "mae", "mlm", "distill", "cross_entropy")
+
+#: What a forward returns beside scalars.
 EXTRAS = ("prediction", "mask", "logits")

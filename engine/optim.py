@@ -20,7 +20,7 @@ def decays(name: str, parameter: torch.Tensor, stage: str) -> bool:
     if leaf == "bias":
         return False
     if stage == "finetune":
-        return leaf not in ("pos_embed", "cls_token")
+        return leaf not in ("pos_embed", "cls_token") and "position_embeddings" not in name
     # Under ZeRO-3 a parameter is an empty tensor outside its module's forward.
     shape = getattr(parameter, "ds_shape", parameter.shape)
     return len(shape) > 1

@@ -6,24 +6,18 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from data.codec import Images
 from data.errors import UserError
-from data.manifest import Manifest
-from engine import flops
+from data.manifest import Manifest, is_remote
 from engine.evaluation import Scores
-from engine.export import export_classifier, export_mae
-from engine.fit import Fit, base_encoder, classifier, evaluate, fit, mae_model, pretrained
+from engine.fit import Fit, evaluate, fit
 from engine.folder import Run, open_stage, write_result
-from engine.models.vit_mae import ViTEncoder
-from engine.models.weights import Pretrained
+from engine.kinds import kind_of
+from engine.kinds.base import Batch, Kind
 from engine.objectives import (
     ClassifyObjective,
     DistillObjective,
     FeatureExtractor,
-    MAEObjective,
-    Normalize,
+    MaskedObjective,
 )
 from engine.teacher import (
     Replicated,
@@ -31,11 +25,9 @@ from engine.teacher import (
     Teacher,
     build_table,
     choose,
-    feature_shape,
     table_bytes,
+    view,
 )
-from engine.views import Flips, MaskNoise
-from engine.zero import full_state
 
 
 def run_stages(run: Run) -> None:
@@ -59,30 +51,29 @@ def pretrain(run: Run) -> None:
     if not open_stage(run, "pretrain"):
         return
     config = run.config
-    base = pretrained(run)
-    train = Manifest.load_split(_data(run), "train")
-    model = mae_model(run, base)
-    objective = MAEObjective(model, Normalize(base.mean, base.std))
-    device = run.ranks.device
+    train = unlabelled(run)
+    kind = kind_of(run, train)
+    base = kind.load()
+    model = kind.autoencoder(base)
 
-    def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {k: batch[k].to(device, non_blocking=True) for k in ("images", "noise")}
+    def finish(engine: Any) -> dict[str, Any]:
+        return _export(run, kind, "pretrain", engine, base)
 
     fit(
         run,
         Fit(
             name="pretrain",
-            kind="pretrain",
+            stage="pretrain",
             plan=config.pretrain,
-            objective=objective,
-            keyed=MaskNoise(config.seed, model.shape.patches),
-            inputs=inputs,
+            objective=MaskedObjective(model),
+            keyed=kind.mask(base),
+            inputs=lambda batch: view(batch, kind.masked, run.ranks.device),
+            data=kind,
             base=base,
             train=train,
             encoder=model.encoder,
-            record={"model": base.sha256, "mae": config.mae.model_dump()},
-            flops=flops.step_flops(model.shape, "pretrain", teacher="cached"),
-            finish=lambda engine: _export_mae(run, "pretrain", engine, base),
+            record={"model": base.sha256} | kind.record(),
+            finish=finish,
         ),
     )
 
@@ -94,44 +85,37 @@ def distill(run: Run, number: int) -> None:
     source = teacher_source(run, number)
     if not open_stage(run, name):
         return
-    base = pretrained(run)
-    train = Manifest.load_split(_data(run), "train")
-    taught = pretrained(run, source)
-    _same_architecture(taught, base)
-    model = mae_model(run, base)
-    normalize = Normalize(base.mean, base.std)
-    teacher = _teacher(run, name, taught, train, normalize)
-    objective = DistillObjective(
-        model, normalize, config.distill.feature, config.distill.weight, config.distill.mae_weight
-    )
-    device = ranks.device
+    train = unlabelled(run)
+    kind = kind_of(run, train)
+    base, taught = kind.load(), kind.load(source)
+    kind.same_architecture(taught, base)
+    model = kind.autoencoder(base)
+    teacher = _teacher(run, kind, name, taught, train)
+    plan = config.distill
 
-    def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        tensors = {k: batch[k].to(device, non_blocking=True) for k in ("images", "noise")}
-        return tensors | {"target": teacher(batch)}
+    def inputs(batch: Batch) -> Batch:
+        return view(batch, kind.masked, ranks.device) | {"target": teacher(batch)}
+
+    def finish(engine: Any) -> dict[str, Any]:
+        told = {"path": source, "sha256": taught.sha256, "mode": teacher.mode}
+        return _export(run, kind, name, engine, base) | {"teacher": told}
 
     fit(
         run,
         Fit(
             name=name,
-            kind="distill",
-            plan=config.distill,
-            objective=objective,
-            keyed=MaskNoise(config.seed, model.shape.patches),
+            stage="distill",
+            plan=plan,
+            objective=DistillObjective(model, plan.feature, plan.weight, plan.mae_weight),
+            keyed=kind.mask(base),
             inputs=inputs,
+            data=kind,
             base=base,
             train=train,
             encoder=model.encoder,
-            record={
-                "model": base.sha256,
-                "teacher": taught.sha256,
-                "mae": config.mae.model_dump(),
-            },
-            flops=flops.step_flops(model.shape, "distill", teacher=teacher.mode),
-            finish=lambda engine: (
-                _export_mae(run, name, engine, base)
-                | {"teacher": {"path": source, "sha256": taught.sha256, "mode": teacher.mode}}
-            ),
+            record={"model": base.sha256, "teacher": taught.sha256} | kind.record(),
+            finish=finish,
+            mode=teacher.mode,
         ),
     )
 
@@ -153,37 +137,26 @@ def teacher_source(run: Run, number: int) -> str:
     return str(run.folder / stage / "export")
 
 
-def _same_architecture(taught: Pretrained, base: Pretrained) -> None:
-    for field in ("image_size", "patch_size", "width", "depth", "heads", "mlp_width"):
-        theirs, ours = getattr(taught.shape, field), getattr(base.shape, field)
-        if theirs != ours:
-            raise UserError(
-                f"teacher {taught.origin} has another architecture ({field} {theirs}) than model "
-                f"{base.origin} ({ours}): give the --model that the teacher was trained from"
-            )
-
-
-def _teacher(
-    run: Run, name: str, taught: Pretrained, train: Manifest, normalize: Normalize
-) -> Teacher:
+def _teacher(run: Run, kind: Kind, name: str, taught: Any, train: Manifest) -> Teacher:
     config, ranks = run.config, run.ranks
-    encoder = ViTEncoder(taught.shape)
-    encoder.load_state_dict(taught.encoder)
-    extractor = FeatureExtractor(encoder, normalize, config.distill.feature).eval()
-    shape = feature_shape(extractor, taught.shape.patches + 1, taught.shape.width)
+    feature = config.distill.feature
+    extractor = FeatureExtractor(kind.encoder(taught), feature).eval()
+    shape = kind.feature_shape(taught, feature)
     folder = run.folder / name / "teacher"
-    size = table_bytes(train.samples, shape)
+    size = None if shape is None else table_bytes(train.samples, shape)
     mode = choose(config.teacher.mode, size, config, folder)
-    run.say(f"{name}: teacher {mode} (its features as a table: {size / 2**20:.1f} MiB)")
-    if mode == "replicated":
-        return Replicated(extractor, ranks, run.dtype)
+    table = "" if size is None else f" (its features as a table: {size / 2**20:.1f} MiB)"
+    run.say(f"{name}: teacher {mode}{table}")
     if mode == "sharded":
-        return Sharded(extractor, ranks, run.dtype)
+        return Sharded(extractor, kind.full, ranks, run.dtype)
+    whole = Replicated(extractor, kind.full, ranks, run.dtype)
+    if mode == "replicated":
+        return whole
+    assert shape is not None
     key = {
         "manifest": train.hash,
         "teacher": taught.sha256,
-        "view": f"full {taught.shape.image_size}, mean {taught.mean}, std {taught.std}, "
-        f"{config.distill.feature}, {config.precision}",
+        "view": f"{kind.view(taught)}, {feature}, {config.precision}",
     }
     every = max(1, train.samples // ranks.world // 10)
     told = [0]
@@ -193,26 +166,13 @@ def _teacher(
             run.say(f"{name}: teacher features {100 * done // of}%")
         told[0] = done
 
-    return build_table(
-        folder,
-        key,
-        train,
-        Images(taught.shape.image_size),
-        Replicated(extractor, ranks, run.dtype),
-        shape,
-        config,
-        ranks,
-        progress,
-    )
+    codec = kind.codec(taught, train)
+    return build_table(folder, key, train, codec, whole, shape, config, ranks, progress)
 
 
-def _export_mae(run: Run, stage: str, engine: Any, base: Pretrained) -> dict[str, Any]:
-    model = engine.module.model
-    encoder = full_state(model.encoder, keep=run.ranks.main)
-    decoder = full_state(model.decoder, keep=run.ranks.main)
+def _export(run: Run, kind: Kind, stage: str, engine: Any, base: Any) -> dict[str, Any]:
     folder = run.folder / stage / "export"
-    if run.ranks.main:
-        export_mae(folder, model.shape, encoder, decoder, base.mean, base.std)
+    kind.export_autoencoder(folder, engine.module.model, base)
     return {"export": str(folder)}
 
 
@@ -295,63 +255,57 @@ def _finetune_once(run: Run, name: str, source: str, seed: int) -> None:
     if 0 in train.class_counts:
         empty = train.classes[train.class_counts.index(0)]
         raise UserError(
-            f"{train.root}: class {empty!r} has no training image: add some, or pack without it"
+            f"{train.root}: class {empty!r} has no training sample: add some, or pack without it"
         )
-    weights = pretrained(run, source)
-    reference = base_encoder(run, weights)
-    model = classifier(run, weights, len(train.classes), seed)
-    objective = ClassifyObjective(model, Normalize(weights.mean, weights.std))
-    device = ranks.device
-    keys = ("images", "labels", "flip") if config.finetune.flip else ("images", "labels")
+    kind = kind_of(run, train)
+    weights = kind.load(source)
+    # theta_init, from which the distance is measured.
+    known = config.model.path not in (None, "scratch")
+    reference = (kind.load() if known else weights).encoder
+    model = kind.classifier(weights, train.classes, seed)
 
-    def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {k: batch[k].to(device, non_blocking=True) for k in keys}
+    def inputs(batch: Batch) -> Batch:
+        return view(batch, (*kind.labelled, "labels"), ranks.device)
 
     def finish(engine: Any) -> dict[str, Any]:
         metrics: dict[str, float] = {}
         scores: dict[str, Scores] = {}
         for split in ("val", "test"):
             if split in splits:
-                scores[split] = evaluate(run, engine, splits[split])
+                scores[split] = evaluate(run, engine, kind, weights, splits[split])
                 metrics |= scores[split].as_dict(split)
-        encoder = full_state(engine.module.model.encoder, keep=ranks.main)
-        head = full_state(engine.module.model.head, keep=ranks.main)
         folder = run.folder / name / "export"
-        if ranks.main:
-            export_classifier(
-                folder,
-                weights.shape,
-                encoder,
-                head,
-                train.classes,
-                config.finetune.pool,
-                weights.mean,
-                weights.std,
-            )
+        kind.export_classifier(folder, engine.module.model, weights, train.classes)
         return {"metrics": metrics, "scores": scores, "export": str(folder), "start": source}
 
     fit(
         run,
         Fit(
             name=name,
-            kind="finetune",
+            stage="finetune",
             plan=config.finetune,
-            objective=objective,
-            keyed=Flips(seed) if config.finetune.flip else None,
+            objective=ClassifyObjective(model),
+            keyed=kind.augment(seed),
             inputs=inputs,
+            data=kind,
             base=weights,
             train=train,
             encoder=model.encoder,
             reference=reference,
             seed=seed,
             record={"start": weights.sha256},
-            flops=flops.step_flops(
-                weights.shape, "finetune", teacher="cached", classes=len(train.classes)
-            ),
             validate=splits.get("val"),
             finish=finish,
         ),
     )
+
+
+def unlabelled(run: Run) -> Manifest:
+    """What stages 1 and 2 learn from: the split `unlabelled` where there is one, else train."""
+    path = _data(run)
+    if not is_remote(path) and (Path(path) / "unlabelled").is_dir():
+        return Manifest.load_split(path, "unlabelled")
+    return Manifest.load_split(path, "train")
 
 
 def _data(run: Run) -> str:

@@ -39,14 +39,20 @@ class Replicated:
 
     mode: Literal["replicated", "sharded", "cached"] = "replicated"
 
-    def __init__(self, extractor: FeatureExtractor, ranks: Ranks, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        names: tuple[str, ...],
+        ranks: Ranks,
+        dtype: torch.dtype,
+    ) -> None:
         self.extractor = extractor.to(ranks.device, dtype).eval()
-        self.device = ranks.device
+        self.names, self.device = names, ranks.device
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """See `Teacher`."""
-        features: Tensor = self.extractor(batch["images"].to(self.device, non_blocking=True))
+        features: Tensor = self.extractor(**view(batch, self.names, self.device))
         return features
 
 
@@ -55,19 +61,25 @@ class Sharded:
 
     mode: Literal["replicated", "sharded", "cached"] = "sharded"
 
-    def __init__(self, extractor: FeatureExtractor, ranks: Ranks, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        names: tuple[str, ...],
+        ranks: Ranks,
+        dtype: torch.dtype,
+    ) -> None:
         import deepspeed
 
         self.engine, *_ = deepspeed.initialize(
             model=extractor, config=inference_config(ranks.world, dtype)
         )
         self.engine.eval()
-        self.device = ranks.device
+        self.names, self.device = names, ranks.device
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """See `Teacher`."""
-        features: Tensor = self.engine(batch["images"].to(self.device, non_blocking=True))
+        features: Tensor = self.engine(**view(batch, self.names, self.device))
         return features
 
 
@@ -89,9 +101,11 @@ class Cached:
         return rows.to(self.device, non_blocking=True)
 
 
-def feature_shape(extractor: FeatureExtractor, tokens: int, width: int) -> tuple[int, ...]:
-    """Shape of one sample's feature."""
-    return (tokens, width) if extractor.feature == "tokens" else (width,)
+def view(
+    batch: dict[str, Tensor], names: tuple[str, ...], device: torch.device
+) -> dict[str, Tensor]:
+    """Some entries of a batch, on the device; those that it lacks are left out."""
+    return {k: batch[k].to(device, non_blocking=True) for k in names if k in batch}
 
 
 def table_bytes(samples: int, shape: tuple[int, ...]) -> int:
@@ -99,14 +113,27 @@ def table_bytes(samples: int, shape: tuple[int, ...]) -> int:
     return 4 * samples * int(np.prod(shape))
 
 
-def choose(mode: str, bytes_needed: int, config: Config, folder: Path) -> str:
+def choose(mode: str, bytes_needed: int | None, config: Config, folder: Path) -> str:
     """Resolves `auto`: cached if the table fits the limit and half the free disk, else replicated.
 
     Stage 2 has no random view, so that a table is always exact.
 
+    Args:
+        mode: auto, replicated, sharded or cached.
+        bytes_needed: size of the table; None where features differ in size between samples.
+        config: of the run.
+        folder: of the table.
+
     Raises:
-        UserError: `cached` was asked for and the disk has no room.
+        UserError: `cached` was asked for and the disk has no room, or there can be no table.
     """
+    if bytes_needed is None:
+        if mode == "cached":
+            raise UserError(
+                "--teacher.mode cached: all tokens of texts, which differ in length, make no table:"
+                " take --teacher.mode replicated, or --distill.feature cls or mean"
+            )
+        return "replicated" if mode == "auto" else mode
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if mode == "cached" and bytes_needed > free and not (folder / "table.json").exists():

@@ -13,9 +13,9 @@ from data import keyed
 from engine import optim
 from engine.checkpoint import Checkpoints, State
 from engine.config import StageSection
-from engine.distributed import Ranks, mean
+from engine.distributed import Ranks, mean, total
 from engine.monitor import Meter, Monitor
-from engine.objectives import EXTRAS
+from engine.objectives import EXTRAS, LOSSES
 
 Batch = dict[str, Tensor]
 
@@ -34,6 +34,9 @@ class Loop:
         state: where the stage stands; `step` is the next one to take.
         log_every: steps between log lines.
         save_every: steps between checkpoints, 0 for none.
+        count: a batch -> the units by whose number in the global batch the loss is divided; None:
+            the objective's loss is a mean already, over as many units in each batch.
+        measure: a batch -> units and FLOPs of this rank, for the rates.
         watch: extra scalars of a log step (named tensors; every rank calls it).
         draw: (step, batch, outputs) -> None, called every `draw_every` steps on rank 0.
         draw_every: steps between pictures, 0 for none.
@@ -50,6 +53,8 @@ class Loop:
     state: State
     log_every: int = 50
     save_every: int = 0
+    count: Callable[[Batch], int | None] = lambda _: None
+    measure: Callable[[Batch], tuple[float, float]] = lambda _: (0.0, 0.0)
     watch: Callable[[], dict[str, Tensor]] | None = None
     draw: Callable[[int, Batch, dict[str, Tensor]], None] | None = None
     draw_every: int = 0
@@ -81,7 +86,6 @@ def train(
         losses, batch, out, norm = _step(loop, meter, ranks, measure=due)
         state.step += 1
         state.position += plan.batch
-        meter.step()
 
         done = state.step == loop.steps
         if due:
@@ -114,15 +118,18 @@ def _step(
     norm = None
     engine, accumulation = loop.engine, loop.plan.accumulation
     sums: dict[str, Tensor] = {}
-    for micro in range(accumulation):
-        with meter.waiting():
-            batch = next(loop.batches)
+    with meter.waiting():
+        batches = [next(loop.batches) for _ in range(accumulation)]
+    units, flops = (sum(part) for part in zip(*map(loop.measure, batches), strict=True))
+    meter.step(units * ranks.world, flops * ranks.world)
+    weight = _weight(loop, batches, ranks)
+    for micro, batch in enumerate(batches):
         # Dropout's generator is keyed by step and rank: a resumed run draws the same masks.
         draw = keyed.bits(
             loop.seed, f"dropout {ranks.rank}", loop.state.step * accumulation + micro
         )
         torch.manual_seed(int(draw.random_raw()) >> 1)
-        out = engine(**loop.inputs(batch))
+        out = engine(**loop.inputs(batch), **weight)
         engine.backward(out["loss"])
         last = micro == accumulation - 1
         if measure and last and engine.zero_optimization_stage() == 0 and not loop.plan.clip:
@@ -135,6 +142,16 @@ def _step(
                 value = value.detach()
                 sums[name] = sums[name] + value if name in sums else value
     return sums, batch, out, norm
+
+
+def _weight(loop: Loop, batches: list[Batch], ranks: Ranks) -> dict[str, Tensor]:
+    """What makes the mean over ranks and micro-batches of sums a mean over the global batch."""
+    counts = [loop.count(batch) for batch in batches]
+    known = [count for count in counts if count is not None]
+    if not known:
+        return {}
+    units = total(torch.tensor(float(sum(known)), device=ranks.device))
+    return {"scale": ranks.world * len(batches) / units.clamp(min=1)}
 
 
 def _log(
@@ -167,7 +184,3 @@ def _log(
     monitor.log(step, scalars)
     monitor.progress(step, {k: v for k, v in values.items() if k in LOSSES})
     return scalars
-
-
-#: Names of losses; whatever else an objective returns describes features.
-LOSSES = ("loss", "mae", "distill", "cross_entropy")

@@ -6,8 +6,8 @@ import torch
 
 from engine.config import Config
 from engine.distributed import Ranks
-from engine.fit import classifier
 from engine.folder import Run
+from engine.kinds.image import ImageKind
 from engine.models.vit_mae import Shape, ViTMAE
 from engine.models.weights import Pretrained
 
@@ -17,9 +17,10 @@ def test_dropout_of_the_plan_is_live() -> None:
     base = Pretrained.fresh(ViTMAE(shape))
     config = Config()
     run = Run(config, Ranks(0, 0, 1, torch.device("cpu")), Path())
-    images = torch.randn(2, 3, 16, 16)
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     for rate in (0.0, 0.5):
         config.finetune.dropout = rate
-        model = classifier(run, base, 3, seed=0).train()
-        assert torch.equal(model(images), model(images)) == (rate == 0.0)
-        assert torch.equal(model.eval()(images), model(images))
+        model = ImageKind(run).classifier(base, ["a", "b", "c"], seed=0).train()
+        assert torch.equal(model.classify(images), model.classify(images)) == (rate == 0.0)
+        model.eval()
+        assert torch.equal(model.classify(images), model.classify(images))

@@ -211,12 +211,12 @@ def test_quiet_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_meter_measures_steps_waits_and_pauses() -> None:
-    meter = Meter(10, flops_per_sample=1e6, peak_flops=1e9)
+    meter = Meter(peak_flops=1e9)
     for _ in range(4):
         with meter.waiting():
             time.sleep(0.02)
         time.sleep(0.02)
-        meter.step()
+        meter.step(10, 1e7)
     with meter.paused():
         time.sleep(0.3)
     figures = meter.rates()
@@ -227,14 +227,14 @@ def test_meter_measures_steps_waits_and_pauses() -> None:
     assert figures["speed/mfu_percent"] == pytest.approx(100 * rate * 1e6 / 1e9)
     assert 20 < figures["speed/data_wait_percent"] < 80
     # Nothing of that interval is in the next one.
-    meter.step()
+    meter.step(10)
     assert meter.rates()["speed/step_seconds"] < 0.02
 
 
 def test_meter_leaves_out_what_is_not_known() -> None:
-    meter = Meter(10, flops_per_sample=1e6, peak_flops=None, unit="tokens")
+    meter = Meter(unit="tokens")
     assert not [name for name in meter.rates() if name.startswith("speed/")]
-    meter.step()
+    meter.step(10, 1e6)
     figures = meter.rates()
     assert "speed/mfu_percent" not in figures
     assert "speed/tokens_per_second" in figures
@@ -243,7 +243,7 @@ def test_meter_leaves_out_what_is_not_known() -> None:
 def test_memory_grows_with_what_is_held() -> None:
     cuda = torch.cuda.is_available()
     name = "memory/cuda_peak_gib" if cuda else "memory/rss_gib"
-    meter = Meter(1)
+    meter = Meter()
     before = meter.rates()[name]
     held = torch.ones(64 * 2**20, device="cuda" if cuda else "cpu")  # 256 MiB, touched
     grown = meter.rates()[name] - before

@@ -110,8 +110,8 @@ def oracle_mae(root: Path, *, teacher: Path | None) -> dict[str, torch.Tensor]:
 def oracle_finetune(root: Path, start: Path, exported: Path) -> dict[str, torch.Tensor]:
     from engine.config import Config
     from engine.distributed import Ranks
-    from engine.fit import classifier
     from engine.folder import Run
+    from engine.kinds.image import ImageKind
     from engine.models.weights import load_pretrained
 
     model = ViTForImageClassification.from_pretrained(
@@ -121,7 +121,9 @@ def oracle_finetune(root: Path, start: Path, exported: Path) -> dict[str, torch.
     config = Config()
     config.finetune.dropout = 0.0
     run = Run(config, Ranks(0, 0, 1, torch.device("cpu")), root)
-    head = classifier(run, load_pretrained(str(start)), 3, seed=0).head
+    classes = ["a", "b", "c"]
+    weights = load_pretrained(str(start))
+    head = ImageKind(run).classifier(weights, classes, seed=0).network.head
     model.classifier.load_state_dict(head.state_dict())
 
     def decays(name: str, parameter: torch.Tensor) -> bool:

@@ -6,6 +6,7 @@ import argparse
 import json
 import pickle
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,25 @@ from torch import Tensor
 from data.errors import UserError
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# Names on the hub that have no owner, from its first days: roberta-base, bert-base-uncased.
+_BARE_NAME = re.compile(r"[\w-]+(-[\w-]+)+")
 _CONFIGS = ["config.json", "preprocessor_config.json"]
 
 
-def locate(source: str) -> Path:
+def locate(
+    source: str,
+    *,
+    example: str = "facebook/vit-mae-base",
+    more: Iterable[str] = (),
+    bare: bool = False,
+) -> Path:
     """The folder or file that `source` names; a hub name is fetched into the hub's own cache.
+
+    Args:
+        source: path or hub name.
+        example: a hub name, for messages.
+        more: patterns of files to fetch beside weights and configuration.
+        bare: a name without an owner may be the hub's.
 
     Raises:
         UserError: there is no such thing, or the hub cannot be reached.
@@ -32,23 +47,24 @@ def locate(source: str) -> Path:
     if path.exists():
         return path
     name = source.removeprefix("hf-hub:")
-    if not _HUB_NAME.fullmatch(name) or path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
+    known = _HUB_NAME.fullmatch(name) or (bare and _BARE_NAME.fullmatch(name))
+    if not known or path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
         raise UserError(
             f"no weights at {source}: give a folder, a .pth or .safetensors file, or a hub name "
-            "such as facebook/vit-mae-base"
+            f"such as {example}"
         )
-    return _fetch(name)
+    return _fetch(name, [*_CONFIGS, *more])
 
 
-def _fetch(name: str) -> Path:
+def _fetch(name: str, configs: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[*_CONFIGS, "model.safetensors"]))
+        folder = Path(snapshot_download(name, allow_patterns=[*configs, "model.safetensors"]))
         if not (folder / "model.safetensors").exists():
             others = ["model-*.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
-            folder = Path(snapshot_download(name, allow_patterns=[*_CONFIGS, *others]))
+            folder = Path(snapshot_download(name, allow_patterns=[*configs, *others]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(

@@ -1,0 +1,243 @@
+"""Text: a masked language model of transformers."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.errors import UserError
+from data.manifest import Manifest
+from data.texts import Texts
+from engine import flops
+from engine.export import export_transformers
+from engine.folder import Run
+from engine.kinds.base import Batch, Kind, Stage, TeacherMode
+from engine.models.language import (
+    MaskedLanguageModel,
+    TextClassifier,
+    TextEncoder,
+    load_encoder,
+    with_dropout,
+)
+from engine.models.text_weights import (
+    Language,
+    fresh_language,
+    load_language,
+    load_tokenizer,
+    small_config,
+)
+from engine.monitor import Monitor
+from engine.objectives import Feature
+from engine.views import MaskTokens
+from engine.zero import full_state
+
+#: Texts shown with their masked tokens, and tokens shown of each.
+SHOWN, LENGTH = 4, 64
+
+
+class TextKind(Kind):
+    """See `engine.kinds.base.Kind`."""
+
+    samples, units = "texts", "tokens"
+    full: tuple[str, ...] = ("input_ids", "attention_mask")
+    masked: tuple[str, ...] = (
+        "input_ids",
+        "attention_mask",
+        "masked_ids",
+        "masked_at",
+        "originals",
+    )
+    labelled: tuple[str, ...] = full
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.config = run, run.config
+
+    def load(self, source: str | None = None) -> Language:
+        """See `Kind`."""
+        config = self.config
+        path = source or config.model.path
+        if path is None:
+            raise UserError(
+                "--model is missing: a hub name (FacebookAI/roberta-base), a folder, or scratch"
+            )
+        if path != "scratch":
+            return load_language(path, config.text.max_length)
+        if config.model.tokenizer is None:
+            raise UserError(
+                "--model scratch needs --model.tokenizer: a folder made by python -m data.tokenizer"
+            )
+        tokenizer = load_tokenizer(config.model.tokenizer, config.model.tokenizer)
+        told, longest = config.model.shape, config.text.max_length or 512
+        shape = small_config(tokenizer, told.width, told.depth, told.heads, longest)
+        torch.manual_seed(config.seed)
+        return fresh_language(shape, tokenizer, longest)
+
+    def check(self, manifest: Manifest, base: Language) -> None:
+        """See `Kind`."""
+
+    def same_architecture(self, taught: Language, base: Language) -> None:
+        """See `Kind`."""
+        for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+            theirs, ours = getattr(taught.config, name), getattr(base.config, name)
+            if theirs != ours:
+                raise UserError(
+                    f"teacher {taught.origin} has another architecture ({name} {theirs}) than"
+                    f" model {base.origin} ({ours}): give the --model that the teacher was trained"
+                    " from"
+                )
+        if taught.tokenizer.get_vocab() != base.tokenizer.get_vocab():
+            raise UserError(
+                f"teacher {taught.origin} has another vocabulary than model {base.origin}: give the"
+                " --model that the teacher was trained from"
+            )
+
+    def codec(self, base: Language, manifest: Manifest) -> Texts:
+        """See `Kind`."""
+        tokenizer = base.tokenizer
+        return Texts(
+            _encoder(tokenizer, base.max_length),
+            pad_id=tokenizer.pad_token_id,
+            special_ids=frozenset(tokenizer.all_special_ids),
+            max_length=base.max_length,
+            bucket=self.config.text.bucket,
+            pairs=bool(manifest.text.get("pairs")),
+        )
+
+    def mask(self, base: Language) -> MaskTokens:
+        """See `Kind`."""
+        mask_id = base.tokenizer.mask_token_id
+        if mask_id is None:
+            raise UserError(
+                f"the tokenizer of {base.origin} has no mask token: masked language modelling needs"
+                " one; take the tokenizer of a masked language model"
+            )
+        told = self.config.mlm
+        return MaskTokens(
+            self.config.seed, told.ratio, told.policy, int(mask_id), len(base.tokenizer)
+        )
+
+    def augment(self, seed: int) -> None:
+        """See `Kind`: none."""
+        return
+
+    def autoencoder(self, base: Language) -> MaskedLanguageModel:
+        """See `Kind`; a missing MLM head is new, and said so."""
+        torch.manual_seed(self.config.seed)
+        model = MaskedLanguageModel(
+            with_dropout(base.config, self.config.mlm.dropout), base.tokenizer.sep_token_id
+        )
+        load_encoder(model.encoder, base.encoder, base.origin)
+        if base.decoder is None:
+            self.run.say(
+                f"warning: {base.origin} has no MLM head: a new, random one takes its place; "
+                "weights with their head start better"
+            )
+        else:
+            model.network.load_state_dict(base.decoder, strict=False)
+        return model
+
+    def encoder(self, base: Language) -> TextEncoder:
+        """See `Kind`."""
+        model = MaskedLanguageModel(base.config, None)
+        load_encoder(model.encoder, base.encoder, base.origin)
+        return TextEncoder(model.encoder, base.config, base.tokenizer.sep_token_id)
+
+    def classifier(self, base: Language, classes: list[str], seed: int) -> TextClassifier:
+        """See `Kind`."""
+        torch.manual_seed(seed)
+        config = with_dropout(base.config, self.config.finetune.dropout)
+        config.num_labels = len(classes)
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {name: i for i, name in enumerate(classes)}
+        model = TextClassifier(config, base.tokenizer.sep_token_id)
+        load_encoder(model.encoder, base.encoder, base.origin)
+        return model
+
+    def feature_shape(self, base: Language, feature: Feature) -> tuple[int, ...] | None:
+        """See `Kind`; texts differ in length."""
+        return None if feature == "tokens" else (base.config.hidden_size,)
+
+    def view(self, base: Language) -> str:
+        """See `Kind`."""
+        return f"first {base.max_length} tokens"
+
+    def record(self) -> dict[str, Any]:
+        """See `Kind`."""
+        return {"mlm": self.config.mlm.model_dump(), "text": self.config.text.model_dump()}
+
+    def count(self, batch: Batch) -> int:
+        """See `Kind`."""
+        return len(batch["masked_at"])
+
+    def size(self, batch: Batch) -> int:
+        """See `Kind`; padding does not count."""
+        return int(batch["attention_mask"].sum())
+
+    def flops(
+        self, base: Language, stage: Stage, mode: TeacherMode, classes: int, batch: Batch
+    ) -> float:
+        """See `Kind`; padding does not count."""
+        config = base.config
+        width = int(config.hidden_size)
+        mlp = int(getattr(config, "intermediate_size", 0) or config.hidden_dim)
+        lengths = batch["attention_mask"].sum(1).tolist()
+        full = int(config.num_hidden_layers) * sum(
+            flops.block_flops(length, width, mlp) for length in lengths
+        )
+        if stage == "finetune":
+            return 3 * (full + len(lengths) * 2 * width * (width + classes))
+        head = len(batch["masked_at"]) * 2 * width * (width + int(config.vocab_size))
+        if stage == "pretrain":
+            return 3 * (full + head)
+        return 3 * (2 * full + head) + (0 if mode == "cached" else full)
+
+    def draw(self, monitor: Monitor, step: int, batch: Batch, out: Batch, base: Language) -> None:
+        """See `Kind`: some texts, and what is predicted for their masked tokens."""
+        monitor.text("reconstruction", _shown(batch, out["prediction"].cpu(), base.tokenizer), step)
+
+    def export_autoencoder(self, folder: Path, model: MaskedLanguageModel, base: Language) -> None:
+        """See `Kind`: a folder for transformers, with its tokenizer."""
+        self._export(folder, model.network, base)
+
+    def export_classifier(
+        self, folder: Path, model: TextClassifier, base: Language, classes: list[str]
+    ) -> None:
+        """See `Kind`: a folder for transformers, with its tokenizer."""
+        self._export(folder, model.network, base)
+
+    def _export(self, folder: Path, network: Any, base: Language) -> None:
+        tensors: dict[str, Tensor] = full_state(network, keep=self.run.ranks.main)
+        if self.run.ranks.main:
+            export_transformers(folder, network, tensors, base.tokenizer, base.config)
+
+
+def _encoder(tokenizer: Any, max_length: int) -> Callable[[str, str | None], list[int]]:
+    def encode(text: str, pair: str | None) -> list[int]:
+        ids: list[int] = tokenizer(text, pair, truncation=True, max_length=max_length)["input_ids"]
+        return ids
+
+    return encode
+
+
+def _shown(batch: Batch, predicted: Tensor, tokenizer: Any) -> str:
+    """A table in Markdown: each text with what stood at its masked places and what is predicted."""
+    length = batch["input_ids"].shape[1]
+    guess = dict(zip(batch["masked_at"].tolist(), predicted.tolist(), strict=True))
+    rows = ["| masked text: original → prediction |", "|---|"]
+    for row, ids in enumerate(batch["input_ids"][:SHOWN].tolist()):
+        words = []
+        for column, token in enumerate(ids[:LENGTH]):
+            word = html.escape(tokenizer.decode([token])).replace("|", "&#124;")
+            at = row * length + column
+            if at in guess:
+                other = html.escape(tokenizer.decode([guess[at]])).replace("|", "&#124;")
+                word = f" **[{word.strip()} → {other.strip()}]**"
+            if batch["attention_mask"][row, column]:
+                words.append(word)
+        rows.append("| " + " ".join("".join(words).split()) + " |")
+    return "\n".join(rows)

@@ -1,0 +1,95 @@
+"""The image networks as stages take them: uint8 images in, losses, features and logits out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from engine.models.vit_mae import ViTClassifier, ViTEncoder, ViTMAE
+
+
+class Normalize(nn.Module):
+    """uint8 images to normalised fp32, on the device.
+
+    Its constants are no buffers: `module.bfloat16()` would round them, and so the pixel target.
+    """
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.mean, self.std = mean, std
+        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalises uint8 [B, 3, H, W] to fp32 (x / 255 - mean) / std."""
+        if images.device not in self._constants:
+            shift = torch.tensor(self.mean, device=images.device).view(-1, 1, 1) * 255
+            scale = torch.tensor(self.std, device=images.device).view(-1, 1, 1) * 255
+            self._constants[images.device] = (shift, scale)
+        shift, scale = self._constants[images.device]
+        return (images.float() - shift) / scale
+
+
+class ImageEncoder(nn.Module):
+    """A ViT encoder on uint8 images."""
+
+    def __init__(self, encoder: ViTEncoder, normalize: Normalize) -> None:
+        super().__init__()
+        self.encoder, self.normalize = encoder, normalize
+
+    def encode(self, images: Tensor, **_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B, 1+K, D] of uint8 images [B, 3, H, W]; all of them count."""
+        return self.encoder(self.normalize(images)), None
+
+
+class ImageAutoencoder(nn.Module):
+    """A ViT-MAE on uint8 images."""
+
+    loss_name = "mae"
+
+    def __init__(self, mae: ViTMAE, normalize: Normalize) -> None:
+        super().__init__()
+        self.mae, self.normalize = mae, normalize
+
+    @property
+    def encoder(self) -> ViTEncoder:
+        """f_theta."""
+        return self.mae.encoder
+
+    def encode(self, images: Tensor, **_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B, 1+K, D] of uint8 images [B, 3, H, W]; all of them count."""
+        return self.mae.encoder(self.normalize(images)), None
+
+    def reconstruct(self, images: Tensor, noise: Tensor, **_: Tensor) -> dict[str, Tensor]:
+        """The loss, and prediction and mask for pictures.
+
+        Args:
+            images: uint8 [B, 3, H, W].
+            noise: fp32 [B, K], whose ranks choose the visible patches.
+        """
+        out: dict[str, Tensor] = self.mae(self.normalize(images), noise)
+        return out | {"prediction": out["prediction"].detach()}
+
+
+class ImageClassifier(nn.Module):
+    """A ViT with a head, on uint8 images."""
+
+    def __init__(self, network: ViTClassifier, normalize: Normalize) -> None:
+        super().__init__()
+        self.network, self.normalize = network, normalize
+
+    @property
+    def encoder(self) -> ViTEncoder:
+        """f_theta."""
+        return self.network.encoder
+
+    def classify(self, images: Tensor, flip: Tensor | None = None, **_: Tensor) -> Tensor:
+        """Logits [B, C].
+
+        Args:
+            images: uint8 [B, 3, H, W].
+            flip: bool [B], images to mirror, or None.
+        """
+        if flip is not None:
+            images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
+        logits: Tensor = self.network(self.normalize(images))
+        return logits

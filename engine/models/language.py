@@ -1,0 +1,213 @@
+"""Language models with a masked-language-modelling head, on transformers' own classes.
+
+The encoder is the model's `base_model`; the decoder, phi of the paper, is its MLM head. Embeddings
+that the head shares with the encoder stay one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedConfig
+
+from data.errors import UserError
+
+
+def _distilbert_head(lm: Any, hidden: Tensor) -> Tensor:
+    hidden = lm.activation(lm.vocab_transform(hidden))
+    logits: Tensor = lm.vocab_projector(lm.vocab_layer_norm(hidden))
+    return logits
+
+
+def _attribute(name: str) -> Callable[[Any, Tensor], Tensor]:
+    return lambda lm, hidden: getattr(lm, name)(hidden)
+
+
+#: model_type of config.json -> the MLM head: (model, hidden states [n, D]) -> logits [n, V].
+HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "roberta": _attribute("lm_head"),
+    "xlm-roberta": _attribute("lm_head"),
+    "camembert": _attribute("lm_head"),
+    "mpnet": _attribute("lm_head"),
+    "bert": _attribute("cls"),
+    "deberta-v2": _attribute("cls"),
+    "distilbert": _distilbert_head,
+}
+
+#: Names under which configs hold their dropout rates.
+_DROPOUTS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "dropout",
+    "attention_dropout",
+    "pooler_dropout",
+    "seq_classif_dropout",
+    "classifier_dropout",
+    "cls_dropout",
+)
+
+
+def with_dropout(config: PreTrainedConfig, rate: float | None) -> PreTrainedConfig:
+    """A copy of a config with every dropout at this rate; None keeps the model's own."""
+    copied = type(config).from_dict(config.to_dict())
+    if rate is not None:
+        for name in _DROPOUTS:
+            if hasattr(copied, name):
+                setattr(copied, name, rate)
+    return copied
+
+
+def restore_dropout(config: PreTrainedConfig, original: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of a config with another's dropout rates."""
+    copied = type(config).from_dict(config.to_dict())
+    for name in _DROPOUTS:
+        if hasattr(original, name):
+            setattr(copied, name, getattr(original, name))
+    return copied
+
+
+def build(factory: Any, config: PreTrainedConfig) -> Any:
+    """A fresh model in fp32, with SDPA attention where its class has it (transformers chooses)."""
+    return factory.from_config(config, dtype=torch.float32)
+
+
+def segments(input_ids: Tensor, attention_mask: Tensor, separator: int) -> Tensor:
+    """Segment of each token, as BERT's tokenizer numbers them: 1 after the first separator.
+
+    Separators are never masked, so that a masked view has the same segments.
+    """
+    ends = (input_ids == separator).long()
+    before = ends.cumsum(1) - ends
+    return (before > 0).long() * attention_mask
+
+
+class _Inputs:
+    """What a batch's ids become as arguments of a transformers model."""
+
+    def __init__(self, config: PreTrainedConfig, separator: int | None) -> None:
+        segmented = (getattr(config, "type_vocab_size", 0) or 0) > 1
+        self.separator = separator if segmented else None
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        found = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self.separator is not None:
+            found["token_type_ids"] = segments(input_ids, attention_mask, self.separator)
+        return found
+
+
+class TextEncoder(nn.Module):
+    """An encoder on token ids."""
+
+    def __init__(self, encoder: nn.Module, config: PreTrainedConfig, separator: int | None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.inputs = _Inputs(config, separator)
+
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor, **_: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states after the last layer, and where they count.
+
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: int64 [B, T], 0 at padding.
+
+        Returns:
+            [B, T, D], and the attention mask.
+        """
+        out = self.encoder(**self.inputs(input_ids, attention_mask))
+        return out.last_hidden_state, attention_mask
+
+
+class MaskedLanguageModel(nn.Module):
+    """An encoder with its MLM head."""
+
+    loss_name = "mlm"
+
+    def __init__(self, config: PreTrainedConfig, separator: int | None) -> None:
+        """Fresh weights for a config whose model_type is among `HEADS`."""
+        super().__init__()
+        self.network = build(AutoModelForMaskedLM, config)
+        self.inputs = _Inputs(config, separator)
+        self.head = HEADS[config.model_type]
+
+    @property
+    def encoder(self) -> Any:
+        """f_theta."""
+        return self.network.base_model
+
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor, **_: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `TextEncoder`."""
+        out = self.encoder(**self.inputs(input_ids, attention_mask))
+        return out.last_hidden_state, attention_mask
+
+    def reconstruct(
+        self,
+        masked_ids: Tensor,
+        attention_mask: Tensor,
+        masked_at: Tensor,
+        originals: Tensor,
+        scale: Tensor,
+        **_: Tensor,
+    ) -> dict[str, Tensor]:
+        """The loss: `scale` times the sum of the masked tokens' cross-entropies.
+
+        With scale = ranks x micro-batches / masked tokens of the global batch, the mean over ranks
+        and micro-batches is the mean over all masked tokens, however they are spread.
+
+        Args:
+            masked_ids: int64 [B, T], with mask tokens.
+            attention_mask: int64 [B, T].
+            masked_at: int64 [n], the masked tokens' places in the flattened batch, b T + t.
+            originals: int64 [n], what stood there.
+            scale: fp32 scalar.
+        """
+        hidden = self.encoder(**self.inputs(masked_ids, attention_mask)).last_hidden_state
+        # The head, a large part of the work, runs on the masked tokens alone.
+        chosen = hidden.flatten(0, 1).index_select(0, masked_at)
+        logits = self.head(self.network, chosen).float()
+        loss = scale * F.cross_entropy(logits, originals, reduction="sum")
+        return {"loss": loss, "prediction": logits.detach().argmax(-1)}
+
+
+class TextClassifier(nn.Module):
+    """transformers' own sequence classifier: RoBERTa's has a dense layer and tanh on `<s>`."""
+
+    def __init__(self, config: PreTrainedConfig, separator: int | None) -> None:
+        """Fresh weights for a config with `num_labels`."""
+        super().__init__()
+        self.network = build(AutoModelForSequenceClassification, config)
+        self.inputs = _Inputs(config, separator)
+
+    @property
+    def encoder(self) -> Any:
+        """f_theta."""
+        return self.network.base_model
+
+    def classify(self, input_ids: Tensor, attention_mask: Tensor, **_: Tensor) -> Tensor:
+        """Logits [B, C] of int64 [B, T] ids and attention mask."""
+        logits: Tensor = self.network(**self.inputs(input_ids, attention_mask)).logits
+        return logits
+
+
+def load_encoder(encoder: nn.Module, weights: dict[str, Tensor], origin: str) -> list[str]:
+    """Loads an encoder's weights; what they lack (BERT's pooler) stays new and is returned.
+
+    Raises:
+        UserError: anything but a pooler is missing, or does not fit.
+    """
+    try:
+        missing, strange = encoder.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{origin}: its weights do not fit its configuration: {error}") from error
+    new = [name for name in missing if "pooler" in name]
+    if len(new) < len(missing) or strange:
+        which = next(iter([n for n in missing if n not in new] or strange))
+        raise UserError(f"{origin}: {which} does not belong to its encoder: take whole weights")
+    return new

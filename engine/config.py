@@ -275,6 +275,10 @@ def recipe_file(name: str) -> Path:
     raise UserError(f"--recipe {name}: no such recipe or file; there are {', '.join(known)}{hint}")
 
 
+#: Options of a recipe that may name something beside its file.
+_PLACES = ("model.path", "model.tokenizer")
+
+
 def load(overrides: dict[str, Any]) -> Config:
     """Resolves defaults < recipe < `overrides` (dotted names) into one configuration.
 
@@ -290,8 +294,8 @@ def load(overrides: dict[str, Any]) -> Config:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"recipe {path}: not valid TOML: {error}") from error
         for name, value in _flatten(content).items():
-            if name == "model.path" and (path.parent / str(value)).exists():
-                value = str(path.parent / str(value))  # weights that lie beside their recipe
+            if name in _PLACES and (path.parent / str(value)).exists():
+                value = str(path.parent / str(value))  # what lies beside its recipe
             _insert(tree, name, value, f"recipe {path.name}")
             given[name] = f"recipe {path.name}"
     for name, value in overrides.items():

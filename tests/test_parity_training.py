@@ -12,12 +12,20 @@ from data import pack
 from data.loader import Loader
 from data.manifest import Manifest
 from engine.views import Flips, MaskNoise
-from tests.helpers import make_base, make_images, run_cases
+from tests.helpers import make_base, make_images
+from tests.plain_loop import (
+    BATCH,
+    CASES,
+    STEPS,
+    adamw,
+    finetuning_rates,
+    is_bias_or_1d,
+    largest_difference,
+    run_every_case,
+)
 
 pytestmark = pytest.mark.multi
 
-STEPS, BATCH = 5, 8
-ZERO3 = '{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}'
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
@@ -29,29 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_images(root / "images")
     pack.pack(str(root / "images"), str(root / "shards"))
     make_base(root / "base")
-    (root / "zero3.json").write_text(ZERO3)
-    common = {
-        "data": str(root / "shards"),
-        "model": str(root / "base"),
-        "pretrain.lr": 1e-3,
-        "distill.lr": 1e-3,
-        "finetune.lr": 1e-3,
-        "distill.weight": 0.5,
-    }
-    cases = []
-    for zero in ("zero0", "zero1", "zero2", str(root / "zero3.json")):
-        for accumulation in (1, 2):
-            extra = {f"{s}.accumulation": accumulation for s in ("pretrain", "distill", "finetune")}
-            name = f"{Path(zero).stem}-{accumulation}"
-            cases.append(
-                common
-                | extra
-                | {"zero": zero, "stage": "all", "output": str(root / "runs" / name)}
-                # The teacher of each case is the same one, so that the oracle needs one teacher.
-                | {"teacher": str(root / "runs" / "zero0-1" / "pretrain" / "export")}
-                | {"teacher.mode": "replicated" if accumulation == 1 else "cached"}
-            )
-    run_cases(root, cases)
+    run_every_case(root, {})
     return root
 
 
@@ -62,18 +48,6 @@ def batches(root: Path, keyed: object) -> Iterator[dict[str, torch.Tensor]]:
     for batch, _ in zip(loader, range(STEPS), strict=False):
         batch["pixels"] = (batch["images"].float() / 255 - MEAN) / STD
         yield batch
-
-
-def adamw(model: torch.nn.Module, decays: object, lr: float, betas: tuple[float, float]) -> object:
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    yes = [p for n, p in named if decays(n, p)]
-    no = [p for n, p in named if not decays(n, p)]
-    groups = [{"params": yes, "weight_decay": 0.01}, {"params": no, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas)
-
-
-def is_bias_or_1d(name: str, parameter: torch.Tensor) -> bool:
-    return parameter.ndim > 1 and not name.endswith("bias")
 
 
 def oracle_mae(root: Path, *, teacher: Path | None) -> dict[str, torch.Tensor]:
@@ -130,7 +104,7 @@ def oracle_finetune(root: Path, start: Path, exported: Path) -> dict[str, torch.
         return not name.endswith(("bias", "position_embeddings", "cls_token"))
 
     optimizer = adamw(model, decays, 1e-3, (0.9, 0.999))
-    rates = [0.0, 0.5e-3, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3]
+    rates = finetuning_rates()
     for step, batch in enumerate(batches(root, Flips(0))):
         for group in optimizer.param_groups:
             group["lr"] = rates[step]
@@ -143,20 +117,6 @@ def oracle_finetune(root: Path, start: Path, exported: Path) -> dict[str, torch.
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return model.state_dict()
-
-
-def largest_difference(ours: dict[str, torch.Tensor], oracle: dict[str, torch.Tensor]) -> float:
-    assert ours.keys() == oracle.keys()
-    # The gradient of a key's bias is zero up to rounding, and Adam divides that noise by itself.
-    compared = [k for k in ours if not k.endswith(("key.bias", "k_proj.bias"))]
-    return max((ours[k] - oracle[k]).abs().max().item() for k in compared)
-
-
-CASES = [
-    f"{zero}-{accumulation}"
-    for zero in ("zero0", "zero1", "zero2", "zero3")
-    for accumulation in (1, 2)
-]
 
 
 def test_mae_stages_equal_the_plain_loop(runs: Path) -> None:

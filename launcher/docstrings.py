@@ -1,4 +1,4 @@
-"""A real text set that every installation carries: docstrings, labelled by the package they document.
+"""A real text set that every installation carries: docstrings, by the package they document.
 
 Read with `ast`: nothing is imported or run.
 """
@@ -24,7 +24,7 @@ PACKAGES = (
     "torch",
 )
 
-#: Labelled texts of each class in train and val; test has up to TEST of each, the rest is unlabelled.
+#: Texts of each class: labelled in train and in val, in test, and unlabelled ones.
 LABELLED, VALIDATION, TEST = 25, 10, 150
 UNLABELLED = 400
 
@@ -72,11 +72,12 @@ def _of_file(path: Path) -> Iterator[str]:
                 yield text
 
 
-def write(folder: Path, seed: int = 0) -> None:
-    """Writes {train,val,test}.jsonl and unlabelled.txt.
+def write(folder: Path, extra: Path, seed: int = 0) -> None:
+    """Writes labelled and unlabelled texts.
 
     Args:
-        folder: to be made.
+        folder: gets {train,val,test}.jsonl; made if missing.
+        extra: file of unlabelled texts, one a line.
         seed: of the draw.
     """
     splits: dict[str, list[dict[str, str]]] = {"train": [], "val": [], "test": []}
@@ -93,4 +94,4 @@ def write(folder: Path, seed: int = 0) -> None:
     for split, rows in splits.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-    (folder / "unlabelled.txt").write_text("\n".join(unlabelled) + "\n", encoding="utf-8")
+    extra.write_text("\n".join(unlabelled) + "\n", encoding="utf-8")

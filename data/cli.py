@@ -12,8 +12,9 @@ import functools
 import inspect
 import re
 import sys
+import typing
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import fire
 import pydantic
@@ -63,6 +64,11 @@ def _is_flag(token: str) -> bool:
     return token.startswith("--") or re.match(r"^-[a-zA-Z]", token) is not None
 
 
+def _may_be_bare(annotation: Any) -> bool:
+    """Whether an option may stand without a value: a bool, or a bool among other types."""
+    return annotation is bool or bool in typing.get_args(annotation)
+
+
 def check_arguments(function: Callable[..., Any], argv: Sequence[str]) -> None:
     """Refuses flags and arguments that the function does not have, or that it lacks.
 
@@ -102,7 +108,7 @@ def check_arguments(function: Callable[..., Any], argv: Sequence[str]) -> None:
             raise UserError(f"option --{name} is given twice: leave one out")
         named.add(name)
         if equals or not followed:
-            if not equals and parameters[name].annotation is not bool:
+            if not equals and not _may_be_bare(parameters[name].annotation):
                 raise UserError(f"option --{name} needs a value: write --{name} VALUE")
         else:
             i += 1
@@ -123,7 +129,11 @@ def _validated(function: Callable[..., Any]) -> Callable[..., None]:
     signature = inspect.signature(function)
 
     def value_of(name: str, text: Any) -> Any:
-        adapter = pydantic.TypeAdapter(signature.parameters[name].annotation)
+        annotation = signature.parameters[name].annotation
+        if bool in typing.get_args(annotation):
+            # By pydantic's own choice the word "true" would stay a str.
+            annotation = Annotated[annotation, pydantic.Field(union_mode="left_to_right")]
+        adapter = pydantic.TypeAdapter(annotation)
         try:
             return adapter.validate_python(None if text in ("None", "none", "null") else text)
         except pydantic.ValidationError as error:

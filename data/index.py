@@ -270,11 +270,15 @@ def index(
         there = paths[0].parent / manifest.FILE
         if there.exists() and not overwrite:
             raise UserError(f"{there} is there already: use it, or replace it (--overwrite)")
-    todo = [path for paths in groups.values() for path in paths]
+    todo = [
+        (path, unlabelled or name == manifest.UNLABELLED)
+        for name, paths in groups.items()
+        for path in paths
+    ]
     console = Console(stderr=True)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         try:
-            jobs = pool.map(lambda path: scan(path, image, label, unlabelled), todo)
+            jobs = pool.map(lambda job: scan(job[0], image, label, job[1]), todo)
             bar = track(
                 jobs,
                 "indexing",
@@ -291,7 +295,8 @@ def index(
     at = 0
     for name, paths in groups.items():
         part, at = scanned[at : at + len(paths)], at + len(paths)
-        _write(name, paths[0].parent, part, names)
+        # Labels of train's tars, which may be linked there, mean nothing in this split.
+        _write(name, paths[0].parent, part, [] if name == manifest.UNLABELLED else names)
 
 
 def _write(split: str, folder: Path, scanned: Sequence[Scanned], names: list[str]) -> None:

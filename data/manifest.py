@@ -12,7 +12,7 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pydantic
@@ -23,7 +23,13 @@ from data.errors import UserError
 FORMAT = "selfdistill-shards"
 FILE = "manifest.json"
 MEMBERS = "members.npy"
-SPLITS = ("train", "val", "test")
+# What a source is divided into, and beside it: the inputs of train and more, all without labels.
+DIVIDED = ("train", "val", "test")
+UNLABELLED = "unlabelled"
+SPLITS = (*DIVIDED, UNLABELLED)
+#: How texts may be scored; a known data set names the one that it is scored by.
+Metric = Literal["accuracy", "macro_f1", "micro_f1"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
 
 # The hash of a table up to this size is checked at every start (0.1 s); beyond, by data.verify.
 _HASHED_BYTES = 64 * 2**20
@@ -50,17 +56,24 @@ class _Members(pydantic.BaseModel):
     sha256: str
 
 
+class _Text(pydantic.BaseModel):
+    pairs: bool
+    stored: Literal["txt", "json"]
+    metric: Metric | None = None
+
+
 class _File(pydantic.BaseModel):
     """manifest.json, format version 1."""
 
     format: Literal["selfdistill-shards"]
     version: Literal[1]
-    kind: str
+    kind: Literal["image", "text"]
     split: str
     classes: list[str]
     class_counts: list[int]
     samples: int
     image: dict[str, Any] | None = None
+    text: _Text | None = None
     columns: list[str] = ["input", "label"]
     members: _Members
     shards: list[_Shard]
@@ -87,12 +100,14 @@ class Manifest:
 
     Attributes:
         root: As given.
-        kind: "image" (or another kind of input).
-        split: "train", "val" or "test".
+        kind: "image" or "text".
+        split: "train", "val", "test" or "unlabelled".
         classes: Names of the classes; labels are their numbers.
         class_counts: Samples of each class.
         samples: Number of samples N; their ids are 0..N-1, the rows of `members`.
         image: What is known of the images, e.g. {"size": 64}; empty for other kinds.
+        text: What is known of the texts, e.g. {"pairs": False, "stored": "txt"}, and where it is
+            known how they are scored "metric", one of `METRICS`; empty for other kinds.
         shards: The tars, in the order of the ids.
         hash: sha256 of manifest.json in hex: the identity of the data.
 
@@ -120,6 +135,7 @@ class Manifest:
         self.class_counts = file.class_counts
         self.samples = file.samples
         self.image = file.image or {}
+        self.text = file.text.model_dump(exclude_none=True) if file.text else {}
         self.columns = file.columns
         self.members_file = file.members
         self.shards = [ShardInfo(s.name, s.sha256, s.bytes, s.samples) for s in file.shards]
@@ -128,6 +144,8 @@ class Manifest:
     def _check(self) -> None:
         """The parts of the file agree, and no name leads out of the folder."""
         cure = "pack the data anew (python -m data.pack) or fetch the right manifest.json"
+        if self.kind == "text" and not self.text:
+            raise UserError(f"{self.place}: kind is text, and the entry text is missing: {cure}")
         if sum(s.samples for s in self.shards) != self.samples:
             raise UserError(
                 f"{self.place}: its shards do not add up to {self.samples} samples: {cure}"
@@ -167,8 +185,8 @@ class Manifest:
             content = Path(place).read_bytes()
         except FileNotFoundError:
             raise UserError(
-                f"no {FILE} in {root}: pack images first (python -m data.pack IMAGES SHARDS), or"
-                " index tars made elsewhere (python -m data.index)"
+                f"no {FILE} in {root}: pack the data first (python -m data.pack SOURCE SHARDS),"
+                " or index tars made elsewhere (python -m data.index)"
             ) from None
         except NotADirectoryError:
             raise UserError(f"{root} is a file: give the folder of the shards") from None
@@ -184,7 +202,7 @@ class Manifest:
 
         Args:
             data: The data set's folder or URL prefix.
-            split: "train", "val" or "test".
+            split: "train", "val", "test" or "unlabelled".
             cache_dir: See `Manifest`.
 
         Returns:
@@ -198,20 +216,21 @@ class Manifest:
             folder = Path(data)
             if not folder.is_dir():
                 raise UserError(
-                    f"no data set at {data}: pack it first (python -m data.pack IMAGES {data})"
+                    f"no data set at {data}: pack it first (python -m data.pack SOURCE {data})"
                 )
             there = [s for s in SPLITS if (folder / s / FILE).is_file()]
             if split not in there:
                 has = f"it has {', '.join(there)}" if there else "it has no split with a manifest"
+                option = "--unlabelled PATH" if split == UNLABELLED else f"--split {split}"
                 raise UserError(
                     f"{data} has no split {split!r} ({has}): pack one into it"
-                    f" (python -m data.pack IMAGES {data} --split {split})"
+                    f" (python -m data.pack SOURCE {data} {option})"
                 )
         found = cls.load(join(data, split), cache_dir)
         if found.split != split:
             raise UserError(
                 f"{found.root} holds the split {found.split!r}, not {split!r}: put each split into"
-                " the folder of its name, or pack the images anew"
+                " the folder of its name, or pack the data anew"
             )
         return found
 
@@ -286,8 +305,9 @@ def write(
     class_counts: list[int],
     shards: list[ShardInfo],
     members: NDArray[np.int64],
-    kind: str = "image",
+    kind: Literal["image", "text"] = "image",
     image: dict[str, Any] | None = None,
+    text: dict[str, Any] | None = None,
 ) -> None:
     """Writes manifest.json and members.npy.
 
@@ -300,6 +320,7 @@ def write(
         members: int64 [N, 4], see `Manifest.members`.
         kind: Kind of the inputs.
         image: What is known of the images, "size" among it (None where sizes differ).
+        text: What is known of the texts, see `Manifest`; for kind "text" in place of `image`.
     """
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(members, dtype=np.int64), allow_pickle=False)
@@ -312,7 +333,7 @@ def write(
         "classes": classes,
         "class_counts": class_counts,
         "samples": len(members),
-        "image": image,
+        kind: image if kind == "image" else text,
         "columns": ["input", "label"],
         "members": {
             "file": MEMBERS,
@@ -320,5 +341,5 @@ def write(
         },
         "shards": [s._asdict() for s in shards],
     }
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    (folder / FILE).write_text(text, encoding="utf-8")
+    written = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    (folder / FILE).write_text(written, encoding="utf-8")

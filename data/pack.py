@@ -12,6 +12,7 @@ OUT/{train,val,test}/ then hold shards NAME-SPLIT-000000.tar, manifest.json and 
 """
 
 import io
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -22,8 +23,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data import layouts, manifest, sources
 from data.errors import UserError
-from data.shards import DEFAULT_SIZE, Packed, check_replaceable, content_of, replace, write_split
+from data.kinds import DEFAULT_SIZE, ImageKind, content_of
+from data.manifest import DIVIDED, UNLABELLED
+from data.shards import Packed, check_replaceable, replace, write_split
 from data.sources import Sample, Splits
+from data.unlabelled import join_train
 
 __all__ = ["Packed", "Sample", "choose_size", "pack", "write_split"]
 
@@ -40,7 +44,7 @@ def choose_size(splits: Splits) -> int:
     """
     sizes: set[tuple[int, int]] = set()
     for samples, _ in splits.values():
-        for sample in samples[:64]:
+        for sample in itertools.islice(samples, 64):
             try:
                 sizes.add(Image.open(io.BytesIO(content_of(sample))).size)
             except (OSError, ValueError, Image.DecompressionBombError):
@@ -64,17 +68,27 @@ def _find(
         return sources.find(root, unlabelled=unlabelled, split=split), []
     known = layouts.load(layout, root, options)
     classes = [] if unlabelled else known.classes
-    found = {
+    found: Splits = {
         one: ([s._replace(label=None) for s in samples] if unlabelled else samples, classes)
         for one, samples in known.splits.items()
     }
     return found, [f"layout {known.name}", *known.notes]
 
 
+def _extra(root: Path, found: Splits) -> sources.Samples:
+    """What --unlabelled PATH adds to train."""
+    if "train" not in found:
+        raise UserError(
+            f"--unlabelled {root} goes with a train split, the source has only"
+            f" {', '.join(found)}: drop the option"
+        )
+    return sources.find_extra(root)
+
+
 def _renumbered(found: Splits, split: str, out_dir: Path) -> Splits:
     """A split that joins others takes their numbers of the classes, which go by name."""
     samples, classes = found[split]
-    for other in manifest.SPLITS:
+    for other in DIVIDED:
         if other == split or not classes or not (out_dir / other / manifest.FILE).is_file():
             continue
         theirs = manifest.Manifest.load(str(out_dir / other)).classes
@@ -96,7 +110,7 @@ def pack(
     size: int | None = None,
     keep_original: bool = False,
     splits: str | None = None,
-    unlabelled: bool = False,
+    unlabelled: bool | str = False,
     split: str | None = None,
     layout: str | None = None,
     fold: int = 1,
@@ -120,7 +134,9 @@ def pack(
         keep_original: Store the files as they are; training then fits them each time.
         splits: Shares of train, val and test where the source has no splits; default 0.8,0.1,0.1,
             taken class by class at random.
-        unlabelled: Take all images without labels, whatever folders they lie in.
+        unlabelled: Without a value: take all images without labels, whatever folders they lie in.
+            With the path of a folder: pack the source as ever, and beside it a split `unlabelled`,
+            which the first two stages train on: the inputs of train and the images of that folder.
         split: Pack everything as this one split (train, val or test) of `out`.
         layout: Known data set whose official splits are taken, where it is not recognised itself:
             aircraft, cub, xray, dtd, dogs, flowers or cifar100.
@@ -138,19 +154,33 @@ def pack(
     """
     console = Console(stderr=True)
     out_dir, root = Path(out), Path(source)
-    if split is not None and split not in manifest.SPLITS:
-        raise UserError(f"there is no split {split!r}: give one of {', '.join(manifest.SPLITS)}")
+    extra = unlabelled if isinstance(unlabelled, str) else None
+    if split is not None and split not in DIVIDED:
+        raise UserError(f"there is no split {split!r}: give one of {', '.join(DIVIDED)}")
+    if extra is not None and split not in (None, "train"):
+        raise UserError(
+            f"--unlabelled {extra} goes with the train split, --split {split} packs another one:"
+            " give one of them"
+        )
     if keep_original and size is not None:
         raise UserError("--keep_original stores files as they are, --size changes them: give one")
     if out_dir.is_file():
         raise UserError(f"{out} is a file: give a folder")
     if root.exists() and out_dir.resolve() == root.resolve():
         raise UserError(f"{out} is the source itself: give another folder for the shards")
-    for one in (split,) if split else manifest.SPLITS:
+    replaced = (
+        manifest.SPLITS if split is None else (split,) if extra is None else ("train", UNLABELLED)
+    )
+    for one in replaced:
         check_replaceable(out_dir / one, overwrite)
+    if split == "train" and extra is None and (out_dir / UNLABELLED).exists():
+        raise UserError(
+            f"{out_dir / UNLABELLED} holds the inputs of the old train split too: make it anew"
+            " (--unlabelled PATH), or remove it"
+        )
     options = layouts.Options(fold=fold, trainval=trainval, keep_banner=keep_banner)
     with layouts.opened(root, out_dir.parent) as folder:
-        found, notes = _find(folder, layout, options, unlabelled, split)
+        found, notes = _find(folder, layout, options, unlabelled is True, split)
         found = sources.settle(found, root, splits, split, seed, val_fraction)
         if split is not None:
             found = _renumbered(found, split, out_dir)
@@ -159,6 +189,9 @@ def pack(
         if not keep_original and size is None:
             size = choose_size(found)
             console.print(f"size {size} x {size} pixels (another one: --size)")
+        kind = ImageKind(size, keep_original)
+        if extra is not None:
+            found[UNLABELLED] = _extra(Path(extra), found), []
         staging = out_dir.parent / f".{out_dir.name}.{os.getpid()}.partial"
         columns = (
             TextColumn("{task.description:>5}"),
@@ -175,16 +208,17 @@ def pack(
                         staging,
                         split=one,
                         name=name or out_dir.resolve().name,
-                        size=size,
-                        keep_original=keep_original,
+                        kind=kind,
                         samples_per_shard=samples_per_shard,
                         skip_broken=skip_broken,
                         progress=progress,
                     )
                     for one, (samples, classes) in found.items()
                 ]
+            if extra is not None:
+                done[-1] = join_train(staging, done[-1])
             out_dir.mkdir(parents=True, exist_ok=True)
-            for one in (split,) if split else manifest.SPLITS:
+            for one in replaced:
                 if one in found:
                     replace(staging / one, out_dir / one)
                 elif (out_dir / one).exists():  # of the data set that is being replaced
@@ -192,7 +226,7 @@ def pack(
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     for p in done:
-        skipped = f", {p.skipped} unreadable images left out" if p.skipped else ""
+        skipped = f", {p.skipped} unreadable {kind.name}s left out" if p.skipped else ""
         print(
             f"{out_dir / p.split}: {p.samples} samples, {p.classes} classes, {p.shards} shards,"
             f" {p.bytes / 1e6:.1f} MB{skipped}"

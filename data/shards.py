@@ -1,27 +1,24 @@
 """Writes the shards of a split, with WebDataset's own writer, and their index."""
 
-import io
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset
 from numpy.typing import NDArray
-from PIL import Image
 from rich.progress import Progress
 
-from data import images, keyed, manifest, tars
+from data import keyed, manifest, tars
 from data.errors import UserError
+from data.kinds import ImageKind, Kind
 from data.sources import Sample
-
-# The size of the published ViT-MAE models.
-DEFAULT_SIZE = 224
 
 
 @dataclass(frozen=True)
@@ -36,33 +33,6 @@ class Packed:
     skipped: int
 
 
-def content_of(sample: Sample) -> bytes:
-    """The sample's file."""
-    if isinstance(sample.source, Path):
-        try:
-            return sample.source.read_bytes()
-        except OSError as error:
-            raise ValueError(f"it cannot be opened ({error.strerror})") from None
-    return sample.source if isinstance(sample.source, bytes) else sample.source()
-
-
-def _encode(sample: Sample, size: int | None, keep_original: bool) -> tuple[str, bytes]:
-    """Extension and bytes of the sample as it is stored."""
-    content = content_of(sample)
-    if not keep_original:
-        return "png", images.prepare(content, size)
-    images.read(content)  # only to see that it can be read
-    if isinstance(sample.source, Path):
-        return sample.source.suffix.lower().lstrip(".") or "img", content
-    return _suffix(content), content
-
-
-def _suffix(content: bytes) -> str:
-    """The extension of an image file that has no name."""
-    kind = (Image.open(io.BytesIO(content)).format or "img").lower()
-    return {"jpeg": "jpg"}.get(kind, kind)
-
-
 def _name(sample: Sample) -> str:
     return str(sample.source) if isinstance(sample.source, Path) else sample.key
 
@@ -70,7 +40,10 @@ def _name(sample: Sample) -> str:
 def _encoded(
     samples: Iterable[Sample], encode: Callable[[Sample], tuple[str, bytes]]
 ) -> Iterator[tuple[Sample, Future[tuple[str, bytes]]]]:
-    """Encodes in threads (Pillow works outside Python's lock) and yields in order."""
+    """Encodes in threads (Pillow works outside Python's lock) and yields in order.
+
+    Only a few samples are held at a time, however many there are.
+    """
     threads = min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
         waiting: list[tuple[Sample, Future[tuple[str, bytes]]]] = []
@@ -115,10 +88,9 @@ def write_split(
     classes: Sequence[str],
     out_dir: Path,
     *,
+    kind: Kind | None = None,
     split: str = "train",
     name: str | None = None,
-    size: int | None = DEFAULT_SIZE,
-    keep_original: bool = False,
     samples_per_shard: int = 1000,
     overwrite: bool = False,
     skip_broken: bool = False,
@@ -135,30 +107,28 @@ def write_split(
         samples: What to write.
         classes: Names of the classes; a sample's label is an index into them.
         out_dir: The data set's folder; the split's is made in it.
-        split: "train", "val" or "test".
+        kind: How they are stored; by default as images of the published models' size.
+        split: "train", "val", "test" or "unlabelled".
         name: First part of the shards' names; by default that of `out_dir`.
-        size: Side in pixels of the square that images are fitted to; None keeps their own.
-        keep_original: Store the files as they are.
         samples_per_shard: Samples in a tar.
         overwrite: Replace the split if it is there.
-        skip_broken: Leave out unreadable images (counted) where they would be an error.
+        skip_broken: Leave out unreadable samples (counted) where they would be an error.
         progress: Where to show how far it is.
 
     Returns:
         What was written.
 
     Raises:
-        UserError: An unreadable image, a split that exists, nothing to write.
+        UserError: An unreadable sample, a split that exists, nothing to write.
     """
     if split not in manifest.SPLITS:
         raise UserError(f"there is no split {split!r}: give one of {', '.join(manifest.SPLITS)}")
     if samples_per_shard < 1:
         raise UserError(f"samples_per_shard is {samples_per_shard}: give 1 or more")
-    if size is not None and size < 1:
-        raise UserError(f"size is {size} pixels: give 1 or more")
+    kind = kind or ImageKind()
     final = out_dir / split
     check_replaceable(final, overwrite)
-    total = len(samples) if isinstance(samples, Sequence) else None
+    total = len(samples) if isinstance(samples, Sized) else None
     if isinstance(samples, Sequence):
         samples = [samples[i] for i in keyed.permutation(0, "pack", 0, len(samples))]
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", name or out_dir.resolve().name) or "data"
@@ -180,14 +150,14 @@ def write_split(
             user="root",
             group="root",
         ) as writer:
-            for sample, future in _encoded(samples, lambda s: _encode(s, size, keep_original)):
+            for sample, future in _encoded(samples, kind.encode):
                 try:
                     extension, content = future.result()
                 except ValueError as error:
                     if not skip_broken:
                         raise UserError(
-                            f"{_name(sample)}: the image cannot be read: {error}: mend or remove"
-                            " it, or leave such images out with --skip_broken"
+                            f"{_name(sample)}: the {kind.name} cannot be read: {error}: mend or"
+                            f" remove it, or leave such {kind.name}s out with --skip_broken"
                         ) from None
                     skipped += 1
                     continue
@@ -209,8 +179,9 @@ def write_split(
                 writer.write(record)
                 written += 1
         if not written:
-            raise UserError(f"split {split!r} has no readable image: check the source folder")
+            raise UserError(f"split {split!r} has no readable {kind.name}: check the source")
         shards, members = index_tars(temporary, names)
+        entry: dict[str, Any] = {kind.name: kind.entry()}
         manifest.write(
             temporary,
             split=split,
@@ -218,11 +189,8 @@ def write_split(
             class_counts=[counts[i] for i in range(len(classes))],
             shards=shards,
             members=members,
-            image={
-                "size": None if keep_original else size,
-                "stored": "original" if keep_original else "png",
-                "fit": None if keep_original or size is None else "short side bicubic, centre crop",
-            },
+            kind=kind.name,
+            **entry,
         )
         replace(temporary, final)
     finally:

@@ -1,21 +1,23 @@
 """Where samples come from: class folders, split folders, CSV files, known data sets."""
 
 import csv
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data import keyed
 from data.cli import nearest
 from data.errors import UserError
 from data.images import SUFFIXES
-from data.manifest import SPLITS
+from data.manifest import DIVIDED
 
 DEFAULT_SHARES = (0.8, 0.1, 0.1)
-_ALIASES = {s: s for s in SPLITS} | {"valid": "val", "validation": "val"}
+_ALIASES = {s: s for s in DIVIDED} | {"valid": "val", "validation": "val"}
 
 
 class Sample(NamedTuple):
@@ -26,8 +28,40 @@ class Sample(NamedTuple):
     label: int | None
 
 
+class Stream:
+    """Samples without labels, made anew at each pass: they may be more than memory holds.
+
+    Args:
+        samples: Starts a pass over all of them.
+        length: Their number.
+        taken: bool [length], which of them belong to this stream; None for all.
+    """
+
+    def __init__(
+        self,
+        samples: Callable[[], Iterator[Sample]],
+        length: int,
+        taken: NDArray[np.bool_] | None = None,
+    ) -> None:
+        self._samples = samples
+        self._taken = np.ones(length, dtype=bool) if taken is None else taken
+
+    def __len__(self) -> int:
+        return int(self._taken.sum())
+
+    def __iter__(self) -> Iterator[Sample]:
+        return itertools.compress(self._samples(), self._taken)
+
+    def take(self, rows: NDArray[np.bool_]) -> "Stream":
+        """Those of this stream that are True in `rows`, bool [len(self)]."""
+        taken = np.zeros_like(self._taken)
+        taken[np.flatnonzero(self._taken)[rows]] = True
+        return Stream(self._samples, len(taken), taken)
+
+
+Samples = list[Sample] | Stream
 # Per split its samples and the names of the classes.
-Splits = dict[str, tuple[list[Sample], list[str]]]
+Splits = dict[str, tuple[Samples, list[str]]]
 
 
 def _folders(root: Path) -> list[Path]:
@@ -95,7 +129,7 @@ def split_folders(root: Path) -> dict[str, Path]:
         if split in found:
             raise UserError(f"{found[split]} and {folder} are both the split {split!r}: merge them")
         found[split] = folder
-    return {s: found[s] for s in SPLITS if s in found}
+    return {s: found[s] for s in DIVIDED if s in found}
 
 
 def from_split_folders(folders: dict[str, Path], unlabelled: bool) -> Splits:
@@ -154,7 +188,7 @@ def from_csv(path: Path, unlabelled: bool) -> Splits:
             )
         split = (row.get("split") or "").strip().lower()
         if "split" in header and split not in _ALIASES:
-            raise UserError(f"{where}: split {split!r} is none of {', '.join(SPLITS)}: {cure}")
+            raise UserError(f"{where}: split {split!r} is none of {', '.join(DIVIDED)}: {cure}")
         entries.append((_ALIASES.get(split, ""), image, label, row["path"]))
     names = {label for _, _, label, _ in entries if label}
     # Numbers are sorted as numbers, so that the classes 0..10 keep their numbers.
@@ -162,7 +196,7 @@ def from_csv(path: Path, unlabelled: bool) -> Splits:
     classes = sorted(names, key=lambda n: (int(n), n) if numeric else (0, n))
     number = {n: i for i, n in enumerate(classes)}
     found: Splits = {}
-    for split in (*SPLITS, ""):
+    for split in (*DIVIDED, ""):
         samples = [
             Sample(os.path.splitext(key)[0], image, number[label] if label else None)
             for s, image, label, key in entries
@@ -201,7 +235,14 @@ def parse_shares(text: str | None) -> tuple[float, ...]:
     return shares
 
 
-def divide(samples: list[Sample], shares: tuple[float, ...], seed: int) -> dict[str, list[Sample]]:
+def _take(samples: Samples, rows: NDArray[np.bool_]) -> Samples:
+    """Those that are True in `rows`, bool [n]."""
+    if isinstance(samples, Stream):
+        return samples.take(rows)
+    return list(itertools.compress(samples, rows))
+
+
+def divide(samples: Samples, shares: tuple[float, ...], seed: int) -> dict[str, Samples]:
     """Divides samples at random into splits, class by class.
 
     Args:
@@ -213,20 +254,24 @@ def divide(samples: list[Sample], shares: tuple[float, ...], seed: int) -> dict[
         Per split its samples in their old order. A class of n gives each split its share of n
         rounded (boundaries are rounded, so nothing is lost); train gets at least one of each.
     """
-    labels = np.array([-1 if s.label is None else s.label for s in samples])
+    if isinstance(samples, Stream):
+        labels = np.full(len(samples), -1)
+    else:
+        labels = np.array([-1 if s.label is None else s.label for s in samples])
     owner = np.zeros(len(samples), dtype=np.int64)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         rows = rows[keyed.permutation(seed, f"split {label}", 0, len(rows))]
         bounds = np.rint(np.cumsum(shares) * len(rows)).astype(int)
         bounds = np.maximum(bounds, max(1, bounds[0]))
-        for split in range(1, len(shares)):
-            owner[rows[bounds[split - 1] : bounds[split]]] = split
-    found = {
-        split: [s for s, o in zip(samples, owner, strict=True) if o == i]
-        for i, split in enumerate(SPLITS)
-    }
-    return {split: chosen for split, chosen in found.items() if chosen}
+        for i in range(1, len(shares)):
+            owner[rows[bounds[i - 1] : bounds[i]]] = i
+    found: dict[str, Samples] = {}
+    for i, split in enumerate(DIVIDED):
+        rows = owner == i
+        if rows.any():
+            found[split] = _take(samples, rows)
+    return found
 
 
 def find(root: Path, *, unlabelled: bool = False, split: str | None = None) -> Splits:
@@ -263,6 +308,28 @@ def find(root: Path, *, unlabelled: bool = False, split: str | None = None) -> S
         known = " ".join(sorted(SUFFIXES))
         raise UserError(f"{root} has no images: give a folder of them ({known})")
     return found
+
+
+def find_extra(root: Path) -> list[Sample]:
+    """All images of a folder, without labels.
+
+    Args:
+        root: The folder.
+
+    Returns:
+        The samples.
+
+    Raises:
+        UserError: There are none.
+    """
+    if not root.is_dir():
+        wrong = "is no folder" if root.exists() else "does not exist"
+        raise UserError(f"--unlabelled {root} {wrong}: give a folder of images, as the source has")
+    samples = _unlabelled(root)
+    if not samples:
+        known = " ".join(sorted(SUFFIXES))
+        raise UserError(f"--unlabelled {root} has no images: give a folder of them ({known})")
+    return samples
 
 
 def hold_out(found: Splits, fraction: float, seed: int) -> Splits:

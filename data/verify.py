@@ -212,7 +212,7 @@ def _manifests(data: str, cache_dir: str | None) -> tuple[list[Manifest], list[s
         return found, []
     folder = Path(data)
     if not folder.is_dir():
-        raise UserError(f"no data set at {data}: pack it first (python -m data.pack IMAGES {data})")
+        raise UserError(f"no data set at {data}: pack it first (python -m data.pack SOURCE {data})")
     folders = [folder, *(folder / split for split in manifest.SPLITS)]
     loaded, problems = [], []
     for root in folders:
@@ -243,13 +243,21 @@ def _manifests(data: str, cache_dir: str | None) -> tuple[list[Manifest], list[s
             )
     if not loaded and not problems:
         raise UserError(
-            f"no {manifest.FILE} in {data}: pack images into it (python -m data.pack IMAGES {data})"
+            f"no {manifest.FILE} in {data}: pack data into it (python -m data.pack SOURCE {data})"
         )
     for file in loaded[1:]:
-        if file.classes != loaded[0].classes:
+        if file.kind != loaded[0].kind:
             problems.append(
-                f"{file.place} has other classes than {loaded[0].place}: they are of different data"
-                " sets; put back the right one, or pack both together (python -m data.pack)"
+                f"{file.place} holds {file.kind}s and {loaded[0].place} {loaded[0].kind}s: they are"
+                " of different data sets; put back the right one"
+            )
+    # Those without labels have no classes to compare.
+    divided = [file for file in loaded if file.split != manifest.UNLABELLED]
+    for file in divided[1:]:
+        if file.classes != divided[0].classes:
+            problems.append(
+                f"{file.place} has other classes than {divided[0].place}: they are of different"
+                " data sets; put back the right one, or pack both together (python -m data.pack)"
             )
     return loaded, problems
 

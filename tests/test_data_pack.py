@@ -16,6 +16,7 @@ from PIL import Image
 from data.cli import run
 from data.codec import Images
 from data.errors import UserError
+from data.kinds import ImageKind
 from data.loader import sequential
 from data.manifest import Manifest
 from data.pack import pack, write_split
@@ -228,7 +229,9 @@ def test_samples_from_bytes_and_callables(tmp_path: Path) -> None:
             source = png(numbered(i)) if i % 2 else lambda i=i: png(numbered(i))
             yield Sample(f"k/{i}", source, i % 3)
 
-    done = write_split(stream(), ["a", "b", "c"], tmp_path / "s", size=4, samples_per_shard=3)
+    done = write_split(
+        stream(), ["a", "b", "c"], tmp_path / "s", kind=ImageKind(4), samples_per_shard=3
+    )
     assert (done.samples, done.shards, done.classes) == (10, 4, 3)
     assert contents(tmp_path / "s", "train") == {i: i % 3 for i in range(10)}
     with pytest.raises(UserError, match="label 3 is outside the 3 classes"):

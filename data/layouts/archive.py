@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data.errors import UserError
 from data.layouts.base import is_stray
-from data.manifest import SPLITS
+from data.manifest import DIVIDED
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 
@@ -54,7 +54,7 @@ def opened(root: Path, scratch: Path) -> Iterator[Path]:
 def _innermost(folder: Path) -> Path:
     """The folder that an archive wraps everything in, if it does; but never a split's."""
     inside = list(folder.iterdir())
-    while len(inside) == 1 and inside[0].is_dir() and inside[0].name.lower() not in SPLITS:
+    while len(inside) == 1 and inside[0].is_dir() and inside[0].name.lower() not in DIVIDED:
         folder = inside[0]
         inside = list(folder.iterdir())
     return folder

@@ -1,0 +1,123 @@
+"""What the packer has to know of one kind of input: how a sample is stored, and what to note of it.
+
+The other way, from what is stored to the tensors of a batch, is `data.codec`.
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+from PIL import Image
+
+from data import images, texts
+from data.errors import UserError
+from data.manifest import Metric
+from data.sources import Sample
+
+# The size of the published ViT-MAE models.
+DEFAULT_SIZE = 224
+
+
+def content_of(sample: Sample) -> bytes:
+    """The sample's file.
+
+    Raises:
+        ValueError: It cannot be opened.
+    """
+    if isinstance(sample.source, Path):
+        try:
+            return sample.source.read_bytes()
+        except OSError as error:
+            raise ValueError(f"it cannot be opened ({error.strerror})") from None
+    return sample.source if isinstance(sample.source, bytes) else sample.source()
+
+
+class Kind(Protocol):
+    """One kind of input, as it is packed.
+
+    Attributes:
+        name: As it stands in the manifest, and the word for one sample in messages.
+    """
+
+    name: ClassVar[Literal["image", "text"]]
+
+    def encode(self, sample: Sample) -> tuple[str, bytes]:
+        """Extension and bytes of the sample's member.
+
+        Raises:
+            ValueError: The sample is unreadable; one line that says how.
+        """
+        ...
+
+    def entry(self) -> dict[str, Any]:
+        """What the manifest notes of the inputs, under `name`."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageKind:
+    """Images.
+
+    Attributes:
+        size: Side in pixels of the square that images are fitted to; None keeps their own.
+        keep_original: Store the files as they are.
+    """
+
+    size: int | None = DEFAULT_SIZE
+    keep_original: bool = False
+    name: ClassVar[Literal["image", "text"]] = "image"
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise UserError(f"size is {self.size} pixels: give 1 or more")
+
+    def encode(self, sample: Sample) -> tuple[str, bytes]:
+        """See `Kind`; a PNG, or the file as it is."""
+        content = content_of(sample)
+        if not self.keep_original:
+            return "png", images.prepare(content, self.size)
+        images.read(content)  # only to see that it can be read
+        if isinstance(sample.source, Path):
+            return sample.source.suffix.lower().lstrip(".") or "img", content
+        return _suffix(content), content
+
+    def entry(self) -> dict[str, Any]:
+        """See `Kind`."""
+        as_is = self.keep_original or self.size is None
+        return {
+            "size": None if self.keep_original else self.size,
+            "stored": "original" if self.keep_original else "png",
+            "fit": None if as_is else "short side bicubic, centre crop",
+        }
+
+
+def _suffix(content: bytes) -> str:
+    """The extension of an image file that has no name."""
+    kind = (Image.open(io.BytesIO(content)).format or "img").lower()
+    return {"jpeg": "jpg"}.get(kind, kind)
+
+
+@dataclass(frozen=True)
+class TextKind:
+    """Texts; a sample's content is its member as it is stored.
+
+    Attributes:
+        stored: Extension of the members: "txt" for single texts, "json" where there are pairs.
+        metric: How they are scored, where it is known.
+    """
+
+    stored: texts.Stored = "txt"
+    metric: Metric | None = None
+    name: ClassVar[Literal["image", "text"]] = "text"
+
+    def encode(self, sample: Sample) -> tuple[str, bytes]:
+        """See `Kind`; the text as it is."""
+        content = content_of(sample)
+        texts.read(content, self.stored)  # only to see that it can be read
+        return self.stored, content
+
+    def entry(self) -> dict[str, Any]:
+        """See `Kind`."""
+        found: dict[str, Any] = {"pairs": self.stored == "json", "stored": self.stored}
+        return found if self.metric is None else found | {"metric": self.metric}

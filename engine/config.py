@@ -28,6 +28,9 @@ class DataSection(Section):
     """Where the samples come from, and how they are read."""
 
     path: str | None = Field(None, description="folder or URL of a packed data set")
+    split: Literal["auto", "train", "unlabelled"] = Field(
+        "auto", description="for stages 1 and 2 (auto = unlabelled, if a local folder has it)"
+    )
     workers: int = Field(0, ge=0, description="loader processes per rank")
     partitions: int = Field(1, ge=1, description="partitions of the shards (1 = full shuffle)")
     window: int = Field(0, ge=0, description="shards shuffled together (0 = chosen from the set)")

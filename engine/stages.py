@@ -219,8 +219,10 @@ def finetune(run: Run, start: str) -> None:
         write_result(run, name, _summary(name, source, [r for r in results if r]))
     final = run.result(name)
     assert final is not None
-    for key, value in final["metrics"].items():
-        if key.endswith("accuracy"):
+    for split in ("val", "test"):
+        key = f"{split}_{final['metric']}"
+        if key in final["metrics"]:
+            value = final["metrics"][key]
             spread = final.get("std", {}).get(key)
             more = f" ± {100 * spread:.2f} ({len(seeds)} seeds)" if spread is not None else ""
             run.say(f"{name}: {key} {100 * value:.2f}%{more}")
@@ -233,6 +235,7 @@ def _summary(name: str, source: str, results: list[dict[str, Any]]) -> dict[str,
         "stage": name,
         "start": source,
         "n": len(results),
+        "metric": results[0]["metric"],
         "metrics": {k: statistics.fmean(v) for k, v in columns.items()},
         # Sample standard deviation (n - 1), as papers report it.
         "std": {k: statistics.stdev(v) for k, v in columns.items()},
@@ -276,7 +279,13 @@ def _finetune_once(run: Run, name: str, source: str, seed: int) -> None:
                 metrics |= scores[split].as_dict(split)
         folder = run.folder / name / "export"
         kind.export_classifier(folder, engine.module.model, weights, train.classes)
-        return {"metrics": metrics, "scores": scores, "export": str(folder), "start": source}
+        return {
+            "metric": train.text.get("metric") or "accuracy",
+            "metrics": metrics,
+            "scores": scores,
+            "export": str(folder),
+            "start": source,
+        }
 
     fit(
         run,
@@ -302,10 +311,11 @@ def _finetune_once(run: Run, name: str, source: str, seed: int) -> None:
 
 def unlabelled(run: Run) -> Manifest:
     """What stages 1 and 2 learn from: the split `unlabelled` where there is one, else train."""
-    path = _data(run)
-    if not is_remote(path) and (Path(path) / "unlabelled").is_dir():
-        return Manifest.load_split(path, "unlabelled")
-    return Manifest.load_split(path, "train")
+    path, split = _data(run), run.config.data.split
+    if split == "auto":
+        there = not is_remote(path) and (Path(path) / "unlabelled").is_dir()
+        split = "unlabelled" if there else "train"
+    return Manifest.load_split(path, split)
 
 
 def _data(run: Run) -> str:

@@ -28,6 +28,7 @@ class Row:
     """One method's figures: shares in 0..1, seconds of all its stages (one fine-tuning)."""
 
     method: str
+    metric: str
     mean: float
     std: float | None
     n: int
@@ -41,12 +42,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error}): run the stage again") from error
 
 
-def rows(run: Path, metric: str = "test_accuracy") -> list[Row]:
+def rows(run: Path, metric: str | None = None) -> list[Row]:
     """The methods that a run folder holds complete.
 
     Args:
         run: a run folder.
-        metric: a key of result.json's metrics.
+        metric: a key of result.json's metrics; by default that by which the set is scored, on test.
 
     Raises:
         UserError: there is no complete fine-tuning, or it lacks the metric.
@@ -57,6 +58,7 @@ def rows(run: Path, metric: str = "test_accuracy") -> list[Row]:
         if not path.is_file():
             continue
         result = _read(path)
+        metric = metric or f"test_{result.get('metric', 'accuracy')}"
         if metric not in result["metrics"]:
             known = ", ".join(result["metrics"])
             raise UserError(f"{path} has no {metric!r}; it has {known or 'no metrics'}")
@@ -65,7 +67,7 @@ def rows(run: Path, metric: str = "test_accuracy") -> list[Row]:
         for pattern in before:
             seconds += sum(float(_read(p)["seconds"]) for p in run.glob(f"{pattern}/result.json"))
         std = result.get("std", {}).get(metric)
-        found.append(Row(method, float(result["metrics"][metric]), std, n, seconds))
+        found.append(Row(method, metric, float(result["metrics"][metric]), std, n, seconds))
     if not found:
         raise UserError(
             f"{run} holds no complete fine-tuning: run engine/run.py --stage all --compare first"
@@ -73,13 +75,14 @@ def rows(run: Path, metric: str = "test_accuracy") -> list[Row]:
     return found
 
 
-def show(run: Path, metric: str = "test_accuracy", title: str | None = None) -> None:
+def show(run: Path, metric: str | None = None, title: str | None = None) -> None:
     """Prints the table: method, mean ± sample standard deviation over the seeds, wall time."""
+    found = rows(run, metric)
     table = Table(title=title or str(run))
     table.add_column("method")
-    table.add_column(f"{metric.replace('_', ' ')}, % (mean ± std, n)", justify="right")
+    table.add_column(f"{found[0].metric.replace('_', ' ')}, % (mean ± std, n)", justify="right")
     table.add_column("wall time", justify="right")
-    for row in rows(run, metric):
+    for row in found:
         spread = "" if row.std is None else f" ± {100 * row.std:.2f}"
         minutes, seconds = divmod(round(row.seconds), 60)
         table.add_row(
@@ -92,12 +95,13 @@ def show(run: Path, metric: str = "test_accuracy", title: str | None = None) -> 
     console.print("wall time: all stages of the method, with one fine-tuning", style="dim")
 
 
-def main(run: str, metric: str = "test_accuracy") -> None:
+def main(run: str, metric: str | None = None) -> None:
     """Prints the table of a run.
 
     Args:
         run: run folder.
-        metric: a key of result.json's metrics, such as val_accuracy or test_macro_f1.
+        metric: a key of result.json's metrics, such as val_accuracy or test_macro_f1; by default
+            that by which the set is scored, on its test split.
     """
     show(Path(run), metric)
 

@@ -105,7 +105,7 @@ class TextKind(Kind):
             special_ids=frozenset(tokenizer.all_special_ids),
             max_length=base.max_length,
             bucket=self.config.text.bucket,
-            pairs=bool(manifest.text.get("pairs")),
+            stored=manifest.text.get("stored"),
         )
 
     def mask(self, base: Language) -> MaskTokens:

@@ -45,7 +45,7 @@ quickstart-text: venv ## the same on texts: docstrings of installed packages, by
 	$(PY) -m launcher.quickstart --kind text $(ARGS)
 
 test: venv ## all tests but the browser's (ARGS="-k order" picks some)
-	$(PY) -m pytest -m "not browser" $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile -m "not browser" $(ARGS)
 
 test-browser: chromium ## the tests that open TensorBoard in headless Chromium
 	$(PY) -m pytest -m browser $(ARGS)

@@ -121,10 +121,10 @@ GOLDEN_UNIFORM = [0.1668795943260193, 0.4405295252799988]
 def test_a_huge_stream_is_entered_at_once() -> None:
     counts = np.full(10**6, 10**4)
     position = 5 * 10**11
-    begin = time.perf_counter()
+    begin = time.process_time()  # other tests run beside this one
     order = Order(counts, seed=1)
     ids = order.ids(order.batch(position // 64, 64))
-    took = time.perf_counter() - begin
+    took = time.process_time() - begin
     assert len(np.unique(ids)) == 64
     assert took < 1.0, f"{took:.2f} s"
     tracemalloc.start()

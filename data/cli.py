@@ -138,7 +138,10 @@ def _validated(function: Callable[..., Any]) -> Callable[..., None]:
             return adapter.validate_python(None if text in ("None", "none", "null") else text)
         except pydantic.ValidationError as error:
             reason = error.errors()[0]["msg"]
-            raise UserError(f"option --{name}: {reason}, not {text!r}") from None
+            choices = typing.get_args(annotation)  # of a Literal
+            words = [choice for choice in choices if isinstance(choice, str)]
+            hint = nearest(str(text), words, prefix="")
+            raise UserError(f"option --{name}: {reason}, not {text!r}.{hint}") from None
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> None:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
 from data import cli
@@ -218,9 +218,6 @@ def screenshot(
         timeout: Seconds until it is given up.
         overwrite: Replace the PNG if it is there.
     """
-    if tab not in get_args(Tab):
-        hint = cli.nearest(tab, get_args(Tab), prefix="")
-        raise UserError(f"--tab {tab}: no such tab.{hint} There are {', '.join(get_args(Tab))}")
     target = Path(picture)
     if target.suffix != ".png":
         raise UserError(f"{picture}: the picture is a PNG: name a file that ends in .png")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import RobertaForMaskedLM, RobertaForSequenceClassification
 
-from data import pack
 from data.loader import Loader
 from data.manifest import Manifest
 from engine.config import Config
@@ -34,7 +33,7 @@ pytestmark = pytest.mark.multi
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("parity-text")
-    pack.pack(str(text_kit.make_texts(root / "texts")), str(root / "shards"))
+    text_kit.make_texts(root / "shards")
     text_kit.make_language(root / "base")
     run_every_case(root, {"text.bucket": 8})
     return root

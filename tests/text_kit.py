@@ -1,6 +1,5 @@
 """Tiny tokenizers and language models, made by tokenizers and transformers themselves."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,10 @@ from transformers import (
     RobertaConfig,
     XLMRobertaConfig,
 )
+
+from data.kinds import TextKind
+from data.shards import write_split
+from data.sources import Sample
 
 SENTENCES = [
     "the cell divides and the protein binds",
@@ -105,17 +108,16 @@ def make_language(
 
 
 def make_texts(root: Path, *, train: int = 27, other: int = 9) -> Path:
-    """A JSONL set of three classes, each with words of its own; lengths from 3 to 40 words."""
+    """A packed set of three classes, each with words of its own; lengths from 3 to 40 words."""
     generator = np.random.default_rng(0)
     words = [sentence.split() for sentence in SENTENCES]
-    root.mkdir(parents=True)
     for split, count in (("train", train), ("val", other), ("test", other)):
-        lines = []
+        samples = []
         for number in range(count):
             label = number % 3
             length = int(generator.integers(3, 40))
             own, all_of_them = words[label], [w for sentence in words for w in sentence]
             chosen = [str(generator.choice(own if i % 2 else all_of_them)) for i in range(length)]
-            lines.append(json.dumps({"text": " ".join(chosen), "label": "abc"[label]}))
-        (root / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+            samples.append(Sample(f"{number}", " ".join(chosen).encode(), label))
+        write_split(samples, ["a", "b", "c"], root, split=split, kind=TextKind())
     return root

@@ -124,6 +124,14 @@ def check_arguments(function: Callable[..., Any], argv: Sequence[str]) -> None:
         raise UserError(f"{missing[0]} is missing: give it, and see --help for all options")
 
 
+def _choices(annotation: Any) -> list[str]:
+    """The words of a Literal, which may be one among other types."""
+    inside = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return [choice for choice in inside if isinstance(choice, str)]
+    return [choice for part in inside for choice in _choices(part)]
+
+
 def _validated(function: Callable[..., Any]) -> Callable[..., None]:
     """The function taking strings, which pydantic turns into what the annotations say."""
     signature = inspect.signature(function)
@@ -138,9 +146,7 @@ def _validated(function: Callable[..., Any]) -> Callable[..., None]:
             return adapter.validate_python(None if text in ("None", "none", "null") else text)
         except pydantic.ValidationError as error:
             reason = error.errors()[0]["msg"]
-            choices = typing.get_args(annotation)  # of a Literal
-            words = [choice for choice in choices if isinstance(choice, str)]
-            hint = nearest(str(text), words, prefix="")
+            hint = nearest(str(text), _choices(annotation), prefix="")
             raise UserError(f"option --{name}: {reason}, not {text!r}.{hint}") from None
 
     @functools.wraps(function)

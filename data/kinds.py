@@ -18,6 +18,9 @@ from data.sources import Sample
 # The size of the published ViT-MAE models.
 DEFAULT_SIZE = 224
 
+# A long paper has 10,000; models read 512 tokens.
+MAX_WORDS = 20_000
+
 
 def content_of(sample: Sample) -> bytes:
     """The sample's file.
@@ -30,7 +33,10 @@ def content_of(sample: Sample) -> bytes:
             return sample.source.read_bytes()
         except OSError as error:
             raise ValueError(f"it cannot be opened ({error.strerror})") from None
-    return sample.source if isinstance(sample.source, bytes) else sample.source()
+    if isinstance(sample.source, bytes):
+        return sample.source
+    assert not isinstance(sample.source, texts.Text)  # texts have no file of their own
+    return sample.source()
 
 
 class Kind(Protocol):
@@ -100,21 +106,37 @@ def _suffix(content: bytes) -> str:
 
 @dataclass(frozen=True)
 class TextKind:
-    """Texts; a sample's content is its member as it is stored.
+    """Texts.
 
     Attributes:
         stored: Extension of the members: "txt" for single texts, "json" where there are pairs.
         metric: How they are scored, where it is known.
+        max_words: The longest text in words; a longer one is taken for many that lost their
+            borders, of which a model would read the first few hundred tokens.
     """
 
     stored: texts.Stored = "txt"
     metric: Metric | None = None
+    max_words: int = MAX_WORDS
     name: ClassVar[Literal["image", "text"]] = "text"
+
+    def __post_init__(self) -> None:
+        if self.max_words < 1:
+            raise UserError(f"max_words is {self.max_words}: give 1 or more")
 
     def encode(self, sample: Sample) -> tuple[str, bytes]:
         """See `Kind`; the text as it is."""
-        content = content_of(sample)
-        texts.read(content, self.stored)  # only to see that it can be read
+        if isinstance(sample.source, texts.Text):
+            content = texts.store(*sample.source, self.stored)
+        else:
+            content = content_of(sample)
+        found = texts.read(content, self.stored)
+        words = max(len(part.split()) for part in (found.text, found.pair or ""))
+        if words > self.max_words:
+            raise ValueError(
+                f"it has {words:,} words, of which a model reads the first few hundred tokens:"
+                f" divide it into texts, or allow so many (--max_words {words})"
+            )
         return self.stored, content
 
     def entry(self) -> dict[str, Any]:

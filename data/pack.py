@@ -1,10 +1,14 @@
-"""python -m data.pack SOURCE OUT: folders of images, or a CSV -> WebDataset shards with an index.
+"""python -m data.pack SOURCE OUT: images or texts -> WebDataset shards with an index.
 
 SOURCE is one of
   a folder of class folders            SOURCE/CLASS/*.jpg        divided by --splits
   a folder with splits                 SOURCE/{train,val,test}/CLASS/*.jpg
   a CSV file with a header             path,label[,split]        paths relative to the file
   a folder of images without classes   with --unlabelled
+  JSON Lines, CSV or TSV of texts      columns text, label[, text_pair][, id][, split]
+  a .txt of texts without labels       one a line
+  a folder of such files               SOURCE/{train,val,test}.{jsonl,csv,tsv,txt}
+  a folder of `datasets` saved to disk where that library is installed
   a known data set as published        recognised by its files, or named with --layout
   a .tar, .tgz or .zip of one of these
 
@@ -16,17 +20,20 @@ import itertools
 import os
 import shutil
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data import layouts, manifest, sources
+from data import image_sources, layouts, manifest, sources, text_sources
 from data.errors import UserError
-from data.kinds import DEFAULT_SIZE, ImageKind, content_of
-from data.manifest import DIVIDED, UNLABELLED
+from data.kinds import DEFAULT_SIZE, MAX_WORDS, ImageKind, Kind, TextKind, content_of
+from data.manifest import DIVIDED, UNLABELLED, Metric
 from data.shards import Packed, check_replaceable, replace, write_split
-from data.sources import Sample, Splits
+from data.sources import Sample, Samples, Splits
+from data.text_sources import Columns
+from data.texts import Stored
 from data.unlabelled import join_train
 
 __all__ = ["Packed", "Sample", "choose_size", "pack", "write_split"]
@@ -53,36 +60,74 @@ def choose_size(splits: Splits) -> int:
     return width if width == height <= DEFAULT_SIZE else DEFAULT_SIZE
 
 
+class _Found(NamedTuple):
+    """What a source holds: its splits, what the user should know of it, and how it is scored."""
+
+    splits: Splits
+    notes: list[str]
+    kind: Literal["image", "text"]
+    metric: Metric | None = None
+
+
 def _find(
-    root: Path, layout: str | None, options: layouts.Options, unlabelled: bool, split: str | None
-) -> tuple[Splits, list[str]]:
-    """The samples of a known data set or of plain folders, and what the user should know."""
+    root: Path,
+    layout: str | None,
+    options: layouts.Options,
+    columns: Columns,
+    unlabelled: bool,
+    split: str | None,
+) -> _Found:
+    """The samples of a known data set, of plain folders or of files of texts."""
     if layout is None and root.is_dir():
         layout = layouts.detect(root)
-    if layout is None:
-        if options != layouts.Options():
-            raise UserError(
-                f"{root} is none of the known data sets ({', '.join(layouts.NAMES)}), which"
-                " --fold, --trainval and --keep_banner are for: drop them, or name it (--layout)"
-            )
-        return sources.find(root, unlabelled=unlabelled, split=split), []
-    known = layouts.load(layout, root, options)
-    classes = [] if unlabelled else known.classes
-    found: Splits = {
-        one: ([s._replace(label=None) for s in samples] if unlabelled else samples, classes)
-        for one, samples in known.splits.items()
-    }
-    return found, [f"layout {known.name}", *known.notes]
+    if layout is not None:
+        known = layouts.load(layout, root, options)
+        classes = [] if unlabelled else known.classes
+        found: Splits = {
+            one: ([s._replace(label=None) for s in samples] if unlabelled else samples, classes)
+            for one, samples in known.splits.items()
+        }
+        notes = [f"layout {known.name}", *known.notes]
+        return _Found(found, notes, known.kind, known.metric)
+    if options != layouts.Options():
+        raise UserError(
+            f"{root} is none of the known data sets ({', '.join(layouts.NAMES)}), which"
+            " --fold, --trainval and --keep_banner are for: drop them, or name it (--layout)"
+        )
+    if root.exists() and text_sources.recognise(root, columns):
+        return _Found(text_sources.find(root, columns, unlabelled=unlabelled), [], "text")
+    return _Found(image_sources.find(root, unlabelled=unlabelled, split=split), [], "image")
 
 
-def _extra(root: Path, found: Splits) -> sources.Samples:
+def _extra(root: Path, found: _Found, columns: Columns) -> Samples:
     """What --unlabelled PATH adds to train."""
-    if "train" not in found:
+    if "train" not in found.splits:
         raise UserError(
             f"--unlabelled {root} goes with a train split, the source has only"
-            f" {', '.join(found)}: drop the option"
+            f" {', '.join(found.splits)}: drop the option"
         )
-    return sources.find_extra(root)
+    if found.kind == "text":
+        return text_sources.find_extra(root, columns)
+    return image_sources.find_extra(root)
+
+
+def _kind(
+    found: _Found, size: int | None, keep_original: bool, metric: Metric | None, max_words: int
+) -> Kind:
+    """How the samples are stored; refuses options of the other kind."""
+    if found.kind == "image":
+        _refuse("texts", "images", metric=metric is not None, max_words=max_words != MAX_WORDS)
+        return ImageKind(size, keep_original)
+    _refuse("images", "texts", size=size is not None, keep_original=keep_original)
+    stored: Stored = "json" if text_sources.has_pairs(found.splits) else "txt"
+    return TextKind(stored, metric or found.metric, max_words)
+
+
+def _refuse(meant: str, held: str, **options: bool) -> None:
+    """Refuses options, where they are given, that are for another kind than the source holds."""
+    for name, given in options.items():
+        if given:
+            raise UserError(f"--{name} is for {meant}, the source holds {held}: drop it")
 
 
 def _renumbered(found: Splits, split: str, out_dir: Path) -> Splits:
@@ -118,28 +163,35 @@ def pack(
     val_fraction: float = 0.0,
     keep_banner: bool = False,
     name: str | None = None,
+    text_column: str = "text",
+    pair_column: str = "text_pair",
+    label_column: str = "label",
+    metric: Metric | None = None,
+    max_words: int = MAX_WORDS,
     samples_per_shard: int = 1000,
     seed: int = 0,
     skip_broken: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Packs images into WebDataset shards with an index.
+    """Packs images or texts into WebDataset shards with an index.
 
     Args:
         source: Folder of class folders, folder with {train,val,test}/CLASS, CSV with
-            path,label[,split], or a known data set as published, extracted or not.
+            path,label[,split], file or folder of texts, or a known data set as published,
+            extracted or not.
         out: The data set's folder, e.g. shards/cub.
         size: Side in pixels; images are fitted to this square (short side bicubic, centre crop) and
             stored as PNG. By default their own if they are squares of one size up to 224, else 224.
         keep_original: Store the files as they are; training then fits them each time.
         splits: Shares of train, val and test where the source has no splits; default 0.8,0.1,0.1,
             taken class by class at random.
-        unlabelled: Without a value: take all images without labels, whatever folders they lie in.
-            With the path of a folder: pack the source as ever, and beside it a split `unlabelled`,
-            which the first two stages train on: the inputs of train and the images of that folder.
+        unlabelled: Without a value, take all without labels, whatever folders images lie in.
+            With a path, pack the source as ever, and beside it a split `unlabelled`, which the
+            first two stages train on, of the inputs of train and the images or texts of that path.
         split: Pack everything as this one split (train, val or test) of `out`.
         layout: Known data set whose official splits are taken, where it is not recognised itself:
-            aircraft, cub, xray, dtd, dogs, flowers or cifar100.
+            aircraft, cub, xray, dtd, dogs, flowers, cifar100, scierc, acl_arc, chemprot or
+            tweeteval.
         fold: Of DTD's ten published divisions, which to take.
         trainval: Train on a known data set's official train and val images together.
         val_fraction: Where the source has splits but no val: part of train to set aside as val,
@@ -147,9 +199,16 @@ def pack(
         keep_banner: Keep the 20 rows of copyright notice below FGVC Aircraft's pictures, which the
             data set's authors ask to remove.
         name: First part of the shards' names; by default that of `out`.
+        text_column: Column of the text.
+        pair_column: Column of the second text of a pair; it need not be there.
+        label_column: Column of the label of texts.
+        metric: What texts are scored by: accuracy, macro_f1 or micro_f1; known data sets bring
+            theirs, others are scored by accuracy.
+        max_words: The longest text, in words; more are an error, since a model would read the
+            first few hundred tokens only.
         samples_per_shard: Samples in a tar.
         seed: Of the division into splits.
-        skip_broken: Leave unreadable images out, and say how many.
+        skip_broken: Leave unreadable samples out, and say how many.
         overwrite: Replace shards that are in `out`.
     """
     console = Console(stderr=True)
@@ -178,29 +237,30 @@ def pack(
             f"{out_dir / UNLABELLED} holds the inputs of the old train split too: make it anew"
             " (--unlabelled PATH), or remove it"
         )
+    columns = Columns(text_column, pair_column, label_column)
     options = layouts.Options(fold=fold, trainval=trainval, keep_banner=keep_banner)
     with layouts.opened(root, out_dir.parent) as folder:
-        found, notes = _find(folder, layout, options, unlabelled is True, split)
-        found = sources.settle(found, root, splits, split, seed, val_fraction)
+        found = _find(folder, layout, options, columns, unlabelled is True, split)
+        divided = sources.settle(found.splits, root, splits, split, seed, val_fraction)
         if split is not None:
-            found = _renumbered(found, split, out_dir)
-        for note in notes:
+            divided = _renumbered(divided, split, out_dir)
+        for note in found.notes:
             console.print(note, highlight=False)
-        if not keep_original and size is None:
-            size = choose_size(found)
+        if found.kind == "image" and not keep_original and size is None:
+            size = choose_size(divided)
             console.print(f"size {size} x {size} pixels (another one: --size)")
-        kind = ImageKind(size, keep_original)
         if extra is not None:
-            found[UNLABELLED] = _extra(Path(extra), found), []
+            divided[UNLABELLED] = _extra(Path(extra), found._replace(splits=divided), columns), []
+        kind = _kind(found._replace(splits=divided), size, keep_original, metric, max_words)
         staging = out_dir.parent / f".{out_dir.name}.{os.getpid()}.partial"
-        columns = (
+        bars = (
             TextColumn("{task.description:>5}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
         try:
-            with Progress(*columns, console=console) as progress:
+            with Progress(*bars, console=console) as progress:
                 done = [
                     write_split(
                         samples,
@@ -213,13 +273,13 @@ def pack(
                         skip_broken=skip_broken,
                         progress=progress,
                     )
-                    for one, (samples, classes) in found.items()
+                    for one, (samples, classes) in divided.items()
                 ]
             if extra is not None:
                 done[-1] = join_train(staging, done[-1])
             out_dir.mkdir(parents=True, exist_ok=True)
             for one in replaced:
-                if one in found:
+                if one in divided:
                     replace(staging / one, out_dir / one)
                 elif (out_dir / one).exists():  # of the data set that is being replaced
                     shutil.rmtree(out_dir / one)

@@ -34,6 +34,8 @@ class Packed:
 
 
 def _name(sample: Sample) -> str:
+    if sample.where is not None:
+        return sample.where
     return str(sample.source) if isinstance(sample.source, Path) else sample.key
 
 

@@ -1,9 +1,7 @@
-"""Where samples come from: class folders, split folders, CSV files, known data sets."""
+"""Samples to pack, and their division into splits: what all sources of data share."""
 
-import csv
 import itertools
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,21 +9,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import keyed
-from data.cli import nearest
 from data.errors import UserError
-from data.images import SUFFIXES
 from data.manifest import DIVIDED
+from data.texts import Text
 
 DEFAULT_SHARES = (0.8, 0.1, 0.1)
-_ALIASES = {s: s for s in DIVIDED} | {"valid": "val", "validation": "val"}
+#: What files and folders call the splits.
+ALIASES = {s: s for s in DIVIDED} | {"valid": "val", "validation": "val", "dev": "val"}
 
 
 class Sample(NamedTuple):
-    """One sample to pack: key, where its bytes are, its class number (None: unlabelled)."""
+    """One sample to pack: key, what it is, its class number (None: unlabelled).
+
+    `where` names it in messages; by default its file, or the key.
+    """
 
     key: str
-    source: Path | bytes | Callable[[], bytes]
+    source: Path | bytes | Callable[[], bytes] | Text
     label: int | None
+    where: str | None = None
 
 
 class Stream:
@@ -64,154 +66,51 @@ Samples = list[Sample] | Stream
 Splits = dict[str, tuple[Samples, list[str]]]
 
 
-def _folders(root: Path) -> list[Path]:
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+class Row(NamedTuple):
+    """A sample in a list of them: its split ("" where the list is not divided), its label's name.
+
+    `where` names it in messages.
+    """
+
+    split: str
+    where: str
+    key: str
+    source: Path | Text
+    label: str | None
 
 
-def _images(folder: Path) -> list[Path]:
-    """All image files below a folder, in order of their paths."""
-    found = []
-    for base, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for file in files:
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in SUFFIXES:
-                found.append(Path(base, file))
-    return sorted(found)
+def grouped(rows: list[Row]) -> Splits:
+    """Samples by split, their labels numbered.
 
-
-def _unlabelled(folder: Path) -> list[Sample]:
-    return [Sample(str(p.relative_to(folder).with_suffix("")), p, None) for p in _images(folder)]
-
-
-def _class_folders(folder: Path, classes: list[str], whole: bool) -> list[Sample]:
-    """Samples of folder/CLASS; with `whole`, a class without images is an error."""
-    samples: list[Sample] = []
-    for extra in _folders(folder):
-        if extra.name not in classes and _images(extra):
+    Raises:
+        UserError: there is a split train, and it lacks a class that another split has.
+    """
+    classes = class_order(row.label for row in rows if row.label is not None)
+    number = {name: i for i, name in enumerate(classes)}
+    taught = {row.label for row in rows if row.split == "train"}
+    for row in rows:
+        if taught and row.label not in taught:
             raise UserError(
-                f"{extra} is a class that the training images do not have: add such images there,"
-                " or remove the folder"
+                f"{row.where}: class {row.label!r} has no row in split train: add some, correct"
+                " its name, or drop it"
             )
-    for label, name in enumerate(classes):
-        found = _images(folder / name)
-        if whole and not found:
-            raise UserError(
-                f"class {name!r} has no images in {folder / name}: put some there, or remove the"
-                " folder"
-            )
-        samples += [
-            Sample(f"{name}/{p.relative_to(folder / name).with_suffix('')}", p, label)
-            for p in found
-        ]
-    return samples
-
-
-def _class_names(folder: Path) -> list[str]:
-    classes = [p.name for p in _folders(folder)]
-    if not classes:
-        has = (
-            "images but no class folders" if _images(folder) else "neither class folders nor images"
-        )
-        raise UserError(
-            f"{folder} holds {has}: put images into one folder a class, or pack them without labels"
-            " (--unlabelled)"
-        )
-    return classes
-
-
-def split_folders(root: Path) -> dict[str, Path]:
-    """The split folders of a root all of whose folders are such; empty otherwise."""
-    found: dict[str, Path] = {}
-    for folder in _folders(root):
-        split = _ALIASES.get(folder.name.lower())
-        if split is None:
-            return {}
-        if split in found:
-            raise UserError(f"{found[split]} and {folder} are both the split {split!r}: merge them")
-        found[split] = folder
-    return {s: found[s] for s in DIVIDED if s in found}
-
-
-def from_split_folders(folders: dict[str, Path], unlabelled: bool) -> Splits:
-    """Samples of {train,val,test}/CLASS; the first split's folders are the classes."""
-    if unlabelled:
-        return {split: (_unlabelled(folder), []) for split, folder in folders.items()}
-    first = next(iter(folders))
-    classes = _class_names(folders[first])
-    return {
-        split: (_class_folders(folder, classes, whole=split == first), classes)
-        for split, folder in folders.items()
-    }
-
-
-def from_csv(path: Path, unlabelled: bool) -> Splits:
-    """Samples of a CSV with the columns path, label (unless unlabelled) and, if it likes, split."""
-    cure = "correct the file"
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            header = reader.fieldnames or []
-            wanted = ["path"] if unlabelled else ["path", "label"]
-            for column in wanted:
-                if column not in header:
-                    raise UserError(
-                        f"{path} has no column {column!r} (it has {', '.join(header) or 'none'}):"
-                        f" begin it with the line {','.join(wanted)}[,split]"
-                    )
-            rows = [(reader.line_num, row) for row in reader]
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8: save it as CSV in UTF-8") from None
-    except csv.Error as error:
-        raise UserError(f"{path}: {error}: {cure}") from None
-    if not rows:
-        raise UserError(f"{path} has no rows below its header: add one an image")
-    entries: list[tuple[str, Path, str, str]] = []
-    seen: dict[Path, int] = {}
-    for line, row in rows:
-        where = f"{path} line {line}"
-        if None in row or None in row.values():
-            raise UserError(f"{where} has not as many fields as the header: {cure}")
-        image = path.parent / row["path"]
-        if not row["path"].strip():
-            raise UserError(f"{where} has no path: {cure}")
-        if not image.is_file():
-            raise UserError(
-                f"{where}: there is no image {image}: paths are relative to the CSV: {cure}"
-            )
-        if image in seen:
-            raise UserError(f"{where}: {row['path']} stands in line {seen[image]} too: {cure}")
-        seen[image] = line
-        label = "" if unlabelled else row["label"].strip()
-        if not unlabelled and not label:
-            raise UserError(
-                f"{where}: {row['path']} has no label: {cure}, or pack with --unlabelled"
-            )
-        split = (row.get("split") or "").strip().lower()
-        if "split" in header and split not in _ALIASES:
-            raise UserError(f"{where}: split {split!r} is none of {', '.join(DIVIDED)}: {cure}")
-        entries.append((_ALIASES.get(split, ""), image, label, row["path"]))
-    names = {label for _, _, label, _ in entries if label}
-    # Numbers are sorted as numbers, so that the classes 0..10 keep their numbers.
-    numeric = all(n.isdecimal() for n in names)
-    classes = sorted(names, key=lambda n: (int(n), n) if numeric else (0, n))
-    number = {n: i for i, n in enumerate(classes)}
     found: Splits = {}
     for split in (*DIVIDED, ""):
         samples = [
-            Sample(os.path.splitext(key)[0], image, number[label] if label else None)
-            for s, image, label, key in entries
-            if s == split
+            Sample(r.key, r.source, None if r.label is None else number[r.label], r.where)
+            for r in rows
+            if r.split == split
         ]
         if samples:
             found[split] = (samples, classes)
-    if "train" in found:
-        missing = set(range(len(classes))) - {s.label for s in found["train"][0]}
-        if missing:
-            name = classes[min(missing)]
-            raise UserError(
-                f"{path}: class {name!r} has no row in split train: add some, or drop it"
-            )
     return found
+
+
+def class_order(names: Iterable[str]) -> list[str]:
+    """Class names in order: as numbers if all are, so that the classes 0..10 keep their numbers."""
+    found = set(names)
+    numeric = all(n.isdecimal() for n in found)
+    return sorted(found, key=lambda n: (int(n), n) if numeric else (0, n))
 
 
 def parse_shares(text: str | None) -> tuple[float, ...]:
@@ -272,64 +171,6 @@ def divide(samples: Samples, shares: tuple[float, ...], seed: int) -> dict[str, 
         if rows.any():
             found[split] = _take(samples, rows)
     return found
-
-
-def find(root: Path, *, unlabelled: bool = False, split: str | None = None) -> Splits:
-    """The samples of class folders, split folders or a CSV.
-
-    Args:
-        root: Folder or CSV file.
-        unlabelled: Leave labels away.
-        split: Everything is to become this split, so a folder `train` is a class like any other.
-
-    Returns:
-        Per split its samples and classes; the split "" where the source is not divided.
-
-    Raises:
-        UserError: The source is missing, empty or contradicts itself.
-    """
-    if not root.exists():
-        beside = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
-        hint = nearest(root.name, beside, "") or " Give a folder of images or a CSV file."
-        raise UserError(f"there is no {root}.{hint}")
-    if root.is_file():
-        if root.suffix.lower() != ".csv":
-            raise UserError(f"{root} is neither a folder, an archive nor a .csv file: give one")
-        found = from_csv(root, unlabelled)
-    elif split is None and (folders := split_folders(root)):
-        found = from_split_folders(folders, unlabelled)
-    elif unlabelled:
-        found = {"": (_unlabelled(root), [])}
-    else:
-        classes = _class_names(root)
-        found = {"": (_class_folders(root, classes, whole=True), classes)}
-    found = {s: v for s, v in found.items() if v[0]}
-    if not found:
-        known = " ".join(sorted(SUFFIXES))
-        raise UserError(f"{root} has no images: give a folder of them ({known})")
-    return found
-
-
-def find_extra(root: Path) -> list[Sample]:
-    """All images of a folder, without labels.
-
-    Args:
-        root: The folder.
-
-    Returns:
-        The samples.
-
-    Raises:
-        UserError: There are none.
-    """
-    if not root.is_dir():
-        wrong = "is no folder" if root.exists() else "does not exist"
-        raise UserError(f"--unlabelled {root} {wrong}: give a folder of images, as the source has")
-    samples = _unlabelled(root)
-    if not samples:
-        known = " ".join(sorted(SUFFIXES))
-        raise UserError(f"--unlabelled {root} has no images: give a folder of them ({known})")
-    return samples
 
 
 def hold_out(found: Splits, fraction: float, seed: int) -> Splits:

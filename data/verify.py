@@ -2,11 +2,13 @@
 
 Of each shard: that it is there, its size, its sha256; of each sample: the tar headers at the places
 that members.npy gives, that input and label have one key, and that the label is a class. --decode
-decodes every image too; in a shard whose sha256 differs that is done anyway, to name the sample.
+reads every image or text too; in a shard whose sha256 differs that is done anyway, to name the
+sample.
 One line a problem on standard output, exit code 2 if there is any.
 """
 
 import contextlib
+import functools
 import hashlib
 import mmap
 import sys
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data import images, labels, manifest
+from data import images, labels, manifest, texts
 from data.errors import BrokenData, UserError
 from data.manifest import Manifest
 from data.tars import BLOCK, parse_header, sha256_of, split_name
@@ -55,7 +57,10 @@ def _member(buffer: mmap.mmap, at: int, size: int) -> tuple[str, bytes]:
 
 
 def _check_sample(
-    buffer: mmap.mmap, row: NDArray[np.int64], classes: int, decode: bool
+    buffer: mmap.mmap,
+    row: NDArray[np.int64],
+    classes: int,
+    decode: Callable[[bytes], object] | None,
 ) -> tuple[int, str]:
     """One sample's label (-1 for none), and what is wrong with it ("" for nothing)."""
     at, size, label_at, label_size = row.tolist()
@@ -72,8 +77,8 @@ def _check_sample(
             label = labels.parse(text)
             if label >= classes:
                 raise ValueError(f"its label {label} is outside the {classes} classes")
-        if decode:
-            images.read(content)
+        if decode is not None:
+            decode(content)
         return label, ""
     except ValueError as error:
         return -1, f"{name}: {error}" if name else str(error)
@@ -84,12 +89,15 @@ def _check_samples(
 ) -> Iterator[tuple[int, str]]:
     """Each sample's label and problem; see `_check_sample`."""
     rows = table[file.starts[shard] : file.starts[shard + 1]]
+    parse: Callable[[bytes], object] = images.read
+    if file.kind == "text":
+        parse = functools.partial(texts.read, stored=file.text["stored"])
     with (
         path.open("rb") as opened,
         mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as buffer,
     ):
         for number, row in enumerate(rows):
-            label, wrong = _check_sample(buffer, row, len(file.classes), decode)
+            label, wrong = _check_sample(buffer, row, len(file.classes), parse if decode else None)
             yield label, f"sample {number}, {wrong}" if wrong else ""
 
 
@@ -135,7 +143,7 @@ def check_shard(
         file: The split's manifest.
         shard: Its number.
         table: The split's members.npy; None if that is broken itself.
-        decode: Decode the images.
+        decode: Decode the images, or read the texts.
         advance: Told of bytes that were read.
 
     Returns:
@@ -267,7 +275,7 @@ def verify(data: str, decode: bool = False, workers: int = 4, cache_dir: str | N
 
     Args:
         data: The data set's folder or URL, or that of one of its splits.
-        decode: Decode every image too.
+        decode: Decode every image, or read every text, too.
         workers: Shards that are checked at the same time.
         cache_dir: Where shards of a URL are kept on this machine.
 
@@ -316,7 +324,9 @@ def verify(data: str, decode: bool = False, workers: int = 4, cache_dir: str | N
     samples = sum(file.samples for file in files)
     splits = ", ".join(file.split for file in files)
     size = f"{samples} samples in {shards} shards, {total / 1e6:.1f} MB"
-    what = "hashes, headers, labels and images" if decode else "hashes, headers and labels"
+    what = (
+        f"hashes, headers, labels and {files[0].kind}s" if decode else "hashes, headers and labels"
+    )
     print(f"{data}: {splits}: {size}: {what} are right")
 
 

@@ -314,7 +314,7 @@ def tree(*files: str) -> Callable[[Path], str]:
         (folders(a=2), ["--size", "8", "--keep_original"], "give one"),
         (folders(a=2), ["--samples_per_shard", "0"], "samples_per_shard is 0"),
         (folders(a=2), ["--layout", "cubs"], "unknown layout 'cubs'"),
-        (lambda tmp: str(Path(tree("a.txt")(tmp)) / "a.txt"), [], "neither a folder"),
+        (lambda tmp: str(Path(tree("a.doc")(tmp)) / "a.doc"), [], "neither a folder"),
         (csv_with(""), [], "has no column 'path'"),
         (csv_with("file,label\nx/a/p0.png,a"), [], "has no column 'path'"),
         (csv_with("path\nx/a/p0.png"), [], "has no column 'label'"),

@@ -1,11 +1,11 @@
 """Known data sets in their official layouts, found by their files and read with their splits."""
 
 from pathlib import Path
-from types import ModuleType
+from typing import Protocol
 
 from data.cli import nearest
 from data.errors import UserError
-from data.layouts import aircraft, cifar100, cub, dogs, dtd, flowers, xray
+from data.layouts import aircraft, cifar100, cub, dogs, dtd, flowers, json_lines, tweeteval, xray
 from data.layouts.archive import is_archive, opened
 from data.layouts.base import Layout, Options
 
@@ -19,9 +19,29 @@ __all__ = [
     "opened",
 ]
 
-_LAYOUTS: dict[str, ModuleType] = {
-    module.NAME: module for module in (aircraft, cub, xray, dtd, dogs, flowers, cifar100)
-}
+
+class _Known(Protocol):
+    """A layout: a module, or one of several sets that a module knows."""
+
+    @property
+    def NAME(self) -> str: ...
+
+    @property
+    def TITLE(self) -> str: ...
+
+    def where(self, root: Path) -> Path | None: ...
+
+    def read(self, folder: Path, options: Options) -> Layout: ...
+
+
+_IMAGES: tuple[_Known, ...] = (aircraft, cub, xray, dtd, dogs, flowers, cifar100)
+_TEXTS: tuple[_Known, ...] = (
+    json_lines.SCIERC,
+    json_lines.ACL_ARC,
+    json_lines.CHEMPROT,
+    tweeteval,
+)
+_LAYOUTS = {known.NAME: known for known in (*_IMAGES, *_TEXTS)}
 NAMES = tuple(_LAYOUTS)
 
 
@@ -72,7 +92,7 @@ def load(name: str, root: Path, options: Options | None = None) -> Layout:
             f"{root} does not have the files of {module.TITLE}: give the folder that the official"
             " archive extracts to (see `python -m data.pack --help`)"
         )
-    layout: Layout = module.read(folder, options)
+    layout = module.read(folder, options)
     if options.trainval:
         if "val" not in layout.splits:
             raise UserError(

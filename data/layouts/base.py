@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from data.errors import UserError
+from data.manifest import Metric
 from data.sources import Sample
 
 # Files that operating systems leave in archives: never part of a data set.
@@ -20,12 +22,16 @@ class Layout:
         classes: Names of the classes; their index is the label.
         splits: The official splits, in the official order.
         notes: What the user should know, a line each: where splits and the paper's table differ.
+        kind: What the samples are.
+        metric: How texts are scored.
     """
 
     name: str
     classes: list[str]
     splits: dict[str, list[Sample]]
     notes: list[str] = field(default_factory=list)
+    kind: Literal["image", "text"] = "image"
+    metric: Metric | None = None
 
 
 @dataclass(frozen=True)

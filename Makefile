@@ -19,7 +19,7 @@ export UV_HTTP_TIMEOUT ?= 300
 # The deepspeed launcher looks for `python` and `ninja` on PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help venv quickstart test test-browser chromium lint format bench screenshot
+.PHONY: help venv quickstart quickstart-text test test-browser chromium lint format bench screenshot
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -40,6 +40,9 @@ $(STAMP): requirements.lock
 
 quickstart: venv ## the main job on a small real set: pack, pretrain, distill, finetune, and a table
 	$(PY) -m launcher.quickstart $(ARGS)
+
+quickstart-text: venv ## the same on texts: docstrings of installed packages, by their package
+	$(PY) -m launcher.quickstart --kind text $(ARGS)
 
 test: venv ## all tests but the browser's (ARGS="-k order" picks some)
 	$(PY) -m pytest -n 2 --dist loadfile -m "not browser" $(ARGS)

@@ -34,7 +34,7 @@ def kind_of(model: Path, **more: Any) -> TextKind:
     for name, value in more.items():
         section, _, leaf = name.partition("__")
         setattr(getattr(config, section), leaf, value)
-    return TextKind(Run(config, Ranks(0, 0, 1, torch.device("cpu")), Path()))
+    return TextKind(Run(config, Ranks(0, 0, 1, torch.device("cpu")), Path()), None)
 
 
 def batch_of(tokenizer: Any, texts: list[str], seed: int = 0) -> dict[str, torch.Tensor]:

@@ -43,7 +43,7 @@ def kind_of(root: Path) -> TextKind:
     config = Config()
     config.text.bucket = 8
     config.finetune.dropout = 0.0
-    return TextKind(Run(config, Ranks(0, 0, 1, torch.device("cpu")), root))
+    return TextKind(Run(config, Ranks(0, 0, 1, torch.device("cpu")), root), None)
 
 
 def batches(root: Path, kind: TextKind, *, masked: bool) -> Iterator[dict[str, torch.Tensor]]:

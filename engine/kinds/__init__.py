@@ -12,7 +12,7 @@ def kind_of(run: Run, manifest: Manifest) -> Kind:
     if manifest.kind == "text":
         from engine.kinds.text import TextKind  # transformers' models: seconds
 
-        return TextKind(run)
+        return TextKind(run, manifest)
     from engine.kinds.image import ImageKind
 
     return ImageKind(run)

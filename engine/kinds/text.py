@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from data.errors import UserError
-from data.manifest import Manifest
-from data.texts import Texts
+from data.errors import BrokenData, UserError
+from data.manifest import Manifest, is_remote
+from data.reader import Reader
+from data.texts import Text, Texts, parse
 from engine import flops
 from engine.export import export_transformers
 from engine.folder import Run
 from engine.kinds.base import Batch, Kind, Stage, TeacherMode
+from engine.models.fresh import small_config
 from engine.models.language import (
     MaskedLanguageModel,
     TextClassifier,
@@ -29,7 +33,6 @@ from engine.models.text_weights import (
     fresh_language,
     load_language,
     load_tokenizer,
-    small_config,
 )
 from engine.monitor import Monitor
 from engine.objectives import Feature
@@ -38,6 +41,12 @@ from engine.zero import full_state
 
 #: Texts shown with their masked tokens, and tokens shown of each.
 SHOWN, LENGTH = 4, 64
+
+#: Texts by which the share of those that are too long is estimated.
+LOOKED_AT = 256
+
+#: Texts by which a model from scratch learns how frequent its tokens are.
+COUNTED = 20_000
 
 
 class TextKind(Kind):
@@ -54,8 +63,8 @@ class TextKind(Kind):
     )
     labelled: tuple[str, ...] = full
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.config = run, run.config
+    def __init__(self, run: Run, manifest: Manifest) -> None:
+        self.run, self.config, self.manifest = run, run.config, manifest
 
     def load(self, source: str | None = None) -> Language:
         """See `Kind`."""
@@ -75,10 +84,41 @@ class TextKind(Kind):
         told, longest = config.model.shape, config.text.max_length or 512
         shape = small_config(tokenizer, told.width, told.depth, told.heads, longest)
         torch.manual_seed(config.seed)
-        return fresh_language(shape, tokenizer, longest)
+        return fresh_language(shape, tokenizer, longest, self._counts(tokenizer))
+
+    def _counts(self, tokenizer: Any) -> NDArray[np.int64]:
+        """How often each token stands in the texts, int64 [vocabulary]."""
+        ids = [i for text in self._some(COUNTED) for i in _encoder(tokenizer, None)(*text)]
+        counts = np.bincount(np.array(ids, dtype=np.int64), minlength=len(tokenizer))
+        counts[tokenizer.all_special_ids] = 0
+        return counts
+
+    def _some(self, number: int) -> Iterator[Text]:
+        """So many texts from all over the set; those that are broken are the loader's to report."""
+        reader = Reader(self.manifest, self.config.data.cache_dir, self.config.data.cache_gb)
+        last = self.manifest.samples - 1
+        for sample in np.unique(np.linspace(0, last, number).astype(np.int64)).tolist():
+            try:
+                record = reader.record(sample)
+                yield parse(record.input, record.name, self.manifest.text["stored"])
+            except BrokenData:
+                continue
+        reader.close()
 
     def check(self, manifest: Manifest, base: Language) -> None:
-        """See `Kind`."""
+        """See `Kind`; says how many texts are longer than what is read of them."""
+        remote = is_remote(manifest.root) or any(is_remote(s.name) for s in manifest.shards)
+        if not self.run.ranks.main or remote:  # shards would be fetched for this alone
+            return
+        encode = _encoder(base.tokenizer, None)
+        lengths = np.array([len(encode(*text)) for text in self._some(LOOKED_AT)])
+        longer = float((lengths > base.max_length).mean())
+        if longer:
+            self.run.say(
+                f"{manifest.root}: about {100 * longer:.1f}% of the texts are longer than"
+                f" {base.max_length} tokens (looked at {len(lengths)}): only their beginnings"
+                " are read"
+            )
 
     def same_architecture(self, taught: Language, base: Language) -> None:
         """See `Kind`."""
@@ -216,9 +256,14 @@ class TextKind(Kind):
             export_transformers(folder, network, tensors, base.tokenizer, base.config)
 
 
-def _encoder(tokenizer: Any, max_length: int) -> Callable[[str, str | None], list[int]]:
+def _encoder(tokenizer: Any, max_length: int | None) -> Callable[[str, str | None], list[int]]:
+    """Token ids of a text or a pair, cut to a length if there is one."""
+    cut: dict[str, Any] = {"verbose": False}
+    if max_length is not None:
+        cut = {"truncation": True, "max_length": max_length}
+
     def encode(text: str, pair: str | None) -> list[int]:
-        ids: list[int] = tokenizer(text, pair, truncation=True, max_length=max_length)["input_ids"]
+        ids: list[int] = tokenizer(text, pair, **cut)["input_ids"]
         return ids
 
     return encode

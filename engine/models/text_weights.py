@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -18,7 +20,8 @@ from transformers import (
 
 from data.cli import one_line
 from data.errors import UserError
-from engine.models.language import HEADS, build
+from engine.models.fresh import fresh_roberta
+from engine.models.language import HEADS
 from engine.models.source import locate, read_json
 from engine.models.weights import fingerprint
 
@@ -92,31 +95,19 @@ def load_language(source: str, max_length: int | None = None) -> Language:
     return _record(config, tokenizer, model, max_length, source, headless=bool(missing))
 
 
-def fresh_language(config: PreTrainedConfig, tokenizer: Any, max_length: int | None) -> Language:
-    """A model with random weights (torch's generator decides)."""
-    model = build(AutoModelForMaskedLM, config)
+def fresh_language(
+    config: RobertaConfig, tokenizer: Any, max_length: int | None, counts: NDArray[np.int64]
+) -> Language:
+    """A model with random weights (torch's generator decides).
+
+    Args:
+        config: of the model.
+        tokenizer: its tokenizer.
+        max_length: longest input in tokens.
+        counts: int64 [vocabulary], see `engine.models.fresh`.
+    """
+    model = fresh_roberta(config, tokenizer.mask_token_id, counts)
     return _record(config, tokenizer, model, max_length, "scratch", headless=False)
-
-
-def small_config(
-    tokenizer: Any, width: int, depth: int, heads: int, max_length: int
-) -> RobertaConfig:
-    """A RoBERTa of some size for a tokenizer."""
-    if width % heads:
-        raise UserError(f"width {width} is not a multiple of its {heads} heads: change one of them")
-    return RobertaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-        max_position_embeddings=max_length + tokenizer.pad_token_id + 1,
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
 
 
 def load_tokenizer(folder: str, source: str) -> Any:

@@ -10,11 +10,14 @@ it done.
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
+import re
+import subprocess
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,12 @@ DEFAULT_GB = 64.0
 _CHUNK = 2**20
 
 Wanted = tuple[str, str, int]  # URL, sha256 in hex, bytes
+Report = Callable[[str], None]  # takes a line that the user should see
+
+
+class NotThere(BrokenData):
+    """A URL at which there is nothing, as its server says."""
+
 
 # A worker forked while another thread starts curl would inherit curl's pipes, whose end then never
 # comes: no fork while a command is being started.
@@ -45,6 +54,11 @@ def default_folder() -> Path:
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "selfdistill" / "shards"
+
+
+def as_python_warning(line: str) -> None:
+    """The report of who names no other: a Python warning."""
+    warnings.warn(line, stacklevel=3)
 
 
 def _failure(url: str, error: Exception) -> BrokenData:
@@ -79,12 +93,38 @@ def fetch_bytes(url: str) -> bytes:
         Its bytes.
 
     Raises:
+        NotThere: There is no such file.
         BrokenData: It cannot be fetched.
     """
-    content = b"".join(_chunks(url))
+    try:
+        content = b"".join(_chunks(url))
+    except BrokenData as error:
+        if _absent(url, str(error)):
+            raise NotThere(str(error)) from None
+        raise
     if not content:
         raise _failure(url, OSError("nothing came"))
     return content
+
+
+def _absent(url: str, message: str) -> bool:
+    """Whether a failure to fetch means that there is no such file."""
+    if re.match(r"https?://", url, re.IGNORECASE):
+        # To curl's -f all refusals are exit 22: the status tells 404 from 403 and 500.
+        return "(exit 22)" in message and _http_status(url) in ("404", "410")
+    # Commands have no status for it. `cat`, also through ssh, `aws s3 cp` and `gsutil` end with 1
+    # (ssh itself with 255), curl for ftp with 78, for hf with 22; of file: Python says it.
+    return any(f"({r})" in message for r in ("exit 1", "exit 22", "exit 78")) or (
+        url.startswith("file:") and "[Errno 2]" in message
+    )
+
+
+def _http_status(url: str) -> str:
+    """The status of a request, through curl as all others: its proxies, its .netrc."""
+    words = ["curl", "-s", "-L", "--max-time", "60", "-o", os.devnull, "-w", "%{http_code}", url]
+    with _STARTING:
+        asked = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    return asked.communicate()[0].strip()
 
 
 class ShardCache:
@@ -94,13 +134,20 @@ class ShardCache:
         folder: On a disk of the node itself; by default `default_folder()`.
         limit_gb: About how much it may hold, in GB (1e9 bytes); the least recently opened files go
             first. By default 64.
+        report: Told when it is too small; by default `as_python_warning`.
 
     Raises:
         UserError: The folder cannot be made.
     """
 
-    def __init__(self, folder: str | Path | None = None, limit_gb: float | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        limit_gb: float | None = None,
+        report: Report | None = None,
+    ) -> None:
         self.folder = Path(folder) if folder else default_folder()
+        self.report = report or as_python_warning
         self.limit = round((DEFAULT_GB if limit_gb is None else limit_gb) * 1e9)
         if self.limit <= 0:
             raise UserError(f"the shard cache may hold {limit_gb} GB: give more than 0")
@@ -119,10 +166,11 @@ class ShardCache:
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
+        self._told = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Only where and how much: each process has its own thread."""
-        return {"folder": self.folder, "limit": self.limit}
+        return {"folder": self.folder, "limit": self.limit, "report": self.report}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -277,12 +325,13 @@ class ShardCache:
         if self._pid != os.getpid():
             self._reset()  # forked: the parent's thread is not here
         total = sum(size for _, _, size in wanted)
-        if total > self.limit:
-            warnings.warn(
+        if total > self.limit and not self._told:
+            self._told = True  # each window has another size, and the cure is the same
+            self.report(
                 f"two shuffle windows of shards have {total / 1e9:.2f} GB, the shard cache holds"
-                f" {self.limit / 1e9:.2f} GB: shards will be fetched again and again: raise"
-                " cache_gb, or shuffle smaller windows",
-                stacklevel=2,
+                f" {self.limit / 1e9:.2f} GB: shards will be fetched again and again: give it more"
+                f" (--data.cache_gb {math.ceil(total / 1e9)}), or shuffle smaller windows"
+                " (--data.window)"
             )
         with self._wake:
             self._wanted = deque(wanted)

@@ -7,10 +7,11 @@ number of ranks.
 """
 
 import atexit
+import functools
 import math
 import os
 import signal
-import warnings
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from data.cache import Report, as_python_warning
 from data.codec import Codec, Images
 from data.errors import UserError
 from data.manifest import Manifest
@@ -27,6 +29,12 @@ from data.reader import Reader
 from data.samples import Keyed, Rows, Samples, Stream
 
 Batch = dict[str, torch.Tensor]
+
+
+@functools.cache  # an evaluation meets the same broken samples every time
+def tell(line: str) -> None:
+    """A report for programs with a terminal: each line once, on stderr."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _ignore_signals(_: int) -> None:
@@ -58,11 +66,18 @@ class _Batches:
     Attributes:
         manifest: The split.
         samples: What the workers run.
-        broken: Samples skipped so far by this rank: id -> what is wrong.
+        broken: Samples skipped so far by this rank: id -> what is wrong. What the others skipped
+            may be added: it is then counted, and not reported again.
     """
 
     def __init__(
-        self, manifest: Manifest, samples: Samples, workers: int, pin: bool, skip_broken: float
+        self,
+        manifest: Manifest,
+        samples: Samples,
+        workers: int,
+        pin: bool,
+        skip_broken: float,
+        report: Report | None,
     ) -> None:
         if workers < 0:
             raise UserError(f"workers is {workers}: give 0 or more")
@@ -74,6 +89,7 @@ class _Batches:
         self._workers = workers
         self._pin = pin
         self._skip_broken = skip_broken
+        self._report = report or as_python_warning
         self._pid = os.getpid()
         self._live: weakref.WeakSet[Any] = weakref.WeakSet()
         # Workers ignore SIGTERM, with which Python would end them at exit and then wait for ever.
@@ -119,14 +135,28 @@ class _Batches:
 
     def _count(self, broken: dict[int, str]) -> None:
         """Notes skipped samples; too many are an error."""
-        for sample in broken.keys() - self.broken.keys():
+        for sample in sorted(broken.keys() - self.broken.keys()):
             self.broken[sample] = broken[sample]
-            warnings.warn(f"skipped: {broken[sample]}", stacklevel=2)
-            if len(self.broken) > self._skip_broken * self.manifest.samples:
-                raise UserError(
-                    f"{len(self.broken)} broken samples are more than the tolerated share"
-                    f" {self._skip_broken:g} of {self.manifest.samples}; the last: {broken[sample]}"
-                )
+            self._report(f"skipped: {broken[sample]}")
+            self.tolerate(len(self.broken))
+
+    def tolerate(self, count: int) -> None:
+        """Refuses too many broken samples; a rank by itself sees no more than its own.
+
+        Args:
+            count: Of distinct samples, on all ranks together.
+
+        Raises:
+            UserError: They are more than the tolerated share of the whole split.
+        """
+        if count > self._skip_broken * self.manifest.samples:
+            last = f"; the last: {list(self.broken.values())[-1]}" if self.broken else ""
+            raise UserError(
+                f"{self.manifest.root}: {count} broken samples are more than the tolerated share"
+                f" {self._skip_broken:g} of {self.manifest.samples}: mend the data"
+                " (python -m data.verify names what is broken), or tolerate more"
+                f" (--data.skip_broken){last}"
+            )
 
 
 def _check_labels(manifest: Manifest, require_labels: bool) -> None:
@@ -162,6 +192,8 @@ class Loader(_Batches):
         cache_gb: Its limit in GB (1e9 bytes).
         skip_broken: Tolerated share of broken samples; 0 makes the first one an error. A skipped
             sample is replaced by the next of its partition, so batches stay full.
+        report: Told of each skipped sample, and of a cache that is too small, in a line; by default
+            a Python warning.
         codec: Decodes the samples; by default `Images` in the size they were packed in.
         require_labels: Refuse data of which a sample has no label.
         pin: Batches in page-locked memory.
@@ -191,6 +223,7 @@ class Loader(_Batches):
         cache_dir: str | None = None,
         cache_gb: float | None = None,
         skip_broken: float = 0.0,
+        report: Report | None = None,
         codec: Codec | None = None,
         require_labels: bool = False,
         pin: bool = False,
@@ -211,11 +244,11 @@ class Loader(_Batches):
                 f"batch {batch} does not divide by {partitions} partitions: make it a multiple"
             )
         _check_labels(manifest, require_labels)
-        reader = Reader(manifest, cache_dir=cache_dir, cache_gb=cache_gb)
+        reader = Reader(manifest, cache_dir=cache_dir, cache_gb=cache_gb, report=report)
         if not skip_broken:
             reader.check_shards()
         stream = Stream(reader, codec or _codec(manifest), skip_broken > 0, self.order, keyed)
-        super().__init__(manifest, stream, workers, pin, skip_broken)
+        super().__init__(manifest, stream, workers, pin, skip_broken, report)
         self.batch, self.rank, self.world = batch, rank, world
         self.accumulation, self.start_step = accumulation, start_step
 
@@ -245,6 +278,7 @@ class Sequential(_Batches):
         cache_dir: Folder of fetched shards on this node.
         cache_gb: Its limit in GB (1e9 bytes).
         skip_broken: Tolerated share of broken samples, which become rows with valid = False.
+        report: See `Loader`.
         codec: Decodes the samples; by default `Images` in the size they were packed in.
         require_labels: Refuse data of which a sample has no label.
         pin: Batches in page-locked memory.
@@ -268,6 +302,7 @@ class Sequential(_Batches):
         cache_dir: str | None = None,
         cache_gb: float | None = None,
         skip_broken: float = 0.0,
+        report: Report | None = None,
         codec: Codec | None = None,
         require_labels: bool = False,
         pin: bool = False,
@@ -279,11 +314,11 @@ class Sequential(_Batches):
                 f"{manifest.root} has no samples: pack some first (python -m data.pack)"
             )
         _check_labels(manifest, require_labels)
-        reader = Reader(manifest, cache_dir=cache_dir, cache_gb=cache_gb)
+        reader = Reader(manifest, cache_dir=cache_dir, cache_gb=cache_gb, report=report)
         if not skip_broken:
             reader.check_shards()
         rows = Rows(reader, codec or _codec(manifest), skip_broken > 0)
-        super().__init__(manifest, rows, workers, pin, skip_broken)
+        super().__init__(manifest, rows, workers, pin, skip_broken, report)
         self.batch = batch
         self.first = manifest.samples * rank // world
         self.last = manifest.samples * (rank + 1) // world

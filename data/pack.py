@@ -225,8 +225,11 @@ def pack(
         raise UserError("--keep_original stores files as they are, --size changes them: give one")
     if out_dir.is_file():
         raise UserError(f"{out} is a file: give a folder")
-    if root.exists() and out_dir.resolve() == root.resolve():
-        raise UserError(f"{out} is the source itself: give another folder for the shards")
+    if root.is_dir() and out_dir.resolve().is_relative_to(root.resolve()):
+        raise UserError(
+            f"{out} lies in the source {source}, which would take it for data the next time: give a"
+            " folder outside of it"
+        )
     replaced = (
         manifest.SPLITS if split is None else (split,) if extra is None else ("train", UNLABELLED)
     )

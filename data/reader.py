@@ -5,7 +5,8 @@ missing shard; one whose size is not the manifest's; a tar header that fails its
 another size; a label that is no number or outside the classes; and, once decoded, any flipped byte
 of a PNG (by the CRC of its chunks). What is not: a digit of a label that turned into another valid
 one, and flipped bytes in the pixels of a format without checksums (JPEG, WebP under
---keep_original). Remote shards are checked against their sha256 when they are fetched.
+--keep_original): for those the engine hashes the shards once before it trains (--data.check).
+Remote shards are checked against their sha256 when they are fetched.
 """
 
 import os
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import labels
-from data.cache import ShardCache
+from data.cache import Report, ShardCache
 from data.errors import BrokenData, UserError
 from data.manifest import Manifest, is_remote
 from data.tars import BLOCK, parse_header
@@ -43,6 +44,7 @@ class Reader:
         cache_dir: Folder of fetched shards; by default the one that the manifest names.
         cache_gb: Limit of that folder in GB (1e9 bytes).
         max_open: Shards kept open.
+        report: See `ShardCache`.
     """
 
     def __init__(
@@ -51,13 +53,14 @@ class Reader:
         cache_dir: str | None = None,
         cache_gb: float | None = None,
         max_open: int = 64,
+        report: Report | None = None,
     ) -> None:
         self.manifest = manifest
         self.max_open = max_open
         self.remote = any(is_remote(manifest.shard_place(s)) for s in range(len(manifest.shards)))
         self.cache: ShardCache | None = None
         if self.remote:
-            self.cache = ShardCache(cache_dir or manifest.cache_dir, cache_gb)
+            self.cache = ShardCache(cache_dir or manifest.cache_dir, cache_gb, report)
         self._open: OrderedDict[int, int] = OrderedDict()
         self._failed: dict[int, str] = {}
         self._pid = os.getpid()
@@ -182,7 +185,7 @@ class Reader:
             raise BrokenData(
                 f"shard {self.manifest.shard_place(shard)}, {name}: {error}: check the shards"
                 " (python -m data.verify) and fetch or pack this one anew, or allow some to be"
-                " skipped (skip_broken)"
+                " skipped (--data.skip_broken 0.01)"
             ) from None
         return Record(content, label, f"shard {self.manifest.shard_place(shard)}, {name}")
 

@@ -126,7 +126,7 @@ class Rows(Samples):
                 broken[int(sample)] = str(error)
         blank = self.codec.blank(next(iter(found.values()))[0] if found else None)
         if blank is None:
-            blank = self.codec.blank(self._sample(0)[0])
+            blank = self.codec.blank(self._readable())
         assert blank is not None
         padding = blank, Record(b"", -1, "padding")
         rows = [found.get(row, padding) for row in range(len(ids))]
@@ -137,6 +137,17 @@ class Rows(Samples):
             "valid": torch.tensor([row in found for row in range(len(ids))], dtype=torch.bool),
             "broken": broken,
         }
+
+    def _readable(self) -> NDArray[Any]:
+        """The array of the first sample that can be read."""
+        last = min(self.reader.manifest.samples, _TRIES) - 1
+        for sample in range(last):
+            try:
+                return self._sample(sample)[0]
+            except BrokenData:
+                if not self.skip:
+                    raise
+        return self._sample(last)[0]
 
     def _prefetch(self, sample: int) -> None:
         """The remote shards after this one are fetched ahead by the first worker."""

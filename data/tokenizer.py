@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from data import texts
 from data.cli import run
@@ -38,7 +38,8 @@ def learn(lines: Iterator[str], entries: int, length: int | None = None) -> Toke
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=entries,
-        special_tokens=list(SPECIAL),
+        # Typed into a sentence, the mask stands for a word and the space before it, as RoBERTa's.
+        special_tokens=[*SPECIAL[:-1], AddedToken(SPECIAL[-1], lstrip=True, special=True)],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     raw.train_from_iterator(lines, trainer, length=length)

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import mmap
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data import images, labels, manifest, texts
-from data.errors import BrokenData, UserError
+from data.errors import UserError
 from data.manifest import Manifest
 from data.tars import BLOCK, parse_header, sha256_of, split_name
 
@@ -36,10 +36,17 @@ _COPY = "copy it again from where it is whole, or make it anew (python -m data.p
 
 
 class Found(NamedTuple):
-    """What one shard showed: its problems, and how many samples of each class it has."""
+    """What one shard showed.
+
+    Attributes:
+        problems: A line each.
+        counts: int64 [C], samples of each class.
+        hidden: Its sha256 is another, and no sample shows it.
+    """
 
     problems: list[str]
     counts: NDArray[np.int64]
+    hidden: bool = False
 
 
 def _member(buffer: mmap.mmap, at: int, size: int) -> tuple[str, bytes]:
@@ -183,6 +190,7 @@ def check_shard(
                 f" (another data set's, or bytes that no checksum in it covers): {_COPY}"
             ],
             counts,
+            hidden=True,
         )
     why = "its sha256 is not the manifest's" if not same else "its sha256 is the manifest's"
     cure = _COPY if not same else "make it anew (python -m data.pack --overwrite, or data.index)"
@@ -190,6 +198,32 @@ def check_shard(
     if len(wrong) > _NAMED:
         problems.append(f"shard {place}: {len(wrong) - _NAMED} more samples like these: {cure}")
     return Found(problems, counts)
+
+
+def check_hashes(file: Manifest, shards: Sequence[int], *, hidden_only: bool = False) -> None:
+    """Hashes local shards, and looks closer at one that is not the manifest's.
+
+    Args:
+        file: The split's manifest.
+        shards: Numbers of the shards.
+        hidden_only: Leave out damage that a loader meets by itself, and skips where it may.
+
+    Raises:
+        UserError: Names the first damaged shard, and the sample where that can be told.
+    """
+
+    def check(shard: int) -> Found | None:
+        info, path = file.shards[shard], Path(file.shard_place(shard))
+        whole = path.is_file() and path.stat().st_size == info.bytes
+        if whole and sha256_of(path) == info.sha256:
+            return None
+        return check_shard(file, shard, file.members, False, lambda _: None)
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(check, shards):
+            if found is not None and found.problems and (found.hidden or not hidden_only):
+                pool.shutdown(cancel_futures=True)
+                raise UserError(found.problems[0])
 
 
 def _table(file: Manifest) -> NDArray[np.int64]:
@@ -211,9 +245,11 @@ def _table(file: Manifest) -> NDArray[np.int64]:
 def _manifests(data: str, cache_dir: str | None) -> tuple[list[Manifest], list[str]]:
     """The manifests of a data set, or of one split, and what is wrong with them."""
     if manifest.is_remote(data):
+        from data.cache import NotThere  # see `_local`
+
         found = []
         for address in [data, *(manifest.join(data, split) for split in manifest.SPLITS)]:
-            with contextlib.suppress(BrokenData):  # there is none at this address
+            with contextlib.suppress(NotThere):
                 found.append(Manifest.load(address, cache_dir))
         if not found:
             raise UserError(f"no {manifest.FILE} at {data} or at its splits: check the address")

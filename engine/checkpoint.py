@@ -27,6 +27,7 @@ class State:
         manifest: hash of the train split's manifest.
         world: number of ranks.
         files: name -> [size, sha256] of the engine's files.
+        seconds: spent on the stage so far, over all launches.
     """
 
     step: int
@@ -36,6 +37,7 @@ class State:
     world: int
     version: int = 1
     files: dict[str, list[Any]] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 def sha256(path: Path) -> str:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from data.errors import UserError
 
@@ -35,8 +43,12 @@ class DataSection(Section):
     partitions: int = Field(1, ge=1, description="partitions of the shards (1 = full shuffle)")
     window: int = Field(0, ge=0, description="shards shuffled together (0 = chosen from the set)")
     cache_dir: str | None = Field(None, description="node-local folder for remote shards")
-    cache_gb: float = Field(50.0, gt=0, description="size limit of that folder, GiB")
+    cache_gb: float = Field(50.0, gt=0, description="size limit of that folder, GB (1e9 bytes)")
     skip_broken: float = Field(0.0, ge=0, lt=1, description="share of broken samples to skip")
+    check: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="hash local shards first (auto = what has no checksum of its own, to 2 GiB)",
+    )
 
 
 class ShapeSection(Section):
@@ -120,6 +132,13 @@ class StageSection(Section):
     def _pair(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
 
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("both must be at least 0 and below 1")
+        return value
+
     @model_validator(mode="after")
     def _one_length(self) -> StageSection:
         if (self.steps is None) == (self.epochs is None):
@@ -173,6 +192,9 @@ class Config(Section):
 
     stage: Literal["pretrain", "distill", "finetune", "all"] = "all"
     recipe: str | None = Field(None, description="name in recipes/, or a TOML file")
+    kind: Literal["auto", "image", "text"] = Field(
+        "auto", description="what a recipe is for; other data are refused"
+    )
     output: str | None = Field(None, description="run folder")
     data: DataSection = Field(default_factory=DataSection)
     model: ModelSection = Field(default_factory=ModelSection)
@@ -197,6 +219,11 @@ class Config(Section):
     log_every: int = Field(50, ge=1, description="steps between log lines")
     picture_every: int = Field(1000, ge=0, description="steps between pictures (0 = none)")
     local_rank: int = Field(-1, description="set by the launcher")
+    _told: frozenset[str] = PrivateAttr(frozenset())
+
+    def told(self, section: str) -> bool:
+        """Whether the command line, and not a recipe, names a section's path (--model PATH)."""
+        return bool({section, f"{section}.path"} & self._told)
 
     @field_validator("resume")
     @classmethod
@@ -313,7 +340,9 @@ def load(overrides: dict[str, Any]) -> Config:
         if tree.get(stage, {}).get("epochs") is not None and "steps" not in tree[stage]:
             tree[stage]["steps"] = None  # the default length gives way, too
     try:
-        return Config(**tree)
+        config = Config(**tree)
+        config._told = frozenset(overrides)
+        return config
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(p) for p in first["loc"])

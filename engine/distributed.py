@@ -140,6 +140,28 @@ def main_only(ranks: Ranks, action: Any) -> Any:
     return broadcast(result)
 
 
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    text = str(error).lower()
+    gone = ("connection closed by peer", "connection reset by peer", "broken pipe")
+    return isinstance(error, dist.DistError) or any(words in text for words in gone)
+
+
+def explain(error: RuntimeError, world: int) -> str | None:
+    """A failure of the machine as one line with the cure; None for what is no such failure."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "the GPU's memory is full: take a smaller batch, more --STAGE.accumulation, --precision"
+            " bf16, or --zero zero2, zero3 or zero3_offload"
+        )
+    if world > 1 and lost_peer(error):
+        return (
+            "another rank is gone: its message tells why; if there is none, it was killed (out of"
+            " memory?): launch again, the stage goes on from its checkpoint"
+        )
+    return None
+
+
 def describe(error: OSError) -> str:
     """An operating system's refusal as one line with the cure."""
     import errno

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,20 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.loader import Loader, sequential
-from data.manifest import Manifest
+from data.cli import one_line
+from data.errors import UserError
+from data.loader import Loader, sequential, tell
+from data.manifest import Manifest, is_remote
 from data.samples import Keyed
+from data.verify import check_hashes
 from engine import flops as flop_counts
 from engine import optim, zero
 from engine.checkpoint import Checkpoints, State
 from engine.config import StageSection
+from engine.distributed import main_only, total
 from engine.drift import Drift
 from engine.evaluation import Scores, Tally
 from engine.folder import Run, write_result
 from engine.kinds.base import Kind, Stage, TeacherMode
 from engine.monitor import Meter, Monitor
 from engine.teacher import view
-from engine.trainer import Loop, train
+from engine.trainer import Loop, Skipped, train
 
 
 @dataclass
@@ -43,7 +49,8 @@ class Fit:
         train: manifest of the train split.
         encoder: the trained encoder, watched for its distance from `reference`.
         reference: theta_init (default: `base.encoder`).
-        record: what must be equal at resume, beside plan and seed.
+        record: what must be equal at resume (`record_of`).
+        began: when the stage began, by `time.time`.
         mode: the teacher's, for the FLOPs.
         finish: engine -> entries of result.json (export, evaluation). Every rank calls it.
         seed: seed of order, head and dropout (default: the run's).
@@ -61,11 +68,61 @@ class Fit:
     train: Manifest
     encoder: nn.Module
     record: dict[str, Any]
+    began: float
     finish: Callable[[Any], dict[str, Any]]
     reference: Mapping[str, Tensor] | None = None
     seed: int | None = None
     validate: Manifest | None = None
     mode: TeacherMode = "cached"
+
+
+#: Hashed in seconds: of a split of more bytes `--data.check auto` says that it is not checked.
+_SMALL = 2 * 2**30
+#: Hashed between two collectives, whose time-out the other ranks wait for.
+_PORTION = 4 * 2**30
+
+
+def check_shards(run: Run, *manifests: Manifest, labels: bool) -> None:
+    """Hashes the local shards of splits before a stage reads them, as `--data.check` says.
+
+    PNGs carry checksums, which a loader tests; other files do not, nor do labels. Remote shards are
+    hashed when they are fetched.
+
+    Args:
+        run: The launch.
+        manifests: The splits.
+        labels: Whether the stage reads labels.
+
+    Raises:
+        UserError: Names the damaged shard.
+    """
+    config = run.config.data
+    for manifest in manifests:
+        sizes = {
+            number: shard.bytes
+            for number, shard in enumerate(manifest.shards)
+            if not is_remote(manifest.shard_place(number))
+        }
+        size = sum(sizes.values())
+        covered = manifest.kind == "image" and manifest.image.get("stored") == "png" and not labels
+        if config.check == "never" or not sizes or (config.check == "auto" and covered):
+            continue
+        told = f"{manifest.root}: {size / 2**30:.1f} GiB of shards"
+        if config.check == "auto" and size > _SMALL:
+            run.say(f"{told} are not checked against their sha256: --data.check always does it")
+            continue
+        if size > _SMALL // 4:
+            run.say(f"{told} are checked against their sha256 (--data.check)")
+        ends = zip(sizes, itertools.accumulate(sizes.values()), strict=True)
+        for _, group in itertools.groupby(ends, lambda end: end[1] // _PORTION):
+            portion = dict(group)
+            # What a loader notices it skips by itself, where it may.
+            action = functools.partial(
+                check_hashes, manifest, list(portion), hidden_only=config.skip_broken > 0
+            )
+            main_only(run.ranks, action)
+            if (done := max(portion.values())) < size:
+                run.say(f"{manifest.root}: {100 * done // size}% checked")
 
 
 def build_engine(run: Run, objective: nn.Module, stage: str, plan: StageSection) -> Any:
@@ -78,19 +135,31 @@ def build_engine(run: Run, objective: nn.Module, stage: str, plan: StageSection)
 
     content = zero.training_config(run.config, plan, run.ranks.world)
     optimizer = optim.build(objective, stage, plan, offload=zero.offloads(content))
-    engine, *_ = deepspeed.initialize(
-        model=objective, optimizer=optimizer, config=content, dist_init_required=False
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=objective, optimizer=optimizer, config=content, dist_init_required=False
+        )
+    except (AssertionError, TypeError, ValueError) as error:
+        if run.config.zero in zero.known():
+            raise
+        raise UserError(
+            f"--zero {run.config.zero}: DeepSpeed refuses it: {one_line(error)[:200]}: correct the"
+            " file, or take one of ds_configs/"
+        ) from error
     return engine
 
 
 def fit(run: Run, task: Fit) -> None:
     """Trains one stage to its end, from its checkpoint if there is one, and writes its result."""
     config, ranks, plan = run.config, run.ranks, task.plan
-    began = time.time()
     task.data.check(task.train, task.base)
     seed = config.seed if task.seed is None else task.seed
     steps = plan.length(task.train.samples)
+    if plan.warmup >= steps:
+        raise UserError(
+            f"--{task.stage}.warmup {plan.warmup}: the stage has {steps} steps, and the rate would"
+            f" never be reached: give fewer, such as {steps // 10}"
+        )
     if plan.steps is None:
         run.say(
             f"{task.name}: {plan.epochs:g} epochs x {task.train.samples} samples"
@@ -99,12 +168,15 @@ def fit(run: Run, task: Fit) -> None:
     engine = build_engine(run, task.objective, task.stage, plan)
     drift = Drift(task.encoder, task.reference or task.base.encoder, ranks)
     checkpoints = Checkpoints(run.folder / task.name / "checkpoints", ranks, config.keep)
-    record = _record(run, task, steps, seed)
-    state = checkpoints.load(engine, record, task.train.hash)
+    state = checkpoints.load(engine, task.record, task.train.hash)
     if state is None:
-        state = State(0, 0, record, task.train.hash, ranks.world)
+        state = State(0, 0, task.record, task.train.hash, ranks.world)
     else:
         run.say(f"{task.name}: resumed at step {state.step} of {steps}")
+    before = state.seconds
+
+    def spent() -> float:
+        return before + time.time() - task.began
 
     loader = Loader(
         task.train,
@@ -121,9 +193,14 @@ def fit(run: Run, task: Fit) -> None:
         cache_dir=config.data.cache_dir,
         cache_gb=config.data.cache_gb,
         skip_broken=config.data.skip_broken,
+        report=tell,
         codec=task.data.codec(task.base, task.train),
         require_labels=task.stage == "finetune",
     )
+    skipped = None
+    if config.data.skip_broken:
+        listed = run.folder / task.name / "skipped.json"
+        skipped = Skipped(loader, listed, ranks, resumed=state.step > 0)
     monitor = Monitor(
         run.folder / task.name,
         enabled=ranks.main,
@@ -164,6 +241,8 @@ def fit(run: Run, task: Fit) -> None:
                 steps=steps,
                 seed=seed,
                 state=state,
+                skipped=skipped,
+                spent=spent,
                 log_every=config.log_every,
                 save_every=config.save_every,
                 count=task.data.count if masked else lambda _: None,
@@ -180,6 +259,7 @@ def fit(run: Run, task: Fit) -> None:
             ranks,
         )
         if config.save_every:
+            state.seconds = spent()
             checkpoints.save(engine, state)
         left = task.finish(engine)
         scores = left.pop("scores", {})
@@ -200,10 +280,12 @@ def fit(run: Run, task: Fit) -> None:
             "stage": task.name,
             "steps": steps,
             "seed": seed,
-            "seconds": round(time.time() - began, 2),
+            "seconds": round(spent(), 2),
+            "skipped": skipped.count if skipped else 0,
             "losses": {k: v for k, v in last.items() if k.startswith(("loss/", "feature/"))},
             "model": {"path": config.model.path, "sha256": task.base.sha256},
             "manifest": task.train.hash,
+            "record": task.record,
             "world": ranks.world,
             "precision": config.precision,
             "zero": config.zero,
@@ -215,23 +297,34 @@ def fit(run: Run, task: Fit) -> None:
         }
         | left,
     )
-    run.say(f"{task.name}: done in {time.time() - began:.0f} s -> {run.folder / task.name}")
+    run.say(f"{task.name}: done in {spent():.0f} s -> {run.folder / task.name}")
     engine.destroy()
 
 
-def _record(run: Run, task: Fit, steps: int, seed: int) -> dict[str, Any]:
-    """What a checkpoint's and a resumed stage's settings must share."""
+def record_of(
+    run: Run, stage: Stage, plan: StageSection, train: Manifest, more: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    """What the figures of a stage depend on: equal when it is resumed, or skipped as complete.
+
+    Args:
+        run: The launch.
+        stage: pretrain | distill | finetune.
+        plan: Its settings.
+        train: What it learns from.
+        more: Hashes of the weights it starts from, settings of its view.
+        seed: Of order, head and dropout.
+    """
     config = run.config
-    plan = task.plan.model_dump(mode="json", exclude={"seeds", "eval_every", "start", "epochs"})
+    settings = plan.model_dump(mode="json", exclude={"seeds", "eval_every", "start", "epochs"})
     return {
-        **{f"{task.stage}.{k}": v for k, v in plan.items()},
-        f"{task.stage}.steps": steps,
+        **{f"{stage}.{k}": v for k, v in settings.items()},
+        f"{stage}.steps": plan.length(train.samples),
         "seed": seed,
         "precision": config.precision,
         "zero": config.zero,
         "data.partitions": config.data.partitions,
         "data.window": config.data.window,
-        **task.record,
+        **more,
     }
 
 
@@ -241,7 +334,11 @@ def _device_name(device: torch.device) -> str:
 
 @torch.no_grad()
 def evaluate(run: Run, engine: Any, data: Kind, base: Any, manifest: Manifest) -> Scores:
-    """Scores a split once, its samples dealt over the ranks; padded samples do not count."""
+    """Scores a split once, its samples dealt over the ranks; padded and skipped ones do not count.
+
+    Raises:
+        UserError: broken data, more than may be skipped.
+    """
     config, ranks = run.config, run.ranks
     engine.eval()
     tally = Tally(len(manifest.classes))
@@ -253,12 +350,18 @@ def evaluate(run: Run, engine: Any, data: Kind, base: Any, manifest: Manifest) -
         workers=config.data.workers,
         cache_dir=config.data.cache_dir,
         cache_gb=config.data.cache_gb,
+        skip_broken=config.data.skip_broken,
+        report=tell,
         codec=data.codec(base, manifest),
         require_labels=True,
     )
     for batch in batches:
         labels = batch["labels"].to(ranks.device)
-        # Padding bears label -1, which no cross-entropy takes; the tally leaves it out.
+        # Padding and skipped samples bear -1, which no cross-entropy takes; the tally skips them.
         out = engine(labels=labels.clamp(min=0), **view(batch, data.full, ranks.device))
         tally.add(out["logits"], labels, batch["valid"].to(ranks.device), batch["ids"])
+    broken = int(total(torch.tensor(len(batches.broken), device=ranks.device)))
+    batches.tolerate(broken)
+    if broken and ranks.main:
+        tell(f"{manifest.root}: scored without {broken} broken of {manifest.samples} samples")
     return tally.gather()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import tomli_w
 import torch
 
 from data.errors import UserError
@@ -18,6 +20,13 @@ from engine.distributed import Ranks, main_only
 from engine.zero import DTYPES
 
 RESULT = "result.json"
+CONFIG = "config.toml"
+
+#: Sections of the configuration that belong to one stage.
+STAGES = ("pretrain", "distill", "finetune")
+
+#: What may differ when a complete stage is met again: its figures do not depend on it.
+_FREE = ("zero", "accumulation")
 
 
 @dataclass
@@ -76,27 +85,61 @@ def open_run(config: Config, ranks: Ranks) -> Run:
             raise UserError(
                 f"{run.folder} is in use by another launch: wait for it, or take another --output"
             ) from None
-        before = run.folder / "config.toml"
-        if before.exists() and config.model.path is None:
-            import tomllib
-
-            known = tomllib.loads(before.read_text(encoding="utf-8")).get("model", {})
-            config.model.path = known.get("path")
-        write_text(before, config.toml())
+        known = _read_toml(run.folder / CONFIG).get("model", {}).get("path")
+        if known is not None and not config.told("model"):
+            config.model.path = known  # the run's own model, whatever the recipe's is
 
     main_only(ranks, enter)
     config.model.path = main_only(ranks, lambda: config.model.path)
     return run
 
 
-def open_stage(run: Run, stage: str) -> bool:
+def _read_toml(path: Path) -> dict[str, Any]:
+    """A configuration that an earlier launch left; empty if there is none."""
+    if not path.exists():
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML ({error}): mend it, or delete it") from error
+
+
+def _check_complete(
+    folder: Path, result: dict[str, Any], record: dict[str, Any], data: str
+) -> None:
+    """Refuses to take a complete stage for another one than it is."""
+    made, record = (
+        result.get("record", record) | {"data": result["manifest"]},
+        record | {"data": data},
+    )
+    for key in sorted(made.keys() | record.keys()):
+        old, new = made.get(key), record.get(key)
+        if old == new or key.rsplit(".", 1)[-1] in _FREE:
+            continue
+        cure = (
+            "give the same, take another --output, or do the stage again with --overwrite true"
+            " (--stage names it)"
+        )
+        if isinstance(old, str) and len(old) == len(str(new)) == 64:
+            raise UserError(f"{folder} is complete, and was made with another {key}: {cure}")
+        raise UserError(f"{folder} is complete, made with {key} = {old}, now it is {new}: {cure}")
+
+
+def open_stage(run: Run, stage: str, record: dict[str, Any], data: str) -> bool:
     """Prepares the folder of a stage; says whether there is work to do.
 
     A complete stage is left alone. An incomplete one with checkpoints is continued under
     `--resume auto`. `--overwrite` deletes it first.
 
+    Args:
+        run: The launch.
+        stage: Name of its folder.
+        record: What its figures depend on (`engine.fit.record_of`).
+        data: Hash of the manifest that it learns from.
+
     Raises:
-        UserError: something is there and may be neither continued nor deleted.
+        UserError: something is there and may be neither continued nor deleted, or a complete stage
+            was made with other settings, data or weights.
     """
     folder, config = run.folder / stage, run.config
 
@@ -104,11 +147,13 @@ def open_stage(run: Run, stage: str) -> bool:
         if config.overwrite and folder.exists():
             print(f"{stage}: deleting {folder} (--overwrite)", flush=True)
             shutil.rmtree(folder)
-        if run.result(stage) is not None:
+        done = run.result(stage)
+        if done is not None:
             if config.resume == "never":
                 raise UserError(
                     f"{folder} is complete: --overwrite does it again, or take another --output"
                 )
+            _check_complete(folder, done, record, data)
             print(f"{stage}: complete, skipped ({folder / RESULT}; --overwrite does it again)")
             return False
         left = [p.name for p in folder.iterdir()] if folder.exists() else []
@@ -118,10 +163,20 @@ def open_stage(run: Run, stage: str) -> bool:
                 "--overwrite deletes it"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.toml", config.toml())
+        write_text(folder / CONFIG, config.toml())
+        write_text(run.folder / CONFIG, _joined(run.folder / CONFIG, config, stage))
         return True
 
     return bool(main_only(run.ranks, prepare))
+
+
+def _joined(path: Path, config: Config, stage: str) -> str:
+    """The run's configuration: this launch's, with the sections of stages that it did not do."""
+    before, now = _read_toml(path), tomllib.loads(config.toml())
+    for section in STAGES:
+        if section in before and not stage.startswith(section):
+            now[section] = before[section]
+    return tomli_w.dumps(now)
 
 
 def write_result(run: Run, stage: str, content: dict[str, Any]) -> None:

@@ -127,8 +127,9 @@ class DistillObjective(nn.Module):
     def forward(self, target: Tensor, **batch: Tensor) -> dict[str, Tensor]:
         """Losses, how student and teacher agree, and extras for pictures.
 
-        `teacher_spread` is the mean squared distance of the teacher's features from their mean.
-        Where it is not far above `distill`, the feature says little about the sample.
+        `teacher_spread` is the teacher's features' variance, summed over dimensions (the unbiased
+        estimate from this micro-batch; there is none from one sample). Where it is not far above
+        `distill`, the feature says little about the sample.
 
         Args:
             target: the teacher's features, fp32 [B, D] or [B, 1+K, D].
@@ -140,7 +141,9 @@ class DistillObjective(nn.Module):
         target = target.float()
         distill = distance(student, target, counts)
         with torch.no_grad():
+            size = len(target)
             spread = distance(target, target.mean(0, keepdim=True), counts)
+            spreads = {"teacher_spread": spread * size / (size - 1)} if size > 1 else {}
             cosine = F.cosine_similarity(student, target, dim=-1)
             if counts is not None and cosine.ndim == 2:
                 cosine = (cosine * counts).sum(1) / counts.sum(1)
@@ -148,8 +151,8 @@ class DistillObjective(nn.Module):
             "loss": self.mae_weight * out["loss"] + self.weight * distill,
             self.model.loss_name: out["loss"].detach(),
             "distill": distill.detach(),
-            "teacher_spread": spread,
             "cosine": cosine.mean(),
+            **spreads,
         }
 
 

@@ -17,6 +17,7 @@ import time  # noqa: E402
 import warnings  # noqa: E402
 from typing import Any  # noqa: E402
 
+from data.cli import one_line  # noqa: E402
 from data.errors import UserError  # noqa: E402
 from engine import config as configuration  # noqa: E402
 
@@ -31,13 +32,20 @@ def parse(argv: list[str]) -> dict[str, Any]:
 
     known = configuration.options()
     expects_value = False
-    for word in argv:
+    given: set[str] = set()
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
         if word.startswith("--"):
             name = word[2:].split("=", 1)[0].replace("-", "_")
             bare = name.removeprefix("no") if name.startswith("no") else name
             if name not in known and bare not in known:
                 raise UserError(f"unknown option --{name}{configuration.nearest_option(name)}")
             expects_value = "=" not in word
+            bare_value = expects_value and following.startswith("--")
+            if bare_value and bare == name and known[name].annotation is not bool:
+                raise UserError(f"--{name} has no value: write --{name} VALUE")
+            if name in given:
+                raise UserError(f"--{name} is given twice: leave one of them out")
+            given.add(name)
         elif word.startswith("-") and not word[1:2].isdigit() and word != "-":
             raise UserError(
                 f"unknown option {word}: options start with two dashes (--help lists them)"
@@ -67,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         settings = configuration.load(parse(argv))
         _quiet()
-        from engine.distributed import describe, initialize
+        from engine.distributed import describe, explain, initialize, lost_peer
 
         ranks = initialize()
         from engine.folder import open_run
@@ -81,6 +89,14 @@ def main(argv: list[str] | None = None) -> int:
                 run.close()
         except OSError as error:
             raise UserError(describe(error)) from error
+        except RuntimeError as error:
+            message = explain(error, ranks.world)
+            if message is None:
+                raise
+            if lost_peer(error):
+                # The rank that failed says why, and its launcher then ends this one.
+                time.sleep(5)
+            raise UserError(message) from error
         except FloatingPointError as error:
             raise UserError(
                 f"the loss is not finite at {error}: lower the learning rate, or use bf16 or fp32"
@@ -89,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         if not main_rank:
             # Most mistakes are every rank's: rank 0 says it, then the launcher ends the others.
             time.sleep(3)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130

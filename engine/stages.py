@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
+from data.cache import NotThere
 from data.errors import UserError
 from data.manifest import Manifest, is_remote
+from engine.distributed import main_only
 from engine.evaluation import Scores
-from engine.fit import Fit, evaluate, fit
+from engine.fit import Fit, check_shards, evaluate, fit, record_of
 from engine.folder import Run, open_stage, write_result
 from engine.kinds import kind_of
 from engine.kinds.base import Batch, Kind
@@ -48,12 +52,16 @@ def run_stages(run: Run) -> None:
 
 def pretrain(run: Run) -> None:
     """Stage 1: L_MAE from theta_init, phi_init (Algorithm 2). Leaves the teacher."""
-    if not open_stage(run, "pretrain"):
-        return
+    began = time.time()
     config = run.config
     train = unlabelled(run)
     kind = kind_of(run, train)
     base = kind.load()
+    more = {"model": base.sha256} | kind.record()
+    record = record_of(run, "pretrain", config.pretrain, train, more, config.seed)
+    if not open_stage(run, "pretrain", record, train.hash):
+        return
+    check_shards(run, train, labels=False)
     model = kind.autoencoder(base)
 
     def finish(engine: Any) -> dict[str, Any]:
@@ -72,7 +80,8 @@ def pretrain(run: Run) -> None:
             base=base,
             train=train,
             encoder=model.encoder,
-            record={"model": base.sha256} | kind.record(),
+            record=record,
+            began=began,
             finish=finish,
         ),
     )
@@ -80,18 +89,22 @@ def pretrain(run: Run) -> None:
 
 def distill(run: Run, number: int) -> None:
     """Stage 2, one round: a fresh student from theta_init against the frozen teacher (Eq. 3)."""
+    began = time.time()
     name = f"distill-{number}"
-    config, ranks = run.config, run.ranks
+    config, ranks, plan = run.config, run.ranks, run.config.distill
     source = teacher_source(run, number)
-    if not open_stage(run, name):
-        return
     train = unlabelled(run)
     kind = kind_of(run, train)
     base, taught = kind.load(), kind.load(source)
     kind.same_architecture(taught, base)
+    _same_origin(run, number, base)
+    more = {"model": base.sha256, "teacher": taught.sha256} | kind.record()
+    record = record_of(run, "distill", plan, train, more, config.seed)
+    if not open_stage(run, name, record, train.hash):
+        return
+    check_shards(run, train, labels=False)
     model = kind.autoencoder(base)
     teacher = _teacher(run, kind, name, taught, train)
-    plan = config.distill
 
     def inputs(batch: Batch) -> Batch:
         return view(batch, kind.masked, ranks.device) | {"target": teacher(batch)}
@@ -113,11 +126,30 @@ def distill(run: Run, number: int) -> None:
             base=base,
             train=train,
             encoder=model.encoder,
-            record={"model": base.sha256, "teacher": taught.sha256} | kind.record(),
+            record=record,
+            began=began,
             finish=finish,
             mode=teacher.mode,
         ),
     )
+
+
+def _teaching_stage(run: Run, number: int) -> str | None:
+    """The run's stage that leaves the teacher of a round; None where --teacher names another."""
+    if number == 1 and run.config.teacher.path:
+        return None
+    return "pretrain" if number == 1 else f"distill-{number - 1}"
+
+
+def _same_origin(run: Run, number: int, base: Any) -> None:
+    """Refuses to distil into another theta_init than the run's teacher started from."""
+    stage = _teaching_stage(run, number)
+    made = stage and (run.result(stage) or {}).get("model", {})
+    if made and made["sha256"] != base.sha256:
+        raise UserError(
+            f"{run.folder / str(stage)}, the teacher, started from {made['path']}, --model"
+            f" {base.origin} has other weights: give the first, or another --output"
+        )
 
 
 def teacher_source(run: Run, number: int) -> str:
@@ -126,9 +158,9 @@ def teacher_source(run: Run, number: int) -> str:
     Raises:
         UserError: there is none yet.
     """
-    if number == 1 and run.config.teacher.path:
-        return run.config.teacher.path
-    stage = "pretrain" if number == 1 else f"distill-{number - 1}"
+    stage = _teaching_stage(run, number)
+    if stage is None:
+        return str(run.config.teacher.path)
     if run.result(stage) is None:
         raise UserError(
             f"distill-{number} needs a teacher and {run.folder / stage} is not complete: "
@@ -206,9 +238,7 @@ def finetune(run: Run, start: str) -> None:
     """Stage 3: cross-entropy with a fresh head, once for each seed; test data are scored once."""
     config = run.config
     name, source = finetune_source(run, start)
-    if run.result(name) is not None and not config.overwrite:
-        open_stage(run, name)
-        return
+    _check_seeds(run, name)
     seeds = range(config.seed, config.seed + config.finetune.seeds)
     results = []
     for seed in seeds:
@@ -226,6 +256,21 @@ def finetune(run: Run, start: str) -> None:
             spread = final.get("std", {}).get(key)
             more = f" ± {100 * spread:.2f} ({len(seeds)} seeds)" if spread is not None else ""
             run.say(f"{name}: {key} {100 * value:.2f}%{more}")
+
+
+def _check_seeds(run: Run, name: str) -> None:
+    """One fine-tuning lies in its folder, several in folders below it: no mixture."""
+    done, asked = run.result(name), run.config.finetune.seeds
+    if done is None or ("n" not in done) == (asked == 1):
+        return
+    folder = run.folder / name
+    if not run.config.overwrite:
+        raise UserError(
+            f"{folder} is complete with {done.get('n', 1)} seed(s), now they are {asked}: take"
+            " another --output, or --stage finetune --overwrite true"
+        )
+    run.say(f"{name}: deleting {folder} (--overwrite)")
+    main_only(run.ranks, lambda: shutil.rmtree(folder))
 
 
 def _summary(name: str, source: str, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -246,8 +291,7 @@ def _summary(name: str, source: str, results: list[dict[str, Any]]) -> dict[str,
 
 
 def _finetune_once(run: Run, name: str, source: str, seed: int) -> None:
-    if not open_stage(run, name):
-        return
+    began = time.time()
     config, ranks = run.config, run.ranks
     splits = _splits(run)
     train = splits["train"]
@@ -262,6 +306,11 @@ def _finetune_once(run: Run, name: str, source: str, seed: int) -> None:
         )
     kind = kind_of(run, train)
     weights = kind.load(source)
+    more = {"start": weights.sha256}
+    record = record_of(run, "finetune", config.finetune, train, more, seed)
+    if not open_stage(run, name, record, train.hash):
+        return
+    check_shards(run, *splits.values(), labels=True)
     # theta_init, from which the distance is measured.
     known = config.model.path not in (None, "scratch")
     reference = (kind.load() if known else weights).encoder
@@ -302,7 +351,8 @@ def _finetune_once(run: Run, name: str, source: str, seed: int) -> None:
             encoder=model.encoder,
             reference=reference,
             seed=seed,
-            record={"start": weights.sha256},
+            record=record,
+            began=began,
             validate=splits.get("val"),
             finish=finish,
         ),
@@ -311,11 +361,13 @@ def _finetune_once(run: Run, name: str, source: str, seed: int) -> None:
 
 def unlabelled(run: Run) -> Manifest:
     """What stages 1 and 2 learn from: the split `unlabelled` where there is one, else train."""
-    path, split = _data(run), run.config.data.split
+    path, split, cache = _data(run), run.config.data.split, run.config.data.cache_dir
     if split == "auto":
         there = not is_remote(path) and (Path(path) / "unlabelled").is_dir()
         split = "unlabelled" if there else "train"
-    return Manifest.load_split(path, split)
+    # One rank looks, or a server that fails for another one would leave this one waiting.
+    found: Manifest = main_only(run.ranks, lambda: Manifest.load_split(path, split, cache))
+    return found
 
 
 def _data(run: Run) -> str:
@@ -326,19 +378,31 @@ def _data(run: Run) -> str:
 
 
 def _splits(run: Run) -> dict[str, Manifest]:
-    """Manifests of the splits that are there; their classes must agree."""
-    found = {"train": Manifest.load_split(_data(run), "train")}
-    for split in ("val", "test"):
-        try:
-            found[split] = Manifest.load_split(_data(run), split)
-        except UserError:
-            if (Path(_data(run)) / split).exists():
-                raise
+    """Manifests of the splits that are there; their classes must agree.
+
+    Raises:
+        UserError: a split is broken, or its server does not say whether it is there.
+    """
+    data, cache = _data(run), run.config.data.cache_dir
+
+    def load() -> dict[str, Manifest]:
+        there = {"train": Manifest.load_split(data, "train", cache)}
+        for split in ("val", "test"):
+            if not is_remote(data) and not (Path(data) / split).exists():
+                continue
+            try:
+                there[split] = Manifest.load_split(data, split, cache)
+            except NotThere as error:
+                run.say(f"no {split} split, nothing is scored on it: {str(error).split(': ')[0]}")
+        return there
+
+    # One rank decides, or they might disagree on what to score, and wait for each other.
+    found: dict[str, Manifest] = main_only(run.ranks, load)
     for manifest in found.values():
         if manifest.classes != found["train"].classes:
             raise UserError(
                 f"{manifest.root}: its classes are not those of the train split: pack both together"
             )
     if len(found) == 1:
-        run.say(f"{_data(run)}: neither val nor test split: nothing will be scored")
+        run.say(f"{data}: neither val nor test split: nothing will be scored")
     return found

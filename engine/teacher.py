@@ -15,11 +15,11 @@ from torch import Tensor
 
 from data.codec import Codec
 from data.errors import UserError
-from data.loader import sequential
+from data.loader import sequential, tell
 from data.manifest import Manifest
 from engine.checkpoint import fsync, write_text
 from engine.config import Config
-from engine.distributed import Ranks, barrier, broadcast, main_only
+from engine.distributed import Ranks, barrier, broadcast, main_only, total
 from engine.objectives import FeatureExtractor
 from engine.zero import inference_config
 
@@ -87,17 +87,29 @@ class Cached:
     """A table of the features of every sample, computed once before step 0.
 
     Exact, because stage 2's full view is deterministic (no augmentation). The table is a plain
-    float32 `.npy`, memory-mapped; row = sample id of the manifest.
+    float32 `.npy`, memory-mapped; row = sample id of the manifest. The row of a sample that was
+    skipped as broken is NaN: training skips that sample as well.
     """
 
     mode: Literal["replicated", "sharded", "cached"] = "cached"
 
-    def __init__(self, table: np.ndarray, device: torch.device) -> None:
-        self.table, self.device = table, device
+    def __init__(self, table: np.ndarray, device: torch.device, folder: Path) -> None:
+        self.table, self.device, self.folder = table, device, folder
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
-        """See `Teacher`."""
+        """See `Teacher`.
+
+        Raises:
+            UserError: a sample was broken when the table was made and is not any more.
+        """
         rows = torch.from_numpy(np.ascontiguousarray(self.table[batch["ids"].numpy()]))
+        missing = rows.flatten(1).isnan().all(dim=1)
+        if missing.any():
+            sample = int(batch["ids"][missing][0])
+            raise UserError(
+                f"sample {sample} can be read now and has no features in {self.folder}, where it"
+                " was skipped as broken: delete that folder to compute them anew"
+            )
         return rows.to(self.device, non_blocking=True)
 
 
@@ -164,7 +176,7 @@ def build_table(
     fsyncs and renames. `table.json` holds the key (manifest, teacher, view) and comes last.
 
     Raises:
-        UserError: a table is there but belongs to another teacher, data set or view.
+        UserError: a table is there but belongs to another teacher, data set or view; broken data.
     """
     file, record = folder / "features.npy", folder / "table.json"
     state: dict[str, Any] | None = None
@@ -183,7 +195,7 @@ def build_table(
                 f"{folder}: the cached features were made with another {what}: delete that folder "
                 "to compute them anew, or give the teacher and data they were made with"
             )
-        return Cached(_open(file, manifest.samples, shape), ranks.device)
+        return Cached(_open(file, manifest.samples, shape), ranks.device, folder)
 
     main_only(ranks, lambda: folder.mkdir(parents=True, exist_ok=True))
     part = folder / f".part-{ranks.rank}.npy"
@@ -192,7 +204,7 @@ def build_table(
     rows = np.lib.format.open_memmap(part, "w+", np.float32, (last - first, *shape))
     done = 0
     batch_size = max(1, config.distill.batch // ranks.world)
-    for batch in sequential(
+    batches = sequential(
         manifest,
         batch=batch_size,
         rank=ranks.rank,
@@ -200,13 +212,19 @@ def build_table(
         workers=config.data.workers,
         cache_dir=config.data.cache_dir,
         cache_gb=config.data.cache_gb,
+        skip_broken=config.data.skip_broken,
+        report=tell,
         codec=codec,
-    ):
+    )
+    for batch in batches:
         features = teacher(batch).cpu().numpy()
         valid = batch["valid"].numpy()
         rows[batch["ids"].numpy()[valid] - first] = features[valid]
         done += int(valid.sum())
         progress(done, last - first)
+    for sample in batches.broken:
+        rows[sample - first] = np.nan
+    batches.tolerate(int(total(torch.tensor(len(batches.broken), device=ranks.device))))
     rows.flush()
     del rows
     barrier()
@@ -227,7 +245,7 @@ def build_table(
             (folder / f".part-{rank}.npy").unlink()
 
     main_only(ranks, join)
-    return Cached(_open(file, manifest.samples, shape), ranks.device)
+    return Cached(_open(file, manifest.samples, shape), ranks.device, folder)
 
 
 def _open(file: Path, samples: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -2,22 +2,89 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data import keyed
+from data.loader import Loader
 from engine import optim
-from engine.checkpoint import Checkpoints, State
+from engine.checkpoint import Checkpoints, State, write_text
 from engine.config import StageSection
-from engine.distributed import Ranks, mean, total
+from engine.distributed import Ranks, main_only, mean, total
 from engine.monitor import Meter, Monitor
 from engine.objectives import EXTRAS, LOSSES
 
 Batch = dict[str, Tensor]
+
+
+class Skipped:
+    """The broken samples that the ranks left out, together: each counts once, whoever met it.
+
+    In another epoch another rank meets the same sample, so the ranks' counts do not add up. The
+    ids are exchanged on those log steps on which the sum of the counts shows that there are more.
+
+    Attributes:
+        count: distinct samples, as of the last log step.
+
+    Args:
+        loader: of this rank.
+        file: where rank 0 lists them, id -> what is wrong.
+        ranks: who takes part; every one makes it, and calls `share` at the same steps.
+        resumed: whether an earlier launch's list goes on.
+    """
+
+    def __init__(self, loader: Loader, file: Path, ranks: Ranks, *, resumed: bool) -> None:
+        self.loader, self.file, self.ranks = loader, file, ranks
+
+        def listed() -> dict[str, str]:
+            if not resumed:
+                file.unlink(missing_ok=True)
+            if not file.exists():
+                return {}
+            with contextlib.suppress(ValueError):  # a list that was cut off begins anew
+                return dict(json.loads(file.read_text(encoding="utf-8")))
+            return {}
+
+        loader.broken |= {int(k): v for k, v in main_only(ranks, listed).items()}
+        self.count = len(loader.broken)
+
+    @property
+    def new(self) -> int:
+        """Those that this rank met since the last log step."""
+        return len(self.loader.broken) - self.count
+
+    def share(self, new: int) -> None:
+        """Tells all ranks of all samples.
+
+        Args:
+            new: sum of `new` over the ranks.
+
+        Raises:
+            UserError: they are more than the loader tolerates.
+        """
+        if not new:
+            return
+        # A dict keeps its order: behind those that all ranks know come this rank's own.
+        mine = dict(list(self.loader.broken.items())[self.count :])
+        parts: list[Any] = [mine]
+        if self.ranks.world > 1:
+            parts = [None] * self.ranks.world
+            dist.all_gather_object(parts, mine)
+        for part in parts:
+            self.loader.broken |= part
+        self.count = len(self.loader.broken)
+        self.loader.tolerate(self.count)
+        if self.ranks.main:
+            table = {str(k): self.loader.broken[k] for k in sorted(self.loader.broken)}
+            write_text(self.file, json.dumps(table, indent=1) + "\n")
 
 
 @dataclass
@@ -42,6 +109,8 @@ class Loop:
         draw_every: steps between pictures, 0 for none.
         evaluate: step -> None, called every `evaluate_every` steps on every rank.
         evaluate_every: steps between evaluations, 0 for none.
+        skipped: the broken samples that were left out; None where they are an error.
+        spent: seconds that the stage took so far, over all launches.
     """
 
     engine: Any
@@ -60,6 +129,8 @@ class Loop:
     draw_every: int = 0
     evaluate: Callable[[int], None] | None = None
     evaluate_every: int = 0
+    skipped: Skipped | None = None
+    spent: Callable[[], float] = lambda: 0.0
 
 
 def train(
@@ -102,6 +173,7 @@ def train(
                 engine.train()
         if loop.save_every and (state.step % loop.save_every == 0) and not done:
             with meter.paused():
+                state.seconds = loop.spent()
                 checkpoints.save(engine, state)
     return last
 
@@ -163,7 +235,12 @@ def _log(
     ranks: Ranks,
 ) -> dict[str, float]:
     step, accumulation = loop.state.step, loop.plan.accumulation
-    values = mean({k: v / accumulation for k, v in losses.items()}, ranks.device)
+    means = {k: v / accumulation for k, v in losses.items()}
+    if loop.skipped:
+        means["skipped"] = torch.tensor(float(loop.skipped.new), device=ranks.device)
+    values = mean(means, ranks.device)
+    if loop.skipped:
+        loop.skipped.share(round(values.pop("skipped") * ranks.world))
     if not all(abs(v) < float("inf") for v in values.values()):
         # fp16 skips a step whose gradient overflows; a loss that is not finite never comes back.
         worst = ", ".join(f"{k} = {v}" for k, v in values.items())
@@ -178,6 +255,8 @@ def _log(
     scale = getattr(loop.engine.optimizer, "cur_scale", None)
     if scale is not None and loop.engine.fp16_enabled():
         scalars["optimizer/loss_scale"] = float(scale)
+    if loop.skipped:
+        scalars["data/skipped"] = float(loop.skipped.count)
     if loop.watch:
         scalars |= {k: float(v) for k, v in loop.watch().items()}
     scalars |= meter.rates()

@@ -32,26 +32,31 @@ OWNED = (
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def known() -> list[str]:
+    """Names of the settings in ds_configs/."""
+    return sorted(p.stem for p in FOLDER.glob("*.json"))
+
+
 def read(name: str) -> dict[str, Any]:
     """The DeepSpeed JSON of a ZeRO setting, by name or by path.
 
     Raises:
         UserError: no such file, not JSON, or it sets what the engine sets.
     """
-    known = sorted(p.stem for p in FOLDER.glob("*.json"))
     path = FOLDER / f"{name}.json"
     if not path.is_file():
         path = Path(name)
     if not path.is_file():
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(name, known(), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"--zero {name}: no such setting; there are {', '.join(known)}{hint}")
+        raise UserError(f"--zero {name}: no such setting; there are {', '.join(known())}{hint}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"--zero {path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"--zero {path}: must hold one JSON object")
+    _check_zero(content, path)
     twice = [k for k in OWNED if k in content]
     if twice:
         raise UserError(f"--zero {path}: remove {twice[0]!r}: the stage's options set it")
@@ -61,6 +66,22 @@ def read(name: str) -> dict[str, Any]:
 def stage_of(content: Mapping[str, Any]) -> int:
     """ZeRO stage of a DeepSpeed configuration."""
     return int(content.get("zero_optimization", {}).get("stage", 0))
+
+
+def _check_zero(content: Mapping[str, Any], path: Path) -> None:
+    """Refuses what DeepSpeed would fail on with a traceback."""
+    section = content.get("zero_optimization", {})
+    if not isinstance(section, dict):
+        raise UserError(f"--zero {path}: zero_optimization must be an object, not {section!r}")
+    stage = section.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise UserError(f"--zero {path}: zero_optimization.stage is {stage!r}: give 0, 1, 2 or 3")
+    for name in ("offload_optimizer", "offload_param"):
+        if not isinstance(section.get(name, {}), dict):
+            raise UserError(
+                f"--zero {path}: zero_optimization.{name} must be an object, such as"
+                ' {"device": "cpu"}'
+            )
 
 
 def offloads(content: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ import ast
 import importlib.util
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def _of_file(path: Path) -> Iterator[str]:
 
 
 def write(folder: Path, extra: Path, seed: int = 0) -> None:
-    """Writes labelled and unlabelled texts.
+    """Writes labelled and unlabelled texts, each of them once.
 
     Args:
         folder: gets {train,val,test}.jsonl; made if missing.
@@ -83,9 +84,14 @@ def write(folder: Path, extra: Path, seed: int = 0) -> None:
     splits: dict[str, list[dict[str, str]]] = {"train": [], "val": [], "test": []}
     unlabelled: list[str] = []
     generator = np.random.default_rng(seed)
-    for package in PACKAGES:
-        texts = docstrings(package, enough=LABELLED + VALIDATION + TEST + UNLABELLED, seed=seed)
-        order = [texts[i] for i in generator.permutation(len(texts))]
+    enough = LABELLED + VALIDATION + TEST + UNLABELLED
+    found = {package: docstrings(package, enough, seed) for package in PACKAGES}
+    # Packages carry copies of each other's helpers: such a text has no class, and could stand in
+    # two splits.
+    times = Counter(text for texts in found.values() for text in texts)
+    for package, texts in found.items():
+        own = [text for text in texts if times[text] == 1]
+        order = [own[i] for i in generator.permutation(len(own))]
         bounds = np.cumsum([0, LABELLED, VALIDATION, TEST, UNLABELLED])
         for split, first, last in zip(splits, bounds, bounds[1:], strict=False):
             splits[split] += [{"text": t, "label": package} for t in order[first:last]]

@@ -1,10 +1,12 @@
 """Small data, small models and real launches, shared by the tests."""
 
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +140,50 @@ def run_cases(folder: Path, cases: list[dict[str, object]], *, ranks: int = 2) -
 def metrics(stage: Path) -> list[dict[str, float]]:
     """The lines of a stage's metrics.jsonl."""
     return [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+
+
+@dataclass
+class Events:
+    """What TensorBoard's own reader finds in a folder: for each tag (step, value) pairs."""
+
+    scalars: dict[str, list[tuple[int, float]]]
+    images: dict[str, list[tuple[int, np.ndarray]]]
+    texts: dict[str, list[tuple[int, str]]]
+    hparams: dict[str, float | str]
+
+
+def read_events(folder: Path) -> Events:
+    """The event files of a stage; it has one session of hyper-parameters, begun and ended."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+    # 0: all of them, not a sample.
+    found = EventAccumulator(str(folder), dict.fromkeys(("scalars", "images", "tensors"), 0))
+    found.Reload()
+    tags = found.Tags()
+    marks = found.PluginTagToContent(metadata.PLUGIN_NAME)
+    assert set(marks) == {metadata.SESSION_START_INFO_TAG, metadata.SESSION_END_INFO_TAG}
+    end = plugin_data_pb2.HParamsPluginData.FromString(marks[metadata.SESSION_END_INFO_TAG])
+    assert end.HasField("session_end_info")
+    begin = metadata.parse_session_start_info_plugin_data(marks[metadata.SESSION_START_INFO_TAG])
+
+    def pixels(content: bytes) -> np.ndarray:
+        return np.asarray(Image.open(io.BytesIO(content)))
+
+    return Events(
+        {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in tags["scalars"]},
+        {
+            tag: [(e.step, pixels(e.encoded_image_string)) for e in found.Images(tag)]
+            for tag in tags["images"]
+        },
+        {
+            tag.removesuffix("/text_summary"): [
+                (e.step, e.tensor_proto.string_val[0].decode()) for e in found.Tensors(tag)
+            ]
+            for tag in found.PluginTagToContent("text")
+        },
+        {
+            name: value.string_value if value.HasField("string_value") else value.number_value
+            for name, value in begin.hparams.items()
+        },
+    )

@@ -57,6 +57,11 @@ def finetuning_rates() -> list[float]:
 
 def largest_difference(ours: dict[str, torch.Tensor], oracle: dict[str, torch.Tensor]) -> float:
     assert ours.keys() == oracle.keys()
+    for key in ours:
+        assert ours[key].shape == oracle[key].shape, key  # or they would be broadcast
+        assert ours[key].isfinite().all(), key
+        assert oracle[key].isfinite().all(), key
     # The gradient of a key's bias is zero up to rounding, and Adam divides that noise by itself.
     compared = [k for k in ours if not k.endswith(("key.bias", "k_proj.bias"))]
-    return max((ours[k] - oracle[k]).abs().max().item() for k in compared)
+    # torch's max, unlike Python's, hands a NaN on.
+    return torch.stack([(ours[k] - oracle[k]).abs().max() for k in compared]).max().item()

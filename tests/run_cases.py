@@ -29,8 +29,10 @@ def main() -> None:
         expected = case.pop("expect_error", None)
         try:
             run = open_run(configuration.load(case), ranks)
-            run_stages(run)
-            run.close()
+            try:
+                run_stages(run)
+            finally:
+                run.close()
         except UserError as error:
             if expected is None or expected not in str(error):
                 raise

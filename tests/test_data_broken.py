@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from data import tars
+from data.codec import Images
 from data.errors import BrokenData, UserError
 from data.loader import Loader, sequential
 from data.manifest import Manifest
 from data.reader import Reader
+from data.verify import check_hashes
 from tests.data_kit import uneven
 
 
@@ -207,7 +209,9 @@ def test_skipping_is_asked_for_counted_and_reported(split: Manifest, workers: in
 def test_too_many_broken_samples_are_an_error(split: Manifest) -> None:
     flip(split, 7, 0, 45)
     flip(split, 2, 0, 45)
-    with pytest.raises(UserError, match=r"2 broken samples are more than .* 0.1 of 15; the last"):
+    with pytest.raises(
+        UserError, match=r"2 broken .* share 0.1 of 15: .*--data.skip_broken.*; the last: shard"
+    ):
         read_all(split, skip_broken=0.1)
     place(split, 1).unlink()
     assert read_all(split, skip_broken=0.5) == set(range(15)) - {2, *range(4, 10)}
@@ -220,6 +224,61 @@ def test_skipped_rows_of_one_pass_are_not_valid(split: Manifest) -> None:
     valid = {int(i) for b in run for i, v in zip(b["ids"], b["valid"], strict=True) if v}
     assert valid == set(range(15)) - {7}
     assert set(run.broken) == {7}
+
+
+def test_a_report_is_told_of_each_skipped_sample_once(
+    split: Manifest, recwarn: pytest.WarningsRecorder
+) -> None:
+    lines: list[str] = []
+    flip(split, 7, 0, 45)
+    flip(split, 2, 0, 45)
+    for _ in range(2):
+        lines.clear()
+        read_all(split, skip_broken=0.2, report=lines.append)
+        list(sequential(split, batch=4, skip_broken=0.2, report=lines.append))
+        assert len(lines) == 4
+        assert all(f"skipped: shard {split.root}" in line for line in lines)
+    assert not recwarn.list
+    # What another rank told of is counted, and not told again.
+    loader = Loader(split, batch=5, skip_broken=0.2, report=lines.append)
+    loader.broken[7] = "told"
+    lines.clear()
+    stream = iter(loader)
+    for _ in range(3):
+        next(stream)
+    stream.close()
+    assert len(lines) == 1
+    assert "k00002" in lines[0]
+
+
+def test_padding_when_the_first_sample_is_broken(tmp_path: Path) -> None:
+    """Images of their own sizes: a row of padding has that of a sample that can be read."""
+    tiny = uneven(tmp_path / "tiny", [2])
+    flip(tiny, 0, 0, 45)
+    options = {"batch": 3, "rank": 0, "world": 5, "codec": Images(None)}
+    (batch,) = sequential(tiny, skip_broken=0.5, report=lambda _: None, **options)
+    assert batch["images"].shape == (3, 3, 4, 4)
+    assert not batch["valid"].any()
+    with pytest.raises(UserError, match="k00000"):
+        list(sequential(tiny, **options))
+
+
+def test_hashes_show_what_no_sample_does(split: Manifest) -> None:
+    check_hashes(split, [0, 1, 2])
+    flip(split, 7, 0, 45)
+    check_hashes(split, [0, 2])
+    with pytest.raises(UserError, match=r"t-000001.tar, sample 3, k00007.png: the checksum of"):
+        check_hashes(split, [0, 1, 2])
+    check_hashes(split, [0, 1, 2], hidden_only=True)
+    place(split, 0).unlink()
+    with pytest.raises(UserError, match=r"t-000000.tar is missing: put it back"):
+        check_hashes(split, [0, 1, 2])
+    check_hashes(split, [0, 1, 2], hidden_only=True)
+    flip(split, 11, 2, 0, 3)  # another class, 2 -> 1
+    assert Reader(split).record(11).label == 1
+    for hidden_only in (False, True):
+        with pytest.raises(UserError, match=r"t-000002.tar: its sha256 is not .*copy it again"):
+            check_hashes(split, [2], hidden_only=hidden_only)
 
 
 def test_all_broken(split: Manifest) -> None:

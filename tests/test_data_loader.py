@@ -21,10 +21,17 @@ from data.loader import Loader, sequential
 from data.manifest import Manifest
 from tests.data_kit import number_of, uneven
 
+SHARDS = [7, 1, 12, 5, 9, 3, 4, 8, 2, 6, 10, 11]
+
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return uneven(tmp_path_factory.mktemp("data") / "train", [7, 1, 12, 5, 9, 3])
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return uneven(tmp_path_factory.mktemp("data") / "train", SHARDS)
 
 
 def noise(positions: np.ndarray, _: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -96,25 +103,64 @@ def test_steps_are_the_same_for_all_world_sizes(
     assert np.array_equal(np.concatenate(whole[start:]), np.concatenate(alone))
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_workers_change_nothing(split: Manifest, workers: int) -> None:
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_workers_change_nothing(split: Manifest, world: int, workers: int) -> None:
     options: dict[str, Any] = {"batch": 6, "seed": 5, "partitions": 3, "keyed": noise}
-    for alone, helped in zip(
-        take(Loader(split, **options), 9),
-        take(Loader(split, workers=workers, **options), 9),
-        strict=True,
-    ):
-        assert set(alone) == set(helped)
-        assert all(torch.equal(alone[k], helped[k]) for k in alone)
+    alone = take(Loader(split, **options), 9)  # past the end of the first epoch
+    ranks = [
+        take(Loader(split, rank=r, world=world, workers=workers, **options), 9)
+        for r in range(world)
+    ]
+    for whole, *parts in zip(alone, *ranks, strict=True):
+        assert all(set(part) == set(whole) for part in parts)
+        assert all(torch.equal(torch.cat([p[k] for p in parts]), whole[k]) for k in whole)
 
 
-def test_entering_reads_few_shards(split: Manifest) -> None:
-    loader = Loader(split, batch=2, window=1, start_step=10**12)
-    ids = take(loader, 1)[0]["ids"].numpy()
-    reader = loader.samples.reader
-    shards = set((np.searchsorted(split.starts, ids, side="right") - 1).tolist())
-    assert set(reader.opened) == shards
-    assert len(shards) <= 2
+@pytest.mark.parametrize("partitions", [1, 3])
+@pytest.mark.parametrize(
+    ("window", "full_shuffle", "shards"),
+    # Automatic: the whole run of a partition; above the limit, shards of 20 samples, so 20 x 12/78.
+    [(1, 2**20, 1), (2, 2**20, 2), (5, 2**20, 5), (0, 2**20, 12), (0, 77, 3)],
+)
+def test_entering_reads_few_shards(
+    many: Manifest,
+    monkeypatch: pytest.MonkeyPatch,
+    partitions: int,
+    window: int,
+    full_shuffle: int,
+    shards: int,
+) -> None:
+    """Only the current window's shards of a rank's own partition are opened, wherever it enters."""
+    monkeypatch.setattr("data.order.FULL_SHUFFLE", full_shuffle)
+    monkeypatch.setattr("data.order.WINDOW_SAMPLES", 20)
+    each, most = 3, 0
+    for step in range(10**12, 10**12 + 40):
+        read = []
+        for rank in range(partitions):
+            loader = Loader(
+                many,
+                batch=partitions * each,
+                rank=rank,
+                world=partitions,
+                partitions=partitions,
+                window=window,
+                start_step=step,
+            )
+            batch = take(loader, 1)[0]
+            opened = set(loader.samples.reader.opened)
+            ids = batch["ids"].numpy()
+            assert opened == set((np.searchsorted(many.starts, ids, side="right") - 1).tolist())
+            current = {tuple(loader.order.shards_ahead(int(p), 1)[0]) for p in batch["positions"]}
+            assert opened <= {shard for one in current for shard in one}
+            assert all(len(one) <= shards for one in current)
+            if len(current) == 1:  # no end of a window or an epoch within the batch
+                most = max(most, len(opened))
+                read.append(set(*current))
+        # The runs of neighbours share the shard at their border, and nothing else.
+        if len(read) == partitions:
+            assert sum(map(len, read)) <= len(SHARDS) + partitions - 1
+    assert most == min(each, shards)  # and they are shuffled together
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (3, 0), (5, 0), (3, 2)])

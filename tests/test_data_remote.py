@@ -17,7 +17,7 @@ import pytest
 import webdataset
 
 from data import tars
-from data.cache import ShardCache, default_folder, fetch_bytes
+from data.cache import NotThere, ShardCache, default_folder, fetch_bytes
 from data.errors import BrokenData, UserError
 from data.loader import Loader, sequential
 from data.manifest import Manifest
@@ -39,7 +39,10 @@ class Server(http.server.ThreadingHTTPServer):
             def do_GET(self) -> None:
                 outer.asked[self.path.rsplit("/", 1)[-1]] += 1
                 time.sleep(outer.delay)
-                super().do_GET()
+                if "/forbidden/" in self.path:
+                    self.send_error(403)
+                else:
+                    super().do_GET()
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -230,6 +233,24 @@ def test_remote_damage_is_named(split: Manifest, server: Server, cache: str) -> 
         Manifest.load("s3://bucket/train")
 
 
+def test_what_is_not_there_is_told_from_what_cannot_be_fetched(
+    split: Manifest, server: Server
+) -> None:
+    with pytest.raises(NotThere, match=r"cannot fetch .*/test/manifest.json \(exit 22\)"):
+        Manifest.load_split(server.url, "test")
+    with pytest.raises(NotThere, match="exit 1"):
+        Manifest.load(f"pipe:cat {split.root}/none")
+    for place, said in (
+        (f"{server.url}/forbidden", "exit 22"),
+        ("http://127.0.0.1:1", "exit 7"),
+        ("pipe:exit 255 #", "exit 255"),
+        ("s3://bucket/train", "no handler|s3"),
+    ):
+        with pytest.raises(BrokenData, match=said) as caught:
+            Manifest.load(place)
+        assert not isinstance(caught.value, NotThere)
+
+
 def wanted(split: Manifest, shard: int) -> tuple[str, str, int]:
     info = split.shards[shard]
     return f"pipe:cat {split.root}/{info.name}", info.sha256, info.bytes
@@ -266,6 +287,15 @@ def test_prefetch_never_drops_what_is_wanted_now(split: Manifest, tmp_path: Path
     time.sleep(0.3)
     held = {p.name for p in cache.folder.iterdir() if "." not in p.name}
     assert held == {split.shards[0].sha256, split.shards[1].sha256}
+
+
+def test_a_small_cache_is_reported_once(split: Manifest, tmp_path: Path) -> None:
+    lines: list[str] = []
+    cache = ShardCache(tmp_path / "cache", split.shards[0].bytes / 1e9, lines.append)
+    for shards in ((0, 1), (1, 2, 3)):
+        cache.prefetch([wanted(split, s) for s in shards])
+    assert len(lines) == 1
+    assert "--data.cache_gb 1" in lines[0]
 
 
 def test_bad_caches(split: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

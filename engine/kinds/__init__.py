@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from data.errors import UserError
 from data.manifest import Manifest
 from engine.folder import Run
 from engine.kinds.base import Kind
 
 
 def kind_of(run: Run, manifest: Manifest) -> Kind:
-    """The kind that a packed data set holds."""
+    """The kind that a packed data set holds.
+
+    Raises:
+        UserError: the recipe is for another one.
+    """
+    asked = run.config.kind
+    if asked not in ("auto", manifest.kind):
+        raise UserError(
+            f"{run.config.recipe or 'this configuration'} is a recipe for {asked}s,"
+            f" {manifest.root} holds {manifest.kind}s: take another --recipe, or other --data"
+        )
     if manifest.kind == "text":
         from engine.kinds.text import TextKind  # transformers' models: seconds
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import pickle
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def _fetch(name: str, configs: list[str]) -> Path:
             others = ["model-*.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
             folder = Path(snapshot_download(name, allow_patterns=[*configs, *others]))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = " ".join(str(error).split())[:120]
+        # The first sentence names the reason, the others what the hub's library advises.
+        reason = textwrap.shorten(str(error).split(". ")[0], 160, placeholder=" …")
         raise UserError(
             f"there is no folder {name}, and the hub gives no model of that name ({reason}): check "
             "the name, or fetch the model's folder on a machine with a network and give its path"

@@ -1,6 +1,6 @@
 """The long jobs for a machine with a GPU: `python -m benchmarks.gpu JOB --out DIR`.
 
-    base       pre-train the small base of the embedded default from scratch, on a folder of images
+    base       pre-train a small base of the embedded default from scratch, on images or on texts
     tests      the tests marked gpu
     bench      the benchmark of the distillation step
     reproduce  three methods on each of several packed data sets
@@ -94,6 +94,7 @@ def main(
     job: Literal["base", "tests", "bench", "reproduce"],
     out: str,
     images: str | None = None,
+    texts: str | None = None,
     shards: str | None = None,
     work: str = "runs/gpu",
     steps: int | None = None,
@@ -106,11 +107,13 @@ def main(
         job: base, tests, bench or reproduce.
         out: gets logs, figures and weights.
         images: base: folder of images to pre-train on; labels are not used.
+        texts: base: file of texts to pre-train on, one a line, instead of images.
         shards: reproduce: packed data sets, separated by commas.
         work: for shards, checkpoints and runs.
         steps: base: optimiser steps, in place of the recipe's.
         precision: of base and reproduce.
-        recipe: of base (default vit_small_base) and reproduce (default vit_small).
+        recipe: of base (default vit_small_base or roberta_small_base) and reproduce (default
+            vit_small; roberta_small is for texts).
     """
     here, folder = Job(job, Path(out).resolve()), Path(work).resolve()
     if job == "tests":
@@ -118,12 +121,16 @@ def main(
     elif job == "bench":
         here.run(sys.executable, "-m", "benchmarks.step")
     elif job == "base":
-        if images is None:
-            raise UserError("base: --images is missing: name a folder of images")
+        if (images is None) == (texts is None):
+            raise UserError("base: give --images FOLDER or --texts FILE, one of the two")
         packed = folder / "base-shards"
         if not (packed / "train" / "manifest.json").exists():
-            pack.pack(images, str(packed), unlabelled=True, keep_original=True, splits="1")
-        words = ["--stage", "pretrain", "--recipe", recipe or "vit_small_base"]
+            if images is not None:
+                pack.pack(images, str(packed), unlabelled=True, keep_original=True, splits="1")
+            else:
+                pack.pack(str(texts), str(packed), split="train", samples_per_shard=10_000)
+        known = "vit_small_base" if images is not None else "roberta_small_base"
+        words = ["--stage", "pretrain", "--recipe", recipe or known]
         words += ["--data", str(packed), "--output", str(folder / "base")]
         words += ["--precision", precision, "--data.workers", str(min(12, os.cpu_count() or 1))]
         if steps:

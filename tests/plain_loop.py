@@ -1,14 +1,21 @@
 """What the plain PyTorch loops share that stages under DeepSpeed are held against."""
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
 
-from tests.helpers import run_cases
+from tests.helpers import metrics, run_cases
 
 STEPS, BATCH, RATE = 5, 8, 1e-3
 ZERO3 = '{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}'
 
+#: The teacher's mode under ZeRO 0-3, by accumulation.
+MODES = {
+    1: ("replicated", "cached", "sharded", "sharded"),
+    2: ("cached", "sharded", "replicated", "cached"),
+}
 CASES = [
     f"{zero}-{accumulation}"
     for zero in ("zero0", "zero1", "zero2", "zero3")
@@ -20,7 +27,7 @@ def run_every_case(root: Path, common: dict[str, object]) -> None:
     """Every stage under 2 real ranks x ZeRO 0-3 x accumulation 1 and 2, in one process group."""
     (root / "zero3.json").write_text(ZERO3)
     cases = []
-    for zero in ("zero0", "zero1", "zero2", str(root / "zero3.json")):
+    for number, zero in enumerate(("zero0", "zero1", "zero2", str(root / "zero3.json"))):
         for accumulation in (1, 2):
             extra = {f"{s}.accumulation": accumulation for s in ("pretrain", "distill", "finetune")}
             name = f"{Path(zero).stem}-{accumulation}"
@@ -33,7 +40,7 @@ def run_every_case(root: Path, common: dict[str, object]) -> None:
                 | {"zero": zero, "stage": "all", "output": str(root / "runs" / name)}
                 # The teacher of each case is the same one, so that the oracle needs one teacher.
                 | {"teacher": str(root / "runs" / "zero0-1" / "pretrain" / "export")}
-                | {"teacher.mode": "replicated" if accumulation == 1 else "cached"}
+                | {"teacher.mode": MODES[accumulation][number]}
             )
     run_cases(root, cases)
 
@@ -65,3 +72,21 @@ def largest_difference(ours: dict[str, torch.Tensor], oracle: dict[str, torch.Te
     compared = [k for k in ours if not k.endswith(("key.bias", "k_proj.bias"))]
     # torch's max, unlike Python's, hands a NaN on.
     return torch.stack([(ours[k] - oracle[k]).abs().max() for k in compared]).max().item()
+
+
+def check_teacher_modes(root: Path, *losses: str) -> None:
+    """Replicated, sharded and cached give the same losses, each of them, at every step."""
+    for accumulation, modes in MODES.items():
+        stages = [
+            root / "runs" / f"zero{n}-{accumulation}" / "distill-1" for n in range(len(modes))
+        ]
+        told = [json.loads((s / "result.json").read_text())["teacher"]["mode"] for s in stages]
+        assert told == list(modes)
+        assert set(told) == {"replicated", "sharded", "cached"}
+        wanted = metrics(stages[0])
+        assert len(wanted) == STEPS
+        for stage in stages[1:]:
+            for a, b in zip(wanted, metrics(stage), strict=True):
+                for loss in losses:
+                    assert isinstance(a[loss], float), (stage, loss)  # null where not finite
+                    assert b[loss] == pytest.approx(a[loss], rel=1e-6), (stage, a["step"], loss)

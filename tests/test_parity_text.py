@@ -21,6 +21,7 @@ from tests.plain_loop import (
     RATE,
     STEPS,
     adamw,
+    check_teacher_modes,
     finetuning_rates,
     is_bias_or_1d,
     largest_difference,
@@ -127,3 +128,7 @@ def test_finetuning_equals_the_plain_loop(runs: Path) -> None:
         after = RobertaForSequenceClassification.from_pretrained(export)
         assert after.config.id2label == {0: "a", 1: "b", 2: "c"}
         assert largest_difference(after.state_dict(), model.state_dict()) < 1e-5, case
+
+
+def test_teacher_modes_agree(runs: Path) -> None:
+    check_teacher_modes(runs, "loss/loss", "loss/mlm", "loss/distill")

@@ -18,6 +18,7 @@ from tests.plain_loop import (
     CASES,
     STEPS,
     adamw,
+    check_teacher_modes,
     finetuning_rates,
     is_bias_or_1d,
     largest_difference,
@@ -145,11 +146,4 @@ def test_finetuning_equals_the_plain_loop(runs: Path) -> None:
 
 
 def test_teacher_modes_agree(runs: Path) -> None:
-    from tests.helpers import metrics
-
-    for zero in ("zero0", "zero1", "zero2", "zero3"):
-        replicated = metrics(runs / "runs" / f"{zero}-1" / "distill-1")
-        cached = metrics(runs / "runs" / f"{zero}-2" / "distill-1")
-        for a, b in zip(replicated, cached, strict=True):
-            for loss in ("loss/mae", "loss/distill"):
-                assert a[loss] == pytest.approx(b[loss], rel=1e-5), (zero, a["step"], loss)
+    check_teacher_modes(runs, "loss/loss", "loss/mae", "loss/distill")

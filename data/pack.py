@@ -225,11 +225,8 @@ def pack(
         raise UserError("--keep_original stores files as they are, --size changes them: give one")
     if out_dir.is_file():
         raise UserError(f"{out} is a file: give a folder")
-    if root.is_dir() and out_dir.resolve().is_relative_to(root.resolve()):
-        raise UserError(
-            f"{out} lies in the source {source}, which would take it for data the next time: give a"
-            " folder outside of it"
-        )
+    if root.exists() and out_dir.resolve() == root.resolve():
+        raise UserError(f"{out} is the source itself: give another folder for the shards")
     replaced = (
         manifest.SPLITS if split is None else (split,) if extra is None else ("train", UNLABELLED)
     )
@@ -244,6 +241,12 @@ def pack(
     options = layouts.Options(fold=fold, trainval=trainval, keep_banner=keep_banner)
     with layouts.opened(root, out_dir.parent) as folder:
         found = _find(folder, layout, options, columns, unlabelled is True, split)
+        inside = root.is_dir() and out_dir.resolve().is_relative_to(root.resolve())
+        if found.kind == "image" and not found.notes and inside:  # no known set: all folders count
+            raise UserError(
+                f"{out} lies in the source {source}, which would take it for a class the next time:"
+                " give a folder outside of it"
+            )
         divided = sources.settle(found.splits, root, splits, split, seed, val_fraction)
         if split is not None:
             divided = _renumbered(divided, split, out_dir)

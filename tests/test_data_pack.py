@@ -358,8 +358,10 @@ def test_places_that_cannot_be_written(
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         pack(str(splits), str(tmp_path / "file"))
-    with pytest.raises(UserError, match="lies in the source"):
+    with pytest.raises(UserError, match="is the source itself"):
         pack(str(splits), str(splits))
+    with pytest.raises(UserError, match="lies in the source"):
+        pack(str(splits), str(splits / "shards"))
     with pytest.raises(SystemExit) as caught:
         run(pack, [str(splits), "/proc/nowhere/zoo"])
     assert caught.value.code == 2

@@ -6,7 +6,7 @@ import fcntl
 import json
 import shutil
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,6 +37,7 @@ class Run:
     ranks: Ranks
     folder: Path
     lock: IO[str] | None = None
+    _said: set[str] = field(default_factory=set)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -47,6 +48,12 @@ class Run:
         """Prints a line on rank 0."""
         if self.ranks.main:
             print(line, flush=True)
+
+    def say_once(self, line: str) -> None:
+        """Prints a line on rank 0, however many stages have it to say."""
+        if line not in self._said:
+            self._said.add(line)
+            self.say(line)
 
     def close(self) -> None:
         """Lets another launch use the folder."""

@@ -56,6 +56,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "odd.toml").write_text("[pretrain]\nstep = 3\n")
     (root / "zero.json").write_text('{"optimizer": {"type": "Adam"}}')
     (root / "broken.json").write_text("{")
+    (root / "nine.json").write_text('{"zero_optimization": {"stage": 9}}')
+    (root / "flat.json").write_text(
+        '{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}'
+    )
+    (root / "strange.json").write_text('{"zero_optimization": {"stage": 1, "no_such_key": 1}}')
     (root / "bert").mkdir()
     (root / "bert" / "config.json").write_text('{"model_type": "bert"}')
     (root / "evil.pth").write_bytes(pickle.dumps({"model": print}))
@@ -101,6 +106,16 @@ def table(root: Path) -> list[tuple[str, tuple[str, list[str]], str]]:
         ("two lengths", engine(r, **{"pretrain.epochs": 2}), "give steps or epochs"),
         ("a word too much", ("engine", ["pretrain", "--stage", "all"]), "belongs to no option"),
         ("one dash", ("engine", ["-stage", "all"]), "two dashes"),
+        (
+            "option without a value",
+            ("engine", ["--pretrain.lr", "--seed", "3"]),
+            "--pretrain.lr has no value",
+        ),
+        ("last option without one", ("engine", ["--seed", "3", "--output"]), "--output has no"),
+        ("option given twice", ("engine", ["--seed", "3", "--seed=4"]), "--seed is given twice"),
+        ("beta of 2", engine(r, **{"pretrain.betas": "0.9,2.0"}), "at least 0 and below 1"),
+        ("warm-up as long as the stage", engine(r, **{"pretrain.warmup": 5}), "has 5 steps"),
+        ("recipe for texts, data of images", engine(r, recipe="roberta_base"), "recipe for texts"),
         ("unknown recipe", engine(r, recipe="vit_bas"), "did you mean vit_base"),
         ("recipe is not TOML", engine(r, recipe=r / "bad.toml"), "not valid TOML"),
         ("no output", engine(r, output=None), "--output is missing"),
@@ -125,6 +140,9 @@ def table(root: Path) -> list[tuple[str, tuple[str, list[str]], str]]:
         ("uneven partitions", engine(r, **{"data.partitions": 3}), "partitions"),
         ("no such ZeRO setting", engine(r, zero="zero5"), "zero"),
         ("ZeRO file sets the optimiser", engine(r, zero=r / "zero.json"), "remove 'optimizer'"),
+        ("no such ZeRO stage", engine(r, zero=r / "nine.json"), "give 0, 1, 2 or 3"),
+        ("ZeRO section of a wrong type", engine(r, zero=r / "flat.json"), "must be an object"),
+        ("unknown key of DeepSpeed's", engine(r, zero=r / "strange.json"), "DeepSpeed refuses it"),
         ("ZeRO file is not JSON", engine(r, zero=r / "broken.json"), "not valid JSON"),
         *(
             [("no fp16 on a CPU", engine(r, precision="fp16"), "take bf16 or fp32")]
@@ -218,6 +236,16 @@ def test_every_rank_fails_but_the_line_comes_once(root: Path) -> None:
     assert done.returncode == 2
     assert (done.stdout + done.stderr).count("error: batch 8 cannot be cut evenly") == 1
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_one_rank_meets_broken_data_and_the_others_say_nothing(root: Path) -> None:
+    _, words = engine(root, data=root / "flipped", output=root / "runs" / "one")
+    done = launch("engine/run.py", *words, ranks=2)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 2, printed[-3000:]
+    assert "Traceback" not in printed, printed[-3000:]
+    assert sum(line.startswith("error: ") for line in printed.splitlines()) == 1, printed[-3000:]
+    assert "error: shard " in printed
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(root: Path) -> None:

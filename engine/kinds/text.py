@@ -114,7 +114,7 @@ class TextKind(Kind):
         lengths = np.array([len(encode(*text)) for text in self._some(LOOKED_AT)])
         longer = float((lengths > base.max_length).mean())
         if longer:
-            self.run.say(
+            self.run.say_once(
                 f"{manifest.root}: about {100 * longer:.1f}% of the texts are longer than"
                 f" {base.max_length} tokens (looked at {len(lengths)}): only their beginnings"
                 " are read"

@@ -204,8 +204,9 @@ def _step(
         out = engine(**loop.inputs(batch), **weight)
         engine.backward(out["loss"])
         last = micro == accumulation - 1
-        if measure and last and engine.zero_optimization_stage() == 0 and not loop.plan.clip:
-            # Plain data parallelism without clipping computes no norm; gradients are whole here.
+        plain = engine.zero_optimization_stage() == 0 and not engine.fp16_enabled()
+        if measure and last and plain and not engine.bfloat16_enabled():
+            # Plain data parallelism keeps no norm, and clips in step(); gradients are whole here.
             gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
         engine.step()

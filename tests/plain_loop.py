@@ -89,4 +89,7 @@ def check_teacher_modes(root: Path, *losses: str) -> None:
             for a, b in zip(wanted, metrics(stage), strict=True):
                 for loss in losses:
                     assert isinstance(a[loss], float), (stage, loss)  # null where not finite
-                    assert b[loss] == pytest.approx(a[loss], rel=1e-6), (stage, a["step"], loss)
+                    # Below 0.1 the distance is a small difference of features of about 1: fp32
+                    # rounds those by 1e-7, whatever the teacher.
+                    close = pytest.approx(a[loss], rel=1e-6, abs=1e-7)
+                    assert b[loss] == close, (stage, a["step"], loss)

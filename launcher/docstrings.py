@@ -39,7 +39,7 @@ def docstrings(package: str, enough: int, seed: int = 0) -> list[str]:
         seed: of that order.
 
     Returns:
-        Texts of 60 to 600 characters, in which the package's own name is replaced by "package".
+        Texts of 60 to 300 characters, in which the package's own name is replaced by "package".
     """
     spec = importlib.util.find_spec(package)
     assert spec is not None, package
@@ -56,7 +56,7 @@ def docstrings(package: str, enough: int, seed: int = 0) -> list[str]:
             break
         for text in _of_file(path):
             plain = own.sub("package", " ".join(text.split("\n\n")[0].split()))
-            if 60 <= len(plain) <= 600:
+            if 60 <= len(plain) <= 300:
                 found.setdefault(plain)
     return list(found)
 

@@ -187,7 +187,7 @@ def decode(content: bytes, size: int | None, name: str = "image") -> NDArray[np.
     except ValueError as error:
         raise BrokenData(
             f"{name}: the image cannot be read: {error}: pack it again from a whole file, or"
-            " allow some to be skipped (skip_broken)"
+            " allow some to be skipped (--data.skip_broken)"
         ) from None
     if size is not None:
         image = fit(image, size)

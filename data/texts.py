@@ -109,7 +109,7 @@ def parse(content: bytes, name: str, stored: Stored = "txt") -> Text:
     except ValueError as error:
         raise BrokenData(
             f"{name}: the text cannot be read: {error}: pack it again from a whole file, or allow"
-            " some to be skipped (skip_broken)"
+            " some to be skipped (--data.skip_broken)"
         ) from None
 
 

@@ -10,3 +10,7 @@ class UserError(Exception):
 
 class BrokenData(UserError):
     """A shard or a sample that cannot be used: the kind of error that may be skipped on request."""
+
+
+class WorkerLost(UserError):
+    """A data loader worker was killed by the system: launching again may go well."""

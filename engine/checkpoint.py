@@ -1,19 +1,38 @@
-"""Checkpoints of a DeepSpeed engine: atomic, verified, the last k kept."""
+"""Checkpoints of a stage: whole tensors, atomic, verified, the last k kept, for any layout.
+
+`checkpoints/step-00001000/` holds `part-00000-of-00004.safetensors` and so on, the shares of the
+ranks that wrote it (`engine.training_state`), and `state.json`, which names each file's size and
+sha256. It is written as `.draft-...`, forced to the disk and renamed; `latest` comes last and is
+for people: what counts is the newest folder whose files are what was written. Nothing in it is
+unpickled: safetensors and JSON hold data alone.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.cli import one_line
 from data.errors import UserError
-from engine.distributed import Ranks, barrier, broadcast, main_only
+from engine import training_state
+from engine.distributed import Ranks, broadcast, main_only
+from engine.files import fsync, sha256, write_text
+
+VERSION = 2
+
+#: What may differ at resume, and when a complete stage is met again: the layout, not the figures.
+FREE = ("zero", "accumulation")
 
 
 @dataclass
@@ -23,10 +42,14 @@ class State:
     Attributes:
         step: optimiser steps taken; the stream position is `step * batch`.
         position: stream position of the next sample.
-        config: what must be equal at resume (see `engine.stages`).
+        config: what must be equal at resume (`engine.fit.record_of`).
         manifest: hash of the train split's manifest.
-        world: number of ranks.
-        files: name -> [size, sha256] of the engine's files.
+        world: number of ranks that wrote it.
+        version: of this format.
+        files: name -> [size, sha256].
+        optimizer: numbers of the optimiser (`training_state.numbers`).
+        scored: the step after which the validation data were scored last.
+        last: scalars of the last log step.
         seconds: spent on the stage so far, over all launches.
     """
 
@@ -35,158 +58,204 @@ class State:
     config: dict[str, Any]
     manifest: str
     world: int
-    version: int = 1
+    version: int = VERSION
     files: dict[str, list[Any]] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scored: int = 0
+    last: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync(path: Path) -> None:
-    """Forces a file, or a folder's entries, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file atomically: temporary, fsynced, renamed."""
-    draft = path.with_name(f".{path.name}.tmp")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-    fsync(path.parent)
-
-
 class Checkpoints:
-    """The folder `checkpoints/` of one stage."""
+    """The folder `checkpoints/` of one stage.
 
-    def __init__(self, folder: Path, ranks: Ranks, keep: int = 2) -> None:
-        self.folder, self.ranks, self.keep = folder, ranks, keep
+    Args:
+        folder: made when the first one is saved.
+        ranks: who takes part; every one makes the same calls.
+        keep: how many are kept.
+        beat: called while long work goes on.
+    """
+
+    def __init__(
+        self, folder: Path, ranks: Ranks, keep: int = 2, beat: Callable[[], None] = lambda: None
+    ) -> None:
+        self.folder, self.ranks, self.keep, self.beat = folder, ranks, keep, beat
+        self._saved: tuple[int, int] | None = None
 
     def names(self) -> list[str]:
         """Names of the saved steps, oldest first."""
         found = [p.name for p in self.folder.glob("step-*") if p.is_dir()]
-        return sorted(found, key=lambda n: int(n.removeprefix("step-")))
+        return sorted(
+            (n for n in found if n.removeprefix("step-").isdigit()),
+            key=lambda n: int(n.removeprefix("step-")),
+        )
 
     def save(self, engine: Any, state: State) -> None:
-        """Saves engine and state as `step-N`; `latest` moves last. All ranks call it.
+        """Saves engine and state as `step-N`. Every rank calls it; a step is saved once.
 
         Raises:
             UserError: the disk refuses; the checkpoints before stay as they are.
         """
+        if state.step == 0 or (state.step, state.scored) == self._saved:
+            return
         name = f"step-{state.step:08d}"
         draft = self.folder / f".draft-{name}"
 
         def clear() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(draft, ignore_errors=True)
+            for left in self.folder.glob(".draft-*"):
+                shutil.rmtree(left)
             draft.mkdir()
 
         main_only(self.ranks, clear)
-        error = None
+        rank, world = self.ranks.rank, self.ranks.world
+        tensors = training_state.collect(engine, rank, world, self.beat)
+        part, error = draft / f"part-{rank:05d}-of-{world:05d}.safetensors", None
+        written: list[Any] = []
         try:
-            engine.save_checkpoint(str(draft), tag=name, save_latest=False)
-        except (OSError, RuntimeError) as caught:
-            # torch's zip writer reports a full disk as a RuntimeError.
-            error = f"{draft}: checkpoint not saved: {caught}; free space, then run again"
-        errors = [e for e in _gather(error) if e]
+            save_file(tensors, part)
+            fsync(part)
+            written = [part.name, part.stat().st_size, sha256(part)]
+        except (OSError, SafetensorError) as caught:
+            error = f"{draft}: checkpoint not saved: {one_line(caught)}; free space, or give it"
+            error += " back its permissions, then launch again: it goes on from the one before"
+        del tensors
+        self.beat()
+        written_by = gather((written, error))
+        errors = [e for _, e in written_by if e]
         if errors:
             if self.ranks.main:
                 shutil.rmtree(draft, ignore_errors=True)
-            raise UserError(str(errors[0]).splitlines()[0])
+            raise UserError(errors[0])
+        state.files = {file: [size, digest] for (file, size, digest), _ in written_by}
+        state.world = world
+        state.optimizer = training_state.numbers(engine, rank)
+        main_only(self.ranks, lambda: self._publish(draft, name, state))
+        self._saved = (state.step, state.scored)
 
-        def publish() -> None:
-            inner = draft / name
-            files = sorted(p for p in inner.rglob("*") if p.is_file())
-            state.files = {str(p.relative_to(inner)): [p.stat().st_size, sha256(p)] for p in files}
-            for path in files:
-                fsync(path)
-            write_text(inner / "state.json", json.dumps(asdict(state), indent=1))
-            final = self.folder / name
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(inner, final)
-            shutil.rmtree(draft)
-            fsync(self.folder)
-            write_text(self.folder / "latest", name)
-            for old in self.names()[: -self.keep]:
+    def _publish(self, draft: Path, name: str, state: State) -> None:
+        write_text(draft / "state.json", json.dumps(asdict(state), indent=1))
+        final = self.folder / name
+        if final.exists():  # a broken one of the same step
+            os.replace(final, self.folder / f".draft-old-{name}")
+        os.replace(draft, final)
+        fsync(self.folder)
+        write_text(self.folder / "latest", name)
+        for old in self.names():
+            if int(old.removeprefix("step-")) > state.step:  # broken, or it would have been resumed
                 shutil.rmtree(self.folder / old)
+        for old in self.names()[: -self.keep]:
+            shutil.rmtree(self.folder / old)
+        for left in self.folder.glob(".draft-*"):
+            shutil.rmtree(left)
 
-        main_only(self.ranks, publish)
-
-    def _check(self, name: str) -> tuple[State | None, str]:
-        """The state of a saved step, or None and what is wrong with it."""
-        folder = self.folder / name
+    def _read_state(self, name: str) -> tuple[State | None, str]:
+        """The record of a saved step, or None and what is wrong with it."""
         try:
-            state = State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+            content = json.loads((self.folder / name / "state.json").read_text(encoding="utf-8"))
+            state = State(**content)
         except (OSError, ValueError, TypeError) as error:
-            return None, f"state.json: {error}"
-        for file, (size, digest) in state.files.items():
-            path = folder / file
-            if not path.is_file():
-                return None, f"{file} is missing"
-            if path.stat().st_size != size or sha256(path) != digest:
-                return None, f"{file} is not what was written"
+            return None, f"state.json: {one_line(error)}"
+        if state.version != VERSION:
+            return None, f"its format is version {state.version}, this program's is {VERSION}"
+        if not state.files:
+            return None, "state.json names no files"
         return state, ""
 
-    def newest(self) -> tuple[str, State] | None:
+    def _fault(self, name: str, state: State) -> str:
+        """What is wrong with the files; each rank hashes its share. Every rank calls it."""
+        fault = ""
+        for number, (file, (size, digest)) in enumerate(sorted(state.files.items())):
+            if number % self.ranks.world != self.ranks.rank:
+                continue
+            path = self.folder / name / file
+            try:
+                if path.stat().st_size != size or sha256(path) != digest:
+                    fault = f"{file} is not what was written"
+            except FileNotFoundError:
+                fault = f"{file} is missing"
+            except OSError as error:
+                fault = f"{file}: {error.strerror}"
+            self.beat()
+        return next((f for f in gather(fault) if f), "")
+
+    def newest(self) -> tuple[Path, State] | None:
         """The newest whole checkpoint; broken ones are passed over with a warning."""
-
-        def find() -> tuple[str, State] | None:
-            for name in reversed(self.names()):
-                state, fault = self._check(name)
-                if state is not None:
-                    return name, state
+        names: list[str] = broadcast(self.names() if self.ranks.main else None)
+        for name in reversed(names):
+            state, fault = broadcast(self._read_state(name) if self.ranks.main else None)
+            if state is not None:
+                fault = self._fault(name, state)
+            if state is not None and not fault:
+                return self.folder / name, state
+            if self.ranks.main:
                 print(f"warning: {self.folder / name}: {fault}; skipped", file=sys.stderr)
-            return None
+        return None
 
-        found: tuple[str, State] | None = broadcast(find() if self.ranks.main else None)
-        return found
-
-    def load(self, engine: Any, config: Mapping[str, Any], manifest: str) -> State | None:
-        """Restores the newest whole checkpoint, if there is one. All ranks call it.
+    def find(self, config: Mapping[str, Any], manifest: str) -> tuple[Path, State] | None:
+        """The checkpoint to go on from, if there is one. Every rank calls it.
 
         Args:
-            engine: the DeepSpeed engine, built as it was.
-            config: what must be equal to the checkpoint's.
+            config: what must be equal to the checkpoint's; number of ranks, ZeRO stage and
+                accumulation may differ.
             manifest: hash of the train split now.
 
         Raises:
-            UserError: it belongs to another configuration, data set or number of ranks.
+            UserError: it belongs to another configuration or data set.
         """
         found = self.newest()
         if found is None:
             return None
-        name, state = found
-        where = f"{self.folder / name}"
+        where, state = found
         cure = "give the same options, or --overwrite to start the stage again"
         for key in sorted(state.config.keys() | config.keys()):
             old, new = state.config.get(key), config.get(key)
-            if old != new:
+            if old != new and key.rsplit(".", 1)[-1] not in FREE:
                 raise UserError(f"{where} was made with {key} = {old}, now it is {new}: {cure}")
         if state.manifest != manifest:
             raise UserError(f"{where} was made on other data (its manifest's hash differs): {cure}")
-        if state.world != self.ranks.world:
+        self._saved = (state.step, state.scored)
+        return found
+
+
+class Reader:
+    """Gives the tensors of a checkpoint by name, each read when it is asked for.
+
+    Args:
+        folder: of the checkpoint.
+        state: its record.
+
+    Raises:
+        UserError: a file is not safetensors.
+    """
+
+    def __init__(self, folder: Path, state: State) -> None:
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        try:
+            for file in state.files:
+                opened = safe_open(folder / file, framework="pt")
+                self._files |= dict.fromkeys(opened.keys(), opened)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder}: {one_line(error)}: delete this checkpoint") from error
+
+    def __call__(self, name: str) -> Tensor:
+        """The whole tensor "KEY/NAME", on the CPU.
+
+        Raises:
+            UserError: the checkpoint does not have it.
+        """
+        if name not in self._files:
             raise UserError(
-                f"{where} was made with {state.world} ranks, now there are {self.ranks.world}: "
-                f"resume with {state.world}, or --overwrite to start the stage again"
+                f"{self.folder} has no {name}: it belongs to another model: --overwrite starts the"
+                " stage again"
             )
-        engine.load_checkpoint(str(self.folder), tag=name)
-        barrier()
-        return state
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
 
 
-def _gather(value: Any) -> list[Any]:
-    import torch.distributed as dist
-
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
     if dist.get_world_size() == 1:
         return [value]
     box: list[Any] = [None] * dist.get_world_size()

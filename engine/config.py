@@ -217,6 +217,10 @@ class Config(Section):
     save_every: int = Field(1000, ge=0, description="checkpoint interval in steps (0 = none)")
     keep: int = Field(2, ge=1, description="checkpoints kept")
     log_every: int = Field(50, ge=1, description="steps between log lines")
+    log_samples: bool = Field(False, description="write each step's sample ids, for audits")
+    watchdog: float = Field(
+        900, ge=0, description="seconds without progress after which a hung rank is ended (0 = off)"
+    )
     picture_every: int = Field(1000, ge=0, description="steps between pictures (0 = none)")
     local_rank: int = Field(-1, description="set by the launcher")
     _told: frozenset[str] = PrivateAttr(frozenset())

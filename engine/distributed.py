@@ -1,9 +1,8 @@
-"""The process group: rendezvous from torchrun, the deepspeed launcher, or none; rank helpers."""
+"""The process group, and what its ranks do together."""
 
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,7 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data.cli import one_line
 from data.errors import UserError
+from engine.rendezvous import in_step, resolve
 
 
 @dataclass(frozen=True)
@@ -33,53 +34,47 @@ class Ranks:
 def initialize() -> Ranks:
     """Joins the process group of the launcher's environment; alone, makes one of size 1.
 
-    The launchers `deepspeed` and `torchrun` both set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
-    MASTER_PORT. Without them this is the only process.
+    `engine.rendezvous` reads SLURM's, torchrun's and DeepSpeed's.
 
     Raises:
-        UserError: the environment is incomplete, or there are more local ranks than GPUs.
+        UserError: the environment is incomplete, there are more local ranks than GPUs, or the
+            ranks do not find each other.
     """
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-    missing = [k for k in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
-    if missing:
-        raise UserError(
-            f"RANK is set but {', '.join(missing)} is not: start with deepspeed or torchrun, "
-            "or unset RANK to run one process"
-        )
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    os.environ |= resolve()
+    local_rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        # srun --gpus-per-task shows each task a GPU of its own, as number 0.
+        index = 0 if torch.cuda.device_count() == 1 and in_step(os.environ) else local_rank
+        if index >= torch.cuda.device_count():
             raise UserError(
                 f"local rank {local_rank} has no GPU: this machine shows "
                 f"{torch.cuda.device_count()}; start fewer ranks (--num_gpus)"
             )
-        torch.cuda.set_device(local_rank)
-        device, backend = torch.device("cuda", local_rank), "nccl"
+        torch.cuda.set_device(index)
+        device, backend = torch.device("cuda", index), "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        local_world = int(os.environ["LOCAL_WORLD_SIZE"])
         threads = os.environ.get("OMP_NUM_THREADS")
         if threads is None or (threads == "1" and local_world > 1):
             # Launchers set one thread a process; ranks on a CPU share its cores evenly instead.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     import deepspeed  # late: it takes seconds, and a wrong option should be told at once
 
-    deepspeed.init_distributed(
-        dist_backend=backend,
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(minutes=30),
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend=backend,
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(minutes=30),
+        )
+    except (dist.DistError, OSError) as error:
+        # DistNetworkError: the port is taken, the host is unknown or does not answer.
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"the {world} ranks cannot meet at {place}: {one_line(error)[:200]}: set MASTER_PORT"
+            " to a free port; python -m launcher.doctor under srun tests names and ports"
+        ) from error
     return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
 
 

@@ -20,8 +20,9 @@ from data.manifest import Manifest, is_remote
 from data.samples import Keyed
 from data.verify import check_hashes
 from engine import flops as flop_counts
-from engine import optim, zero
-from engine.checkpoint import Checkpoints, State
+from engine import optim, training_state, zero
+from engine.audit import SampleLog
+from engine.checkpoint import Checkpoints, Reader, State
 from engine.config import StageSection
 from engine.distributed import main_only, total
 from engine.drift import Drift
@@ -29,8 +30,9 @@ from engine.evaluation import Scores, Tally
 from engine.folder import Run, write_result
 from engine.kinds.base import Kind, Stage, TeacherMode
 from engine.monitor import Meter, Monitor
+from engine.preemption import Preempted
 from engine.teacher import view
-from engine.trainer import Loop, Skipped, train
+from engine.trainer import Loop, Skipped, save, train
 
 
 @dataclass
@@ -120,6 +122,7 @@ def check_shards(run: Run, *manifests: Manifest, labels: bool) -> None:
             action = functools.partial(
                 check_hashes, manifest, list(portion), hidden_only=config.skip_broken > 0
             )
+            run.boundary("checking shards")
             main_only(run.ranks, action)
             if (done := max(portion.values())) < size:
                 run.say(f"{manifest.root}: {100 * done // size}% checked")
@@ -165,14 +168,15 @@ def fit(run: Run, task: Fit) -> None:
             f"{task.name}: {plan.epochs:g} epochs x {task.train.samples} samples"
             f" / batch {plan.batch} = {steps} steps"
         )
-    engine = build_engine(run, task.objective, task.stage, plan)
+    run.boundary(f"{task.name}: starting")
+    checkpoints = Checkpoints(
+        run.folder / task.name / "checkpoints", ranks, config.keep, run.watchdog.beat
+    )
+    engine, state = _start(run, task, checkpoints)
     drift = Drift(task.encoder, task.reference or task.base.encoder, ranks)
-    checkpoints = Checkpoints(run.folder / task.name / "checkpoints", ranks, config.keep)
-    state = checkpoints.load(engine, task.record, task.train.hash)
-    if state is None:
-        state = State(0, 0, task.record, task.train.hash, ranks.world)
-    else:
-        run.say(f"{task.name}: resumed at step {state.step} of {steps}")
+    if state.step:
+        layout = f", saved by {state.world} ranks" if state.world != ranks.world else ""
+        run.say(f"{task.name}: resumed at step {state.step} of {steps}{layout}")
     before = state.seconds
 
     def spent() -> float:
@@ -207,6 +211,7 @@ def fit(run: Run, task: Fit) -> None:
         stage=task.name,
         steps=steps,
         start=state.step,
+        scored=state.scored,
         samples_per_step=plan.batch,
         log_every=config.log_every,
         unit=task.data.samples,
@@ -231,37 +236,41 @@ def fit(run: Run, task: Fit) -> None:
         return task.data.size(batch), work
 
     masked = task.stage != "finetune"
+    stage_folder = run.folder / task.name
+    samples = SampleLog(stage_folder, ranks, state.step) if config.log_samples else None
+    loop = Loop(
+        engine=engine,
+        batches=iter(loader),
+        inputs=task.inputs,
+        plan=plan,
+        steps=steps,
+        seed=seed,
+        state=state,
+        boundary=lambda where: run.boundary(f"{task.name}: {where}"),
+        skipped=skipped,
+        spent=spent,
+        samples=samples,
+        log_every=config.log_every,
+        save_every=config.save_every,
+        count=task.data.count if masked else lambda _: None,
+        measure=measure,
+        watch=lambda: {"feature/distance_from_init": drift()},
+        draw=draw if masked else None,
+        draw_every=config.picture_every if masked else 0,
+        evaluate=evaluate_now if task.validate is not None else None,
+        evaluate_every=getattr(plan, "eval_every", 0),
+    )
     with monitor:
-        last = train(
-            Loop(
-                engine=engine,
-                batches=iter(loader),
-                inputs=task.inputs,
-                plan=plan,
-                steps=steps,
-                seed=seed,
-                state=state,
-                skipped=skipped,
-                spent=spent,
-                log_every=config.log_every,
-                save_every=config.save_every,
-                count=task.data.count if masked else lambda _: None,
-                measure=measure,
-                watch=lambda: {"feature/distance_from_init": drift()},
-                draw=draw if masked else None,
-                draw_every=config.picture_every if masked else 0,
-                evaluate=evaluate_now if task.validate is not None else None,
-                evaluate_every=getattr(plan, "eval_every", 0),
-            ),
-            monitor,
-            meter,
-            checkpoints,
-            ranks,
-        )
-        if config.save_every:
-            state.seconds = spent()
-            checkpoints.save(engine, state)
-        left = task.finish(engine)
+        try:
+            last = train(loop, monitor, meter, checkpoints, ranks)
+            left = task.finish(engine)
+        except Preempted:
+            save(loop, monitor, checkpoints)
+            raise Preempted(f"{task.name}, step {state.step} of {steps}") from None
+        finally:
+            loader.close()
+            if samples:
+                samples.close()
         scores = left.pop("scores", {})
         figures: dict[str, float] = {}
         for split, score in scores.items():
@@ -299,6 +308,24 @@ def fit(run: Run, task: Fit) -> None:
     )
     run.say(f"{task.name}: done in {spent():.0f} s -> {run.folder / task.name}")
     engine.destroy()
+
+
+def _start(run: Run, task: Fit, checkpoints: Checkpoints) -> tuple[Any, State]:
+    """The stage's engine and state: from its newest whole checkpoint, or new.
+
+    The weights go into the module before DeepSpeed cuts and casts it, the rest after.
+    """
+    found = checkpoints.find(task.record, task.train.hash)
+    if found is None:
+        engine = build_engine(run, task.objective, task.stage, task.plan)
+        return engine, State(0, 0, task.record, task.train.hash, run.ranks.world)
+    folder, state = found
+    read = Reader(folder, state)
+    training_state.load_weights(task.objective, read)
+    engine = build_engine(run, task.objective, task.stage, task.plan)
+    training_state.restore(engine, run.ranks.rank, read, state.optimizer)
+    state.config = task.record  # the layout of this launch
+    return engine, state
 
 
 def record_of(
@@ -356,6 +383,7 @@ def evaluate(run: Run, engine: Any, data: Kind, base: Any, manifest: Manifest) -
         require_labels=True,
     )
     for batch in batches:
+        run.boundary(f"scoring {manifest.root}")
         labels = batch["labels"].to(ranks.device)
         # Padding and skipped samples bear -1, which no cross-entropy takes; the tally skips them.
         out = engine(labels=labels.clamp(min=0), **view(batch, data.full, ranks.device))

@@ -14,9 +14,12 @@ import tomli_w
 import torch
 
 from data.errors import UserError
-from engine.checkpoint import write_text
+from engine.checkpoint import FREE
 from engine.config import Config
 from engine.distributed import Ranks, main_only
+from engine.files import write_text
+from engine.preemption import Agreement, Preempted
+from engine.watchdog import Watchdog
 from engine.zero import DTYPES
 
 RESULT = "result.json"
@@ -24,9 +27,6 @@ CONFIG = "config.toml"
 
 #: Sections of the configuration that belong to one stage.
 STAGES = ("pretrain", "distill", "finetune")
-
-#: What may differ when a complete stage is met again: its figures do not depend on it.
-_FREE = ("zero", "accumulation")
 
 
 @dataclass
@@ -37,7 +37,14 @@ class Run:
     ranks: Ranks
     folder: Path
     lock: IO[str] | None = None
+    agreement: Agreement = field(init=False)
+    watchdog: Watchdog = field(init=False)
     _said: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        ranks = self.ranks
+        self.agreement = Agreement(ranks.world)
+        self.watchdog = Watchdog(self.folder, ranks.rank, ranks.world, self.config.watchdog)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,8 +62,24 @@ class Run:
             self._said.add(line)
             self.say(line)
 
+    def boundary(self, where: str, *, wait: bool = False) -> None:
+        """Between two units of work: a sign of life, and the place to leave. Every rank calls it.
+
+        Args:
+            where: what comes next.
+            wait: for all ranks' answer of now; else it is that of the call before, which came while
+                they worked.
+
+        Raises:
+            Preempted: a rank was asked to leave.
+        """
+        self.watchdog.beat(where)
+        if self.agreement.ask() if wait else self.agreement.poll():
+            raise Preempted(where)
+
     def close(self) -> None:
         """Lets another launch use the folder."""
+        self.watchdog.stop()
         if self.lock:
             self.lock.close()
 
@@ -98,6 +121,7 @@ def open_run(config: Config, ranks: Ranks) -> Run:
 
     main_only(ranks, enter)
     config.model.path = main_only(ranks, lambda: config.model.path)
+    run.watchdog.start()
     return run
 
 
@@ -121,7 +145,7 @@ def _check_complete(
     )
     for key in sorted(made.keys() | record.keys()):
         old, new = made.get(key), record.get(key)
-        if old == new or key.rsplit(".", 1)[-1] in _FREE:
+        if old == new or key.rsplit(".", 1)[-1] in FREE:
             continue
         cure = (
             "give the same, take another --output, or do the stage again with --overwrite true"

@@ -43,6 +43,8 @@ class Monitor:
         stage: Shown on the terminal: "pretrain", "distill-1", "finetune".
         steps: Steps in the whole stage.
         start: Steps already done by earlier launches, as the checkpoint says.
+        scored: The step after which the last evaluation was logged; one of a later step is done
+            again, and its line is cut.
         samples_per_step: Global batch, for the rate on the terminal.
         log_every: A plain line every so many steps where stdout is no terminal.
         quiet: Nothing on the terminal; the files are written as ever.
@@ -57,6 +59,7 @@ class Monitor:
         stage: str,
         steps: int,
         start: int = 0,
+        scored: int | None = None,
         samples_per_step: int,
         log_every: int,
         quiet: bool = False,
@@ -71,7 +74,7 @@ class Monitor:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        cut_metrics(folder / METRICS, self.first)
+        cut_metrics(folder / METRICS, self.first, scored)
         self._metrics = (folder / METRICS).open("a", encoding="utf-8")
         # TensorBoard drops all that earlier event files of the folder hold from this step on.
         self._writer = SummaryWriter(str(folder), purge_step=self.first)
@@ -171,6 +174,11 @@ class Monitor:
         """
         if self.enabled and self._line is not None:
             self._line.update(step, losses)
+
+    def sync(self) -> None:
+        """Force `metrics.jsonl` to the disk: a newer checkpoint would lose lines."""
+        if self.enabled:
+            os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
         """Finish the line and the files. More calls do nothing."""
@@ -281,16 +289,26 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line]
 
 
-def cut_metrics(path: Path, first: int) -> None:
+def cut_metrics(path: Path, first: int, scored: int | None = None) -> None:
     """Drop the lines of step `first` and later, and one that a crash left unfinished.
 
     Args:
         path: A `metrics.jsonl`; may be missing.
         first: The first step that is to be written anew.
+        scored: The step of the last evaluation that stays; None for all before `first`.
     """
     if not path.exists():
         return
-    kept = [record for record in read_metrics(path) if record["step"] < first]
+    kept = [
+        record
+        for record in read_metrics(path)
+        if record["step"] < first
+        and (
+            scored is None
+            or record["step"] <= scored
+            or not any(tag.startswith(("val/", "test/")) for tag in record)
+        )
+    ]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(r, allow_nan=False) + "\n" for r in kept))
     os.replace(temporary, path)

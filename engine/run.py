@@ -17,8 +17,13 @@ import time  # noqa: E402
 import warnings  # noqa: E402
 from typing import Any  # noqa: E402
 
+from engine import preemption  # noqa: E402
+
+if __name__ == "__main__":
+    preemption.listen()  # before anything slow: until here a signal kills
+
 from data.cli import one_line  # noqa: E402
-from data.errors import UserError  # noqa: E402
+from data.errors import UserError, WorkerLost  # noqa: E402
 from engine import config as configuration  # noqa: E402
 
 
@@ -64,52 +69,88 @@ def parse(argv: list[str]) -> dict[str, Any]:
     return captured
 
 
+#: Another rank ended: its own exit code says why, and is the higher one where it is worth a retry.
+PEER_LOST = 1
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs the stages; returns the exit code."""
+    """Runs the stages.
+
+    Returns:
+        Exit code: 0 done; 2 a mistake of the user's; `preemption.AGAIN` interrupted, launching
+        again goes on; `PEER_LOST` another rank failed.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    main_rank = int(os.environ.get("RANK", "0")) == 0
+    main_rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
     try:
         if {"--help", "-h"} & set(argv):
             if main_rank:
                 print(configuration.help_text())
             return 0
-        settings = configuration.load(parse(argv))
-        _quiet()
-        from engine.distributed import describe, explain, initialize, lost_peer
-
-        ranks = initialize()
-        from engine.folder import open_run
-        from engine.stages import run_stages
-
-        try:
-            run = open_run(settings, ranks)
-            try:
-                run_stages(run)
-            finally:
-                run.close()
-        except OSError as error:
-            raise UserError(describe(error)) from error
-        except RuntimeError as error:
-            message = explain(error, ranks.world)
-            if message is None:
-                raise
-            if lost_peer(error):
-                # The rank that failed says why, and its launcher then ends this one.
-                time.sleep(5)
-            raise UserError(message) from error
-        except FloatingPointError as error:
-            raise UserError(
-                f"the loss is not finite at {error}: lower the learning rate, or use bf16 or fp32"
-            ) from error
+        _run(argv)
+    except preemption.Preempted as error:
+        if main_rank:
+            signal = preemption.asked() or "a signal to another rank"
+            print(
+                f"interrupted ({signal}) at {error}: launch again to go on from there", flush=True
+            )
+        return preemption.AGAIN
+    except PeerLost as error:
+        # The rank that failed says why, and its launcher then ends this one.
+        if _patient(5):
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        return PEER_LOST
     except UserError as error:
-        if not main_rank:
-            # Most mistakes are every rank's: rank 0 says it, then the launcher ends the others.
-            time.sleep(3)
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        return 2
+        # Most mistakes are every rank's: rank 0 says it, then the launcher ends the others.
+        if main_rank or _patient(6):
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        return preemption.AGAIN if isinstance(error, WorkerLost) else 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _run(argv: list[str]) -> None:
+    """The launch itself; whatever the user or the machine did wrong becomes a UserError."""
+    settings = configuration.load(parse(argv))
+    _quiet()
+    from engine.distributed import describe, explain, initialize, lost_peer
+
+    ranks = initialize()
+    from engine.folder import open_run
+    from engine.stages import run_stages
+
+    try:
+        run = open_run(settings, ranks)
+        try:
+            run_stages(run)
+        finally:
+            run.close()
+    except OSError as error:
+        raise UserError(describe(error)) from error
+    except RuntimeError as error:
+        message = explain(error, ranks.world)
+        if message is None:
+            raise
+        raise (PeerLost if lost_peer(error) else UserError)(message) from error
+    except FloatingPointError as error:
+        raise UserError(
+            f"the loss is not finite at {error}: lower the learning rate, or use bf16 or fp32"
+        ) from error
+
+
+class PeerLost(UserError):
+    """A collective failed because another rank is gone."""
+
+
+def _patient(seconds: float) -> bool:
+    """Waits; False as soon as the launcher, having ended another rank, asks this one to leave."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if preemption.asked():
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _quiet() -> None:

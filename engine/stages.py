@@ -38,9 +38,11 @@ def run_stages(run: Run) -> None:
     """Runs what `--stage` names, in order; complete stages are skipped."""
     config = run.config
     if config.stage in ("pretrain", "all"):
+        run.boundary("pretrain", wait=True)
         pretrain(run)
     if config.stage in ("distill", "all"):
         for number in range(1, config.rounds + 1):
+            run.boundary(f"distill-{number}", wait=True)
             distill(run, number)
     if config.stage == "finetune":
         finetune(run, config.finetune.start)
@@ -190,16 +192,7 @@ def _teacher(run: Run, kind: Kind, name: str, taught: Any, train: Manifest) -> T
         "teacher": taught.sha256,
         "view": f"{kind.view(taught)}, {feature}, {config.precision}",
     }
-    every = max(1, train.samples // ranks.world // 10)
-    told = [0]
-
-    def progress(done: int, of: int) -> None:
-        if done // every > told[0] // every:
-            run.say(f"{name}: teacher features {100 * done // of}%")
-        told[0] = done
-
-    codec = kind.codec(taught, train)
-    return build_table(folder, key, train, codec, whole, shape, config, ranks, progress)
+    return build_table(run, folder, key, train, kind.codec(taught, train), whole, shape)
 
 
 def _export(run: Run, kind: Kind, stage: str, engine: Any, base: Any) -> dict[str, Any]:
@@ -243,6 +236,7 @@ def finetune(run: Run, start: str) -> None:
     results = []
     for seed in seeds:
         stage = name if config.finetune.seeds == 1 else f"{name}/seed-{seed}"
+        run.boundary(stage, wait=True)
         _finetune_once(run, stage, source, seed)
         results.append(run.result(stage))
     if config.finetune.seeds > 1:

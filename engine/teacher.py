@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,9 +18,10 @@ from data.codec import Codec
 from data.errors import UserError
 from data.loader import sequential, tell
 from data.manifest import Manifest
-from engine.checkpoint import fsync, write_text
 from engine.config import Config
-from engine.distributed import Ranks, barrier, broadcast, main_only, total
+from engine.distributed import Ranks, main_only, total
+from engine.files import fsync, write_text
+from engine.folder import Run
 from engine.objectives import FeatureExtractor
 from engine.zero import inference_config
 
@@ -159,33 +161,34 @@ def choose(mode: str, bytes_needed: int | None, config: Config, folder: Path) ->
     return "cached" if fits else "replicated"
 
 
+#: Samples of a forward pass of the table: fixed, so that the table is the same for all layouts.
+_BATCH = 64
+#: A part of the table is at most so many rows; an interrupted pass loses one part a rank.
+_PART = 4096
+
+
 def build_table(
+    run: Run,
     folder: Path,
     key: dict[str, Any],
     manifest: Manifest,
     codec: Codec,
     teacher: Callable[[dict[str, Tensor]], Tensor],
     shape: tuple[int, ...],
-    config: Config,
-    ranks: Ranks,
-    progress: Callable[[int, int], None],
 ) -> Cached:
     """Opens the table of `key`, computing it first if it is not there.
 
-    Each rank computes a contiguous part of the set into a file of its own; rank 0 joins them,
-    fsyncs and renames. `table.json` holds the key (manifest, teacher, view) and comes last.
+    The set is cut into parts that do not depend on the number of ranks. A rank computes every
+    world-th of those that are missing, each into a file of its own; rank 0 joins them, fsyncs and
+    renames. `table.json` holds the key (manifest, teacher, view) and comes last. A pass that was
+    interrupted goes on, on any number of ranks.
 
     Raises:
         UserError: a table is there but belongs to another teacher, data set or view; broken data.
+        Preempted: the ranks leave between two parts.
     """
-    file, record = folder / "features.npy", folder / "table.json"
-    state: dict[str, Any] | None = None
-    if ranks.main and record.exists():
-        try:
-            state = json.loads(record.read_text(encoding="utf-8"))
-        except ValueError:
-            state = {"unreadable": True}
-    state = broadcast(state)
+    file, ranks = folder / "features.npy", run.ranks
+    state = main_only(ranks, lambda: _read_key(folder / "table.json"))
     if state is not None:
         wrong = [k for k in key if state.get(k) != key[k]]
         if wrong or not file.exists():
@@ -197,18 +200,58 @@ def build_table(
             )
         return Cached(_open(file, manifest.samples, shape), ranks.device, folder)
 
-    main_only(ranks, lambda: folder.mkdir(parents=True, exist_ok=True))
-    part = folder / f".part-{ranks.rank}.npy"
-    first = manifest.samples * ranks.rank // ranks.world
-    last = manifest.samples * (ranks.rank + 1) // ranks.world
-    rows = np.lib.format.open_memmap(part, "w+", np.float32, (last - first, *shape))
-    done = 0
-    batch_size = max(1, config.distill.batch // ranks.world)
-    batches = sequential(
+    row = table_bytes(1, shape)
+    size = max(1, min(_PART, 2**26 // row, max(_BATCH // 2, -(-manifest.samples // 64))))
+    spans = [(a, min(a + size, manifest.samples)) for a in range(0, manifest.samples, size)]
+    missing = main_only(ranks, lambda: _prepare(folder, key, spans))
+    _compute(run, folder, manifest, codec, teacher, shape, missing)
+    main_only(ranks, lambda: _join(run, folder, key, manifest, spans, shape))
+    return Cached(_open(file, manifest.samples, shape), ranks.device, folder)
+
+
+def _read_key(path: Path) -> dict[str, Any] | None:
+    """A key that was written; None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError:
+        return {"unreadable": True}
+
+
+def _part(folder: Path, span: tuple[int, int]) -> Path:
+    return folder / f"rows-{span[0]}-{span[1]}.npy"
+
+
+def _prepare(
+    folder: Path, key: dict[str, Any], spans: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Keeps the parts that an interrupted pass of this key left; says which are missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    known = _read_key(folder / "parts.json")
+    if known != key:
+        for left in folder.glob("*rows-*"):
+            left.unlink()
+        write_text(folder / "parts.json", json.dumps(key, indent=1))
+    return [span for span in spans if not _part(folder, span).exists()]
+
+
+def _compute(
+    run: Run,
+    folder: Path,
+    manifest: Manifest,
+    codec: Codec,
+    teacher: Callable[[dict[str, Tensor]], Tensor],
+    shape: tuple[int, ...],
+    missing: list[tuple[int, int]],
+) -> None:
+    """Computes the missing parts of the table. Every rank calls it."""
+    config, ranks, name = run.config, run.ranks, folder.parent.name
+    mine = missing[ranks.rank :: ranks.world]
+    passed = sequential(
         manifest,
-        batch=batch_size,
-        rank=ranks.rank,
-        world=ranks.world,
+        batch=_BATCH,
+        spans=mine,
         workers=config.data.workers,
         cache_dir=config.data.cache_dir,
         cache_gb=config.data.cache_gb,
@@ -216,36 +259,57 @@ def build_table(
         report=tell,
         codec=codec,
     )
-    for batch in batches:
-        features = teacher(batch).cpu().numpy()
-        valid = batch["valid"].numpy()
-        rows[batch["ids"].numpy()[valid] - first] = features[valid]
-        done += int(valid.sum())
-        progress(done, last - first)
-    for sample in batches.broken:
-        rows[sample - first] = np.nan
-    batches.tolerate(int(total(torch.tensor(len(batches.broken), device=ranks.device))))
-    rows.flush()
-    del rows
-    barrier()
+    batches, told = iter(passed), time.monotonic()
+    rounds = -(-len(missing) // ranks.world)
+    try:
+        for number in range(rounds):
+            run.boundary(f"{name}: teacher features, part {number + 1} of {rounds}", wait=True)
+            if time.monotonic() - told > 10:
+                run.say(f"{name}: teacher features {100 * number // rounds}%")
+                told = time.monotonic()
+            if number >= len(mine):
+                continue
+            first, last = mine[number]
+            rows = np.full(
+                (last - first, *shape), np.nan, np.float32
+            )  # a broken sample's stays NaN
+            for _ in range(-(-(last - first) // _BATCH)):
+                batch = next(batches)
+                features, valid = teacher(batch).cpu().numpy(), batch["valid"].numpy()
+                rows[batch["ids"].numpy()[valid] - first] = features[valid]
+                run.watchdog.beat()
+            part = _part(folder, mine[number])
+            draft = part.with_name(f".{part.name}.tmp")
+            with open(draft, "wb") as file:
+                np.save(file, rows)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, part)
+    finally:
+        passed.close()
+    passed.tolerate(int(total(torch.tensor(len(passed.broken), device=ranks.device))))
 
-    def join() -> None:
-        draft = folder / ".features.npy.tmp"
-        table = np.lib.format.open_memmap(draft, "w+", np.float32, (manifest.samples, *shape))
-        for rank in range(ranks.world):
-            a, b = (manifest.samples * (rank + i) // ranks.world for i in (0, 1))
-            if b > a:
-                table[a:b] = np.load(folder / f".part-{rank}.npy", mmap_mode="r")
-        table.flush()
-        del table
-        fsync(draft)
-        os.replace(draft, file)
-        write_text(record, json.dumps(key, indent=1))
-        for rank in range(ranks.world):
-            (folder / f".part-{rank}.npy").unlink()
 
-    main_only(ranks, join)
-    return Cached(_open(file, manifest.samples, shape), ranks.device, folder)
+def _join(
+    run: Run,
+    folder: Path,
+    key: dict[str, Any],
+    manifest: Manifest,
+    spans: list[tuple[int, int]],
+    shape: tuple[int, ...],
+) -> None:
+    draft = folder / ".features.npy.tmp"
+    table = np.lib.format.open_memmap(draft, "w+", np.float32, (manifest.samples, *shape))
+    for first, last in spans:
+        table[first:last] = np.load(_part(folder, (first, last)), allow_pickle=False)
+        run.watchdog.beat()
+    table.flush()
+    del table
+    fsync(draft)
+    os.replace(draft, folder / "features.npy")
+    write_text(folder / "table.json", json.dumps(key, indent=1))
+    for left in (*(_part(folder, span) for span in spans), folder / "parts.json"):
+        left.unlink(missing_ok=True)
 
 
 def _open(file: Path, samples: int, shape: tuple[int, ...]) -> np.ndarray:

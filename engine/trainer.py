@@ -16,9 +16,11 @@ from torch import Tensor
 from data import keyed
 from data.loader import Loader
 from engine import optim
-from engine.checkpoint import Checkpoints, State, write_text
+from engine.audit import SampleLog
+from engine.checkpoint import Checkpoints, State
 from engine.config import StageSection
 from engine.distributed import Ranks, main_only, mean, total
+from engine.files import write_text
 from engine.monitor import Meter, Monitor
 from engine.objectives import EXTRAS, LOSSES
 
@@ -99,6 +101,7 @@ class Loop:
         steps: optimiser steps of the whole stage.
         seed: seed of the dropout masks.
         state: where the stage stands; `step` is the next one to take.
+        boundary: called between steps; raises `Preempted` when the ranks leave.
         log_every: steps between log lines.
         save_every: steps between checkpoints, 0 for none.
         count: a batch -> the units by whose number in the global batch the loss is divided; None:
@@ -111,6 +114,7 @@ class Loop:
         evaluate_every: steps between evaluations, 0 for none.
         skipped: the broken samples that were left out; None where they are an error.
         spent: seconds that the stage took so far, over all launches.
+        samples: the log of the steps' samples, if one is kept.
     """
 
     engine: Any
@@ -120,6 +124,7 @@ class Loop:
     steps: int
     seed: int
     state: State
+    boundary: Callable[[str], None] = lambda _: None
     log_every: int = 50
     save_every: int = 0
     count: Callable[[Batch], int | None] = lambda _: None
@@ -131,51 +136,65 @@ class Loop:
     evaluate_every: int = 0
     skipped: Skipped | None = None
     spent: Callable[[], float] = lambda: 0.0
+    samples: SampleLog | None = None
 
 
 def train(
     loop: Loop, monitor: Monitor, meter: Meter, checkpoints: Checkpoints, ranks: Ranks
 ) -> dict[str, float]:
-    """Runs a stage from `loop.state.step` to its end.
+    """Runs a stage from `loop.state.step` to its end, and saves there.
+
+    At every step the order is: train, log, draw, evaluate, save. A resumed stage enters where it
+    left: an evaluation that was not finished is done again, and nothing else.
 
     Returns:
         The scalars of the last log step (means over ranks and micro-batches).
 
     Raises:
         FloatingPointError: the loss is no longer finite (looked at on log steps).
+        Preempted: the ranks leave; `save` must follow.
     """
     engine, plan, state = loop.engine, loop.plan, loop.state
     engine.train()
     meter.reset()
-    last: dict[str, float] = {}
-    while state.step < loop.steps:
+    while True:
+        done = state.step == loop.steps
+        due = loop.evaluate_every and state.step % loop.evaluate_every == 0
+        # The stage evaluates at its end in any case.
+        if loop.evaluate and due and not done and state.step > state.scored:
+            with meter.paused():
+                loop.evaluate(state.step)
+                engine.train()
+            state.scored = state.step
+        if loop.save_every and (done or state.step % loop.save_every == 0):
+            with meter.paused():
+                save(loop, monitor, checkpoints)
+        if done:
+            return state.last
+        loop.boundary(f"step {state.step + 1}")
         step = state.step
         optim.set_learning_rate(
             engine.optimizer, optim.learning_rate(step, loop.steps, plan.warmup, plan.lr)
         )
-        due = (step + 1) % loop.log_every == 0 or step == 0 or step + 1 == loop.steps
+        last = step + 1 == loop.steps
+        due = (step + 1) % loop.log_every == 0 or step == 0 or last
         losses, batch, out, norm = _step(loop, meter, ranks, measure=due)
         state.step += 1
         state.position += plan.batch
-
-        done = state.step == loop.steps
         if due:
-            last = _log(loop, losses, norm, monitor, meter, ranks)
+            state.last = _log(loop, losses, norm, monitor, meter, ranks)
         else:
             monitor.progress(state.step)
-        if loop.draw and loop.draw_every and (state.step % loop.draw_every == 0 or done):
+        if loop.draw and loop.draw_every and (state.step % loop.draw_every == 0 or last):
             with meter.paused():
                 loop.draw(state.step, batch, out)
-        scored = loop.evaluate_every and state.step % loop.evaluate_every == 0
-        if loop.evaluate and scored and not done:  # the stage evaluates at its end in any case
-            with meter.paused():
-                loop.evaluate(state.step)
-                engine.train()
-        if loop.save_every and (state.step % loop.save_every == 0) and not done:
-            with meter.paused():
-                state.seconds = loop.spent()
-                checkpoints.save(engine, state)
-    return last
+
+
+def save(loop: Loop, monitor: Monitor, checkpoints: Checkpoints) -> None:
+    """Saves where the stage stands. Every rank calls it, between two steps."""
+    monitor.sync()
+    loop.state.seconds = loop.spent()
+    checkpoints.save(loop.engine, loop.state)
 
 
 def _step(
@@ -214,6 +233,8 @@ def _step(
             if name not in EXTRAS:
                 value = value.detach()
                 sums[name] = sums[name] + value if name in sums else value
+    if loop.samples:
+        loop.samples.write(loop.state.step + 1, batches)
     return sums, batch, out, norm
 
 

@@ -1,0 +1,96 @@
+"""Leaving early, in three pieces: a signal sets a flag, the ranks agree on it, the loop saves.
+
+SLURM sends the signal of `--signal=USR2@180` some minutes before the time limit, and SIGTERM when
+it preempts, requeues or cancels a job. A terminal's Ctrl-C asks for the same; a second one leaves
+at once. Whatever asked, the run ends with exit code `AGAIN`, which the sbatch scripts turn into a
+requeue; launching again continues.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+#: Exit code "interrupted, launch again and it goes on": EX_TEMPFAIL of sysexits.h.
+AGAIN = os.EX_TEMPFAIL
+
+_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+_asked: list[int] = []
+
+
+class Preempted(Exception):
+    """The ranks agreed to leave. Raised at the same place on every rank."""
+
+
+def listen() -> None:
+    """From now on the signals set the flag instead of ending the process.
+
+    Called as early as can be: before it, a signal kills, and the run continues from the checkpoint
+    before.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, _note)
+
+
+def _note(number: int, _: FrameType | None) -> None:
+    if number == signal.SIGINT and signal.SIGINT in _asked:
+        raise KeyboardInterrupt
+    _asked.append(number)
+
+
+def asked() -> str | None:
+    """The name of the first signal that asked this process to leave."""
+    return signal.Signals(_asked[0]).name if _asked else None
+
+
+class Agreement:
+    """Whether any rank was asked to leave, as all ranks see it at the same time.
+
+    One small all-reduce a call, on the CPU and in a group of its own. `poll` reads the result of
+    the call before, so that no step waits for it: the ranks leave one step later.
+
+    Args:
+        world: number of ranks. Every one makes the object, and makes the same calls.
+    """
+
+    def __init__(self, world: int) -> None:
+        # Late: the signals are listened to before torch has been imported.
+        import torch
+        import torch.distributed as dist
+
+        self.group: Any = dist.new_group(backend="gloo") if world > 1 else None
+        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._work: Any = None
+
+    def poll(self) -> bool:
+        """Whether a rank had been asked when the last call was made."""
+        if self.group is None:
+            return bool(_asked)
+        agreed = self._finish()
+        self._begin()
+        return agreed
+
+    def ask(self) -> bool:
+        """Whether a rank has been asked by now; waits for the answer."""
+        if self.group is None:
+            return bool(_asked)
+        self._finish()
+        self._begin()
+        return self._finish()
+
+    def _begin(self) -> None:
+        import torch.distributed as dist
+
+        self._flag.fill_(len(_asked))
+        self._work = dist.all_reduce(
+            self._flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True
+        )
+
+    def _finish(self) -> bool:
+        if self._work is None:
+            return False
+        self._work.wait()
+        self._work = None
+        return bool(self._flag.item())

@@ -1,0 +1,184 @@
+"""A rank that hangs is found: no sign of life for so long, then the stacks and an end.
+
+A thread a rank looks at the time of the last beat (a step, a batch scored, a file hashed). Each
+also leaves its sign of life in the run's folder, so that the ranks which wait for a stopped process
+or a dead host can name it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from engine.preemption import AGAIN
+
+#: Waiting in these says that the rank waits for others.
+_COLLECTIVE = ("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/comm/")
+
+
+class Watchdog:
+    """Ends a rank that makes no progress.
+
+    Args:
+        folder: of the run; gets `.pulse/rank-00003.json` and, when a rank hangs, `hang-00003.txt`.
+        rank: this process.
+        world: number of ranks.
+        seconds: without a beat until the end; 0 for no watch.
+        leave: how to end the process (for tests).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        world: int,
+        seconds: float,
+        leave: Callable[[int], Any] = os._exit,
+    ) -> None:
+        self.folder, self.rank, self.world = folder, rank, world
+        self.seconds, self.leave = seconds, leave
+        self.where = "starting"
+        self._last = time.monotonic()
+        self._main = threading.main_thread().ident
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two looks: a hang is found at most so much later."""
+        return min(30.0, self.seconds / 5)
+
+    def start(self) -> None:
+        """Begins to watch."""
+        if self.seconds > 0 and self._thread is None:
+            self.beat("starting")
+            with contextlib.suppress(OSError):
+                self._pulse(0, None)
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+
+    def beat(self, where: str | None = None) -> None:
+        """A sign of progress; cheap enough for every step.
+
+        Args:
+            where: what goes on from here; by default what went on before.
+        """
+        self._last = time.monotonic()
+        if where is not None:
+            self.where = where
+
+    def stop(self) -> None:
+        """Ends the watch, and removes this rank's sign of life."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self._pulse_file(self.rank).unlink(missing_ok=True)
+
+    def _pulse_file(self, rank: int) -> Path:
+        return self.folder / ".pulse" / f"rank-{rank:05d}.json"
+
+    def _watch(self) -> None:
+        while not self._over.wait(self.interval):
+            silent = time.monotonic() - self._last
+            frame = sys._current_frames().get(self._main or 0)
+            with contextlib.suppress(OSError):  # a full disk is told where the run writes
+                self._pulse(silent, frame)
+            if silent > self.seconds:
+                self._end(silent, frame)
+                return
+
+    def _pulse(self, silent: float, frame: FrameType | None) -> None:
+        file = self._pulse_file(self.rank)
+        file.parent.mkdir(exist_ok=True)
+        draft = file.with_suffix(".tmp")
+        content = {
+            "time": time.time(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "silent": round(silent, 1),
+            "where": self.where,
+            "at": _innermost(frame),
+            "waits": _in_collective(frame),
+        }
+        draft.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(draft, file)
+
+    def _end(self, silent: float, frame: FrameType | None) -> None:
+        dump = self.folder / f"hang-{self.rank:05d}.txt"
+        lines = [
+            f"error: rank {self.rank} on {socket.gethostname()}: no progress for {silent:.0f} s"
+            f" (--watchdog {self.seconds:g}) in {self.where}, at {_innermost(frame)}"
+        ]
+        try:
+            with open(dump, "w", encoding="utf-8") as file:
+                file.write(lines[0] + "\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            lines.append(f"all threads' stacks: {dump}")
+        except OSError:
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        # Others look a little earlier or later: what they have to say must be there, and they must
+        # have left theirs before this process's end takes them along.
+        time.sleep(2 * self.interval)
+        hung = self.suspects()
+        if self.rank == 0 or not _in_collective(frame):
+            lines += [f"{line}: that is where to look" for line in hung]
+            print("; ".join(lines), file=sys.stderr, flush=True)
+        self.leave(AGAIN)
+
+    def suspects(self) -> list[str]:
+        """The ranks that others wait for: stopped or dead ones, or those in no collective."""
+        found = []
+        for rank in range(self.world):
+            try:
+                pulse = json.loads(self._pulse_file(rank).read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                found.append(f"rank {rank} left no sign of life")
+                continue
+            name = f"rank {rank} on {pulse['host']} (pid {pulse['pid']})"
+            age = time.time() - pulse["time"]
+            if age > 4 * self.interval:
+                found.append(
+                    f"{name} has given no sign of life for {age:.0f} s, in {pulse['where']}"
+                )
+            elif not pulse["waits"]:
+                found.append(f"{name} is at {pulse['at']}, in {pulse['where']}")
+        return found
+
+
+def _stack(frame: FrameType | None) -> list[FrameType]:
+    frames = []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+def _in_collective(frame: FrameType | None) -> bool:
+    """Whether the innermost calls wait for other ranks."""
+    return any(
+        any(part in f.f_code.co_filename for part in _COLLECTIVE)
+        or (f.f_code.co_name == "_finish" and f.f_code.co_filename.endswith("preemption.py"))
+        for f in _stack(frame)[:6]
+    )
+
+
+def _innermost(frame: FrameType | None) -> str:
+    """File, line and function of the innermost call of this project's own code."""
+    root = str(Path(__file__).resolve().parent.parent)
+    for f in _stack(frame):
+        name = f.f_code.co_filename
+        if name.startswith(root) and "/.venv/" not in name:
+            return f"{name[len(root) + 1 :]}:{f.f_lineno} ({f.f_code.co_name})"
+    return "no place in this program"

@@ -1,0 +1,74 @@
+"""A process that makes no progress is ended with its stacks; one that does is left alone."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from engine.preemption import AGAIN
+from engine.watchdog import Watchdog
+from tests.helpers import ROOT, environment
+
+#: Works for a while, then hangs in a function of its own.
+HANGS = """
+import sys, time
+from pathlib import Path
+from engine.watchdog import Watchdog
+dog = Watchdog(Path(sys.argv[1]), 0, 2, 2.0)
+dog.start()
+for step in range(20):
+    dog.beat(f"step {step}")
+    time.sleep(0.2)
+def stuck_here():
+    time.sleep(60)
+stuck_here()
+"""
+
+
+def test_a_hang_is_found_in_time_and_told(tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS, str(tmp_path)],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    took = time.monotonic() - began
+    assert done.returncode == AGAIN, done.stderr
+    assert took > 4 + 2, "it was at work for four seconds"
+    assert took < 25
+    (line,) = done.stderr.splitlines()
+    assert "rank 0 on" in line
+    assert "no progress for 2" in line
+    assert "in step 19" in line
+    assert "rank 1 left no sign of life: that is where to look" in line
+    assert "Traceback" not in done.stderr
+    dump = (tmp_path / "hang-00000.txt").read_text()
+    assert "in stuck_here" in dump
+    assert "no progress" in dump
+
+
+def test_progress_keeps_it_quiet(tmp_path: Path) -> None:
+    left: list[int] = []
+    dog = Watchdog(tmp_path, 0, 1, 0.5, leave=left.append)
+    dog.start()
+    for step in range(20):
+        dog.beat(f"step {step}")
+        time.sleep(0.1)
+    pulse = json.loads((tmp_path / ".pulse" / "rank-00000.json").read_text())
+    assert pulse["where"].startswith("step ")
+    dog.stop()
+    assert not left
+    assert not list((tmp_path / ".pulse").iterdir())
+    time.sleep(1)
+    assert not left, "it was stopped"
+
+
+def test_zero_seconds_is_no_watch(tmp_path: Path) -> None:
+    dog = Watchdog(tmp_path, 0, 1, 0)
+    dog.start()
+    dog.stop()
+    assert not list(tmp_path.iterdir())

@@ -61,6 +61,10 @@ def initialize() -> Ranks:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     import deepspeed  # late: it takes seconds, and a wrong option should be told at once
 
+    if device.type == "cpu":
+        # gloo carries all that the ranks say. DeepSpeed would first compile an all-reduce through
+        # shared memory, which serves its inference alone: half a minute, and one build at a time.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         deepspeed.init_distributed(
             dist_backend=backend,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
+import socket
+import time
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,13 +111,7 @@ def open_run(config: Config, ranks: Ranks) -> Run:
 
     def enter() -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
-        run.lock = open(run.folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115  held till exit
-        try:
-            fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{run.folder} is in use by another launch: wait for it, or take another --output"
-            ) from None
+        run.lock = _lock(run.folder / ".lock", _patience(config.watchdog))
         known = _read_toml(run.folder / CONFIG).get("model", {}).get("path")
         if known is not None and not config.told("model"):
             config.model.path = known  # the run's own model, whatever the recipe's is
@@ -123,6 +120,51 @@ def open_run(config: Config, ranks: Ranks) -> Run:
     config.model.path = main_only(ranks, lambda: config.model.path)
     run.watchdog.start()
     return run
+
+
+def _patience(watchdog: float) -> float:
+    """Seconds to wait for a folder that is in use.
+
+    A job that SLURM put back after a host was cut off may start while that host's ranks still wait
+    for the others, until their watchdog ends them.
+    """
+    return watchdog + 120 if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else 0
+
+
+def _lock(path: Path, patience: float) -> IO[str]:
+    """Holds a file until the process ends; in it stands who does.
+
+    Raises:
+        UserError: another process holds it, and still does after `patience` seconds.
+    """
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  held till exit
+    end, told = time.monotonic() + patience, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read().strip()
+            by = f" ({who})" if who else ""
+            if time.monotonic() > end:
+                file.close()
+                raise UserError(
+                    f"{path.parent} is in use by another launch{by}: wait for it, or take another"
+                    " --output"
+                ) from None
+            if not told:
+                told = True
+                print(
+                    f"{path.parent} is still in use{by}: waiting at most {patience:.0f} s",
+                    flush=True,
+                )
+            time.sleep(1)
+    file.truncate(0)
+    job = os.environ.get("SLURM_JOB_ID")
+    file.write(f"{socket.gethostname()}, pid {os.getpid()}{f', job {job}' if job else ''}\n")
+    file.flush()
+    return file
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

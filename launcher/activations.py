@@ -1,0 +1,115 @@
+"""Bytes that a sample's forward leaves for its backward, in closed form: an estimate.
+
+Counted are the tensors that autograd saves, as PyTorch's own hooks see them (tests/test_plan.py),
+with fused attention, which saves no attention matrix, and without recomputation. A block of width
+D and MLP width M saves for each token
+
+    (8 D + 2 M) e,   e bytes a value
+
+(inputs of both LayerNorms and of the four linear layers; queries, keys and values; attention's
+output; GELU's input), beside the statistics of LayerNorm and attention, and 2 D values of dropout's
+masks (a byte each on CUDA, e on a CPU). With M = 4 D and e = 2 that is equation 1 of Korthikanti et
+al. 2022 (arXiv 2205.05198) without dropout and the attention matrix: 32 bytes x tokens x D. What
+lives for a moment only (gradients of activations, workspaces of cuBLAS) is not counted, nor what a
+caching allocator leaves unused.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from engine.models.vit_mae import Shape
+
+
+class Blocks(NamedTuple):
+    """A stack of transformer blocks.
+
+    Attributes:
+        depth: number of blocks.
+        width: D.
+        mlp_width: M.
+        heads: of attention.
+    """
+
+    depth: int
+    width: int
+    mlp_width: int
+    heads: int
+
+
+def block_bytes(blocks: Blocks, tokens: int, size: int, *, mask: int = 0) -> int:
+    """What one block saves of one sequence.
+
+    Args:
+        blocks: their shape.
+        tokens: in the sequence.
+        size: bytes of a value.
+        mask: bytes of a value of dropout's masks, behind attention and MLP; 0 without dropout.
+    """
+    values = (8 * blocks.width + 2 * blocks.mlp_width) * size
+    # fp32: mean and deviation of two LayerNorms; a sum of exponentials a head.
+    statistics = 4 * (2 * 2 + blocks.heads)
+    return tokens * (values + statistics + 2 * blocks.width * mask)
+
+
+def stack_bytes(blocks: Blocks, tokens: int, size: int, *, mask: int = 0) -> int:
+    """What all blocks save of one sequence, and the LayerNorm behind the last one."""
+    last = 2 * tokens * blocks.width * size
+    return blocks.depth * block_bytes(blocks, tokens, size, mask=mask) + last
+
+
+def encoder_blocks(shape: Shape) -> Blocks:
+    """A ViT-MAE's encoder."""
+    return Blocks(shape.depth, shape.width, shape.mlp_width, shape.heads)
+
+
+def decoder_blocks(shape: Shape) -> Blocks:
+    """A ViT-MAE's decoder."""
+    return Blocks(
+        shape.decoder_depth, shape.decoder_width, shape.decoder_mlp_width, shape.decoder_heads
+    )
+
+
+def whole_images(shape: Shape, size: int, *, mask: int = 0) -> int:
+    """Of an image whose patches are all encoded."""
+    tokens = 1 + shape.patches
+    masks = tokens * shape.width * mask  # behind the embeddings
+    pixels = shape.patches * shape.patch_values * size
+    return pixels + masks + stack_bytes(encoder_blocks(shape), tokens, size, mask=mask)
+
+
+def masked_images(shape: Shape, size: int) -> int:
+    """Of an image in masked auto-encoding: kept patches, decoder, the loss on pixels in fp32."""
+    pixels = shape.patches * shape.patch_values
+    encoder = stack_bytes(encoder_blocks(shape), 1 + shape.kept, size)
+    decoder = stack_bytes(decoder_blocks(shape), 1 + shape.patches, size)
+    # Input of the projection; the prediction; its difference to the target, and the target.
+    ends = pixels * (size + size + 4 + 4)
+    return encoder + decoder + ends
+
+
+def whole_texts(blocks: Blocks, tokens: int, size: int, *, mask: int = 0) -> int:
+    """Of a text that is encoded whole."""
+    # Embeddings: their sum, LayerNorm's output comes with the first block.
+    ends = tokens * blocks.width * (size + mask)
+    return ends + stack_bytes(blocks, tokens, size, mask=mask)
+
+
+def masked_texts(
+    blocks: Blocks, tokens: int, masked: float, vocabulary: int, size: int, *, mask: int
+) -> float:
+    """Of a text in masked language modelling; the head sees its masked tokens alone.
+
+    Args:
+        blocks: the encoder's.
+        tokens: in the text.
+        masked: of these, the masked ones.
+        vocabulary: outputs of the head.
+        size: bytes of a value.
+        mask: see `block_bytes`.
+    """
+    # Dense layer, GELU, LayerNorm; logits in fp32 (and in the network's type before), and either
+    # their logarithms or, later, their gradient.
+    logits = vocabulary * (8 + (size if size < 4 else 0))
+    head = masked * (4 * blocks.width * size + logits)
+    return whole_texts(blocks, tokens, size, mask=mask) + head

@@ -1,0 +1,201 @@
+"""What happens to clusters, done to a real job of two hosts; each ends as if it had not happened.
+
+`make test-faults` runs these and prints the table of docs/faults.md.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.lab import LOGIN, Cluster
+from tests.helpers import COMMON, ROOT, environment, make_world
+from tests.test_preemption import figures, same_weights, samples
+
+pytestmark = [pytest.mark.cluster, pytest.mark.faults]
+
+STEPS, EVERY = 600, 20
+
+
+@dataclass
+class Came:
+    """What became of a disturbed job."""
+
+    fault: str
+    down: float
+    redone: int
+    restarts: str
+
+
+TABLE: list[Came] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[None]:
+    yield
+    print("\n\n| what was done | back at work after | steps redone | restarts |")
+    print("|---|---|---|---|")
+    for row in TABLE:
+        print(f"| {row.fault} | {row.down:.0f} s | {row.redone} | {row.restarts} |")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_world(tmp_path_factory.mktemp("faults"))
+    for name in ("slurm", "engine", "launcher", "data", "recipes", "ds_configs", ".venv"):
+        (root / name).symlink_to(ROOT / name)
+    return root
+
+
+def submit(cluster: Cluster, root: Path, name: str, *words: str) -> str:
+    told = {k: str(v) for k, v in COMMON.items()} | {
+        "stage": "pretrain",
+        "pretrain.steps": str(STEPS),
+        "pretrain.batch": "32",
+        "zero": "zero1",
+        "save_every": str(EVERY),
+        "log_samples": "true",
+        "watchdog": "20",
+    }
+    args = " ".join(f"--{k} {v}" for k, v in told.items() if k != "stage")
+    env = environment(
+        STAGE="pretrain",
+        RECIPE="",
+        DATA="shards",
+        MODEL="base",
+        OUTPUT=f"runs/{name}",
+        ARGS=args,
+    )
+    head = ("--nodes=2", "--ntasks-per-node=1", *words)
+    return cluster.sbatch(*head, "slurm/stage.sh", cwd=root, env=env)
+
+
+def last(stage: Path) -> tuple[int, float]:
+    """The last logged step, and the time when it was logged."""
+    try:
+        line = json.loads((stage / "metrics.jsonl").read_text().split("\n")[-2])
+    except (OSError, ValueError, IndexError):
+        return 0, 0.0
+    return int(line["step"]), float(line["time"])
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: Cluster, root: Path) -> Path:
+    """A run that nobody disturbs."""
+    job = submit(cluster, root, "whole")
+    assert cluster.wait(job, 400) == "COMPLETED", cluster.log(job)
+    return root / "runs" / "whole" / "pretrain"
+
+
+def disturb(
+    cluster: Cluster,
+    root: Path,
+    whole: Path,
+    name: str,
+    action: Callable[[str, Path], None],
+    *words: str,
+) -> None:
+    """Starts a job, does something to it, and compares the end with the undisturbed run's."""
+    job = submit(cluster, root, name.replace(" ", "-"), *words)
+    stage = root / "runs" / name.replace(" ", "-") / "pretrain"
+    cluster.until(lambda: last(stage)[0] >= 3 * EVERY + 7, 240, "the first steps")
+    action(job, stage)
+    # Whatever was logged until the job was put back counts as work that may be redone.
+    cluster.until(
+        lambda: cluster.jobs(job)[0].get("Restarts") != "0", 240, f"restart: {cluster.log(job)}"
+    )
+    reached, at = last(stage)
+    assert cluster.wait(job, 600) == "COMPLETED", cluster.log(job)
+    told = cluster.log(job)
+    resumed = [int(line.split()[4]) for line in told.splitlines() if ": resumed at step" in line]
+    assert resumed, told
+    lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    back = next(line["time"] for line in lines if line["step"] == reached + 1)
+    TABLE.append(Came(name, back - at, reached - resumed[0], cluster.jobs(job)[0]["Restarts"]))
+    assert reached - resumed[0] <= EVERY, "no more than an interval is lost"
+    assert same_weights(whole, stage)
+    assert figures(whole) == figures(stage)
+    assert samples(whole) == samples(stage)
+    assert list(samples(stage)) == list(range(1, STEPS + 1))
+
+
+def pulse(stage: Path, rank: int) -> int:
+    """Pid of a rank, as its own host numbers it."""
+    file = stage.parent / ".pulse" / f"rank-{rank:05d}.json"
+    return int(json.loads(file.read_text())["pid"])
+
+
+def test_requeue_by_hand(cluster: Cluster, root: Path, whole: Path) -> None:
+    def action(job: str, stage: Path) -> None:
+        cluster.run(LOGIN, "scontrol", "requeue", job)
+
+    disturb(cluster, root, whole, "scontrol requeue", action)
+
+
+def test_the_warning_signal(cluster: Cluster, root: Path, whole: Path) -> None:
+    def action(job: str, stage: Path) -> None:
+        cluster.run(LOGIN, "scancel", "--signal=USR2", job)
+
+    disturb(cluster, root, whole, "SIGUSR2", action)
+
+
+@pytest.mark.parametrize(
+    ("name", "partition"),
+    [("preempted without grace", "low"), ("preempted with 15 s of grace", "lowgrace")],
+)
+def test_preemption(cluster: Cluster, root: Path, whole: Path, name: str, partition: str) -> None:
+    def action(job: str, stage: Path) -> None:
+        cluster.sbatch("--nodes=2", "--exclusive", "--wrap=sleep 5", cwd=root)
+
+    disturb(cluster, root, whole, name, action, f"--partition={partition}", "--exclusive")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_is_killed(cluster: Cluster, root: Path, whole: Path, rank: int) -> None:
+    def action(job: str, stage: Path) -> None:
+        cluster.run(f"node{rank + 1}", "kill", "-KILL", str(pulse(stage, rank)))
+
+    disturb(cluster, root, whole, f"SIGKILL of rank {rank}", action)
+
+
+def test_a_rank_is_stopped(cluster: Cluster, root: Path, whole: Path) -> None:
+    """The watchdog (20 s here) finds it."""
+
+    def action(job: str, stage: Path) -> None:
+        cluster.run("node2", "kill", "-STOP", str(pulse(stage, 1)))
+
+    disturb(cluster, root, whole, "SIGSTOP of rank 1 with watchdog 20 s", action)
+    hang = root / "runs" / "SIGSTOP-of-rank-1-with-watchdog-20-s" / "hang-00000.txt"
+    assert "no progress" in hang.read_text()
+
+
+@pytest.mark.parametrize("node", ["node1", "node2"])
+def test_power_cut(cluster: Cluster, root: Path, whole: Path, node: str) -> None:
+    def action(job: str, stage: Path) -> None:
+        cluster.power_off(node)
+        time.sleep(1)
+        cluster.power_on(node)
+
+    disturb(cluster, root, whole, f"power cut of {node}", action)
+
+
+@pytest.mark.parametrize("node", ["node1", "node2"])
+def test_network_cut(cluster: Cluster, root: Path, whole: Path, node: str) -> None:
+    def action(job: str, stage: Path) -> None:
+        cluster.link(node, up=False)
+        cluster.until(lambda: cluster.node_states()[node].startswith("down"), 60, "down")
+        cluster.link(node, up=True)
+
+    disturb(cluster, root, whole, f"network cut of {node}", action)
+
+
+def test_time_limit(cluster: Cluster, root: Path, whole: Path) -> None:
+    """SLURM's limits are minutes; its warning may come up to a minute early."""
+
+    def action(job: str, stage: Path) -> None:
+        cluster.run(LOGIN, "scontrol", "update", f"jobid={job}", "TimeLimit=1")
+
+    disturb(cluster, root, whole, "time limit", action, "--signal=USR2@20", "--time=30")

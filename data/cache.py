@@ -1,50 +1,37 @@
 """The node's cache of remote shards: fetched once, checked, kept while there is room.
 
-Whatever `webdataset.gopen` opens can be fetched: http and https (through curl), ``pipe:COMMAND``,
-gs, hf, sftp ... Files are named by their sha256, so two data sets or two addresses never mix.
-Processes of a node agree through a lock file a shard (flock, which the system drops when a process
-dies): the first fetches to ``NAME.part``, checks the sha256, and renames; the others wait and find
-it done.
+Files are named by their sha256, so two data sets or two addresses never mix. Processes of a node
+agree through a lock file a shard (flock, which the system drops when a process dies): the first
+fetches to ``NAME.part`` (see `data.fetch`), checks the sha256, and renames; the others wait and
+find it done, or find in ``NAME.failed`` what the first met.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import json
 import math
 import os
-import re
-import subprocess
 import threading
+import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import webdataset
-
+from data import fetch
 from data.errors import BrokenData, UserError
+from data.fetch import NotThere, Report, fetch_bytes
+
+__all__ = ["NotThere", "Report", "ShardCache", "as_python_warning", "default_folder", "fetch_bytes"]
 
 DEFAULT_GB = 64.0
-_CHUNK = 2**20
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Wanted = tuple[str, str, int]  # URL, sha256 in hex, bytes
-Report = Callable[[str], None]  # takes a line that the user should see
-
-
-class NotThere(BrokenData):
-    """A URL at which there is nothing, as its server says."""
-
-
-# A worker forked while another thread starts curl would inherit curl's pipes, whose end then never
-# comes: no fork while a command is being started.
-_STARTING = threading.Lock()
-os.register_at_fork(
-    before=_STARTING.acquire,
-    after_in_parent=_STARTING.release,
-    after_in_child=_STARTING.release,
-)
 
 
 def default_folder() -> Path:
@@ -61,72 +48,6 @@ def as_python_warning(line: str) -> None:
     warnings.warn(line, stacklevel=3)
 
 
-def _failure(url: str, error: Exception) -> BrokenData:
-    # webdataset appends the child's whole command line; its exit status says enough.
-    text = " ".join(str(error).split())
-    reason = text[text.rfind("exit ") :].split(" (read)")[0] if "exit " in text else text
-    return BrokenData(
-        f"cannot fetch {url} ({reason}): check the address and that this node reaches it"
-        " (schemes without a handler go through pipe:, e.g. 'pipe:aws s3 cp s3://... -')"
-    )
-
-
-def _chunks(url: str) -> Iterator[bytes]:
-    """The bytes of a URL; whatever fails names the URL."""
-    try:
-        with _STARTING:
-            opened = webdataset.gopen(url, "rb")
-        with opened as stream:
-            while chunk := stream.read(_CHUNK):
-                yield chunk
-    except (OSError, ValueError, ImportError) as error:
-        raise _failure(url, error) from None
-
-
-def fetch_bytes(url: str) -> bytes:
-    """A small remote file, such as a manifest, whole.
-
-    Args:
-        url: What `webdataset.gopen` opens.
-
-    Returns:
-        Its bytes.
-
-    Raises:
-        NotThere: There is no such file.
-        BrokenData: It cannot be fetched.
-    """
-    try:
-        content = b"".join(_chunks(url))
-    except BrokenData as error:
-        if _absent(url, str(error)):
-            raise NotThere(str(error)) from None
-        raise
-    if not content:
-        raise _failure(url, OSError("nothing came"))
-    return content
-
-
-def _absent(url: str, message: str) -> bool:
-    """Whether a failure to fetch means that there is no such file."""
-    if re.match(r"https?://", url, re.IGNORECASE):
-        # To curl's -f all refusals are exit 22: the status tells 404 from 403 and 500.
-        return "(exit 22)" in message and _http_status(url) in ("404", "410")
-    # Commands have no status for it. `cat`, also through ssh, `aws s3 cp` and `gsutil` end with 1
-    # (ssh itself with 255), curl for ftp with 78, for hf with 22; of file: Python says it.
-    return any(f"({r})" in message for r in ("exit 1", "exit 22", "exit 78")) or (
-        url.startswith("file:") and "[Errno 2]" in message
-    )
-
-
-def _http_status(url: str) -> str:
-    """The status of a request, through curl as all others: its proxies, its .netrc."""
-    words = ["curl", "-s", "-L", "--max-time", "60", "-o", os.devnull, "-w", "%{http_code}", url]
-    with _STARTING:
-        asked = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    return asked.communicate()[0].strip()
-
-
 class ShardCache:
     """A folder of fetched files, shared by the processes of a node.
 
@@ -134,7 +55,8 @@ class ShardCache:
         folder: On a disk of the node itself; by default `default_folder()`.
         limit_gb: About how much it may hold, in GB (1e9 bytes); the least recently opened files go
             first. By default 64.
-        report: Told when it is too small; by default `as_python_warning`.
+        report: Told when it or its disk is too small, and of transfers that are tried again; by
+            default Python warnings, `as_python_warning` and `fetch.as_retrying`.
 
     Raises:
         UserError: The folder cannot be made.
@@ -148,7 +70,9 @@ class ShardCache:
     ) -> None:
         self.folder = Path(folder) if folder else default_folder()
         self.report = report or as_python_warning
+        self._retrying = report or fetch.as_retrying
         self.limit = round((DEFAULT_GB if limit_gb is None else limit_gb) * 1e9)
+        self._fits = self.limit
         if self.limit <= 0:
             raise UserError(f"the shard cache may hold {limit_gb} GB: give more than 0")
         try:
@@ -170,18 +94,19 @@ class ShardCache:
 
     def __getstate__(self) -> dict[str, Any]:
         """Only where and how much: each process has its own thread."""
-        return {"folder": self.folder, "limit": self.limit, "report": self.report}
+        kept = ("folder", "limit", "report", "_fits", "_retrying")
+        return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
 
     @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        """One process, and one thread of it, at a time."""
+    def _locked(self, name: str, wait: bool = True) -> Iterator[None]:
+        """One process, and one thread of it, at a time; without `wait`, BlockingIOError."""
         fd = os.open(self.folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
         finally:
             # Said outright: a worker forked meanwhile has a copy of fd, which would keep the lock.
@@ -211,19 +136,28 @@ class ShardCache:
             BrokenData: It cannot be fetched, or is not the file that the manifest means.
             UserError: The cache is too small, or its disk full.
         """
+        return self._obtain(url, sha256, size, drop_kept=True)
+
+    def _obtain(self, url: str, sha256: str, size: int | None, drop_kept: bool) -> Path:
+        """See `path`; what prefetching wants is dropped last, or not at all."""
         final = self.folder / sha256
-        if self._hit(final, size):
-            return final
-        try:
-            with self._locked(sha256):
-                if not self._hit(final, size):
-                    self._room(size or 0, frozenset((sha256,)), url)
-                    self._fetch(url, sha256, size)
-        except OSError as error:
-            raise UserError(
-                f"cannot keep {url} in {self.folder} ({error.strerror}): make room, or give another"
-                " folder (cache_dir, or the variable SELFDISTILL_CACHE)"
-            ) from None
+        began = time.time()
+        while not self._hit(final, size):
+            try:
+                with self._locked(sha256):
+                    if not self._hit(final, size):
+                        self._heed(sha256, began)
+                        self._room(size or 0, frozenset((sha256,)), url)
+                        self._fetch(url, sha256, size)
+                return final
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    if error.errno in _FULL and self._give_way(size or 1, drop_kept):
+                        continue
+                raise UserError(
+                    f"cannot keep {url} in {self.folder} ({error.strerror}): make room, or give"
+                    " another folder (--data.cache_dir, or the variable SELFDISTILL_CACHE)"
+                ) from None
         return final
 
     @staticmethod
@@ -238,36 +172,51 @@ class ShardCache:
         return True
 
     def _fetch(self, url: str, sha256: str, size: int | None) -> None:
-        """Downloads under the file's lock; one more try when the transfer fails."""
-        part = self.folder / f"{sha256}.part"
+        """Downloads under the file's lock."""
+        part, note = (self.folder / f"{sha256}.{end}" for end in ("part", "failed"))
+        wrong: set[str] = set()
+
+        def once(attempt: int) -> None:
+            digest, count = hashlib.sha256(), 0
+            with (
+                part.open("wb") as file,
+                contextlib.closing(fetch.chunks(url, fresh=attempt > 1)) as stream,
+            ):
+                for chunk in stream:
+                    digest.update(chunk)
+                    count += len(chunk)
+                    if size is not None and count > size:
+                        break
+                    file.write(chunk)
+            if digest.hexdigest() != sha256:
+                found, what = digest.hexdigest(), "another sha256"
+                if size is not None and count > size:
+                    found, what = "more", f"more than {size} bytes"
+                elif size is not None and count < size:
+                    what = f"{count} bytes where {size} belong"
+                # Twice the same is no accident of the transfer.
+                again = found not in wrong
+                wrong.add(found)
+                raise fetch.Failure(what, again=again, damaged=True)
+
         try:
-            for attempt in (1, 2):
-                try:
-                    digest, count = hashlib.sha256(), 0
-                    with part.open("wb") as file:
-                        for chunk in _chunks(url):
-                            digest.update(chunk)
-                            count += len(chunk)
-                            if size is not None and count > size:
-                                break
-                            file.write(chunk)
-                    self._check(url, digest.hexdigest(), sha256, count, size)
-                    break
-                except BrokenData:
-                    if attempt == 2:
-                        raise
+            fetch.retry(url, once, self._retrying)
             part.rename(self.folder / sha256)
+            note.unlink(missing_ok=True)
+        except BrokenData as error:
+            # For those that wait behind the lock: they would try for as long, one after another.
+            with contextlib.suppress(OSError):
+                note.write_text(json.dumps({"time": time.time(), "error": str(error)}))
+            raise
         finally:
             part.unlink(missing_ok=True)
 
-    @staticmethod
-    def _check(url: str, found: str, wanted: str, count: int, size: int | None) -> None:
-        if found != wanted:
-            what = f"{count} bytes where {size} belong" if count != size else "another sha256"
-            raise BrokenData(
-                f"{url} is not the file that its manifest names ({what}): upload shards and"
-                " manifest.json of the same packing again"
-            )
+    def _heed(self, sha256: str, began: float) -> None:
+        """Raises what another process met while this one waited for it."""
+        with contextlib.suppress(OSError, ValueError):
+            note = json.loads((self.folder / f"{sha256}.failed").read_text())
+            if began < note["time"] <= time.time():
+                raise BrokenData(note["error"])
 
     def _files(self) -> list[tuple[float, int, Path]]:
         """Last use, size and path of what is kept."""
@@ -307,13 +256,57 @@ class ShardCache:
             total = sum(size for _, size, _ in files)
             # Oldest first, and what is needed now after all others.
             for _, size, path in sorted(files, key=lambda f: (f[2].name in keep | self._keep, f)):
-                if total + need <= self.limit:
+                if total + need <= max(self._fits, need):
                     break
                 if path.name in keep | self._keep and not drop_kept:
                     return False
                 path.unlink(missing_ok=True)
                 total -= size
         return True
+
+    def _give_way(self, need: int, drop_kept: bool) -> bool:
+        """Drops abandoned downloads, then the least recently used files, from a full disk.
+
+        Args:
+            need: Bytes to come.
+            drop_kept: Whether files that prefetching wants may go, too.
+
+        Returns:
+            Whether there is room now.
+        """
+        freed = 0
+
+        def free() -> int:
+            status = os.statvfs(self.folder)
+            return status.f_bavail * status.f_frsize
+
+        def enough() -> bool:
+            # A file that somebody has open gives its room back later; a quota shows in no figure.
+            return freed >= need and free() >= need
+
+        with self._locked("room"):
+            for part in self.folder.glob("*.part"):
+                with contextlib.suppress(OSError), self._locked(part.stem, wait=False):
+                    size = part.stat().st_size
+                    part.unlink()
+                    freed += size
+            files = self._files()
+            total = sum(size for _, size, _ in files)
+            if free() + total < need:
+                return False  # not even then
+            for _, size, path in sorted(files, key=lambda f: (f[2].name in self._keep, f)):
+                if enough() or (path.name in self._keep and not drop_kept):
+                    break
+                path.unlink(missing_ok=True)
+                freed += size
+        # More than this does not fit: from now on `_room` makes the room before it is needed.
+        if total < self._fits and freed:
+            self._fits = total
+            self.report(
+                f"the disk of the shard cache {self.folder} is full: it holds {total / 1e9:.2g} GB"
+                " from here on: make room, or give another folder (--data.cache_dir)"
+            )
+        return freed > 0 and enough()
 
     def prefetch(self, wanted: list[Wanted]) -> None:
         """Fetches files in the background, in this order; what was asked before is dropped.
@@ -352,4 +345,4 @@ class ShardCache:
                 if self._hit(self.folder / sha256, size):
                     continue
                 if self._room(size, frozenset((sha256,)), url, drop_kept=False):
-                    self.path(url, sha256, size)
+                    self._obtain(url, sha256, size, drop_kept=False)

@@ -12,8 +12,11 @@ import math
 import os
 import signal
 import sys
+import threading
+import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from data.cache import Report, as_python_warning
 from data.codec import Codec, Images
-from data.errors import UserError
+from data.errors import UserError, WorkerLost
 from data.manifest import Manifest
 from data.order import Ints, Order
 from data.reader import Reader
@@ -43,17 +46,90 @@ def _ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+_DEATHS = {
+    -signal.SIGKILL: "was killed by the system (SIGKILL), most likely for lack of memory",
+    -signal.SIGBUS: "died (SIGBUS), most likely for lack of shared memory (/dev/shm)",
+}
+_awaited: Any = None  # the iterator for whose batch the main thread waits
+
+
+def _lost(iterator: Any) -> WorkerLost | None:
+    """What to say of the workers of a DataLoader's iterator, if one of them died."""
+    for worker in getattr(iterator, "_workers", ()):
+        if code := worker.exitcode:  # 0: at its end; None: alive
+            how = _DEATHS.get(code, f"died (exit {code})")
+            return WorkerLost(
+                f"a data loader worker (pid {worker.pid}) {how}: launch again and the stage goes on"
+                " from its checkpoint; take fewer --data.workers, or a --data.cache_dir that is not"
+                " in memory, if it happens again"
+            )
+    return None
+
+
+@functools.cache
+def _watch() -> None:
+    """Lets the death of a worker end the wait for a batch at once, and nothing else.
+
+    torch's handler of SIGCHLD raises wherever the program stands, in the midst of a step or of a
+    checkpoint. Without one torch sees the death within 5 s, or never if the worker was writing.
+    """
+    torchs = signal.getsignal(signal.SIGCHLD)
+
+    def handle(number: int, frame: Any) -> None:
+        with suppress(RuntimeError):
+            if callable(torchs):
+                torchs(number, frame)
+        if lost := _lost(_awaited):
+            raise lost
+
+    signal.signal(signal.SIGCHLD, handle)
+
+
+@contextmanager
+def _awaiting(iterator: Any) -> Iterator[None]:
+    """Raises WorkerLost when a worker of the iterator is dead, or dies within."""
+    global _awaited
+    if hasattr(iterator, "_workers") and threading.current_thread() is threading.main_thread():
+        _watch()
+        _awaited = iterator
+    try:
+        if lost := _lost(iterator):
+            raise lost
+        yield
+    except Exception as error:
+        # torch makes its own errors of a death, and of what is raised within its queue. The
+        # connections of a process that dies break a moment before it is dead.
+        end = time.monotonic() + (2 if isinstance(error, (EOFError, OSError)) else 0)
+        while not (lost := _lost(iterator)) and time.monotonic() < end:
+            time.sleep(0.01)
+        if lost:
+            raise lost from None
+        raise
+    finally:
+        _awaited = None
+
+
 def _stop(iterator: Any) -> None:
     """Ends the workers of a DataLoader's iterator.
 
     They are asked first. Where that does not reach them (Python has collected the queue to them
     before the iterator) torch sends SIGTERM, which they ignore, and the program would wait for them
-    at its end for ever: so they are killed.
+    at its end for ever: so they are killed. When one of them died nothing is asked: it may have
+    held a lock that all share, which nobody gives back.
     """
-    shutdown = getattr(iterator, "_shutdown_workers", None)
-    if shutdown is None:
+    if not hasattr(iterator, "_shutdown_workers"):
         return
-    shutdown()
+    with suppress(WorkerLost), _awaiting(iterator):
+        iterator._shutdown_workers()
+    if _lost(iterator):
+        iterator._shutdown = True  # or it asks when it is collected
+        if iterator._worker_pids_set:  # torch refuses the next iterator that has its id
+            torch._C._remove_worker_pids(id(iterator))
+            iterator._worker_pids_set = False
+        for queue in (*iterator._index_queues, iterator._worker_result_queue):
+            queue.cancel_join_thread()
+        if iterator._pin_memory:
+            iterator._pin_memory_thread_done_event.set()
     for worker in iterator._workers:
         if worker.is_alive():
             worker.kill()
@@ -123,7 +199,11 @@ class _Batches:
         iterator = iter(loader)
         self._live.add(iterator)
         try:
-            for batch in iterator:
+            while True:
+                with _awaiting(iterator):
+                    batch = next(iterator, None)
+                if batch is None:
+                    return
                 if "error" in batch:
                     raise UserError(batch["error"])
                 self._count(batch.pop("broken"))
@@ -204,6 +284,7 @@ class Loader(_Batches):
 
     Raises:
         UserError: Sizes that do not divide; broken data.
+        WorkerLost: A worker was killed.
     """
 
     def __init__(
@@ -274,6 +355,8 @@ class Sequential(_Batches):
         batch: Samples of a batch of this rank.
         rank: 0 ... world - 1.
         world: Number of ranks.
+        spans: Ids [first, last) to visit instead of the rank's part; each is padded by itself to
+            whole batches.
         workers: Processes that read and decode; 0 does it in this one.
         cache_dir: Folder of fetched shards on this node.
         cache_gb: Its limit in GB (1e9 bytes).
@@ -289,6 +372,7 @@ class Sequential(_Batches):
 
     Raises:
         UserError: Broken data; no samples.
+        WorkerLost: A worker was killed.
     """
 
     def __init__(
@@ -298,6 +382,7 @@ class Sequential(_Batches):
         batch: int,
         rank: int = 0,
         world: int = 1,
+        spans: Sequence[tuple[int, int]] | None = None,
         workers: int = 0,
         cache_dir: str | None = None,
         cache_gb: float | None = None,
@@ -320,17 +405,21 @@ class Sequential(_Batches):
         rows = Rows(reader, codec or _codec(manifest), skip_broken > 0)
         super().__init__(manifest, rows, workers, pin, skip_broken, report)
         self.batch = batch
-        self.first = manifest.samples * rank // world
-        self.last = manifest.samples * (rank + 1) // world
-        self._batches = math.ceil(math.ceil(manifest.samples / world) / batch)
+        if spans is None:
+            first, last = (manifest.samples * (rank + i) // world for i in (0, 1))
+            batches = math.ceil(math.ceil(manifest.samples / world) / batch)
+            self._spans = [(first, last, batches)]
+        else:
+            self._spans = [(a, b, math.ceil((b - a) / batch)) for a, b in spans]
 
     def __len__(self) -> int:
-        return self._batches
+        return sum(batches for _, _, batches in self._spans)
 
     def _arrays(self) -> Iterator[Ints]:
-        ids = np.full(self._batches * self.batch, -1, dtype=np.int64)
-        ids[: self.last - self.first] = np.arange(self.first, self.last)
-        yield from np.split(ids, self._batches)
+        for first, last, batches in self._spans:
+            ids = np.full(batches * self.batch, -1, dtype=np.int64)
+            ids[: last - first] = np.arange(first, last)
+            yield from ids.reshape(batches, self.batch)
 
     def __iter__(self) -> Iterator[Batch]:
         return self._run(self._arrays)

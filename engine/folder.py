@@ -185,13 +185,14 @@ def _check_complete(
         result.get("record", record) | {"data": result["manifest"]},
         record | {"data": data},
     )
+    stage = next(key.split(".")[0] for key in record if key.endswith(".steps"))
     for key in sorted(made.keys() | record.keys()):
         old, new = made.get(key), record.get(key)
         if old == new or key.rsplit(".", 1)[-1] in FREE:
             continue
         cure = (
             "give the same, take another --output, or do the stage again with --overwrite true"
-            " (--stage names it)"
+            f" --stage {stage}"
         )
         if isinstance(old, str) and len(old) == len(str(new)) == 64:
             raise UserError(f"{folder} is complete, and was made with another {key}: {cure}")

@@ -19,7 +19,7 @@ export UV_HTTP_TIMEOUT ?= 300
 # The deepspeed launcher looks for `python` and `ninja` on PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help venv quickstart quickstart-text test test-browser chromium lint format bench screenshot
+.PHONY: help venv quickstart quickstart-text test test-browser test-cluster test-faults slurm chromium lint format bench screenshot
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -44,13 +44,30 @@ quickstart: venv ## the main job on a small real set: pack, pretrain, distill, f
 quickstart-text: venv ## the same on texts: docstrings of installed packages, by their package
 	$(PY) -m launcher.quickstart --kind text $(ARGS)
 
-test: venv ## all tests but the browser's (ARGS="-k order" picks some)
-	$(PY) -m pytest -n 2 --dist loadfile -m "not browser" $(ARGS)
+test: venv ## all tests but the browser's and the cluster's (ARGS="-k order" picks some)
+	$(PY) -m pytest -n 2 --dist loadfile -m "not browser and not cluster and not faults" $(ARGS)
 
 test-browser: chromium ## the tests that open TensorBoard in headless Chromium
 	$(PY) -m pytest -m browser $(ARGS)
 
-chromium: venv
+test-cluster: venv slurm ## the tests on a real SLURM cluster, made of namespaces; needs root
+	$(PY) -m pytest tests/cluster -m "cluster and not faults" $(ARGS)
+
+test-faults: venv slurm ## what happens to clusters, twenty interruptions, and their table (long)
+	$(PY) -m pytest -s -m faults $(ARGS)
+
+# No daemon is started by its package: policy-rc.d forbids it, for this installation only.
+slurm: ## Debian's SLURM, unless it is there
+	@need="slurmctld slurmd slurm-client munge iproute2"; policy=/usr/sbin/policy-rc.d; \
+	if [ -x /usr/sbin/slurmctld ] && [ -x /usr/sbin/slurmd ] && [ -x /usr/sbin/munged ] \
+	    && command -v sbatch >/dev/null && command -v ip >/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	    echo "no SLURM here, and only root on Debian can install it: apt-get install $$need" >&2; exit 0; fi; \
+	if [ ! -e $$policy ]; then \
+	    trap "rm -f $$policy" EXIT; printf '#!/bin/sh\nexit 101\n' >$$policy; chmod 755 $$policy; fi; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$need
+
+chromium: venv ## Debian's Chromium, unless there is one
 	@if [ -z "$(CHROMIUM)" ]; then \
 	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; \
@@ -70,5 +87,7 @@ format: venv ## let ruff put files in order
 bench: venv ## time a training step
 	$(PY) -m benchmarks.step $(ARGS)
 
-screenshot: chromium ## the README's picture of TensorBoard, from the runs in runs/
-	$(PY) -m launcher.screenshot $(ARGS)
+screenshot: chromium ## the README's pictures of TensorBoard, from make quickstart's run
+	$(PY) -m launcher.screenshot runs/quickstart/run docs/tensorboard-scalars.png --tags . --overwrite
+	$(PY) -m launcher.screenshot runs/quickstart/run docs/tensorboard-images.png --tab images \
+	    --tags reconstruction --actual_size --overwrite

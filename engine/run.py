@@ -69,16 +69,12 @@ def parse(argv: list[str]) -> dict[str, Any]:
     return captured
 
 
-#: Another rank ended: its own exit code says why, and is the higher one where it is worth a retry.
-PEER_LOST = 1
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the stages.
 
     Returns:
-        Exit code: 0 done; 2 a mistake of the user's; `preemption.AGAIN` interrupted, launching
-        again goes on; `PEER_LOST` another rank failed.
+        Exit code: 0 done; 2 a mistake of the user's; `preemption.AGAIN` interrupted, or another
+        rank or a worker is gone: launching again goes on.
     """
     argv = sys.argv[1:] if argv is None else argv
     main_rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
@@ -96,10 +92,11 @@ def main(argv: list[str] | None = None) -> int:
             )
         return preemption.AGAIN
     except PeerLost as error:
-        # The rank that failed says why, and its launcher then ends this one.
+        # The rank that failed says why, and its launcher, which goes by the exit code that came
+        # first, then ends this one.
         if _patient(5):
             print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        return PEER_LOST
+        return preemption.AGAIN
     except UserError as error:
         # Most mistakes are every rank's: rank 0 says it, then the launcher ends the others.
         if main_rank or _patient(6):

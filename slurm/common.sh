@@ -1,0 +1,113 @@
+# shellcheck shell=bash
+# Sourced by the templates: what a job does around engine/run.py. Nothing here is of one site.
+#
+# Variables, all optional: RECIPE (quickstart), DATA, MODEL, OUTPUT, ARGS (more options of
+# engine/run.py), MAX_RESTARTS (20), SELFDISTILL_ROOT (the clone; by default, where sbatch was
+# called).
+
+ROOT=$(cd "${SELFDISTILL_ROOT:-$SLURM_SUBMIT_DIR}" && pwd) || exit 2
+[ ! -x "$ROOT/.venv/bin/python" ] || PATH=$ROOT/.venv/bin:$PATH
+OUTPUT=${OUTPUT:-runs/slurm/run}
+# Node-local, since a compiled op belongs to one kind of machine.
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-/tmp/selfdistill-$(id -un)/torch_extensions}
+# srun does not take this over from sbatch by itself.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+# A signal to all of the job is for the ranks: this shell stays, to see how they ended.
+trap : TERM USR2
+
+# The embedded examples are packed once, where no data are named.
+RECIPE=${RECIPE-quickstart}
+if [ -z "${DATA:-}${DATASETS:-}" ]; then
+    case $RECIPE in quickstart) kind=images ;; quickstart_text) kind=text ;; *) kind= ;; esac
+    if [ -n "$kind" ]; then
+        DATA=$(dirname "$OUTPUT")/example-$kind
+        PYTHONPATH=$ROOT python -m launcher.example "$kind" "$DATA" || exit
+    fi
+fi
+
+# one_seed: makes this array task's run folder, which shares the stages that are there already.
+one_seed() {
+    local run
+    run=$(realpath -m "$OUTPUT")
+    SEED=$((${SEED:-0} + SLURM_ARRAY_TASK_ID))
+    OUTPUT=$run/seeds/$SEED
+    mkdir -p "$OUTPUT" || exit 2
+    local stage
+    for stage in "$run"/pretrain "$run"/distill-*; do
+        [ ! -d "$stage" ] || ln -sfn "$stage" "$OUTPUT/"
+    done
+    [ -e "$OUTPUT/config.toml" ] || [ ! -e "$run/config.toml" ] || cp "$run/config.toml" "$OUTPUT/"
+}
+
+# stale LOCK: whether the build that made it is gone, so that the next would wait without end (with
+# torch before 2.12; later ones lock through the kernel).
+stale() {
+    # A builder on this node has its lock open.
+    [ -z "$(find /proc/[0-9]*/fd -lname "$1" 2>/dev/null)" ] || return 1
+    case $1 in
+    /tmp/selfdistill-*) ;; # no other node sees this folder
+    *) [ -n "$(find "$1" -mmin +10 2>/dev/null)" ] ;;
+    esac
+}
+
+# rank COMMAND...: one task of srun. The first that fails leaves its exit code in $FIRST; what the
+# others end with says nothing of the cause, since srun ends them.
+rank() {
+    trap : TERM USR2
+    local lock code
+    for lock in "$TORCH_EXTENSIONS_DIR"/*/lock; do
+        if [ -e "$lock" ] && stale "$lock"; then rm -f "$lock"; fi
+    done
+    "$@"
+    code=$?
+    if [ $code != 0 ]; then
+        (set -o noclobber && echo "$code $SLURM_PROCID $SLURMD_NODENAME" >"$FIRST") 2>/dev/null
+    fi
+    return $code
+}
+export -f rank stale
+
+# launch OPTIONS...: runs the ranks, and ends the job as they ended.
+launch() {
+    local words code first who node
+    eval "words=(${ARGS:-})" # as a shell reads it, so quotes hold
+    [ -z "$RECIPE" ] || words+=(--recipe "$RECIPE")
+    [ -z "${MODEL:-}" ] || words+=(--model "$MODEL")
+    [ -z "${DATA:-}" ] || words+=(--data "$DATA")
+    export FIRST=$OUTPUT/.first-exit-$SLURM_JOB_ID
+    if ! { mkdir -p "$OUTPUT" && echo >"$FIRST" && rm "$FIRST"; }; then
+        echo "error: OUTPUT=$OUTPUT cannot be written: choose another folder" >&2
+        exit 2
+    fi
+    # shellcheck disable=SC2016  # $@ is for the task's shell
+    srun --export=ALL --kill-on-bad-exit=1 bash -c 'rank "$@"' rank \
+        python "$ROOT/engine/run.py" "$@" --output "$OUTPUT" "${words[@]}"
+    code=$?
+    if [ $code != 0 ]; then
+        # A shared file system may show another node's file some seconds late.
+        for _ in 1 2 3 4 5; do [ -e "$FIRST" ] || sleep 1; done
+        if read -r first who node 2>/dev/null <"$FIRST"; then
+            code=$first
+            echo "rank $who on $node was the first to fail, with exit code $code" >&2
+        fi
+        rm -f "$FIRST"
+    fi
+    # 75: interrupted, or another rank is gone. Above 128: killed by a signal. Again will do.
+    if [ "$code" = 75 ] || [ "$code" -gt 128 ]; then requeue "$code"; fi
+    exit "$code"
+}
+
+# requeue CODE: puts the job back into the queue, unless SLURM itself or the cap ends it.
+requeue() {
+    local count=${SLURM_RESTART_COUNT:-0} most=${MAX_RESTARTS:-20}
+    # Preempted, requeued or cancelled from outside: a cancelled job would come back to life.
+    if ! scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '; then
+        echo "exit code $1: SLURM ends the job itself" >&2
+    elif [ "$count" -ge "$most" ]; then
+        echo "error: exit code $1 after $count restarts, MAX_RESTARTS=$most: no more" >&2
+    else
+        echo "exit code $1: back to the queue, restart $((count + 1)) of at most $most" >&2
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    exit "$1"
+}

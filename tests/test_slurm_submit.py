@@ -12,7 +12,7 @@ from launcher import example, slurm
 from launcher.slurm import ROOT
 from tests import command as command_line
 
-GIVEN = "submit --recipe vit_base --model m --output runs/x --data".split() + ["my data"]
+GIVEN = ["submit", "--recipe=vit_base", "--model=m", "--output=runs/x", "--data", "my data"]
 CHAIN = ["--stages", "pretrain,distill,finetune"]
 
 

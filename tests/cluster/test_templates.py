@@ -136,3 +136,22 @@ def test_what_slurm_refuses_leaves_nothing_queued(cluster: Cluster, root: Path) 
     assert told.startswith("error: sbatch refuses all: ")
     assert len(told.splitlines()) == 1
     assert len(cluster.jobs()) == before
+
+
+def test_a_warned_job_saves_comes_back_and_ends_as_if_nothing_had_been(
+    cluster: Cluster, root: Path
+) -> None:
+    job = cluster.sbatch(
+        "slurm/stage.sh",
+        cwd=root,
+        env=env(STAGE="pretrain", OUTPUT="runs/warned", ARGS="--pretrain.steps 150"),
+    )
+    stage = root / "runs" / "warned" / "pretrain"
+    log = stage / "metrics.jsonl"
+    cluster.until(lambda: log.exists() and len(log.read_text().splitlines()) > 5, WAIT, "steps")
+    cluster.run(LOGIN, "scancel", "--signal=USR2", job)  # what --signal=USR2@180 sends
+    assert cluster.wait(job, WAIT) == "COMPLETED", cluster.log(job)
+    assert cluster.jobs(job)[0]["Restarts"] == "1"
+    assert "exit code 75: back to the queue, restart 1 of at most 20" in cluster.log(job)
+    assert "resumed at step" in cluster.log(job)
+    assert [line["step"] for line in metrics(stage)] == list(range(1, 151))

@@ -3,7 +3,7 @@
 Fire calls the function first and complains of a leftover flag afterwards, so a mistyped option
 would start a long job with a default in its place. Here flags are checked against the signature
 first, and values against the annotations (pydantic), so that every mistake is one line and exit
-code 2.
+code 2. The page of --help is made of signature and docstring, too.
 """
 
 import difflib
@@ -11,9 +11,13 @@ import errno
 import functools
 import inspect
 import re
+import shutil
 import sys
+import textwrap
+import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import fire
@@ -124,6 +128,68 @@ def check_arguments(function: Callable[..., Any], argv: Sequence[str]) -> None:
         raise UserError(f"{missing[0]} is missing: give it, and see --help for all options")
 
 
+def kind_of(annotation: Any) -> str:
+    """A short name of what an option takes, for a page of help: int, cls|mean, float,float."""
+    inside = [part for part in typing.get_args(annotation) if part is not type(None)]
+    if typing.get_origin(annotation) is typing.Literal:
+        return "|".join(map(str, inside))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return "|".join(map(kind_of, inside))
+    if typing.get_origin(annotation) is tuple:
+        return ",".join(map(kind_of, inside))
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def default_of(value: Any) -> str:
+    """An option's default in brackets, as it would be typed; "" where it stands for nothing."""
+    typed = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return "" if value is None or value == "" else f" [{typed}]"
+
+
+def columns(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Lines of a page of help: what is typed, its kind, what it is; as wide as the terminal."""
+    first, second = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))
+    left = first + second + 6
+    width = max(shutil.get_terminal_size((120, 24)).columns - left, 40)
+    lines = []
+    for name, kind, text in rows:
+        head = f"  {name:<{first}}  {kind:<{second}}"
+        body = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
+        lines += [f"{head if i == 0 else '':<{left}}{line}".rstrip() for i, line in enumerate(body)]
+    return lines
+
+
+def help_text(function: Callable[..., Any], name: str) -> str:
+    """The page of --help: the function's parameters, and what its docstring says of them.
+
+    Args:
+        function: Its docstring is in Google's style.
+        name: What the command is called, e.g. "python -m data.pack".
+
+    Returns:
+        Its lines.
+    """
+    summary, _, rest = (inspect.getdoc(function) or "").partition("\n\nArgs:\n")
+    entries = re.split(r"\n(?=\S)", textwrap.dedent(rest.partition("\n\n")[0]))
+    said = {entry.partition(":")[0]: " ".join(entry.split()[1:]) for entry in entries}
+    usage, rows = [name], []
+    for parameter in inspect.signature(function).parameters.values():
+        text, kind = said.get(parameter.name, ""), kind_of(parameter.annotation)
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            usage.append(f"{parameter.name.upper()} ...")
+            rows.append((parameter.name.upper(), kind, text))
+        elif parameter.default is inspect.Parameter.empty:
+            usage.append(parameter.name.upper())
+            rows.append((parameter.name.upper(), kind, text))
+        else:
+            rows.append(
+                (f"--{parameter.name}", kind, (text + default_of(parameter.default)).strip())
+            )
+    options = ["[--OPTION VALUE ...]"] if any(row[0].startswith("--") for row in rows) else []
+    page = [" ".join([*usage, *options]), "", " ".join(summary.split()), "", *columns(rows)]
+    return "\n".join(page).rstrip()
+
+
 def _choices(annotation: Any) -> list[str]:
     """The words of a Literal, which may be one among other types."""
     inside = typing.get_args(annotation)
@@ -170,15 +236,15 @@ def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> None
         argv: The words of the command line; ``sys.argv[1:]`` when None.
 
     Raises:
-        SystemExit: 2 for a user's mistake, 130 for Ctrl-C, Fire's own code for ``--help``.
+        SystemExit: 2 for a user's mistake, 130 for Ctrl-C, 0 for ``--help``.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = spec.name if spec else None
     try:
         if "--help" in words or "-h" in words:
-            fire.Fire(function, command=["--help"], name=name)
-            return
+            print(help_text(function, f"python -m {name}" if name else Path(sys.argv[0]).name))
+            sys.exit(0)
         check_arguments(function, words)
         # Fire would read 2024 as a number and 1e3 as a float although a folder's name is meant.
         fire.Fire(fire.decorators.SetParseFn(str)(_validated(function)), command=words, name=name)

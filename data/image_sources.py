@@ -99,7 +99,8 @@ def from_csv(path: Path, unlabelled: bool) -> Splits:
     for column in wanted:
         if column not in header:
             raise UserError(
-                f"{path} has no column {column!r} (it has {', '.join(header) or 'none'}):"
+                f"{path} has no column {column!r} (it has {', '.join(header) or 'none'}"
+                f"{tables.separator_hint(header)}):"
                 f" begin it with the line {','.join(wanted)}[,split]; or, if it holds texts, name"
                 " their column with --text_column"
             )

@@ -9,6 +9,7 @@ extension is all that follows, neighbours with one key are one sample. A sample 
 for fine-tuning, a class number in .cls, .txt or .json ({"label": 3}).
 """
 
+import itertools
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -46,16 +47,20 @@ class _Sample(NamedTuple):
     members: dict[str, tars.Member]
 
 
+def _members(path: Path) -> Iterator[tuple[str, str, tars.Member]]:
+    """Key, extension and place of a tar's files, less those that belong to no sample."""
+    for member in tars.scan(path):
+        split = tars.split_name(member.name)
+        # WebDataset's own notes, and what macOS adds to tars.
+        if split is not None and not _is_meta(member.name):
+            yield *split, member
+
+
 def _samples(path: Path) -> Iterator[_Sample]:
     """A tar's samples: neighbouring members with one key."""
     seen: set[str] = set()
     sample: _Sample | None = None
-    for member in tars.scan(path):
-        split = tars.split_name(member.name)
-        # WebDataset's own notes, and what macOS adds to tars.
-        if split is None or _is_meta(member.name):
-            continue
-        key, extension = split
+    for key, extension, member in _members(path):
         if sample is None or key != sample.key:
             if sample is not None:
                 yield sample
@@ -76,6 +81,12 @@ def _samples(path: Path) -> Iterator[_Sample]:
         yield sample
 
 
+def _apart(path: Path, key: str) -> bool:
+    """Whether the files of a key stand in more than one place of a tar."""
+    runs = itertools.groupby(one for one, _, _ in _members(path))
+    return [one for one, _ in runs].count(key) > 1
+
+
 def _is_meta(name: str) -> bool:
     """Whether WebDataset skips the member (``__name__``, ``__name__/...``), or macOS added it."""
     return _META.match(name) is not None or PurePosixPath(name).name.startswith("._")
@@ -93,6 +104,11 @@ def _image(path: Path, sample: _Sample, wanted: str) -> tars.Member:
         found = [e for e in sample.members if "." + e.rpartition(".")[2] in images.SUFFIXES]
     where = f"shard {path}, sample {sample.key}"
     has = ", ".join(f".{extension}" for extension in sample.members)
+    if not found and _apart(path, sample.key):
+        raise UserError(
+            f"{where}: its files do not stand together in the tar: make the tar anew, with its"
+            " files in order (tar --sort=name)"
+        )
     if not found:
         kind = "image" if wanted == "auto" else f".{wanted}"
         raise UserError(

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -87,6 +88,34 @@ def is_remote(place: str) -> bool:
 def join(root: str, name: str) -> str:
     """The place of a file in a folder: a path, a URL, or a ``pipe:`` command that ends in one."""
     return f"{root.rstrip('/')}/{name}"
+
+
+def not_packed(place: Path) -> str:
+    """What to do with a folder of raw images or texts that was given in place of shards.
+
+    Args:
+        place: A folder without manifests, a file, or nothing.
+
+    Returns:
+        The error's line; "" where it holds neither.
+    """
+    from data import text_sources  # which imports this module
+    from data.images import SUFFIXES
+
+    names = (name for _, _, files in os.walk(place) for name in files)
+    if place.is_file():
+        holds = "is a file"
+    elif any(os.path.splitext(name)[1].lower() in SUFFIXES for name in names):
+        holds = "holds images"
+    elif place.is_dir() and text_sources.recognise(place, text_sources.Columns()):
+        holds = "holds texts"
+    else:
+        return ""
+    # Packed into the folder itself, the shards would lie among what they are made of.
+    return (
+        f"{place} {holds}, not shards: python -m data.pack {place} shards/NAME, then --data"
+        " shards/NAME"
+    )
 
 
 class Manifest:
@@ -216,9 +245,12 @@ class Manifest:
             folder = Path(data)
             if not folder.is_dir():
                 raise UserError(
-                    f"no data set at {data}: pack it first (python -m data.pack SOURCE {data})"
+                    not_packed(folder)
+                    or f"no data set at {data}: pack it first (python -m data.pack SOURCE {data})"
                 )
             there = [s for s in SPLITS if (folder / s / FILE).is_file()]
+            if not there and (raw := not_packed(folder)):
+                raise UserError(raw)
             if split not in there:
                 has = f"it has {', '.join(there)}" if there else "it has no split with a manifest"
                 option = "--unlabelled PATH" if split == UNLABELLED else f"--split {split}"

@@ -57,6 +57,15 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise UserError(f"{path} cannot be opened ({error.strerror}): check it") from None
 
 
+def separator_hint(header: list[str]) -> str:
+    """What is to be done where a header of one column is of several, with another separator."""
+    if len(header) != 1:
+        return ""
+    if ";" in header[0]:
+        return ": separated by semicolons? save it with commas"
+    return ": separated by tabs? call it .tsv" if "\t" in header[0] else ""
+
+
 def split_of(row: dict[str, str], where: str) -> str:
     """The split that a row names in its column `split`; "" without such a column.
 

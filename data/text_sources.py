@@ -246,8 +246,8 @@ def _value(field: _Field, column: str, option: str) -> Any:
         there = [str(name) for name in field.values]
         hint = nearest(column, there, prefix="")
         raise UserError(
-            f"{field.where} has no column {column!r} (it has {', '.join(there[:8]) or 'none'})."
-            f"{hint} Name yours with {option}"
+            f"{field.where} has no column {column!r} (it has {', '.join(there[:8]) or 'none'}"
+            f"{tables.separator_hint(there)}).{hint} Name yours with {option}"
         )
     return field.values[column]
 

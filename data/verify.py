@@ -192,7 +192,7 @@ def check_shard(
             counts,
             hidden=True,
         )
-    why = "its sha256 is not the manifest's" if not same else "its sha256 is the manifest's"
+    why = "the shard's sha256 is " + ("the manifest's" if same else "not the manifest's")
     cure = _COPY if not same else "make it anew (python -m data.pack --overwrite, or data.index)"
     problems = [f"shard {place}, {problem} ({why}): {cure}" for problem in wrong[:_NAMED]]
     if len(wrong) > _NAMED:
@@ -256,7 +256,10 @@ def _manifests(data: str, cache_dir: str | None) -> tuple[list[Manifest], list[s
         return found, []
     folder = Path(data)
     if not folder.is_dir():
-        raise UserError(f"no data set at {data}: pack it first (python -m data.pack SOURCE {data})")
+        raise UserError(
+            manifest.not_packed(folder)
+            or f"no data set at {data}: pack it first (python -m data.pack SOURCE {data})"
+        )
     folders = [folder, *(folder / split for split in manifest.SPLITS)]
     loaded, problems = [], []
     for root in folders:
@@ -287,7 +290,9 @@ def _manifests(data: str, cache_dir: str | None) -> tuple[list[Manifest], list[s
             )
     if not loaded and not problems:
         raise UserError(
-            f"no {manifest.FILE} in {data}: pack data into it (python -m data.pack SOURCE {data})"
+            manifest.not_packed(folder)
+            or f"no {manifest.FILE} in {data}: pack data into it (python -m data.pack SOURCE"
+            f" {data})"
         )
     for file in loaded[1:]:
         if file.kind != loaded[0].kind:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-import types
-import typing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from data import cli
 from data.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,7 +121,7 @@ class StageSection(Section):
     accumulation: int = Field(1, ge=1, description="micro-batches per step and rank")
     lr: float = Field(1.5e-4, gt=0)
     weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW, such as 0.9,0.95")
     eps: float = Field(1e-8, gt=0)
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     clip: float = Field(0.0, ge=0, description="gradient norm limit (0 = none)")
@@ -174,7 +173,7 @@ class FinetuneSection(StageSection):
     steps: int | None = 10_000
     batch: int = Field(32, ge=1, description="global batch")
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW, such as 0.9,0.999")
     warmup: int = Field(500, ge=0, description="steps of linear warm-up")
     clip: float = Field(1.0, ge=0, description="gradient norm limit (0 = none)")
     dropout: float = Field(0.1, ge=0, lt=1)
@@ -207,7 +206,8 @@ class Config(Section):
     finetune: FinetuneSection = Field(default_factory=FinetuneSection)
     rounds: int = Field(1, ge=1, description="rounds of self-distillation (T' in the paper)")
     compare: bool = Field(
-        False, description="all: also fine-tune the model and the further pre-trained one"
+        False,
+        description="also fine-tune the model and the further pre-trained one (with --stage all)",
     )
     seed: int = Field(0, ge=0, lt=2**31)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -359,27 +359,23 @@ def load(overrides: dict[str, Any]) -> Config:
 
 def kind_of(field: Any) -> str:
     """A short name of what an option takes, for the help page."""
-    annotation = field.annotation
-    if typing.get_origin(annotation) is Literal:
-        return "|".join(map(str, typing.get_args(annotation)))
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return "|".join(
-            getattr(a, "__name__", str(a))
-            for a in typing.get_args(annotation)
-            if a is not type(None)
-        )
-    return getattr(annotation, "__name__", str(annotation))
+    return cli.kind_of(field.annotation)
 
 
 def help_text() -> str:
     """The options page of `engine/run.py --help`."""
-    lines = ["deepspeed engine/run.py --stage STAGE --recipe NAME --data DIR --output DIR", ""]
+    rows = []
     for name, field in options().items():
         if name.endswith(".path") or name == "local_rank":
             continue
-        default = (
-            "" if field.default is None else f" [{field.get_default(call_default_factory=True)}]"
-        )
-        lines.append(f"  --{name:<28} {kind_of(field):<24} {field.description or ''}{default}")
-    lines += ["", "recipes: " + ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))]
-    return "\n".join(lines)
+        default = cli.default_of(field.get_default(call_default_factory=True))
+        rows.append((f"--{name}", kind_of(field), f"{field.description or ''}{default}".strip()))
+    return "\n".join(
+        [
+            "deepspeed engine/run.py --stage STAGE --recipe NAME --data DIR --output DIR",
+            "",
+            *cli.columns(rows),
+            "",
+            "recipes: " + ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml"))),
+        ]
+    )

@@ -69,10 +69,20 @@ def rows(run: Path, metric: str | None = None) -> list[Row]:
         std = result.get("std", {}).get(metric)
         found.append(Row(method, metric, float(result["metrics"][metric]), std, n, seconds))
     if not found:
-        raise UserError(
-            f"{run} holds no complete fine-tuning: run engine/run.py --stage all --compare first"
-        )
+        below = {
+            p.parents[1] for _, stage, _ in METHODS for p in run.glob(f"*/{stage}/result.json")
+        }
+        cure = "run engine/run.py --stage all --compare true first"
+        if below:
+            cure = f"did you mean {' or '.join(map(str, sorted(below)))}?"
+        raise UserError(f"{run} holds no complete fine-tuning: {cure}")
     return found
+
+
+def _clock(seconds: float, hours: bool) -> str:
+    """0:09, or with hours 0:00:09."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def show(run: Path, metric: str | None = None, title: str | None = None) -> None:
@@ -81,16 +91,17 @@ def show(run: Path, metric: str | None = None, title: str | None = None) -> None
     table = Table(title=title or str(run))
     table.add_column("method")
     table.add_column(f"{found[0].metric.replace('_', ' ')}, % (mean ± std, n)", justify="right")
-    table.add_column("wall time", justify="right")
+    # One unit for the column, so that its rows can be compared at a glance.
+    hours = max(row.seconds for row in found) >= 3600
+    table.add_column("wall time (h:m:s)" if hours else "wall time (m:s)", justify="right")
     for row in found:
         spread = "" if row.std is None else f" ± {100 * row.std:.2f}"
-        minutes, seconds = divmod(round(row.seconds), 60)
         table.add_row(
             row.method,
             f"{100 * row.mean:.2f}{spread} (n = {row.n})",
-            f"{minutes}:{seconds:02d} min",
+            _clock(row.seconds, hours),
         )
-    console = Console()
+    console = Console(emoji=False, markup=False)  # ":m:" is no emoji, a path in [] no style
     console.print(table)
     console.print("wall time: all stages of the method, with one fine-tuning", style="dim")
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+
 from data import cli
 from data.errors import UserError
 from launcher.chromium import Page
@@ -36,6 +38,7 @@ SCRIPT = """
   const inside = (e, selector) =>
     [...deep(selector, e), ...(e.shadowRoot ? deep(selector, e.shadowRoot) : [])];
   const seen = e => e.getBoundingClientRect().height > 0;
+  const scrolls = e => ['auto', 'scroll'].includes(getComputedStyle(e).overflowY);
   const loaded = e => inside(e, 'img').some(i => i.complete && i.naturalWidth > 0);
   const kinds = {
     'tf-scalar-card': ['scalar', e => e.tag,
@@ -76,9 +79,12 @@ SCRIPT = """
           deep('tf-image-dashboard').flatMap(e => inside(e, 'paper-checkbox')))
         .filter(e => /actual image size/i.test(e.innerText) && !e.checked)
         .forEach(e => e.click());
+    // A text's own scroll box never grows with the window: what it hides would not be seen.
+    deep('tf-text-loader').flatMap(e => inside(e, '*')).filter(scrolls)
+      .forEach(e => { e.style.maxHeight = 'none'; });
   };
   const missing = () => Math.max(0, ...deep('*')
-    .filter(e => ['auto', 'scroll'].includes(getComputedStyle(e).overflowY) && e.clientHeight > 200)
+    .filter(e => scrolls(e) && e.clientHeight > 200)
     .map(e => e.scrollHeight - e.clientHeight));
   return {cards, prepare, missing};
 })()
@@ -151,10 +157,12 @@ def take(
         The PNG, and the cards that it shows.
 
     Raises:
-        UserError: no event files, nothing in this tab, or it was not drawn in time.
+        UserError: no event files, nothing in this tab, no such tags, or it was not drawn in time.
     """
     if next(folder.rglob("events.out.tfevents.*"), None) is None:
         raise UserError(f"{folder}: no TensorBoard events below it: name a folder of runs")
+    if tab != "hparams":
+        _check_tags(folder, tab, tags)
     deadline = time.monotonic() + timeout
     with tensorboard(folder) as address, Page(width, height or 1000) as page:
         # The newer tabs read the query, the older ones the fragment.
@@ -171,6 +179,37 @@ def take(
             page.resize(width, tall)
             picture, cards = _rest(page, prepare, tab, folder, deadline)
     return picture, cards
+
+
+def _check_tags(folder: Path, tab: Tab, tags: str) -> None:
+    """Refuses a filter that leaves nothing, before TensorBoard is started and waited for.
+
+    Raises:
+        UserError: no tag of the tab matches, or there is none.
+    """
+    plugins = ("scalars", "images") if tab == "timeseries" else (tab,)
+    # All that counts is which tags there are: of each, the newest value is read.
+    reader = EventMultiplexer(tensor_size_guidance=dict.fromkeys(plugins, 1))
+    reader.AddRunsFromDirectory(str(folder)).Reload()
+    found = {
+        tag
+        for plugin in plugins
+        for run in reader.PluginRunToTagToContent(plugin).values()
+        for tag in run
+    }
+    try:
+        matching = [tag for tag in found if re.search(tags, tag)]
+    except re.error as error:
+        raise UserError(f"--tags {tags}: no regular expression ({error}): correct it") from None
+    if not found:
+        raise UserError(f"{folder}: tab {tab}: nothing to see; try another --tab")
+    if not matching:
+        some = sorted(found)
+        more = f" and {len(some) - 8} more" if len(some) > 8 else ""
+        raise UserError(
+            f"no tag matches /{tags}/ in the tab {tab} of {folder}; there are"
+            f" {', '.join(some[:8])}{more}"
+        )
 
 
 def _rest(

@@ -1,13 +1,19 @@
 """Command lines: mistakes are one line on stderr and exit code 2."""
 
 import errno
+import re
+import subprocess
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from data.cli import nearest, run
+from data.cli import columns, help_text, nearest, run
 from data.errors import UserError
+from engine import config as configuration
+from engine.run import parse
+from tests.helpers import ROOT
 
 CALLS: list[tuple[Any, ...]] = []
 
@@ -105,12 +111,86 @@ def test_faults_of_ours_keep_their_traceback() -> None:
         run(raising(OSError(errno.EIO, "odd")), [])
 
 
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+def many(
+    *tars: str,
+    kind: Literal["a", "b"] | None = None,
+    pair: tuple[float, float] = (0.5, 1.0),
+    a_rather_long_name: int | str = 3,
+) -> None:
+    """Takes all,
+    and more.
+
+    Args:
+        tars: Some, or
+            all.
+        kind: Of them: a
+            or b.
+
+    Raises:
+        UserError: Never.
+    """
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help(
+    word: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as caught:
-        run(job, ["--help"])
+        run(job, ["a", word])
     assert not caught.value.code
     out, err = capsys.readouterr()
-    assert "Pixels." in out + err
+    assert err == ""
+    assert out.splitlines()[1:] == [
+        "",
+        "Does nothing.",
+        "",
+        "  SOURCE  str    From.",
+        "  OUT     str    To.",
+        "  --size  int    Pixels.",
+        "  --rate  float  Per second. [0.5]",
+        "  --dry   bool   Not for real. [False]",
+    ]
+    assert out.splitlines()[0].endswith(" SOURCE OUT [--OPTION VALUE ...]")
+    assert help_text(many, "python -m many").splitlines() == [
+        "python -m many TARS ... [--OPTION VALUE ...]",
+        "",
+        "Takes all, and more.",
+        "",
+        "  TARS                  str          Some, or all.",
+        "  --kind                a|b          Of them: a or b.",
+        "  --pair                float,float  [0.5,1.0]",
+        "  --a_rather_long_name  int|str      [3]",
+    ]
+    monkeypatch.setenv("COLUMNS", "62")
+    assert columns([("--a", "int", "word " * 12)])[1] == " " * 12 + "word word"
+
+
+def test_help_of_a_run_can_be_typed_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    lines = configuration.help_text().splitlines()
+    listed = [re.match(r"  --([\w.]+) {2,}(\S+)(  |$)", line) for line in lines[2:-2]]
+    assert all(listed), [line for line, found in zip(lines[2:], listed, strict=False) if not found]
+    assert "(with --stage all)" in next(line for line in lines if line.startswith("  --compare "))
+    betas = next(line for line in lines if line.startswith("  --finetune.betas "))
+    assert betas.split()[1] == "float,float"
+    assert "such as 0.9,0.999" in betas
+    typed = parse(["--finetune.betas", "0.9,0.999", "--stage", "all", "--compare", "true"])
+    assert configuration.load(typed).finetune.betas == (0.9, 0.999)
+
+
+@pytest.mark.parametrize("command", ["data.pack", "data.verify", "launcher.compare"])
+def test_another_python_is_told_of_the_environment(command: str) -> None:
+    """As by a system's Python, which has none of the packages."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", command, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"error: the packages are not installed in this Python ({sys.executable}): run in the"
+        " clone `make venv`, then `source .venv/bin/activate`\n"
+    )
 
 
 def test_nearest() -> None:

@@ -21,6 +21,7 @@ from data.loader import sequential
 from data.manifest import Manifest
 from data.pack import pack, write_split
 from data.sources import Sample, divide
+from data.verify import verify
 from tests.data_kit import class_folders, number_of, numbered, png
 
 COUNTS = {"ant": 5, "bee": 3, "cow": 7}
@@ -317,6 +318,8 @@ def tree(*files: str) -> Callable[[Path], str]:
         (lambda tmp: str(Path(tree("a.doc")(tmp)) / "a.doc"), [], "neither a folder"),
         (csv_with(""), [], "has no column 'path'"),
         (csv_with("file,label\nx/a/p0.png,a"), [], "has no column 'path'"),
+        (csv_with("review;stars\nx;1"), [], "separated by semicolons. save it with commas"),
+        (csv_with("path\tlabel\nx\t1"), [], "separated by tabs. call it .tsv"),
         (csv_with("path\nx/a/p0.png"), [], "has no column 'label'"),
         (csv_with("path,label\n"), [], "has no rows"),
         (csv_with("path,label\nx/a/p9.png,a"), [], "line 2: there is no image"),
@@ -350,6 +353,26 @@ def test_mistakes(
     assert len(errors) == 1
     assert re.search(said, errors[0]), errors[0]
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("make", "holds"),
+    [
+        (tree("a/1.png", "b/2.png"), "holds images"),
+        (tree("train/a/1.png", "val/a/2.png"), "holds images"),
+        (tree("1.JPG"), "holds images"),
+        (tree("train.jsonl", "test.csv"), "holds texts"),
+        (lambda tmp: str(Path(tree("all.csv")(tmp)) / "all.csv"), "is a file"),
+    ],
+)
+def test_what_was_not_packed_yet_is_not_packed_into_itself(
+    make: Callable[[Path], str], holds: str, tmp_path: Path
+) -> None:
+    place = make(tmp_path)
+    told = f"^{place} {holds}, not shards: python -m data.pack {place} shards/NAME, then --data"
+    for use in (lambda: Manifest.load_split(place, "train"), lambda: verify(place)):
+        with pytest.raises(UserError, match=told):
+            use()
 
 
 def test_places_that_cannot_be_written(

@@ -219,6 +219,11 @@ MISTAKES: list[tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ...]]] 
     (holding(*sample("a"), *sample("b"), *sample("a")), (), ("sample a", "comes twice")),
     (holding(*sample("a"), *sample("a")), (), ("sample a", "two files .png")),
     (holding(("a.cls", b"0")), (), ("sample a", "no image", ".cls")),
+    (
+        holding(("a.cls", b"0"), ("b.cls", b"1"), ("a.png", encoded(0)), ("b.png", encoded(1))),
+        (),
+        ("sample a", "do not stand together", "tar --sort=name"),
+    ),
     (holding(("a.png", png(numbered(1))), ("a.jpg", b"")), (), ("sample a", "more than one image")),
     (holding(("a.1.png", b""), ("a.2.png", b"")), (), ("sample a", "ends at the first dot")),
     (holding(*sample("a", label=b"cat")), (), ("sample a", "b'cat' is no class number")),

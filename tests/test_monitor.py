@@ -7,8 +7,10 @@ import os
 import pty
 import re
 import select
+import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
+from data.errors import UserError
 from engine.monitor import METRICS, Meter, Monitor, cut_metrics, read_metrics
+from launcher import compare, quickstart
 
 
 def make(folder: Path, **options: Any) -> Monitor:
@@ -249,3 +253,51 @@ def test_memory_grows_with_what_is_held() -> None:
     grown = meter.rates()[name] - before
     assert held[0] == 1
     assert 0.2 < grown < 0.35
+
+
+def result(run: Path, stage: str, seconds: float) -> None:
+    (run / stage).mkdir(parents=True)
+    found = {"metrics": {"test_accuracy": 0.5}, "seconds": seconds}
+    (run / stage / "result.json").write_text(json.dumps(found))
+
+
+def test_table_of_a_run_names_the_unit_of_its_times(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result(tmp_path / "short", "finetune-model", 9.4)
+    compare.show(tmp_path / "short")
+    table = capsys.readouterr().out
+    assert "wall time (m:s)" in table
+    assert re.search(r" 0:09 ", table)
+    result(tmp_path / "long", "finetune-model", 9.4)
+    result(tmp_path / "long", "finetune", 3000.0)
+    result(tmp_path / "long", "distill-1", 4265.0)
+    compare.show(tmp_path / "long")
+    table = capsys.readouterr().out
+    assert "wall time (h:m:s)" in table
+    assert re.search(r" 0:00:09 ", table)
+    assert re.search(r" 2:01:05 ", table)
+
+
+def test_a_folder_above_runs_is_told_of_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run engine/run.py --stage all --compare true first$"):
+        compare.rows(tmp_path)
+    result(tmp_path / "run", "finetune", 1.0)
+    result(tmp_path / "run", "finetune-model", 1.0)
+    with pytest.raises(UserError, match=f"did you mean {tmp_path / 'run'}\\?$"):
+        compare.rows(tmp_path)
+    assert len(compare.rows(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize(("kind", "noun"), [("images", "images"), ("text", "texts")])
+def test_quickstart_counts_what_it_trains_on(
+    kind: Any, noun: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles = []
+    done = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(quickstart.example, "main", lambda *_: None)
+    monkeypatch.setattr(quickstart.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(quickstart.Manifest, "load_split", lambda *_: SimpleNamespace(samples=200))
+    monkeypatch.setattr(quickstart.compare, "show", lambda _, title: titles.append(title))
+    quickstart.main(kind, str(tmp_path), ranks=1)
+    assert titles[0].endswith(f", 200 labelled {noun} to train on, 200 to test on")

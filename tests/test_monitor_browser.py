@@ -63,6 +63,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def made(folder: Path) -> Monitor:
+    """A monitor of a run of one step."""
+    options = {"stage": "pretrain", "steps": 1, "samples_per_step": 1, "log_every": 1}
+    return Monitor(folder, enabled=True, quiet=True, **options)
+
+
 def colours(png: bytes) -> int:
     """How many colours a picture has; a blank page has one, an empty TensorBoard a few."""
     found = Image.open(io.BytesIO(png)).convert("RGB").getcolors(maxcolors=1 << 24)
@@ -122,19 +128,47 @@ def test_config_is_shown_as_text(runs: Path) -> None:
 
 
 @pytest.mark.browser
+def test_a_long_config_is_shown_to_its_end_on_a_page_that_fits(tmp_path: Path) -> None:
+    lines = [f"option_{i} = {i}" for i in range(100)]
+    with made(tmp_path) as monitor:
+        monitor.text("config", "\n".join(["```toml", *lines, f'last = "{"█" * 40}"', "```"]))
+    png, cards = screenshot.take(tmp_path, "text")
+    assert cards == [screenshot.Card("text", "config/text_summary", True)]
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    assert 1500 < len(pixels) < 3000
+    dark = (pixels < 80).all(axis=-1).sum(axis=1)
+    assert dark.max() > 200, "the last line's blocks are not to be seen"
+    assert np.argmax(dark) > len(pixels) * 0.8
+
+
+@pytest.mark.browser
 def test_a_tab_without_anything_is_said(tmp_path: Path) -> None:
-    with Monitor(
-        tmp_path,
-        enabled=True,
-        stage="pretrain",
-        steps=1,
-        samples_per_step=1,
-        log_every=1,
-        quiet=True,
-    ) as monitor:
+    with made(tmp_path) as monitor:
         monitor.log(1, {"loss": 1.0})
     with pytest.raises(UserError, match="nothing to see"):
-        screenshot.take(tmp_path, "images", timeout=20)
+        screenshot.take(tmp_path, "hparams", timeout=20)
+
+
+def test_what_no_tag_matches_is_said_before_anything_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screenshot, "tensorboard", lambda _: pytest.fail("started"))
+    with made(tmp_path / "a") as monitor:
+        monitor.log(1, {f"loss/{i:02d}": 1.0 for i in range(12)})
+        monitor.text("config", "x")
+    for tab, tags, said in (
+        (
+            "scalars",
+            "nothing",
+            r"no tag matches /nothing/ .*there are loss/00, .*loss/07 and 4 more",
+        ),
+        ("timeseries", "Loss", r"no tag matches /Loss/ .*loss/00"),
+        ("text", "loss", r"no tag matches /loss/ .*there are config/text_summary$"),
+        ("scalars", "(", r"--tags \(: no regular expression"),
+        ("images", "", r"tab images: nothing to see"),
+    ):
+        with pytest.raises(UserError, match=said):
+            screenshot.take(tmp_path, tab, tags=tags)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,19 @@
 """Pictures checked pixel by pixel, against patches cut by hand."""
 
+import html
+import re
+
 import numpy as np
 import pytest
 import torch
+from tensorboard.plugin_util import markdown_to_safe_html
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from engine import pictures
+from engine.kinds import text as text_kind
 from engine.models.vit_mae import Shape, patchify
+from tests import text_kit
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 SHAPE = Shape(16, 4, 8, 1, 2, 16, 8, 1, 2, 16)
@@ -119,3 +127,79 @@ def test_confusion_rows_are_true_and_labels_tell_classes_apart() -> None:
     renamed = pictures.confusion(np.array([[1, 0, 0], [0, 1, 0], [5, 0, 0]]), ["ab", "cx", "ef"])
     assert renamed.shape == wrong.shape
     assert not np.array_equal(renamed, wrong)
+
+
+def cells(tokenizer, texts, masked, predicted=None) -> tuple[list[str], str]:
+    """The table's cells below its head as a browser shows them, and the page's HTML.
+
+    `masked` gives the columns of each text that are masked; predicted is `predicted`, or the
+    original.
+    """
+    batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    ids = batch["input_ids"]
+    at = torch.tensor(
+        [row * ids.shape[1] + column for row, columns in enumerate(masked) for column in columns]
+    ).long()
+    guess = ids.reshape(-1)[at] if predicted is None else torch.full_like(at, predicted)
+    page = markdown_to_safe_html(text_kind._shown(batch | {"masked_at": at}, guess, tokenizer))
+    found = re.findall(r"<td>(.*?)</td>", page, re.DOTALL)
+    return [html.unescape(re.sub("</?strong>", "", cell)) for cell in found], page
+
+
+def test_users_texts_are_shown_as_they_are() -> None:
+    tokenizer = text_kit.make_tokenizer()
+    texts = [
+        "see [the cell](http://x.org) and `protein` [1]: x",
+        "a *robust* __parser__ <b>free</b> | word &amp; order <script>",
+        "# 1. **we** ![are](u) \\* ~~~ --- happy",
+        "größe 漢字 e\u0301, the divides",
+    ]
+    found, page = cells(tokenizer, texts, [[], [], [], []])
+    assert found == texts
+    tags = {tag.strip("/") for tag in re.findall(r"<(/?[a-z]+)", page)}
+    assert tags == {"table", "thead", "tbody", "tr", "th", "td"}
+    # Every second token masked: what they hide stands in brackets, in bold, and nothing is lost.
+    masked = [range(1, len(tokenizer(text)["input_ids"]) - 1, 2) for text in texts[:3]]
+    found, page = cells(tokenizer, texts[:3], masked)
+    assert page.count("<strong>") == sum(map(len, masked))
+    for cell, text in zip(found, texts, strict=False):
+        pairs = re.sub(r"\[(\S+) → \1\]", lambda m: m[1].replace("␣", ""), cell)
+        assert pairs.replace(" ", "") == text.replace(" ", "")
+
+
+def test_masks_inside_words_add_no_space_and_special_tokens_are_left_out() -> None:
+    tokenizer = text_kit.make_tokenizer()
+    ids = tokenizer("the divides", "robust")["input_ids"]
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    assert pieces[1:7] == ["the", "Ġ", "di", "v", "ide", "s"], pieces
+    the = ids[1]
+    assert cells(tokenizer, ["the divides"], [[4]], the)[0] == ["the di[v → the]ides"]
+    assert cells(tokenizer, ["the divides"], [[3, 4]], the)[0] == ["the [di → the][v → the]ides"]
+    assert cells(tokenizer, ["the divides"], [[2]], the)[0] == ["the [␣ → the]divides"]
+    assert cells(tokenizer, [("the", "robust")], [[1]])[0] == ["[the → the] | robust"]
+
+
+def test_masks_inside_words_of_wordpiece() -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cell", "play", "##ing", "##s"]
+    raw = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.decoder = decoders.WordPiece()
+    raw.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", **names)
+    texts = ["the cell playings", "odd the"]
+    assert cells(tokenizer, texts, [[], []])[0] == ["the cell playings", "[UNK] the"]
+    shown = cells(tokenizer, texts, [[4], [2]], words.index("##s"))[0]
+    assert shown == ["the cell play[ing → s]s", "[UNK] [the → s]"]
+
+
+def test_texts_with_a_mask_to_be_seen_come_first() -> None:
+    tokenizer = text_kit.make_tokenizer()
+    texts = [f"the cell {i}" for i in range(6)]
+    texts[0] = "the " * 70
+    beyond = text_kind.LENGTH + 2
+    found, _ = cells(tokenizer, texts, [[beyond], [], [3], [], [1], []])
+    assert [bool(re.search("→", cell)) for cell in found] == [True, True, False, False]
+    assert found[0] == "the [ce → ce]ll 2"
+    assert found[1] == "[the → the] cell 4"
+    assert found[3] == "the cell 1"

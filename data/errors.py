@@ -12,5 +12,9 @@ class BrokenData(UserError):
     """A shard or a sample that cannot be used: the kind of error that may be skipped on request."""
 
 
-class WorkerLost(UserError):
-    """A data loader worker was killed by the system: launching again may go well."""
+class TryAgain(UserError):
+    """Something passing: launching again may go well. Exit code 75 instead of 2."""
+
+
+class WorkerLost(TryAgain):
+    """A data loader worker was killed by the system."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from data.loader import Batch
 from engine.distributed import Ranks, main_only
+from engine.files import write_text
+from engine.monitor import json_lines
 
 
 class SampleLog:
@@ -27,9 +30,8 @@ class SampleLog:
         def cut() -> None:
             places.mkdir(exist_ok=True)
             for path in places.glob("rank-*.jsonl"):
-                lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-                kept = [line for line in lines if json.loads(line)["step"] <= start]
-                path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                kept = [line for line in json_lines(path) if line["step"] <= start]
+                write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
         main_only(ranks, cut)
         self._file = open(places / f"rank-{ranks.rank:05d}.jsonl", "a", encoding="utf-8")  # noqa: SIM115
@@ -44,6 +46,10 @@ class SampleLog:
         ids = [int(i) for batch in batches for i in batch["ids"]]
         self._file.write(json.dumps({"step": step, "ids": ids}) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Forces the file to the disk: a newer checkpoint would lose lines."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""

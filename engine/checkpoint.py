@@ -9,6 +9,8 @@ unpickled: safetensors and JSON hold data alone.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 import shutil
@@ -24,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.cli import one_line
-from data.errors import UserError
+from data.errors import TryAgain, UserError
 from engine import training_state
 from engine.distributed import Ranks, broadcast, main_only
 from engine.files import fsync, sha256, write_text
@@ -64,6 +66,12 @@ class State:
     scored: int = 0
     last: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    digest: str = ""
+
+    def content_digest(self) -> str:
+        """sha256 of all other fields, as `state.json` keeps it in `digest`."""
+        content = asdict(self) | {"digest": ""}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class Checkpoints:
@@ -80,7 +88,7 @@ class Checkpoints:
         self, folder: Path, ranks: Ranks, keep: int = 2, beat: Callable[[], None] = lambda: None
     ) -> None:
         self.folder, self.ranks, self.keep, self.beat = folder, ranks, keep, beat
-        self._saved: tuple[int, int] | None = None
+        self._saved = 0
 
     def names(self) -> list[str]:
         """Names of the saved steps, oldest first."""
@@ -96,7 +104,7 @@ class Checkpoints:
         Raises:
             UserError: the disk refuses; the checkpoints before stay as they are.
         """
-        if state.step == 0 or (state.step, state.scored) == self._saved:
+        if state.step in (0, self._saved):
             return
         name = f"step-{state.step:08d}"
         draft = self.folder / f".draft-{name}"
@@ -131,19 +139,21 @@ class Checkpoints:
         state.world = world
         state.optimizer = training_state.numbers(engine, rank)
         main_only(self.ranks, lambda: self._publish(draft, name, state))
-        self._saved = (state.step, state.scored)
+        self._saved = state.step
 
     def _publish(self, draft: Path, name: str, state: State) -> None:
+        state.digest = state.content_digest()
         write_text(draft / "state.json", json.dumps(asdict(state), indent=1))
         final = self.folder / name
-        if final.exists():  # a broken one of the same step
-            os.replace(final, self.folder / f".draft-old-{name}")
+        # Of this step or later ones there are at most broken ones, or they would have been resumed.
+        for old in self.names():
+            if int(old.removeprefix("step-")) >= state.step:
+                aside = self.folder / f"broken-{old}"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(self.folder / old, aside)
         os.replace(draft, final)
         fsync(self.folder)
         write_text(self.folder / "latest", name)
-        for old in self.names():
-            if int(old.removeprefix("step-")) > state.step:  # broken, or it would have been resumed
-                shutil.rmtree(self.folder / old)
         for old in self.names()[: -self.keep]:
             shutil.rmtree(self.folder / old)
         for left in self.folder.glob(".draft-*"):
@@ -153,18 +163,20 @@ class Checkpoints:
         """The record of a saved step, or None and what is wrong with it."""
         try:
             content = json.loads((self.folder / name / "state.json").read_text(encoding="utf-8"))
-            state = State(**content)
-        except (OSError, ValueError, TypeError) as error:
+            if content["version"] == VERSION:
+                state = State(**content)
+                whole = state.digest == state.content_digest() and name == f"step-{state.step:08d}"
+                return (state, "") if whole else (None, "state.json is not what was written")
+        except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError) as error:
             return None, f"state.json: {one_line(error)}"
-        if state.version != VERSION:
-            return None, f"its format is version {state.version}, this program's is {VERSION}"
-        if not state.files:
-            return None, "state.json names no files"
-        return state, ""
+        raise UserError(
+            f"{self.folder / name} has format version {content['version']}, this program reads"
+            f" {VERSION}: go on with the program that wrote it, or --overwrite starts it anew"
+        )
 
     def _fault(self, name: str, state: State) -> str:
         """What is wrong with the files; each rank hashes its share. Every rank calls it."""
-        fault = ""
+        fault, failure = "", ""
         for number, (file, (size, digest)) in enumerate(sorted(state.files.items())):
             if number % self.ranks.world != self.ranks.rank:
                 continue
@@ -174,22 +186,36 @@ class Checkpoints:
                     fault = f"{file} is not what was written"
             except FileNotFoundError:
                 fault = f"{file} is missing"
-            except OSError as error:
-                fault = f"{file}: {error.strerror}"
+            except OSError as error:  # of the file system, not of the checkpoint
+                failure = f"{path}: {error.strerror}"
             self.beat()
-        return next((f for f in gather(fault) if f), "")
+        found = gather((fault, failure))
+        for _, failure in found:
+            if failure:
+                raise TryAgain(f"a checkpoint cannot be read: {failure}: launch again")
+        return next((fault for fault, _ in found if fault), "")
 
     def newest(self) -> tuple[Path, State] | None:
-        """The newest whole checkpoint; broken ones are passed over with a warning."""
+        """The newest whole checkpoint; broken ones are passed over with a warning.
+
+        Raises:
+            UserError: there are some, and none is whole; one is of another format.
+            TryAgain: the file system fails.
+        """
         names: list[str] = broadcast(self.names() if self.ranks.main else None)
         for name in reversed(names):
-            state, fault = broadcast(self._read_state(name) if self.ranks.main else None)
+            state, fault = main_only(self.ranks, functools.partial(self._read_state, name))
             if state is not None:
                 fault = self._fault(name, state)
             if state is not None and not fault:
                 return self.folder / name, state
             if self.ranks.main:
                 print(f"warning: {self.folder / name}: {fault}; skipped", file=sys.stderr)
+        if names:
+            raise UserError(
+                f"{self.folder}: none of {len(names)} checkpoints is whole: put one back, or"
+                " --overwrite starts the stage again"
+            )
         return None
 
     def find(self, config: Mapping[str, Any], manifest: str) -> tuple[Path, State] | None:
@@ -214,7 +240,7 @@ class Checkpoints:
                 raise UserError(f"{where} was made with {key} = {old}, now it is {new}: {cure}")
         if state.manifest != manifest:
             raise UserError(f"{where} was made on other data (its manifest's hash differs): {cure}")
-        self._saved = (state.step, state.scored)
+        self._saved = state.step
         return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from data.cli import one_line
-from data.errors import UserError
+from data.errors import TryAgain, UserError
 from engine.rendezvous import in_step, resolve
 
 
@@ -37,8 +38,8 @@ def initialize() -> Ranks:
     `engine.rendezvous` reads SLURM's, torchrun's and DeepSpeed's.
 
     Raises:
-        UserError: the environment is incomplete, there are more local ranks than GPUs, or the
-            ranks do not find each other.
+        UserError: the environment is incomplete, or there are more local ranks than GPUs.
+        TryAgain: the ranks do not find each other.
     """
     os.environ |= resolve()
     local_rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
@@ -75,7 +76,7 @@ def initialize() -> Ranks:
     except (dist.DistError, OSError) as error:
         # DistNetworkError: the port is taken, the host is unknown or does not answer.
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(
+        raise TryAgain(
             f"the {world} ranks cannot meet at {place}: {one_line(error)[:200]}: set MASTER_PORT"
             " to a free port; python -m launcher.doctor under srun tests names and ports"
         ) from error
@@ -142,7 +143,15 @@ def main_only(ranks: Ranks, action: Any) -> Any:
 def lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone."""
     text = str(error).lower()
-    gone = ("connection closed by peer", "connection reset by peer", "broken pipe")
+    gone = (
+        "connection closed by peer",
+        "connection reset by peer",
+        "broken pipe",
+        "timed out waiting",
+        "connection timed out",
+        "no route to host",
+        "application timeout caused pair closure",
+    )
     return isinstance(error, dist.DistError) or any(words in text for words in gone)
 
 
@@ -161,10 +170,12 @@ def explain(error: RuntimeError, world: int) -> str | None:
     return None
 
 
+#: Refusals of a file system or network that may be over at the next launch.
+PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTUNREACH)
+
+
 def describe(error: OSError) -> str:
     """An operating system's refusal as one line with the cure."""
-    import errno
-
     cures = {
         errno.EACCES: "change its permissions or choose another folder",
         errno.EPERM: "change its permissions or choose another folder",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -21,7 +22,7 @@ from engine.checkpoint import FREE
 from engine.config import Config
 from engine.distributed import Ranks, main_only
 from engine.files import write_text
-from engine.preemption import Agreement, Preempted
+from engine.preemption import Agreement, Preempted, asked
 from engine.watchdog import Watchdog
 from engine.zero import DTYPES
 
@@ -86,6 +87,11 @@ class Run:
         if self.lock:
             self.lock.close()
 
+    def shared_result(self, stage: str) -> dict[str, Any] | None:
+        """`result` as rank 0 reads it: other hosts' file systems may be behind. All call it."""
+        found: dict[str, Any] | None = main_only(self.ranks, lambda: self.result(stage))
+        return found
+
     def result(self, stage: str) -> dict[str, Any] | None:
         """What a complete stage left as result.json, or None."""
         path = self.folder / stage / RESULT
@@ -97,6 +103,11 @@ class Run:
             raise UserError(
                 f"{path}: not valid JSON ({error}): delete it to redo the stage"
             ) from error
+
+
+def _restarted() -> bool:
+    """Whether SLURM has put this job back into the queue."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 
 def open_run(config: Config, ranks: Ranks) -> Run:
@@ -128,7 +139,7 @@ def _patience(watchdog: float) -> float:
     A job that SLURM put back after a host was cut off may start while that host's ranks still wait
     for the others, until their watchdog ends them.
     """
-    return watchdog + 120 if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else 0
+    return min(watchdog + 120, 1500) if _restarted() else 0  # the other ranks wait 30 minutes
 
 
 def _lock(path: Path, patience: float) -> IO[str]:
@@ -147,7 +158,7 @@ def _lock(path: Path, patience: float) -> IO[str]:
             file.seek(0)
             who = file.read().strip()
             by = f" ({who})" if who else ""
-            if time.monotonic() > end:
+            if time.monotonic() > end or asked():
                 file.close()
                 raise UserError(
                     f"{path.parent} is in use by another launch{by}: wait for it, or take another"
@@ -160,6 +171,15 @@ def _lock(path: Path, patience: float) -> IO[str]:
                     flush=True,
                 )
             time.sleep(1)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            print(
+                f"warning: {path.parent}: its file system has no locks: see to it that no second"
+                " launch uses this folder",
+                flush=True,
+            )
+            break
     file.truncate(0)
     job = os.environ.get("SLURM_JOB_ID")
     file.write(f"{socket.gethostname()}, pid {os.getpid()}{f', job {job}' if job else ''}\n")
@@ -217,13 +237,18 @@ def open_stage(run: Run, stage: str, record: dict[str, Any], data: str) -> bool:
     """
     folder, config = run.folder / stage, run.config
 
+    mark, job = folder / ".job", os.environ.get("SLURM_JOB_ID", "")
+
     def prepare() -> bool:
-        if config.overwrite and folder.exists():
+        # What this job began before it was put back into the queue is its own to go on with.
+        own = bool(job) and _restarted() and mark.exists() and mark.read_text() == job
+        overwrite, resume = config.overwrite and not own, "auto" if own else config.resume
+        if overwrite and folder.exists():
             print(f"{stage}: deleting {folder} (--overwrite)", flush=True)
             shutil.rmtree(folder)
         done = run.result(stage)
         if done is not None:
-            if config.resume == "never":
+            if resume == "never":
                 raise UserError(
                     f"{folder} is complete: --overwrite does it again, or take another --output"
                 )
@@ -231,13 +256,15 @@ def open_stage(run: Run, stage: str, record: dict[str, Any], data: str) -> bool:
             print(f"{stage}: complete, skipped ({folder / RESULT}; --overwrite does it again)")
             return False
         left = [p.name for p in folder.iterdir()] if folder.exists() else []
-        if left and config.resume == "never":
+        if left and resume == "never":
             raise UserError(
                 f"{folder} holds an unfinished stage: --resume auto continues it, "
                 "--overwrite deletes it"
             )
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / CONFIG, config.toml())
+        if job:
+            write_text(mark, job)
         write_text(run.folder / CONFIG, _joined(run.folder / CONFIG, config, stage))
         return True
 

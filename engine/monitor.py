@@ -281,12 +281,22 @@ def memory() -> dict[str, float]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a `metrics.jsonl`; a last line cut off by a crash is left out."""
+    """Records of a `metrics.jsonl`, up to a line that a crash cut off or left as zeros."""
     if not path.exists():
         return []
     # A line counts once its newline is there: the writer adds both in one write.
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines if line]
+    return json_lines(path)
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines, up to the first that is none."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            break
+    return found
 
 
 def cut_metrics(path: Path, first: int, scored: int | None = None) -> None:

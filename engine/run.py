@@ -23,7 +23,7 @@ if __name__ == "__main__":
     preemption.listen()  # before anything slow: until here a signal kills
 
 from data.cli import one_line  # noqa: E402
-from data.errors import UserError, WorkerLost  # noqa: E402
+from data.errors import TryAgain, UserError  # noqa: E402
 from engine import config as configuration  # noqa: E402
 
 
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         # Most mistakes are every rank's: rank 0 says it, then the launcher ends the others.
         if main_rank or _patient(6):
             print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        return preemption.AGAIN if isinstance(error, WorkerLost) else 2
+        return preemption.AGAIN if isinstance(error, TryAgain) else 2
     except KeyboardInterrupt:
         return 130
     return 0
@@ -111,7 +111,7 @@ def _run(argv: list[str]) -> None:
     """The launch itself; whatever the user or the machine did wrong becomes a UserError."""
     settings = configuration.load(parse(argv))
     _quiet()
-    from engine.distributed import describe, explain, initialize, lost_peer
+    from engine.distributed import PASSING, describe, explain, initialize, lost_peer
 
     ranks = initialize()
     from engine.folder import open_run
@@ -124,7 +124,12 @@ def _run(argv: list[str]) -> None:
         finally:
             run.close()
     except OSError as error:
-        raise UserError(describe(error)) from error
+        kind = TryAgain if error.errno in PASSING else UserError
+        raise kind(describe(error)) from error
+    except preemption.Preempted as error:
+        if settings.overwrite:
+            raise preemption.Preempted(f"{error} (launch without --overwrite)") from None
+        raise
     except RuntimeError as error:
         message = explain(error, ranks.world)
         if message is None:
@@ -136,7 +141,7 @@ def _run(argv: list[str]) -> None:
         ) from error
 
 
-class PeerLost(UserError):
+class PeerLost(TryAgain):
     """A collective failed because another rank is gone."""
 
 

@@ -94,7 +94,7 @@ def distill(run: Run, number: int) -> None:
     began = time.time()
     name = f"distill-{number}"
     config, ranks, plan = run.config, run.ranks, run.config.distill
-    source = teacher_source(run, number)
+    source = main_only(ranks, lambda: teacher_source(run, number))
     train = unlabelled(run)
     kind = kind_of(run, train)
     base, taught = kind.load(), kind.load(source)
@@ -146,7 +146,7 @@ def _teaching_stage(run: Run, number: int) -> str | None:
 def _same_origin(run: Run, number: int, base: Any) -> None:
     """Refuses to distil into another theta_init than the run's teacher started from."""
     stage = _teaching_stage(run, number)
-    made = stage and (run.result(stage) or {}).get("model", {})
+    made = stage and (run.shared_result(stage) or {}).get("model", {})
     if made and made["sha256"] != base.sha256:
         raise UserError(
             f"{run.folder / str(stage)}, the teacher, started from {made['path']}, --model"
@@ -178,7 +178,7 @@ def _teacher(run: Run, kind: Kind, name: str, taught: Any, train: Manifest) -> T
     shape = kind.feature_shape(taught, feature)
     folder = run.folder / name / "teacher"
     size = None if shape is None else table_bytes(train.samples, shape)
-    mode = choose(config.teacher.mode, size, config, folder)
+    mode = main_only(ranks, lambda: choose(config.teacher.mode, size, config, folder))
     table = "" if size is None else f" (its features as a table: {size / 2**20:.1f} MiB)"
     run.say(f"{name}: teacher {mode}{table}")
     if mode == "sharded":
@@ -230,7 +230,7 @@ def finetune_source(run: Run, start: str) -> tuple[str, str]:
 def finetune(run: Run, start: str) -> None:
     """Stage 3: cross-entropy with a fresh head, once for each seed; test data are scored once."""
     config = run.config
-    name, source = finetune_source(run, start)
+    name, source = main_only(run.ranks, lambda: finetune_source(run, start))
     _check_seeds(run, name)
     seeds = range(config.seed, config.seed + config.finetune.seeds)
     results = []
@@ -238,10 +238,10 @@ def finetune(run: Run, start: str) -> None:
         stage = name if config.finetune.seeds == 1 else f"{name}/seed-{seed}"
         run.boundary(stage, wait=True)
         _finetune_once(run, stage, source, seed)
-        results.append(run.result(stage))
+        results.append(run.shared_result(stage))
     if config.finetune.seeds > 1:
         write_result(run, name, _summary(name, source, [r for r in results if r]))
-    final = run.result(name)
+    final = run.shared_result(name)
     assert final is not None
     for split in ("val", "test"):
         key = f"{split}_{final['metric']}"
@@ -254,7 +254,7 @@ def finetune(run: Run, start: str) -> None:
 
 def _check_seeds(run: Run, name: str) -> None:
     """One fine-tuning lies in its folder, several in folders below it: no mixture."""
-    done, asked = run.result(name), run.config.finetune.seeds
+    done, asked = run.shared_result(name), run.config.finetune.seeds
     if done is None or ("n" not in done) == (asked == 1):
         return
     folder = run.folder / name

@@ -148,6 +148,8 @@ def choose(mode: str, bytes_needed: int | None, config: Config, folder: Path) ->
                 " take --teacher.mode replicated, or --distill.feature cls or mean"
             )
         return "replicated" if mode == "auto" else mode
+    if mode == "auto" and ((folder / "table.json").exists() or (folder / "parts.json").exists()):
+        return "cached"  # as it began: the table itself takes the room that is looked for below
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if mode == "cached" and bytes_needed > free and not (folder / "table.json").exists():

@@ -193,6 +193,10 @@ def train(
 def save(loop: Loop, monitor: Monitor, checkpoints: Checkpoints) -> None:
     """Saves where the stage stands. Every rank calls it, between two steps."""
     monitor.sync()
+    if loop.samples:
+        loop.samples.sync()
+    if loop.skipped:
+        loop.skipped.share(int(total(torch.tensor(loop.skipped.new, device=loop.engine.device))))
     loop.state.seconds = loop.spent()
     checkpoints.save(loop.engine, loop.state)
 

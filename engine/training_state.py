@@ -198,7 +198,9 @@ def collect(
     """
     kept: dict[str, Tensor] = {}
     how, owner = layout(engine, rank), owners(engine.module, world)
-    how.link()
+    stepped = _stepped(how)  # not yet where fp16 has only met overflows
+    if stepped:
+        how.link()
     for name, parameter in engine.module.named_parameters():
         beat()
         mine = owner[name] == rank
@@ -207,11 +209,19 @@ def collect(
                 if mine:
                     kept[f"{WEIGHT}/{name}"] = _copy(whole)
             continue
-        for key in (WEIGHT, *MOMENTS):
-            value = how.get(parameter, key)  # gathers: every rank takes part
+        weight = how.get(parameter, WEIGHT)  # gathers: every rank takes part
+        if mine:
+            kept[f"{WEIGHT}/{name}"] = _copy(weight)
+        for key in MOMENTS:
+            value = how.get(parameter, key) if stepped else torch.zeros_like(weight)
             if mine:
                 kept[f"{key}/{name}"] = _copy(value)
     return kept
+
+
+def _stepped(how: Layout) -> bool:
+    """Whether the optimiser has moments."""
+    return "exp_avg" in how.optimizer.state.get(next(iter(how.flats())), {})
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -262,7 +272,8 @@ def numbers(engine: Any, rank: int) -> dict[str, Any]:
     """The numbers of the state: Adam's step, and the loss scaler's where there is one."""
     how = layout(engine, rank)
     inner = how.optimizer
-    found: dict[str, Any] = {"step": int(inner.state[next(iter(how.flats()))]["step"])}
+    first = next(iter(how.flats()))
+    found: dict[str, Any] = {"step": int(inner.state[first]["step"]) if _stepped(how) else 0}
     if engine.fp16_enabled():
         scaler = _scaler(engine)
         found["scaler"] = {n: getattr(scaler, n) for n in _SCALER if hasattr(scaler, n)}

@@ -1,8 +1,8 @@
 """A rank that hangs is found: no sign of life for so long, then the stacks and an end.
 
 A thread a rank looks at the time of the last beat (a step, a batch scored, a file hashed). Each
-also leaves its sign of life in the run's folder, so that the ranks which wait for a stopped process
-or a dead host can name it.
+also leaves its sign of life in the run's folder, so that the ranks which wait for one that works do
+wait, and those which wait for a stopped process or a dead host can name it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from engine.preemption import AGAIN
 
 #: Waiting in these says that the rank waits for others.
 _COLLECTIVE = ("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/comm/")
+
+
+#: A rank that waits for its next batch gets so many times the limit.
+_DATA_PATIENCE = 3
 
 
 class Watchdog:
@@ -89,14 +93,36 @@ class Watchdog:
         return self.folder / ".pulse" / f"rank-{rank:05d}.json"
 
     def _watch(self) -> None:
-        while not self._over.wait(self.interval):
-            silent = time.monotonic() - self._last
+        # Apart: the run's file system may be what hangs.
+        threading.Thread(target=self._pulsing, name="pulse", daemon=True).start()
+        while not self._over.wait(self.interval / 2):
             frame = sys._current_frames().get(self._main or 0)
-            with contextlib.suppress(OSError):  # a full disk is told where the run writes
-                self._pulse(silent, frame)
-            if silent > self.seconds:
+            # Data may come slowly, and be asked for again and again, before that is an error.
+            limit = self.seconds * (_DATA_PATIENCE if _waits_for_data(frame) else 1)
+            silent = time.monotonic() - self._last
+            if silent > limit and not (_in_collective(frame) and self._someone_works()):
                 self._end(silent, frame)
                 return
+
+    def _pulsing(self) -> None:
+        while not self._over.wait(self.interval):
+            silent = time.monotonic() - self._last
+            with contextlib.suppress(OSError):  # a full disk is told where the run writes
+                self._pulse(silent, sys._current_frames().get(self._main or 0))
+
+    def _someone_works(self) -> bool:
+        """Whether another rank makes progress, for which this one waits."""
+        found: list[bool] = []
+
+        def look() -> None:
+            for rank in range(self.world):
+                with contextlib.suppress(OSError, ValueError):
+                    pulse = json.loads(self._pulse_file(rank).read_text(encoding="utf-8"))
+                    fresh = time.time() - pulse["time"] < 4 * self.interval
+                    found.append(fresh and pulse["silent"] < self.seconds / 2)
+
+        _bounded(look, self.interval)
+        return any(found)
 
     def _pulse(self, silent: float, frame: FrameType | None) -> None:
         file = self._pulse_file(self.rank)
@@ -120,18 +146,22 @@ class Watchdog:
             f"error: rank {self.rank} on {socket.gethostname()}: no progress for {silent:.0f} s"
             f" (--watchdog {self.seconds:g}) in {self.where}, at {_innermost(frame)}"
         ]
-        try:
+        hung: list[str] = []
+
+        def tell() -> None:
             with open(dump, "w", encoding="utf-8") as file:
                 file.write(lines[0] + "\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             lines.append(f"all threads' stacks: {dump}")
-        except OSError:
+            # Others look a little earlier or later: what they have to say must be there, and they
+            # must have left theirs before this process's end takes them along.
+            time.sleep(2 * self.interval)
+            hung.extend(self.suspects())
+
+        if not _bounded(tell, 2 * self.interval + 20):
+            lines.append(f"{self.folder} cannot be written either")
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        # Others look a little earlier or later: what they have to say must be there, and they must
-        # have left theirs before this process's end takes them along.
-        time.sleep(2 * self.interval)
-        hung = self.suspects()
         if self.rank == 0 or not _in_collective(frame):
             lines += [f"{line}: that is where to look" for line in hung]
             print("; ".join(lines), file=sys.stderr, flush=True)
@@ -155,6 +185,25 @@ class Watchdog:
             elif not pulse["waits"]:
                 found.append(f"{name} is at {pulse['at']}, in {pulse['where']}")
         return found
+
+
+def _bounded(action: Callable[[], None], seconds: float) -> bool:
+    """Does something that a hung file system may never finish; whether it was finished."""
+    done: list[bool] = []
+
+    def act() -> None:
+        with contextlib.suppress(OSError):
+            action()
+            done.append(True)
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(done)
+
+
+def _waits_for_data(frame: FrameType | None) -> bool:
+    return any(f.f_code.co_filename.endswith("data/loader.py") for f in _stack(frame))
 
 
 def _stack(frame: FrameType | None) -> list[FrameType]:

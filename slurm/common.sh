@@ -74,7 +74,7 @@ launch() {
     [ -z "$RECIPE" ] || words+=(--recipe "$RECIPE")
     [ -z "${MODEL:-}" ] || words+=(--model "$MODEL")
     [ -z "${DATA:-}" ] || words+=(--data "$DATA")
-    export FIRST=$OUTPUT/.first-exit-$SLURM_JOB_ID
+    export FIRST=$OUTPUT/.first-exit-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
     if ! { mkdir -p "$OUTPUT" && echo >"$FIRST" && rm "$FIRST"; }; then
         echo "error: OUTPUT=$OUTPUT cannot be written: choose another folder" >&2
         exit 2
@@ -97,17 +97,32 @@ launch() {
     exit "$code"
 }
 
+# progress: changes whenever a checkpoint or a result is added below $OUTPUT.
+progress() {
+    find "$OUTPUT"/ -follow \( -name latest -o -name result.json \) -printf '%p %T@\n' 2>/dev/null |
+        sort | cksum
+}
+
 # requeue CODE: puts the job back into the queue, unless SLURM itself or the cap ends it.
 requeue() {
-    local count=${SLURM_RESTART_COUNT:-0} most=${MAX_RESTARTS:-20}
+    local most=${MAX_RESTARTS:-20} note=$OUTPUT/.restarts-$SLURM_JOB_ID id=$SLURM_JOB_ID
+    local count=0 before='' now
+    # To scontrol, the number of an array's last task means all of its tasks.
+    [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    # Restarts that got on do not count: a long job reaches its time limit often.
+    now=$(progress)
+    if [ -e "$note" ]; then { read -r count && read -r before; } <"$note"; fi
+    [ "$now" = "$before" ] || count=0
     # Preempted, requeued or cancelled from outside: a cancelled job would come back to life.
-    if ! scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '; then
+    if ! scontrol --oneliner show job "$id" | grep -q ' JobState=RUNNING '; then
         echo "exit code $1: SLURM ends the job itself" >&2
     elif [ "$count" -ge "$most" ]; then
-        echo "error: exit code $1 after $count restarts, MAX_RESTARTS=$most: no more" >&2
+        echo "error: exit code $1 after $count restarts without progress, MAX_RESTARTS=$most: no more" >&2
+        rm -f "$note"
     else
-        echo "exit code $1: back to the queue, restart $((count + 1)) of at most $most" >&2
-        scontrol requeue "$SLURM_JOB_ID"
+        echo "exit code $1: back to the queue, restart $((count + 1)) of at most $most without progress" >&2
+        printf '%s\n%s\n' $((count + 1)) "$now" >"$note"
+        scontrol requeue "$id"
     fi
     exit "$1"
 }

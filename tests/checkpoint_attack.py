@@ -102,6 +102,10 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
+def plausible(path: Path) -> None:
+    path.write_text(path.read_text().replace('"step": 3', '"step": 7', 1))
+
+
 def attack_files(run: Training, root: Path) -> dict[str, int]:
     """Each file of the newest checkpoint, attacked in each way -> the step resumed from."""
     newest = max(p for p in run.folder.glob("step-*"))
@@ -114,6 +118,10 @@ def attack_files(run: Training, root: Path) -> dict[str, int]:
             attack(copy / file)  # type: ignore[operator]
             came[f"{attack.__name__} {Path(file).name}"] = run.resumed(copy)
             shutil.rmtree(copy)
+    shutil.copytree(run.folder, root / "copy")
+    plausible(root / "copy" / newest.name / "state.json")
+    came["plausible state.json"] = run.resumed(root / "copy")
+    shutil.rmtree(root / "copy")
     shutil.copytree(run.folder, root / "copy")
     (root / "copy" / "latest").write_text("step-99999999")
     came["latest points nowhere"] = run.resumed(root / "copy")

@@ -41,7 +41,7 @@ def test_the_last_two_are_kept(came: dict[str, Any]) -> None:
 def test_an_attacked_file_falls_back_one_checkpoint(came: dict[str, Any]) -> None:
     attacks = {k: v for k, v in came["files"].items() if "latest" not in k}
     files = {k: v for k, v in attacks.items() if "safetensors" in k or "state.json" in k}
-    assert len(files) == 10
+    assert len(files) == 11
     assert set(files.values()) == {2}, files
     assert attacks["an empty folder is newer"] == 3
     assert attacks["a folder of another name"] == 3

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.monitor import read_metrics
 from engine.preemption import AGAIN
 from tests.helpers import COMMON, ROOT, environment, launch, make_world, metrics
 
@@ -94,22 +95,24 @@ def test_interrupted_anywhere_it_ends_bit_for_bit_the_same(root: Path) -> None:
             assert results[0].get(key) == results[1].get(key), (stage, key)
 
 
-def start(root: Path, name: str, **more: object) -> tuple[subprocess.Popen[str], Path]:
-    """A run of one process, until its fifth step."""
-    folder = root / "runs" / name
+def start(
+    root: Path, name: str, env: dict[str, str] | None = None, **more: object
+) -> tuple[subprocess.Popen[str], Path]:
+    """A run of one process, until its fifth step, or one that it did itself."""
+    folder, began = root / "runs" / name, time.time()
     words = options(root) | {"stage": "pretrain", "pretrain.steps": 400, "save_every": 1000} | more
     process = subprocess.Popen(
         [sys.executable, "engine/run.py", "--output", str(folder)]
         + [word for key, value in words.items() for word in (f"--{key}", str(value))],
         cwd=ROOT,
-        env=environment(),
+        env=environment(**(env or {})),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     until = time.monotonic() + 200
     file = folder / "pretrain" / "metrics.jsonl"
-    while not file.exists() or len(file.read_text().splitlines()) < 5:
+    while len(lines := read_metrics(file)) < 5 or lines[-1]["time"] < began:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -132,6 +135,27 @@ def test_a_signal_saves_and_ends_with_the_code_that_asks_for_another_launch(
     assert at is not None, line
     (saved,) = (stage / "checkpoints").glob("step-*")
     assert int(saved.name.removeprefix("step-")) == int(at[1])
+
+
+def test_a_requeued_job_does_not_overwrite_what_it_began(root: Path) -> None:
+    job = {"SLURM_JOB_ID": "7"}
+    process, stage = start(root, "again", job, overwrite=True, **{"pretrain.steps": 4000})
+    process.send_signal(signal.SIGUSR2)
+    out, _ = process.communicate(timeout=100)
+    assert "(launch without --overwrite)" in out
+    seen = len(metrics(stage))
+    restarted = job | {"SLURM_RESTART_COUNT": "1"}
+    process, _ = start(root, "again", restarted, overwrite=True, **{"pretrain.steps": 4000})
+    process.send_signal(signal.SIGUSR2)
+    out, _ = process.communicate(timeout=100)
+    assert "resumed at step" in out
+    assert "deleting" not in out
+    assert len(metrics(stage)) >= seen
+    other = restarted | {"SLURM_JOB_ID": "8"}  # another job means what it says
+    process, _ = start(root, "again", other, overwrite=True, **{"pretrain.steps": 4000})
+    process.kill()
+    out, _ = process.communicate(timeout=100)
+    assert "deleting" in out
 
 
 def test_a_stopped_process_is_found_by_the_others(root: Path) -> None:

@@ -89,6 +89,14 @@ def jobs(stubs: Stubs, preempted: dict[str, str]) -> dict[str, str]:
         "capped": stubs.submit("0.*=75,1.*=75,2.*=75", MAX_RESTARTS="1"),
         "killed": stubs.submit("0.1=-9"),
         "array": stubs.submit("0.*=75", "--array=1-2", "-N1", script="sweep.sh", **sets),
+        "one of an array": stubs.submit(
+            *("0/0.*=0,1/0.*=0,2/0.*=75", "--array=0-2", "-N1"),
+            script="sweep.sh",
+            **(sets | {"OUTPUT": "three"}),
+        ),
+        "array, cancelled": stubs.submit(
+            *("", "--array=0-1", "-N1"), script="sweep.sh", **(sets | {"OUTPUT": "two"})
+        ),
         "first": stubs.submit("0.*=75"),
         "no requeue": stubs.submit("0.*=75", "--no-requeue"),
     }
@@ -126,8 +134,10 @@ def test_a_job_that_can_go_on_comes_back_once(
 
 def test_exit_code_75_is_requeued_until_the_cap(stubs: Stubs, jobs: dict[str, str]) -> None:
     assert stubs.end(jobs["capped"]) == ("FAILED", "75:0", "1"), stubs.log(jobs["capped"])
-    assert "restart 1 of at most 1" in stubs.log(jobs["capped"])
-    assert "75 after 1 restarts, MAX_RESTARTS=1: no more" in stubs.log(jobs["capped"])
+    assert "restart 1 of at most 1 without progress" in stubs.log(jobs["capped"])
+    assert "75 after 1 restarts without progress, MAX_RESTARTS=1: no more" in stubs.log(
+        jobs["capped"]
+    )
 
 
 def test_the_tasks_of_an_array_come_back_each(stubs: Stubs, jobs: dict[str, str]) -> None:
@@ -138,6 +148,31 @@ def test_the_tasks_of_an_array_come_back_each(stubs: Stubs, jobs: dict[str, str]
     log = stubs.log(job)
     assert "--stage all --seed 0 --output o/b-seed-0 --recipe quickstart --data /s/b" in log
     assert "--stage all --seed 1 --output o/a-seed-1 --recipe quickstart --data /s/a" in log
+
+
+def test_one_task_comes_back_and_leaves_the_others_alone(
+    stubs: Stubs, jobs: dict[str, str]
+) -> None:
+    # The last task of an array has the array's own number, which to scontrol means all tasks.
+    job = jobs["one of an array"]
+    assert stubs.cluster.wait(job, 90) == "COMPLETED"
+    told = {one["ArrayTaskId"]: one["Restarts"] for one in stubs.cluster.jobs(job)}
+    assert told == {"0": "0", "1": "0", "2": "1"}
+
+
+def test_a_cancelled_task_stays_cancelled(stubs: Stubs, jobs: dict[str, str]) -> None:
+    job = jobs["array, cancelled"]
+
+    def state(task: str) -> tuple[str, str]:
+        (one,) = (j for j in stubs.cluster.jobs(job) if j["ArrayTaskId"] == task)
+        return one["JobState"], one["Restarts"]
+
+    stubs.cluster.until(lambda: stubs.log(job).count("run 0 rank 0") == 2, 60, "both tasks")
+    stubs.slurm("scancel", f"{job}_1")
+    stubs.cluster.until(lambda: "SLURM ends the job itself" in stubs.log(job), 30)
+    assert state("1") == ("CANCELLED", "0")
+    assert state("0") == ("RUNNING", "0")
+    stubs.slurm("scancel", job)
 
 
 def test_a_dependant_waits_for_the_requeued_job(stubs: Stubs, jobs: dict[str, str]) -> None:

@@ -125,8 +125,9 @@ class Checkpoints:
             fsync(part)
             written = [part.name, part.stat().st_size, sha256(part)]
         except (OSError, SafetensorError) as caught:
-            error = f"{draft}: checkpoint not saved: {one_line(caught)}; free space, or give it"
-            error += " back its permissions, then launch again: it goes on from the one before"
+            reason = one_line(caught).rsplit("error: ", 1)[-1]  # safetensors names two layers
+            error = f"{draft}: checkpoint not saved: {reason}; free space, or give it back its"
+            error += " permissions, then launch again: it goes on from the one before"
         del tensors
         self.beat()
         written_by = gather((written, error))

@@ -18,6 +18,7 @@ from data.codec import Codec
 from data.errors import UserError
 from data.loader import sequential, tell
 from data.manifest import Manifest
+from engine.checkpoint import gather
 from engine.config import Config
 from engine.distributed import Ranks, main_only, total
 from engine.files import fsync, write_text
@@ -269,27 +270,36 @@ def _compute(
             if time.monotonic() - told > 10:
                 run.say(f"{name}: teacher features {100 * number // rounds}%")
                 told = time.monotonic()
-            if number >= len(mine):
-                continue
-            first, last = mine[number]
-            rows = np.full(
-                (last - first, *shape), np.nan, np.float32
-            )  # a broken sample's stays NaN
-            for _ in range(-(-(last - first) // _BATCH)):
-                batch = next(batches)
-                features, valid = teacher(batch).cpu().numpy(), batch["valid"].numpy()
-                rows[batch["ids"].numpy()[valid] - first] = features[valid]
-                run.watchdog.beat()
-            part = _part(folder, mine[number])
-            draft = part.with_name(f".{part.name}.tmp")
-            with open(draft, "wb") as file:
-                np.save(file, rows)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, part)
+            error = None
+            try:
+                if number < len(mine):
+                    first, last = mine[number]
+                    # The row of a broken sample stays NaN.
+                    rows = np.full((last - first, *shape), np.nan, np.float32)
+                    for _ in range(-(-(last - first) // _BATCH)):
+                        batch = next(batches)
+                        features, valid = teacher(batch).cpu().numpy(), batch["valid"].numpy()
+                        rows[batch["ids"].numpy()[valid] - first] = features[valid]
+                        run.watchdog.beat()
+                    _save_part(_part(folder, mine[number]), rows)
+            except UserError as caught:
+                error = caught
+            # What one rank meets, all leave for: the others would wait for it.
+            for met in gather(error):
+                if met is not None:
+                    raise met
     finally:
         passed.close()
     passed.tolerate(int(total(torch.tensor(len(passed.broken), device=ranks.device))))
+
+
+def _save_part(part: Path, rows: np.ndarray) -> None:
+    draft = part.with_name(f".{part.name}.tmp")
+    with open(draft, "wb") as file:
+        np.save(file, rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, part)
 
 
 def _join(

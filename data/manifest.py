@@ -291,10 +291,13 @@ class Manifest:
             UserError: The table is missing, or is not the one that the manifest names.
         """
         place = join(self.root, self.members_file.file)
+        held = None
         if is_remote(self.root):
             from data.cache import ShardCache
 
-            path = ShardCache(self.cache_dir).path(place, self.members_file.sha256, None)
+            # By its descriptor: another process may drop the file to make room for a shard.
+            held = ShardCache(self.cache_dir).open(place, self.members_file.sha256, None)
+            path = Path(f"/proc/self/fd/{held}")
         else:
             path = Path(place)
         cure = "fetch it anew, or make it anew (python -m data.pack or python -m data.index)"
@@ -312,6 +315,9 @@ class Manifest:
             raise UserError(f"{place} is missing beside {FILE}: {cure}") from None
         except (ValueError, EOFError) as error:
             raise UserError(f"{place} cannot be read as a table ({error}): {cure}") from None
+        finally:
+            if held is not None:
+                os.close(held)
         if table.shape != (self.samples, 4) or table.dtype != np.int64:
             raise UserError(
                 f"{place} is {table.dtype} {list(table.shape)} where {self.place} wants"

@@ -139,6 +139,7 @@ class _Sharded(_Partitioned):
     def set(self, parameter: Tensor, key: str, value: Tensor) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
+        # DeepSpeed hangs the shard onto the parameter, which its type does not know.
         size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         part = torch.zeros(size)  # the last parts may reach beyond the end
         mine = value.flatten()[self.rank * size : (self.rank + 1) * size]

@@ -62,7 +62,8 @@ class TextWork:
         self.longest = min(longest, -(-longest // bucket) * bucket)
         self.tokens = min(float(longest), _mean(manifest) if tokens is None else tokens)
         self.base = Language(config, None, longest, {}, None, path, "")
-        self.kind = TextKind(run, manifest)  # type: ignore[arg-type]  # data only for loading
+        # There may be no data: TextKind looks at them to load weights, which a plan never does.
+        self.kind = TextKind(run, manifest)  # type: ignore[arg-type]
         mlp = int(getattr(config, "intermediate_size", 0) or config.hidden_dim)
         self.blocks = Blocks(
             int(config.num_hidden_layers),

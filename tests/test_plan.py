@@ -87,6 +87,7 @@ def test_parameters_are_those_of_transformers_roberta() -> None:
     work = made({"tokens": 100}, recipe="roberta_base").work
     for stage, theirs in (("pretrain", language), ("finetune", classifier)):
         expected = sum(p.numel() for p in theirs.parameters())
+        # stage is one of the literals; mypy takes a loop variable for any string.
         assert work.parameters(stage, 7).trained == expected  # type: ignore[arg-type]
     assert work.parameters("pretrain", 7).all == 124_697_433
 

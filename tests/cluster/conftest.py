@@ -17,6 +17,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     if reason := obstacle():
         config.stash[_NOT_RUN] = f"{len(mine)} cluster tests NOT RUN: {reason}"
+        # Without root there is no cluster to test on: the closing lines say so, in red.
         for item in mine:
             item.add_marker(pytest.mark.skip(reason=reason))
 

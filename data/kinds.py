@@ -86,7 +86,7 @@ class ImageKind:
         images.read(content)  # only to see that it can be read
         if isinstance(sample.source, Path):
             return sample.source.suffix.lower().lstrip(".") or "img", content
-        return _suffix(content), content
+        return suffix(content), content
 
     def entry(self) -> dict[str, Any]:
         """See `Kind`."""
@@ -98,7 +98,7 @@ class ImageKind:
         }
 
 
-def _suffix(content: bytes) -> str:
+def suffix(content: bytes) -> str:
     """The extension of an image file that has no name."""
     kind = (Image.open(io.BytesIO(content)).format or "img").lower()
     return {"jpeg": "jpg"}.get(kind, kind)

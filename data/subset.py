@@ -1,0 +1,150 @@
+"""python -m data.subset SHARDS OUT --samples N: fewer labels, for learning curves.
+
+OUT gets N training samples of SHARDS, its classes in their shares, and whole copies of the other
+splits. Smaller subsets of the same seed lie inside larger ones.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data import keyed, manifest, tars
+from data.errors import UserError
+from data.kinds import suffix
+from data.manifest import DIVIDED, Manifest
+from data.reader import Reader
+from data.shards import check_replaceable, replace, write_split
+from data.sources import Sample
+
+
+@dataclass(frozen=True)
+class AsStored:
+    """Samples that go from shard to shard as they are (a `data.kinds.Kind`).
+
+    Attributes:
+        told: What the manifest notes of the inputs.
+        name: image or text.
+    """
+
+    told: dict[str, Any]
+    name: ClassVar[Literal["image", "text"]]
+
+    def encode(self, sample: Sample) -> tuple[str, bytes]:
+        """See `data.kinds.Kind`."""
+        assert isinstance(sample.source, bytes)
+        stored = str(self.told["stored"])
+        return stored if stored != "original" else suffix(sample.source), sample.source
+
+    def entry(self) -> dict[str, Any]:
+        """See `data.kinds.Kind`."""
+        return self.told
+
+
+class _StoredImages(AsStored):
+    name: ClassVar[Literal["image", "text"]] = "image"
+
+
+class _StoredTexts(AsStored):
+    name: ClassVar[Literal["image", "text"]] = "text"
+
+
+def choose(classes: NDArray[np.int64], samples: int, seed: int) -> NDArray[np.int64]:
+    """Picks samples class by class, so that each class keeps its share, to a sample or so.
+
+    Args:
+        classes: int64 [n], class of each sample.
+        samples: How many to take, at most n.
+        seed: Of the choice.
+
+    Returns:
+        int64 [samples], sorted numbers of samples; those of fewer samples are a part of them.
+    """
+    order = keyed.permutation(seed, "subset", 0, len(classes))
+    # The k-th of a class of m samples stands at (k + 1/2) / m of one line of all samples.
+    place = np.empty(len(classes))
+    for one in np.unique(classes):
+        mine = order[classes[order] == one]
+        place[mine] = (np.arange(len(mine)) + 0.5) / len(mine)
+    taken = order[np.argsort(place[order], kind="stable")][:samples]
+    return np.sort(taken)
+
+
+def subset(shards: str, out: str, samples: int, seed: int = 0, overwrite: bool = False) -> None:
+    """Writes a smaller training set.
+
+    Args:
+        shards: Folder made by data.pack.
+        out: Folder of the new set.
+        samples: Training samples that it gets.
+        seed: Of the choice.
+        overwrite: Replace shards that are in `out`.
+    """
+    source, target = Path(shards), Path(out)
+    train = Manifest.load_split(shards, "train")
+    if not train.classes:
+        raise UserError(f"{shards} has no labels: a subset is taken class by class")
+    if not len(train.classes) <= samples <= train.samples:
+        raise UserError(
+            f"--samples {samples}: {shards} has {train.samples} training samples of"
+            f" {len(train.classes)} classes: give a number between these"
+        )
+    if target.resolve() == source.resolve():
+        raise UserError(f"{out} is the source itself: give another folder")
+    for split in DIVIDED:
+        check_replaceable(target / split, overwrite)
+    reader = Reader(train)
+    found = [label_of(reader, number) for number in range(train.samples)]
+    chosen = choose(np.array(found, dtype=np.int64), samples, seed)
+
+    def sample(number: int) -> Sample:
+        record = reader.record(number)
+        # The key that data.pack wrote, without the number that begins it.
+        member = tars.split_name(record.name.rpartition(", ")[2])
+        key = member[0].partition("-")[2] if member else ""
+        return Sample(key or str(number), record.input, record.label)
+
+    told = train.image if train.kind == "image" else train.text
+    kind = (_StoredImages if train.kind == "image" else _StoredTexts)(dict(told))
+    staging = target.parent / f".{target.name}.{os.getpid()}.partial"
+    try:
+        packed = write_split(
+            [sample(int(number)) for number in chosen],
+            train.classes,
+            staging,
+            kind=kind,
+            name=target.resolve().name,
+        )
+        for split in DIVIDED[1:]:
+            if (source / split / manifest.FILE).exists():
+                shutil.copytree(source / split, staging / split)
+        target.mkdir(parents=True, exist_ok=True)
+        for split in DIVIDED:
+            if (staging / split).exists():
+                replace(staging / split, target / split)
+    finally:
+        reader.close()
+        shutil.rmtree(staging, ignore_errors=True)
+    print(f"{target / 'train'}: {packed.samples} of {train.samples} samples")
+
+
+def label_of(reader: Reader, number: int) -> int:
+    """The class of a sample.
+
+    Raises:
+        UserError: It has none.
+    """
+    label = reader.record(number).label
+    if label < 0:
+        raise UserError(f"{reader.manifest.root}: sample {number} has no label")
+    return label
+
+
+if __name__ == "__main__":
+    from data.cli import run
+
+    run(subset)

@@ -176,7 +176,8 @@ def tell(jobs: Sequence[Job], ids: Sequence[str]) -> None:
         log = next(word for word in job.options if word.startswith("--output=")).partition("=")[2]
         print(f"{number}  {job.name}  {log.replace('%j', number).replace('%A_%a', number + '_*')}")
     listed = ",".join(ids)
-    print(f"follow: squeue --jobs {listed}; tail -F the logs; tensorboard --logdir RUN")
+    output = jobs[0].variables["OUTPUT"]
+    print(f"follow: squeue --jobs {listed}; tail -F the logs; tensorboard --logdir {output}")
     print(f"stop:   scancel {' '.join(ids)}")
 
 

@@ -28,6 +28,10 @@
 source "${SELFDISTILL_ROOT:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
 # Index i is data set i mod N with seed i div N.
 read -ra sets <<<"${DATASETS:-${DATA:-}}"
+if [ ${#sets[@]} = 0 ]; then
+    echo "error: DATASETS is not set: name packed data sets, or take RECIPE=quickstart" >&2
+    exit 2
+fi
 SEED=$((SLURM_ARRAY_TASK_ID / ${#sets[@]}))
 DATA=${sets[SLURM_ARRAY_TASK_ID % ${#sets[@]}]}
 OUTPUT=$OUTPUT/$(basename "$DATA")-seed-$SEED

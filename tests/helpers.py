@@ -83,9 +83,9 @@ def make_base(
     return folder
 
 
-def make_world(root: Path, **options: Any) -> Path:
+def make_world(root: Path, *, other: int = 5, **options: Any) -> Path:
     """What a run needs: images, their shards, a base model, and a teacher of its shape."""
-    make_images(root / "images")
+    make_images(root / "images", other=other)
     pack.pack(str(root / "images"), str(root / "shards"), **options)
     make_base(root / "base")
     make_base(root / "teacher", seed=1)

@@ -4,7 +4,6 @@
 """
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.lab import LOGIN, Cluster
-from tests.helpers import COMMON, ROOT, environment, make_world
+from tests.cluster.work import clone, last, pulse, resumed, signal, submit
 from tests.test_preemption import figures, same_weights, samples
 
 pytestmark = [pytest.mark.cluster, pytest.mark.faults]
@@ -45,48 +44,27 @@ def table() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = make_world(tmp_path_factory.mktemp("faults"))
-    for name in ("slurm", "engine", "launcher", "data", "recipes", "ds_configs", ".venv"):
-        (root / name).symlink_to(ROOT / name)
-    return root
+    return clone(tmp_path_factory.mktemp("faults"))
 
 
-def submit(cluster: Cluster, root: Path, name: str, *words: str) -> str:
-    told = {k: str(v) for k, v in COMMON.items()} | {
-        "stage": "pretrain",
-        "pretrain.steps": str(STEPS),
-        "pretrain.batch": "32",
-        "zero": "zero1",
-        "save_every": str(EVERY),
-        "log_samples": "true",
-        "watchdog": "20",
-    }
-    args = " ".join(f"--{k} {v}" for k, v in told.items() if k != "stage")
-    env = environment(
-        STAGE="pretrain",
-        RECIPE="",
-        DATA="shards",
-        MODEL="base",
-        OUTPUT=f"runs/{name}",
-        ARGS=args,
+def start(cluster: Cluster, root: Path, name: str, *words: str) -> str:
+    return submit(
+        cluster,
+        root,
+        name,
+        *("--nodes=2", "--ntasks-per-node=1", *words),
+        pretrain__steps=STEPS,
+        pretrain__batch=32,
+        zero="zero1",
+        save_every=EVERY,
+        watchdog=20,
     )
-    head = ("--nodes=2", "--ntasks-per-node=1", *words)
-    return cluster.sbatch(*head, "slurm/stage.sh", cwd=root, env=env)
-
-
-def last(stage: Path) -> tuple[int, float]:
-    """The last logged step, and the time when it was logged."""
-    try:
-        line = json.loads((stage / "metrics.jsonl").read_text().split("\n")[-2])
-    except (OSError, ValueError, IndexError):
-        return 0, 0.0
-    return int(line["step"]), float(line["time"])
 
 
 @pytest.fixture(scope="module")
 def whole(cluster: Cluster, root: Path) -> Path:
     """A run that nobody disturbs."""
-    job = submit(cluster, root, "whole")
+    job = start(cluster, root, "whole")
     assert cluster.wait(job, 400) == "COMPLETED", cluster.log(job)
     return root / "runs" / "whole" / "pretrain"
 
@@ -100,18 +78,18 @@ def disturb(
     *words: str,
 ) -> None:
     """Starts a job, does something to it, and compares its end with the undisturbed one."""
-    job = submit(cluster, root, name.replace(" ", "-"), *words)
+    job = start(cluster, root, name.replace(" ", "-"), *words)
     stage = root / "runs" / name.replace(" ", "-") / "pretrain"
     cluster.until(lambda: last(stage)[0] >= 3 * EVERY + 7, 240, "the first steps")
     began, reached = time.time(), 0
     action(job, stage)
     end = time.monotonic() + 300
-    while not (resumed := re.findall(r": resumed at step (\d+)", cluster.log(job))):
+    while not (went_on := resumed(cluster, job)):
         reached = max(reached, last(stage)[0])
         assert time.monotonic() < end, cluster.log(job)
         time.sleep(0.1)
     assert cluster.wait(job, 600) == "COMPLETED", cluster.log(job)
-    step = int(resumed[0])
+    step = went_on[0]
     lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
     back = next(line["time"] for line in lines if line["step"] == step + 1)
     redone = max(0, reached - step)
@@ -123,12 +101,6 @@ def disturb(
     assert list(samples(stage)) == list(range(1, STEPS + 1))
 
 
-def pulse(stage: Path, rank: int) -> int:
-    """Pid of a rank, as its own host numbers it."""
-    file = stage.parent / ".pulse" / f"rank-{rank:05d}.json"
-    return int(json.loads(file.read_text())["pid"])
-
-
 def test_requeue_by_hand(cluster: Cluster, root: Path, whole: Path) -> None:
     def action(job: str, stage: Path) -> None:
         cluster.run(LOGIN, "scontrol", "requeue", job)
@@ -138,7 +110,7 @@ def test_requeue_by_hand(cluster: Cluster, root: Path, whole: Path) -> None:
 
 def test_the_warning_signal(cluster: Cluster, root: Path, whole: Path) -> None:
     def action(job: str, stage: Path) -> None:
-        cluster.run(LOGIN, "scancel", "--signal=USR2", job)
+        signal(cluster, job)
 
     disturb(cluster, root, whole, "SIGUSR2", action)
 

@@ -36,6 +36,15 @@ VERSION = 2
 #: What may differ at resume, and when a complete stage is met again: the layout, not the figures.
 FREE = ("zero", "accumulation")
 
+#: What was done before there were these options: records of then do not name them.
+BEFORE = {
+    "pretrain.objective": "mae",
+    "distill.match": "feature",
+    "finetune.test": True,
+    "finetune.train_scored": 10_000,
+    "finetune.regularizer": "none",
+}
+
 
 @dataclass
 class State:
@@ -236,7 +245,7 @@ class Checkpoints:
         where, state = found
         cure = "give the same options, or --overwrite to start the stage again"
         for key in sorted(state.config.keys() | config.keys()):
-            old, new = state.config.get(key), config.get(key)
+            old, new = state.config.get(key, BEFORE.get(key)), config.get(key)
             if old != new and key.rsplit(".", 1)[-1] not in FREE:
                 raise UserError(f"{where} was made with {key} = {old}, now it is {new}: {cure}")
         if state.manifest != manifest:

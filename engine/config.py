@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -156,6 +157,9 @@ class PretrainSection(StageSection):
     """Stage 1: further pre-training (Algorithm 2)."""
 
     steps: int | None = 20_000
+    objective: Literal["mae", "supcon"] = Field(
+        "mae", description="masked auto-encoding, or the supervised contrastive loss on labels"
+    )
 
 
 class DistillSection(StageSection):
@@ -164,7 +168,16 @@ class DistillSection(StageSection):
     steps: int | None = 20_000
     feature: Literal["cls", "mean", "tokens"] = Field("cls", description="distilled feature")
     weight: float = Field(1.0, ge=0, description="weight of L_Distill")
-    mae_weight: float = Field(1.0, ge=0, description="weight of L_MAE")
+    mae_weight: float = Field(1.0, ge=0, description="weight of L_MAE (0 freezes the decoder)")
+    match: Literal["feature", "prediction", "weights_l2", "weights_mars"] = Field(
+        "feature", description="what L_Distill compares; all but feature are ablations"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> DistillSection:
+        if not self.weight and not self.mae_weight:
+            raise ValueError("weight and mae_weight are both 0: give one of them more")
+        return self
 
 
 class FinetuneSection(StageSection):
@@ -179,11 +192,59 @@ class FinetuneSection(StageSection):
     dropout: float = Field(0.1, ge=0, lt=1)
     flip: bool = Field(True, description="random horizontal flips")
     pool: Literal["cls", "mean"] = Field("cls", description="feature under the classifier")
-    start: Literal["auto", "distill", "pretrain", "model"] = Field(
-        "auto", description="weights to start from (auto = the run's last distillation)"
+    start: str = Field(
+        "auto",
+        description="auto | distill | distill-N | pretrain | model: weights to start from"
+        " (auto = the run's last distillation)",
+    )
+    weights: str | None = Field(
+        None, description="exported model to start from, in place of the run's own stages"
     )
     seeds: int = Field(1, ge=1, description="repetitions, seeds seed, seed+1, ...")
     eval_every: int = Field(0, ge=0, description="validation interval in steps (0 = at the end)")
+    test: bool = Field(True, description="score the test split at the end (false in searches)")
+    train_scored: int = Field(
+        10_000, ge=0, description="samples of the train split scored at the end (0 = none)"
+    )
+    regularizer: Literal["none", "recadam", "mars", "r3f"] = "none"
+
+    @field_validator("start")
+    @classmethod
+    def _known_start(cls, value: str) -> str:
+        if not re.fullmatch("auto|model|pretrain|distill(-[1-9][0-9]*)?", value):
+            raise ValueError("must be auto, model, pretrain, distill, or distill-N (a round)")
+        return value
+
+
+class RecAdamSection(Section):
+    """RecAdam (Chen et al. 2020): Adam with an annealed pull to the pre-trained weights."""
+
+    c: float = Field(5000.0, ge=0, description="strength of the pull")
+    k: float = Field(0.1, gt=0, description="lambda(t) = 1 / (1 + exp(-k (t - t0)))")
+    t0: float = Field(250.0, ge=0, description="step at which Adam and the pull have equal shares")
+
+
+class MarsSection(Section):
+    """MARS (Gouk et al. 2021): a limit on each row of a weight matrix's way from its start."""
+
+    radius: float = Field(4.0, gt=0, description="largest absolute row sum of W - W_init")
+    head_radius: float = Field(20.0, gt=0, description="the same of the fresh head, around 0")
+
+
+class R3FSection(Section):
+    """R3F (Aghajanyan et al. 2021): predictions that noise on the embeddings does not change."""
+
+    weight: float = Field(1.0, ge=0, description="of the symmetric KL divergence")
+    noise: Literal["uniform", "normal"] = "uniform"
+    eps: float = Field(1e-5, ge=0, description="half-width, or standard deviation, of the noise")
+
+
+class SupConSection(Section):
+    """Supervised contrastive further pre-training (Khosla et al. 2020, L_out)."""
+
+    temperature: float = Field(0.1, gt=0)
+    projection: int = Field(128, ge=1, description="width of the projection")
+    dropout: float = Field(0.1, ge=0, lt=1, description="in the encoder; it makes views differ")
 
 
 class Config(Section):
@@ -204,10 +265,15 @@ class Config(Section):
     pretrain: PretrainSection = Field(default_factory=PretrainSection)
     distill: DistillSection = Field(default_factory=DistillSection)
     finetune: FinetuneSection = Field(default_factory=FinetuneSection)
+    supcon: SupConSection = Field(default_factory=SupConSection)
+    recadam: RecAdamSection = Field(default_factory=RecAdamSection)
+    mars: MarsSection = Field(default_factory=MarsSection)
+    r3f: R3FSection = Field(default_factory=R3FSection)
     rounds: int = Field(1, ge=1, description="rounds of self-distillation (T' in the paper)")
     compare: bool = Field(
         False,
-        description="also fine-tune the model and the further pre-trained one (with --stage all)",
+        description="also fine-tune the model, the further pre-trained one and every round's"
+        " student (with --stage all)",
     )
     seed: int = Field(0, ge=0, lt=2**31)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -6,7 +6,7 @@ import functools
 import importlib.metadata
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,11 @@ class Fit:
         finish: engine -> entries of result.json (export, evaluation). Every rank calls it.
         seed: seed of order, head and dropout (default: the run's).
         validate: manifest scored every `eval_every` steps.
+        labelled: whether the loader must find labels.
+        reconstructs: whether the objective reconstructs a masked view.
+        counted: whether `data.flops` says what a step costs.
+        optimizer: objective -> the optimiser; None: AdamW.
+        after: engine -> what is called after every update; None: nothing.
     """
 
     name: str
@@ -75,6 +80,11 @@ class Fit:
     reference: Mapping[str, Tensor] | None = None
     seed: int | None = None
     validate: Manifest | None = None
+    labelled: bool = False
+    reconstructs: bool = True
+    counted: bool = True
+    optimizer: Callable[[nn.Module], Any] | None = None
+    after: Callable[[Any], Callable[[], None]] | None = None
     mode: TeacherMode = "cached"
 
 
@@ -128,8 +138,21 @@ def check_shards(run: Run, *manifests: Manifest, labels: bool) -> None:
                 run.say(f"{manifest.root}: {100 * done // size}% checked")
 
 
-def build_engine(run: Run, objective: nn.Module, stage: str, plan: StageSection) -> Any:
+def build_engine(
+    run: Run,
+    objective: nn.Module,
+    stage: str,
+    plan: StageSection,
+    make: Callable[[nn.Module], Any] | None = None,
+) -> Any:
     """The DeepSpeed engine of an objective.
+
+    Args:
+        run: The launch.
+        objective: Module whose forward gives the losses.
+        stage: pretrain | distill | finetune.
+        plan: Its settings.
+        make: objective -> optimiser; None: AdamW.
 
     Raises:
         UserError: batch, ZeRO setting or precision do not fit.
@@ -137,7 +160,11 @@ def build_engine(run: Run, objective: nn.Module, stage: str, plan: StageSection)
     import deepspeed
 
     content = zero.training_config(run.config, plan, run.ranks.world)
-    optimizer = optim.build(objective, stage, plan, offload=zero.offloads(content))
+    if make is None:
+        optimizer = optim.build(objective, stage, plan, offload=zero.offloads(content))
+    else:
+        optimizer = make(objective)
+        content["zero_allow_untested_optimizer"] = True  # DeepSpeed knows classes by their names
     try:
         engine, *_ = deepspeed.initialize(
             model=objective, optimizer=optimizer, config=content, dist_init_required=False
@@ -199,7 +226,7 @@ def fit(run: Run, task: Fit) -> None:
         skip_broken=config.data.skip_broken,
         report=tell,
         codec=task.data.codec(task.base, task.train),
-        require_labels=task.stage == "finetune",
+        require_labels=task.labelled,
     )
     skipped = None
     if config.data.skip_broken:
@@ -217,7 +244,7 @@ def fit(run: Run, task: Fit) -> None:
         unit=task.data.samples,
     )
     monitor.text("config", f"```toml\n{config.toml()}\n```")
-    peak = flop_counts.peak_flops(_device_name(ranks.device), run.dtype)
+    peak = flop_counts.peak_flops(_device_name(ranks.device), run.dtype) if task.counted else None
     meter = Meter(unit=task.data.units, peak_flops=None if peak is None else peak * ranks.world)
 
     def evaluate_now(step: int) -> None:
@@ -232,10 +259,12 @@ def fit(run: Run, task: Fit) -> None:
 
     def measure(batch: dict[str, Tensor]) -> tuple[float, float]:
         classes = len(task.train.classes)
+        if not task.counted:
+            return task.data.size(batch), 0.0
         work = task.data.flops(task.base, task.stage, task.mode, classes, batch)
         return task.data.size(batch), work
 
-    masked = task.stage != "finetune"
+    masked = task.reconstructs
     stage_folder = run.folder / task.name
     samples = SampleLog(stage_folder, ranks, state.step) if config.log_samples else None
     loop = Loop(
@@ -250,6 +279,7 @@ def fit(run: Run, task: Fit) -> None:
         skipped=skipped,
         spent=spent,
         samples=samples,
+        after=None if task.after is None else task.after(engine),
         log_every=config.log_every,
         save_every=config.save_every,
         count=task.data.count if masked else lambda _: None,
@@ -278,6 +308,9 @@ def fit(run: Run, task: Fit) -> None:
             if split == list(scores)[-1]:  # one picture at the last step: test, or val without it
                 monitor.confusion(steps, score.confusion, task.train.classes)
             monitor.log(steps, {f"{split}/{k}": v for k, v in score.scalars().items()})
+        if "analysis" in left:
+            told = scalars(left["analysis"])
+            monitor.log(steps, {f"analysis/{k}": v for k, v in told.items()})
         monitor.hparams(
             config.model_dump(exclude={"local_rank"}),
             figures or {"final/loss": last.get("loss/loss", float("nan"))},
@@ -317,12 +350,12 @@ def _start(run: Run, task: Fit, checkpoints: Checkpoints) -> tuple[Any, State]:
     """
     found = checkpoints.find(task.record, task.train.hash)
     if found is None:
-        engine = build_engine(run, task.objective, task.stage, task.plan)
+        engine = build_engine(run, task.objective, task.stage, task.plan, task.optimizer)
         return engine, State(0, 0, task.record, task.train.hash, run.ranks.world)
     folder, state = found
     read = Reader(folder, state)
     training_state.load_weights(task.objective, read)
-    engine = build_engine(run, task.objective, task.stage, task.plan)
+    engine = build_engine(run, task.objective, task.stage, task.plan, task.optimizer)
     training_state.restore(engine, run.ranks.rank, read, state.optimizer)
     state.config = task.record  # the layout of this launch
     return engine, state
@@ -342,7 +375,8 @@ def record_of(
         seed: Of order, head and dropout.
     """
     config = run.config
-    settings = plan.model_dump(mode="json", exclude={"seeds", "eval_every", "start", "epochs"})
+    elsewhere = {"seeds", "eval_every", "start", "weights", "epochs"}
+    settings = plan.model_dump(mode="json", exclude=elsewhere)
     return {
         **{f"{stage}.{k}": v for k, v in settings.items()},
         f"{stage}.steps": plan.length(train.samples),
@@ -355,13 +389,42 @@ def record_of(
     }
 
 
+def scalars(analysis: Mapping[str, Any]) -> dict[str, float]:
+    """The single numbers of an analysis."""
+    return {k: float(v) for k, v in analysis.items() if isinstance(v, int | float)}
+
+
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def scored_batch(run: Run) -> int:
+    """Samples that a rank scores together."""
+    return max(1, min(256, 4 * run.config.finetune.batch) // run.ranks.world)
+
+
 @torch.no_grad()
-def evaluate(run: Run, engine: Any, data: Kind, base: Any, manifest: Manifest) -> Scores:
+def evaluate(
+    run: Run,
+    engine: Any,
+    data: Kind,
+    base: Any,
+    manifest: Manifest,
+    *,
+    spans: Sequence[tuple[int, int]] | None = None,
+    seen: Callable[[dict[str, Tensor]], None] = lambda _: None,
+) -> Scores:
     """Scores a split once, its samples dealt over the ranks; padded and skipped ones do not count.
+
+    Args:
+        run: The launch.
+        engine: Of a classifier.
+        data: The kind of the inputs.
+        base: Weights that the classifier started from.
+        manifest: The split.
+        spans: Ids [first, last) that this rank scores, as many batches as every other's; None:
+            its share of all.
+        seen: Told each batch after its forward pass.
 
     Raises:
         UserError: broken data, more than may be skipped.
@@ -371,7 +434,7 @@ def evaluate(run: Run, engine: Any, data: Kind, base: Any, manifest: Manifest) -
     tally = Tally(len(manifest.classes))
     batches = sequential(
         manifest,
-        batch=max(1, min(256, 4 * config.finetune.batch) // ranks.world),
+        batch=scored_batch(run),
         rank=ranks.rank,
         world=ranks.world,
         workers=config.data.workers,
@@ -381,6 +444,7 @@ def evaluate(run: Run, engine: Any, data: Kind, base: Any, manifest: Manifest) -
         report=tell,
         codec=data.codec(base, manifest),
         require_labels=True,
+        spans=spans,
     )
     for batch in batches:
         run.boundary(f"scoring {manifest.root}")
@@ -388,6 +452,7 @@ def evaluate(run: Run, engine: Any, data: Kind, base: Any, manifest: Manifest) -
         # Padding and skipped samples bear -1, which no cross-entropy takes; the tally skips them.
         out = engine(labels=labels.clamp(min=0), **view(batch, data.full, ranks.device))
         tally.add(out["logits"], labels, batch["valid"].to(ranks.device), batch["ids"])
+        seen(batch)
     broken = int(total(torch.tensor(len(batches.broken), device=ranks.device)))
     batches.tolerate(broken)
     if broken and ranks.main:

@@ -18,7 +18,7 @@ import tomli_w
 import torch
 
 from data.errors import UserError
-from engine.checkpoint import FREE
+from engine.checkpoint import BEFORE, FREE
 from engine.config import Config
 from engine.distributed import Ranks, main_only
 from engine.files import write_text
@@ -207,7 +207,7 @@ def _check_complete(
     )
     stage = next(key.split(".")[0] for key in record if key.endswith(".steps"))
     for key in sorted(made.keys() | record.keys()):
-        old, new = made.get(key), record.get(key)
+        old, new = made.get(key, BEFORE.get(key)), record.get(key)
         if old == new or key.rsplit(".", 1)[-1] in FREE:
             continue
         cure = (

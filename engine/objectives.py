@@ -6,7 +6,8 @@ ZeRO stages 1 and 2. They know neither images nor text: the models take a batch'
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,22 @@ class Reconstructs(Encodes, Protocol):
 
     loss_name: str
 
+    @property
+    def encoder(self) -> Any:
+        """f_theta."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of encoder and decoder."""
+        ...
+
+    def reconstructed(self, **batch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """What `reconstruct` gives, and the prediction with its gradient.
+
+        Patches [B, K, P], or logits [n, V] of the masked tokens.
+        """
+        ...
+
     def reconstruct(self, **batch: Tensor) -> dict[str, Tensor]:
         """`loss` (fp32 scalar) of the masked view, and extras for pictures."""
         ...
@@ -35,6 +52,11 @@ class Reconstructs(Encodes, Protocol):
 
 class Classifies(Protocol):
     """A classifier."""
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The layer that makes vectors [B, T, D] of patches or words."""
+        ...
 
     def classify(self, **batch: Tensor) -> Tensor:
         """Logits [B, C]."""
@@ -79,6 +101,14 @@ def distance(student: Tensor, teacher: Tensor, counts: Tensor | None = None) -> 
     return ((square * weight).sum(1) / weight.sum(1)).mean()
 
 
+def freeze_decoder(model: Reconstructs) -> None:
+    """Leaves the decoder as it is; what it shares with the encoder is trained with that."""
+    trained = set(model.encoder.parameters())
+    for parameter in model.parameters():
+        if parameter not in trained:
+            parameter.requires_grad_(False)
+
+
 class FeatureExtractor(nn.Module):
     """The teacher: a frozen encoder that gives the distilled feature of the unmasked view."""
 
@@ -111,7 +141,11 @@ class MaskedObjective(nn.Module):
 
 
 class DistillObjective(nn.Module):
-    """L_MAE + weight * L_Distill, the feature taken from the unmasked view (Eq. 3)."""
+    """mae_weight * L_MAE + weight * L_Distill, the feature that of the unmasked view (Eq. 3).
+
+    Without L_MAE there is no masked pass, and the decoder stays as it was; without L_Distill there
+    is no pass of the unmasked view, and no target.
+    """
 
     def __init__(
         self,
@@ -123,8 +157,10 @@ class DistillObjective(nn.Module):
         super().__init__()
         self.model, self.feature = model, feature
         self.weight, self.mae_weight = weight, mae_weight
+        if not mae_weight:
+            freeze_decoder(model)
 
-    def forward(self, target: Tensor, **batch: Tensor) -> dict[str, Tensor]:
+    def forward(self, target: Tensor | None = None, **batch: Tensor) -> dict[str, Tensor]:
         """Losses, how student and teacher agree, and extras for pictures.
 
         `teacher_spread` is the teacher's features' variance, summed over dimensions (the unbiased
@@ -132,10 +168,24 @@ class DistillObjective(nn.Module):
         `distill`, the feature says little about the sample.
 
         Args:
-            target: the teacher's features, fp32 [B, D] or [B, 1+K, D].
+            target: the teacher's features, fp32 [B, D] or [B, 1+K, D]; not at weight 0.
             batch: the entries of both views.
         """
-        out = self.model.reconstruct(**batch)
+        out: dict[str, Tensor] = {}
+        terms: list[Tensor] = []
+        if self.mae_weight:
+            out = self.model.reconstruct(**batch)
+            terms.append(self.mae_weight * out["loss"])
+            out[self.model.loss_name] = out["loss"].detach()
+        if self.weight:
+            assert target is not None
+            distill, told = self._distill(target, **batch)
+            terms.append(self.weight * distill)
+            out |= told
+        return out | {"loss": terms[0] + terms[1] if len(terms) == 2 else terms[0]}
+
+    def _distill(self, target: Tensor, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_Distill, and what is told of it."""
         tokens, counts = self.model.encode(**batch)
         student = pick(tokens, self.feature, counts).float()
         target = target.float()
@@ -147,13 +197,7 @@ class DistillObjective(nn.Module):
             cosine = F.cosine_similarity(student, target, dim=-1)
             if counts is not None and cosine.ndim == 2:
                 cosine = (cosine * counts).sum(1) / counts.sum(1)
-        return out | {
-            "loss": self.mae_weight * out["loss"] + self.weight * distill,
-            self.model.loss_name: out["loss"].detach(),
-            "distill": distill.detach(),
-            "cosine": cosine.mean(),
-            **spreads,
-        }
+        return distill, {"distill": distill.detach(), "cosine": cosine.mean(), **spreads}
 
 
 class ClassifyObjective(nn.Module):
@@ -176,7 +220,7 @@ class ClassifyObjective(nn.Module):
 
 
 #: Names of losses; whatever other scalar an objective returns describes features.
-LOSSES = ("loss", "mae", "mlm", "distill", "cross_entropy")
+LOSSES = ("loss", "mae", "mlm", "distill", "cross_entropy", "r3f", "supcon")
 
 #: What a forward returns beside scalars.
 EXTRAS = ("prediction", "mask", "logits")

@@ -115,6 +115,7 @@ class Loop:
         skipped: the broken samples that were left out; None where they are an error.
         spent: seconds that the stage took so far, over all launches.
         samples: the log of the steps' samples, if one is kept.
+        after: called after every update, on every rank.
     """
 
     engine: Any
@@ -137,6 +138,7 @@ class Loop:
     skipped: Skipped | None = None
     spent: Callable[[], float] = lambda: 0.0
     samples: SampleLog | None = None
+    after: Callable[[], None] | None = None
 
 
 def train(
@@ -237,6 +239,8 @@ def _step(
             if name not in EXTRAS:
                 value = value.detach()
                 sums[name] = sums[name] + value if name in sums else value
+    if loop.after:
+        loop.after()
     if loop.samples:
         loop.samples.write(loop.state.step + 1, batches)
     return sums, batch, out, norm

@@ -157,6 +157,13 @@ class _Sharded(_Partitioned):
         pass
 
 
+def kept(inner: Any, parameter: Tensor) -> tuple[str, ...]:
+    """Names of what an optimiser keeps of a parameter: Adam's moments, or what it says itself."""
+    keeps = getattr(inner, "keeps", None)
+    found: tuple[str, ...] = MOMENTS if keeps is None else keeps(parameter)
+    return found
+
+
 def layout(engine: Any, rank: int) -> Layout:
     """How an engine keeps its state."""
     wrapper = engine.optimizer
@@ -194,10 +201,10 @@ def collect(
         beat: called for every parameter.
 
     Returns:
-        "fp32/NAME", "exp_avg/NAME", "exp_avg_sq/NAME" -> whole fp32 tensor on the CPU; frozen
-        parameters have no moments.
+        "fp32/NAME", "exp_avg/NAME", "exp_avg_sq/NAME" and so on (`kept`) -> whole fp32 tensor on
+        the CPU; frozen parameters have weights alone.
     """
-    kept: dict[str, Tensor] = {}
+    share: dict[str, Tensor] = {}
     how, owner = layout(engine, rank), owners(engine.module, world)
     stepped = _stepped(how)  # not yet where fp16 has only met overflows
     if stepped:
@@ -208,16 +215,18 @@ def collect(
         if not parameter.requires_grad:
             with gathered(parameter) as whole:
                 if mine:
-                    kept[f"{WEIGHT}/{name}"] = _copy(whole)
+                    share[f"{WEIGHT}/{name}"] = _copy(whole)
             continue
         weight = how.get(parameter, WEIGHT)  # gathers: every rank takes part
         if mine:
-            kept[f"{WEIGHT}/{name}"] = _copy(weight)
-        for key in MOMENTS:
-            value = how.get(parameter, key) if stepped else torch.zeros_like(weight)
+            share[f"{WEIGHT}/{name}"] = _copy(weight)
+        for key in kept(how.optimizer, parameter):
+            # What is no moment is an anchor, the weight before the first step.
+            first = torch.zeros_like(weight) if key in MOMENTS else weight
+            value = how.get(parameter, key) if stepped else first
             if mine:
-                kept[f"{key}/{name}"] = _copy(value)
-    return kept
+                share[f"{key}/{name}"] = _copy(value)
+    return share
 
 
 def _stepped(how: Layout) -> bool:
@@ -254,16 +263,17 @@ def restore(engine: Any, rank: int, read: Callable[[str], Tensor], scalars: dict
     how = layout(engine, rank)
     inner = how.optimizer
     counts_in_python = type(inner).__module__.startswith("deepspeed")
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+    keys = dict.fromkeys(key for p in trained for key in kept(inner, p))
     for flat in how.flats():
         step = scalars["step"] if counts_in_python else torch.tensor(float(scalars["step"]))
         if not counts_in_python and flat.device.type != "cpu":
             step = step.to(flat.device)  # where the fused AdamW keeps it
-        moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
-        inner.state[flat] = {"step": step, **moments}
+        inner.state[flat] = {"step": step, **{key: torch.zeros_like(flat.data) for key in keys}}
     how.link()
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
-            for key in (WEIGHT, *MOMENTS):
+            for key in (WEIGHT, *kept(inner, parameter)):
                 how.set(parameter, key, read(f"{key}/{name}"))
     for name, value in scalars.get("scaler", {}).items():
         setattr(_scaler(engine), name, value)

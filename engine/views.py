@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from data import keyed
+from data.samples import Keyed
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,51 @@ class Flips:
     def __call__(self, positions: np.ndarray, _: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Flips of the given stream positions, int64 [b]."""
         return {"flip": keyed.uniform(self.seed, "flip", positions, 1)[:, 0] < 0.5}
+
+
+@dataclass(frozen=True)
+class TwoFlips:
+    """Independent horizontal flips of two views; `flip` and `other_flip` bool [b]."""
+
+    seed: int
+
+    def __call__(self, positions: np.ndarray, _: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Flips of the given stream positions, int64 [b]."""
+        chosen = keyed.uniform(self.seed, "two flips", positions, 2) < 0.5
+        return {"flip": chosen[:, 0], "other_flip": chosen[:, 1]}
+
+
+@dataclass(frozen=True)
+class NoiseKeys:
+    """Seeds of noise that the device draws; `noise_key` int64 [b].
+
+    Of texts also `noise_length` int64 [b], the tokens of each: how far they are padded depends on
+    the batch.
+    """
+
+    seed: int
+
+    def __call__(self, positions: np.ndarray, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Seeds of the given stream positions, int64 [b]."""
+        raw = [int(keyed.bits(self.seed, "noise", int(p)).random_raw()) >> 1 for p in positions]
+        found = {"noise_key": np.array(raw, dtype=np.int64)}
+        if "attention_mask" in batch:
+            found["noise_length"] = batch["attention_mask"].sum(1).numpy()
+        return found
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several views' numbers, under their own names."""
+
+    parts: tuple[Keyed, ...]
+
+    def __call__(self, positions: np.ndarray, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """The numbers of all parts."""
+        found: dict[str, np.ndarray] = {}
+        for part in self.parts:
+            found |= part(positions, dict(batch))
+        return found
 
 
 @dataclass(frozen=True)

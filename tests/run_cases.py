@@ -3,12 +3,15 @@
     deepspeed --num_gpus 2 tests/run_cases.py cases.json
 
 cases.json holds a list of option tables (dotted names); each is one launch of the stages. A case's
- "expect_error" is a piece of the message that it must end with.
+ "expect_error" is a piece of the message that it must end with; "leave_at" a piece of the name of
+ the boundary at which the ranks leave, as if they had been asked to.
 """
 
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -16,9 +19,30 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from data.errors import UserError  # noqa: E402
 from engine import config as configuration  # noqa: E402
 from engine.distributed import initialize  # noqa: E402
-from engine.folder import open_run  # noqa: E402
+from engine.folder import Run, open_run  # noqa: E402
+from engine.preemption import Preempted  # noqa: E402
 from engine.run import _quiet  # noqa: E402
 from engine.stages import run_stages  # noqa: E402
+
+
+@contextmanager
+def leaving(place: str | None) -> Iterator[None]:
+    """Within it every rank leaves at a boundary whose name holds `place`."""
+    boundary = Run.boundary
+
+    def leave(self: Run, where: str, *, wait: bool = False) -> None:
+        if place is not None and place in where:
+            raise Preempted(where)
+        boundary(self, where, wait=wait)
+
+    Run.boundary = leave  # type: ignore[method-assign]
+    try:
+        yield
+        assert place is None, f"there was no boundary {place!r}"
+    except Preempted:
+        assert place is not None
+    finally:
+        Run.boundary = boundary  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -26,11 +50,12 @@ def main() -> None:
     ranks = initialize()
     path = next(a for a in sys.argv[1:] if a.endswith(".json"))
     for case in json.loads(Path(path).read_text()):
-        expected = case.pop("expect_error", None)
+        expected, leave_at = case.pop("expect_error", None), case.pop("leave_at", None)
         try:
             run = open_run(configuration.load(case), ranks)
             try:
-                run_stages(run)
+                with leaving(leave_at):
+                    run_stages(run)
             finally:
                 run.close()
         except UserError as error:

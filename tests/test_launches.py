@@ -188,6 +188,7 @@ def _check_rounds(run: Path) -> None:
     for stage, start in (
         ("finetune", before),
         ("finetune-pretrain", run / "pretrain"),
+        ("finetune-distill-1", run / "distill-1"),
     ):
         record = result(stage)
         assert record["start"] == str(start / "export")
@@ -213,6 +214,8 @@ ALWAYS = {
 }
 DISTILL = {"loss/mae", "loss/distill", "feature/cosine", "feature/teacher_spread"}
 SCORES = {"accuracy", "macro_f1", "micro_f1", "loss"}
+ANALYSIS = {"train_loss", "train_accuracy", "val_loss", "test_loss", "gap"}
+ANALYSIS |= {"distance_from_init", "feature_drift", "feature_cosine"}
 
 
 def _check_monitoring(run: Path, base: Path) -> None:
@@ -227,7 +230,7 @@ def _check_monitoring(run: Path, base: Path) -> None:
         assert {p.shape for _, p in images["reconstruction"]} == {(3 * 130 + 2, 4 * 130 + 2, 3)}
         pictures = [p.tobytes() for _, p in images["reconstruction"]]
         assert len(set(pictures)) == 3
-    for start in ("finetune", "finetune-pretrain", "finetune-model"):
+    for start in ("finetune", "finetune-distill-1", "finetune-pretrain", "finetune-model"):
         for seed in (0, 1):
             lines = []
             for step in range(1, 6):
@@ -235,6 +238,7 @@ def _check_monitoring(run: Path, base: Path) -> None:
                 if step in (2, 4, 5):
                     lines.append((step, {f"val/{score}" for score in SCORES}))
             lines.append((5, {f"test/{score}" for score in SCORES}))
+            lines.append((5, {f"analysis/{name}" for name in ANALYSIS}))
             folder = run / start / f"seed-{seed}"
             _check_stage(folder, base, lines, set())
             images = read_events(folder).images
@@ -242,7 +246,7 @@ def _check_monitoring(run: Path, base: Path) -> None:
             assert [step for step, _ in images["confusion"]] == [2, 4, 5]
             assert all(p.min() < 100 and p.max() == 255 for _, p in images["confusion"])
             result = json.loads((folder / "result.json").read_text())["metrics"]
-            last = {k: v for line in metrics(folder)[-2:] for k, v in line.items()}
+            last = {k: v for line in metrics(folder)[-3:-1] for k, v in line.items()}
             for split in ("val", "test"):
                 for score in SCORES:
                     assert last[f"{split}/{score}"] == result[f"{split}_{score}"]

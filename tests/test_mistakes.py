@@ -91,6 +91,8 @@ def table(root: Path) -> list[tuple[str, tuple[str, list[str]], str]]:
     """(name, call, a piece of the line that must come)."""
     r = root
     distill = {"stage": "distill", "teacher": r / "base"}
+    tune = {"stage": "finetune", "finetune.start": "model"}
+    supcon = {"pretrain.objective": "supcon"}
     return [
         (
             "unknown option",
@@ -162,6 +164,63 @@ def table(root: Path) -> list[tuple[str, tuple[str, list[str]], str]]:
             "fine-tuning without labels",
             engine(r, "finetune", data=r / "unlabelled", **{"finetune.start": "model"}),
             "no labels",
+        ),
+        ("no such start", engine(r, **{"finetune.start": "distil-1"}), "or distill-N (a round)"),
+        (
+            "a round that is not there",
+            engine(r, "finetune", output=r / "runs/new", **{"finetune.start": "distill-2"}),
+            "--stage distill --rounds 2 first",
+        ),
+        (
+            "no such regularizer",
+            engine(r, **(tune | {"finetune.regularizer": "marz"})),
+            "'recadam', 'mars'",
+        ),
+        (
+            "rows under ZeRO-3",
+            engine(r, **(tune | {"finetune.regularizer": "mars", "zero": "zero3"})),
+            "take zero0, zero1 or zero2",
+        ),
+        (
+            "rows under offload",
+            engine(r, **(tune | {"finetune.regularizer": "mars", "zero": "zero3_offload"})),
+            "take zero0, zero1 or zero2",
+        ),
+        (
+            "a pull that overshoots",
+            engine(r, **(tune | {"finetune.regularizer": "recadam", "recadam.c": 1e6})),
+            "give at most --recadam.c 19880",
+        ),
+        ("contrasts without labels", engine(r, data=r / "unlabelled", **supcon), "has no labels"),
+        (
+            "contrasts of unlabelled samples",
+            engine(r, **(supcon | {"data.split": "unlabelled"})),
+            "--data.split unlabelled has no labels",
+        ),
+        (
+            "contrasts in parts",
+            engine(r, **(supcon | {"pretrain.accumulation": 2})),
+            "cuts into parts: take 1",
+        ),
+        (
+            "a table of predictions",
+            engine(r, **(distill | {"distill.match": "prediction", "teacher.mode": "cached"})),
+            "take --teacher.mode replicated",
+        ),
+        (
+            "shards of a teacher of predictions",
+            engine(r, **(distill | {"distill.match": "prediction", "teacher.mode": "sharded"})),
+            "take --teacher.mode replicated",
+        ),
+        (
+            "weights that are cut",
+            engine(r, **(distill | {"distill.match": "weights_mars", "zero": "zero3"})),
+            "take zero0, zero1 or zero2",
+        ),
+        (
+            "neither term",
+            engine(r, **(distill | {"distill.weight": 0, "distill.mae_weight": 0})),
+            "both 0",
         ),
         (
             "splits with other classes",

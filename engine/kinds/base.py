@@ -67,8 +67,21 @@ class Kind(Protocol):
         """The random numbers of fine-tuning's view."""
         ...
 
-    def autoencoder(self, base: Any) -> Any:
-        """Encoder and decoder with the base's weights (`objectives.Reconstructs`, `.encoder`)."""
+    def pairs(self, seed: int) -> Keyed | None:
+        """The random numbers of two views of each sample."""
+        ...
+
+    def paired(self, batch: Batch) -> Batch:
+        """Entries of two views of each sample: all first ones, then all second ones."""
+        ...
+
+    def autoencoder(self, base: Any, dropout: float | None = None) -> Any:
+        """Encoder and decoder with the base's weights (`objectives.Reconstructs`, `.encoder`).
+
+        Args:
+            base: The weights.
+            dropout: Rate in the encoder; None as the configuration says.
+        """
         ...
 
     def encoder(self, base: Any) -> Any:

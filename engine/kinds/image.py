@@ -21,7 +21,7 @@ from engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
 from engine.models.weights import Pretrained, load_pretrained
 from engine.monitor import Monitor
 from engine.objectives import Feature
-from engine.views import Flips, MaskNoise
+from engine.views import Flips, MaskNoise, TwoFlips
 from engine.zero import full_state
 
 #: Images in a picture of reconstructions.
@@ -105,10 +105,23 @@ class ImageKind(Kind):
         """See `Kind`."""
         return Flips(seed) if self.config.finetune.flip else None
 
-    def autoencoder(self, base: Pretrained) -> ImageAutoencoder:
+    def pairs(self, seed: int) -> TwoFlips:
+        """See `Kind`: each view is mirrored or not."""
+        return TwoFlips(seed)
+
+    def paired(self, batch: Batch) -> Batch:
+        """See `Kind`."""
+        return {
+            "images": torch.cat([batch["images"]] * 2),
+            "flip": torch.cat([batch["flip"], batch["other_flip"]]),
+        }
+
+    def autoencoder(self, base: Pretrained, dropout: float | None = None) -> ImageAutoencoder:
         """See `Kind`; a missing decoder is new, and said so."""
         torch.manual_seed(self.config.seed)
         model = ViTMAE(base.shape)
+        if dropout:
+            model.encoder = ViTEncoder(base.shape, dropout)
         model.encoder.load_state_dict(base.encoder)
         if base.decoder is None:
             self.run.say(

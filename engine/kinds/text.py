@@ -164,12 +164,19 @@ class TextKind(Kind):
         """See `Kind`: none."""
         return
 
-    def autoencoder(self, base: Language) -> MaskedLanguageModel:
+    def pairs(self, seed: int) -> None:
+        """See `Kind`: dropout alone makes views differ."""
+        return
+
+    def paired(self, batch: Batch) -> Batch:
+        """See `Kind`."""
+        return {name: torch.cat([batch[name]] * 2) for name in self.full}
+
+    def autoencoder(self, base: Language, dropout: float | None = None) -> MaskedLanguageModel:
         """See `Kind`; a missing MLM head is new, and said so."""
         torch.manual_seed(self.config.seed)
-        model = MaskedLanguageModel(
-            with_dropout(base.config, self.config.mlm.dropout), base.tokenizer.sep_token_id
-        )
+        rate = self.config.mlm.dropout if dropout is None else dropout
+        model = MaskedLanguageModel(with_dropout(base.config, rate), base.tokenizer.sep_token_id)
         load_encoder(model.encoder, base.encoder, base.origin)
         if base.decoder is None:
             self.run.say(

@@ -29,6 +29,13 @@ class Normalize(nn.Module):
         return (images.float() - shift) / scale
 
 
+def mirror(images: Tensor, flip: Tensor | None) -> Tensor:
+    """Images [B, 3, H, W], mirrored where `flip`, bool [B], says so; None: none."""
+    if flip is None:
+        return images
+    return torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
+
+
 class ImageEncoder(nn.Module):
     """A ViT encoder on uint8 images."""
 
@@ -55,9 +62,11 @@ class ImageAutoencoder(nn.Module):
         """f_theta."""
         return self.mae.encoder
 
-    def encode(self, images: Tensor, **_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B, 1+K, D] of uint8 images [B, 3, H, W]; all of them count."""
-        return self.mae.encoder(self.normalize(images)), None
+    def encode(
+        self, images: Tensor, flip: Tensor | None = None, **_: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B, 1+K, D] of uint8 images [B, 3, H, W], mirrored or not; all of them count."""
+        return self.mae.encoder(self.normalize(mirror(images, flip))), None
 
     def reconstruct(self, images: Tensor, noise: Tensor, **_: Tensor) -> dict[str, Tensor]:
         """The loss, and prediction and mask for pictures.
@@ -66,8 +75,14 @@ class ImageAutoencoder(nn.Module):
             images: uint8 [B, 3, H, W].
             noise: fp32 [B, K], whose ranks choose the visible patches.
         """
+        return self.reconstructed(images, noise)[0]
+
+    def reconstructed(
+        self, images: Tensor, noise: Tensor, **_: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """See `objectives.Reconstructs`."""
         out: dict[str, Tensor] = self.mae(self.normalize(images), noise)
-        return out | {"prediction": out["prediction"].detach()}
+        return out | {"prediction": out["prediction"].detach()}, out["prediction"]
 
 
 class ImageClassifier(nn.Module):
@@ -82,6 +97,12 @@ class ImageClassifier(nn.Module):
         """f_theta."""
         return self.network.encoder
 
+    @property
+    def embedding(self) -> nn.Module:
+        """See `objectives.Classifies`."""
+        layer: nn.Module = self.network.encoder.patch_embed
+        return layer
+
     def classify(self, images: Tensor, flip: Tensor | None = None, **_: Tensor) -> Tensor:
         """Logits [B, C].
 
@@ -89,7 +110,5 @@ class ImageClassifier(nn.Module):
             images: uint8 [B, 3, H, W].
             flip: bool [B], images to mirror, or None.
         """
-        if flip is not None:
-            images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
-        logits: Tensor = self.network(self.normalize(images))
+        logits: Tensor = self.network(self.normalize(mirror(images, flip)))
         return logits

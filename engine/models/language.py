@@ -147,7 +147,11 @@ class MaskedLanguageModel(nn.Module):
         out = self.encoder(**self.inputs(input_ids, attention_mask))
         return out.last_hidden_state, attention_mask
 
-    def reconstruct(
+    def reconstruct(self, **batch: Tensor) -> dict[str, Tensor]:
+        """The loss, and what is predicted; the entries are those of `reconstructed`."""
+        return self.reconstructed(**batch)[0]
+
+    def reconstructed(
         self,
         masked_ids: Tensor,
         attention_mask: Tensor,
@@ -155,8 +159,8 @@ class MaskedLanguageModel(nn.Module):
         originals: Tensor,
         scale: Tensor,
         **_: Tensor,
-    ) -> dict[str, Tensor]:
-        """The loss: `scale` times the sum of the masked tokens' cross-entropies.
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The loss, `scale` times the sum of the masked tokens' cross-entropies, and the logits.
 
         With scale = ranks x micro-batches / masked tokens of the global batch, the mean over ranks
         and micro-batches is the mean over all masked tokens, however they are spread.
@@ -167,13 +171,16 @@ class MaskedLanguageModel(nn.Module):
             masked_at: int64 [n], the masked tokens' places in the flattened batch, b T + t.
             originals: int64 [n], what stood there.
             scale: fp32 scalar.
+
+        Returns:
+            `loss` and `prediction` int64 [n]; logits fp32 [n, V].
         """
         hidden = self.encoder(**self.inputs(masked_ids, attention_mask)).last_hidden_state
         # The head, a large part of the work, runs on the masked tokens alone.
         chosen = hidden.flatten(0, 1).index_select(0, masked_at)
         logits = self.head(self.network, chosen).float()
         loss = scale * F.cross_entropy(logits, originals, reduction="sum")
-        return {"loss": loss, "prediction": logits.detach().argmax(-1)}
+        return {"loss": loss, "prediction": logits.detach().argmax(-1)}, logits
 
 
 class TextClassifier(nn.Module):
@@ -189,6 +196,11 @@ class TextClassifier(nn.Module):
     def encoder(self) -> Any:
         """f_theta."""
         return self.network.base_model
+
+    @property
+    def embedding(self) -> Any:
+        """See `objectives.Classifies`."""
+        return self.encoder.get_input_embeddings()
 
     def classify(self, input_ids: Tensor, attention_mask: Tensor, **_: Tensor) -> Tensor:
         """Logits [B, C] of int64 [B, T] ids and attention mask."""

@@ -1,0 +1,103 @@
+"""R3F (Aghajanyan et al. 2021, arXiv 2008.03156): noise on the embeddings changes no prediction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.config import R3FSection
+from engine.objectives import Classifies
+
+
+class Noise:
+    """A forward hook of an embedding layer, which adds noise while `keys` are set.
+
+    A sample's noise comes from a generator of its own, so that it depends neither on the batch it
+    is in nor on the number of ranks.
+
+    Attributes:
+        keys: seeds, int64 [B] on the CPU, or None for no noise.
+        lengths: vectors of each sample that get noise, int64 [B] on the CPU; None for all. How far
+            texts are padded depends on the batch.
+    """
+
+    def __init__(self, told: R3FSection) -> None:
+        self.told = told
+        self.keys: Tensor | None = None
+        self.lengths: Tensor | None = None
+
+    def __call__(self, _: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+        """The embeddings [B, T, D] with noise."""
+        return None if self.keys is None else output + self.draw(output)
+
+    @torch.no_grad()
+    def draw(self, output: Tensor) -> Tensor:
+        """Noise for embeddings [B, T, D], drawn in fp32."""
+        assert self.keys is not None
+        noise = torch.zeros(output.shape, device=output.device)
+        generator = torch.Generator(output.device)
+        lengths = self.lengths.tolist() if self.lengths is not None else [None] * len(noise)
+        for row, key, length in zip(noise, self.keys.tolist(), lengths, strict=True):
+            generator.manual_seed(key)
+            if self.told.noise == "normal":
+                row[:length].normal_(0, self.told.eps, generator=generator)
+            else:
+                row[:length].uniform_(-self.told.eps, self.told.eps, generator=generator)
+        return noise.to(output.dtype)
+
+
+class R3FObjective(nn.Module):
+    """Cross-entropy + weight * (KL(p || q) + KL(q || p)): p without noise, q with it.
+
+    The divergences are summed over the classes and averaged over the batch; the gradient goes
+    through both. Without `noise_key` (in evaluation) and at weight 0 there is one pass.
+
+    Args:
+        model: the classifier; its `embedding` gets the noise.
+        told: weight, kind and size of the noise.
+    """
+
+    def __init__(self, model: Classifies, told: R3FSection) -> None:
+        super().__init__()
+        self.model, self.weight, self.noise = model, told.weight, Noise(told)
+        model.embedding.register_forward_hook(self.noise)
+
+    def forward(
+        self,
+        labels: Tensor,
+        noise_key: Tensor | None = None,
+        noise_length: Tensor | None = None,
+        **batch: Tensor,
+    ) -> dict[str, Tensor]:
+        """Losses and logits.
+
+        Args:
+            labels: int64 [B].
+            noise_key: int64 [B] on the CPU, seeds of the samples' noise.
+            noise_length: int64 [B] on the CPU, tokens of each text.
+            batch: the model's entries.
+        """
+        logits = self.model.classify(**batch).float()
+        loss = F.cross_entropy(logits, labels)
+        out = {"loss": loss, "cross_entropy": loss.detach(), "logits": logits.detach()}
+        if noise_key is None or not self.weight or not self.training:
+            return out
+        self.noise.keys, self.noise.lengths = noise_key, noise_length
+        try:
+            noised = self.model.classify(**batch).float()
+        finally:
+            self.noise.keys = None
+        term = symmetric_divergence(logits, noised)
+        return out | {"loss": loss + self.weight * term, "r3f": term.detach()}
+
+
+def symmetric_divergence(first: Tensor, second: Tensor) -> Tensor:
+    """KL(p || q) + KL(q || p) of two sets of logits [B, C], the mean over the batch, in nats.
+
+    sum (p - q) (log p - log q): both divergences at once, and no difference of large numbers.
+    """
+    logs = F.log_softmax(first, -1), F.log_softmax(second, -1)
+    return ((logs[0].exp() - logs[1].exp()) * (logs[0] - logs[1])).sum(-1).mean()

@@ -42,6 +42,16 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error}): run the stage again") from error
 
 
+def _methods(run: Path) -> list[tuple[str, str, tuple[str, ...]]]:
+    """`METHODS`, and between them the earlier rounds of self-distillation, if they were scored."""
+    rounds = {int(p.name.rpartition("-")[2]): p.name for p in run.glob("finetune-distill-*")}
+    between: list[tuple[str, str, tuple[str, ...]]] = []
+    for number, stage in sorted(rounds.items()):
+        before = ("pretrain", *(f"distill-{k}" for k in range(1, number + 1)))
+        between.append((f"self-distillation, round {number}", stage, before))
+    return [*METHODS[:-1], *between, METHODS[-1]]
+
+
 def rows(run: Path, metric: str | None = None) -> list[Row]:
     """The methods that a run folder holds complete.
 
@@ -53,7 +63,7 @@ def rows(run: Path, metric: str | None = None) -> list[Row]:
         UserError: there is no complete fine-tuning, or it lacks the metric.
     """
     found = []
-    for method, stage, before in METHODS:
+    for method, stage, before in _methods(run):
         path = run / stage / "result.json"
         if not path.is_file():
             continue

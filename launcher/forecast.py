@@ -147,7 +147,7 @@ def prepare(options: Options, config: Config) -> Plan:
 
 def _stages(config: Config) -> list[tuple[str, Stage, int]]:
     """Name, stage and repeats of what --stage runs."""
-    starts = 3 if config.stage == "all" and config.compare else 1
+    starts = 2 + config.rounds if config.stage == "all" and config.compare else 1
     found: list[tuple[str, Stage, int]] = [
         ("pretrain", "pretrain", 1),
         ("distill", "distill", config.rounds),

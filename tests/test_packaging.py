@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("data", "engine", "launcher", "ds_configs", "recipes", "slurm")
+FOLDERS = ("data", "engine", "experiments", "launcher", "ds_configs", "recipes", "slurm")
 
 
 def test_the_wheel_holds_every_file(tmp_path):

@@ -3,7 +3,7 @@
     base       pre-train a small base of the embedded default from scratch, on images or on texts
     tests      the tests marked gpu
     bench      the benchmark of the distillation step
-    reproduce  three methods on each of several packed data sets
+    reproduce  the paper's experiments on packed data sets, as far as --hours reach, and the report
 
 Each leaves its log, its figures and JOB-machine.json (date, device, versions, commands) in DIR.
 """
@@ -100,6 +100,9 @@ def main(
     steps: int | None = None,
     precision: str = "bf16",
     recipe: str | None = None,
+    tables: str = "table1,table2",
+    datasets: str | None = None,
+    hours: float = 0.13,
 ) -> None:
     """Runs one of the long jobs.
 
@@ -108,12 +111,14 @@ def main(
         out: gets logs, figures and weights.
         images: base: folder of images to pre-train on; labels are not used.
         texts: base: file of texts to pre-train on, one a line, instead of images.
-        shards: reproduce: packed data sets, separated by commas.
+        shards: reproduce: folder of packed data sets.
         work: for shards, checkpoints and runs.
         steps: base: optimiser steps, in place of the recipe's.
-        precision: of base and reproduce.
-        recipe: of base (default vit_small_base or roberta_small_base) and reproduce (default
-            vit_small; roberta_small is for texts).
+        precision: of base.
+        recipe: of base (default vit_small_base or roberta_small_base).
+        tables: reproduce: which, between commas.
+        datasets: reproduce: in place of the tables' own.
+        hours: reproduce: after which nothing new is started.
     """
     here, folder = Job(job, Path(out).resolve()), Path(work).resolve()
     if job == "tests":
@@ -142,13 +147,16 @@ def main(
             shutil.copy(stage / name, here.out / f"base-{name}")
     else:
         if shards is None:
-            raise UserError("reproduce: --shards is missing: name packed data sets, comma between")
-        for data in shards.split(","):
-            name = Path(data).name
-            words = ["--stage", "all", "--compare", "true", "--recipe", recipe or "vit_small"]
-            words += ["--data", data, "--output", str(folder / name), "--precision", precision]
-            here.train(*words)
-            here.run(sys.executable, "-m", "launcher.compare", str(folder / name))
+            raise UserError("reproduce: --shards is missing: the folder of packed data sets")
+        sweep = str(folder / "experiments")
+        words = ["--data_root", shards, "--output", sweep, "--hours", str(hours), "--jobs", "4"]
+        words += ["--datasets", datasets] if datasets else []
+        try:
+            # A GPU has room for several of the small models.
+            here.run(sys.executable, "-m", "experiments.run", *tables.split(","), *words)
+        finally:
+            report = ["-m", "experiments.report", sweep, "--output", str(here.out / "report")]
+            here.run(sys.executable, *report)
     here.record()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import tomllib
 from pathlib import Path
@@ -311,6 +312,7 @@ def _section(annotation: Any) -> type[Section] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
+@functools.cache
 def options(section: type[Section] = Config, prefix: str = "") -> dict[str, Any]:
     """Every option's dotted name and pydantic field; a section's name stands for its path."""
     found: dict[str, Any] = {}

@@ -1,0 +1,363 @@
+"""From specs to jobs: which launches a set of tables needs, and what they share.
+
+A job is one launch of engine/run.py. Jobs that would do the same are one: a further pre-training
+serves every method, table and seed that needs it. Its folder's name says what it does, so that
+it is the same one in every table and in every later call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from data import manifest
+from data.errors import UserError
+from engine import config as configuration
+from experiments.spec import Dataset, Method, Options, Profile, Row, Specs, Table
+
+Stage = Literal["pretrain", "distill", "finetune"]
+
+#: Sections of the configuration that only later stages look at.
+_LATER: dict[Stage, tuple[str, ...]] = {
+    "pretrain": ("distill", "teacher", "finetune", "recadam", "mars", "r3f"),
+    "distill": ("finetune", "recadam", "mars", "r3f"),
+    "finetune": (),
+}
+
+#: Seed of the runs that choose hyper-parameters: none of those that are reported.
+SEARCH_SEED = 1000
+
+
+@dataclass
+class Choice:
+    """Options to be chosen by validation score.
+
+    Attributes:
+        name: of the job whose options are chosen.
+        candidates: jobs, each with the options that it tries.
+    """
+
+    name: str
+    candidates: list[tuple[Options, Job]]
+
+    def scores(self, root: Path) -> list[tuple[Options, float | None]]:
+        """Validation score of each candidate; None where it has none yet."""
+        return [(options, job.validation(root)) for options, job in self.candidates]
+
+    def best(self, root: Path) -> Options:
+        """The candidate of the highest score, the first of equals.
+
+        Raises:
+            UserError: one has no score.
+        """
+        scored = self.scores(root)
+        missing = [
+            job.name for (_, job), (_, s) in zip(self.candidates, scored, strict=True) if s is None
+        ]
+        if missing:
+            raise UserError(f"{self.name} waits for {missing[0]}, which has no validation score")
+        return max(scored, key=lambda pair: pair[1] or 0.0)[0]
+
+
+@dataclass
+class Job:
+    """One launch of engine/run.py.
+
+    Attributes:
+        name: its own; up to a # its folder below the sweep's.
+        dataset: what it learns from.
+        stage: what it does.
+        words: options of engine/run.py without those of `choices`, --data and --output.
+        needs: jobs whose exports it starts from.
+        start: the export that it starts from, below the sweep's folder; None: the model.
+        choices: options that validation scores decide, before it starts.
+        seeds: fine-tunings in this launch.
+        rounds: of self-distillation up to which it goes.
+    """
+
+    name: str
+    dataset: Dataset
+    stage: Stage
+    words: Options
+    needs: list[Job] = field(default_factory=list)
+    start: str | None = None
+    choices: list[Choice] = field(default_factory=list)
+    seeds: int = 1
+    rounds: int = 1
+
+    @property
+    def folder(self) -> str:
+        """Its run folder, below the sweep's; rounds of self-distillation share one."""
+        return self.name.partition("#")[0]
+
+    @property
+    def before(self) -> list[Job]:
+        """Jobs that must be complete before it starts."""
+        tried = [job for choice in self.choices for _, job in choice.candidates]
+        return [*self.needs, *tried]
+
+    @property
+    def leaves(self) -> str:
+        """Folder of the stage that it completes, below the sweep's."""
+        last = {"pretrain": "pretrain", "distill": f"distill-{self.rounds}"}
+        return f"{self.folder}/{last.get(self.stage, self._finetuning)}"
+
+    @property
+    def _finetuning(self) -> str:
+        return "finetune-model" if self.start is None else "finetune"
+
+    def result(self, root: Path) -> dict[str, Any] | None:
+        """What it left; None before it is complete."""
+        found = _json(root / self.leaves / "result.json")
+        if found is None or self.stage != "finetune":
+            return found
+        return found if int(found.get("n", 1)) >= self.seeds else None
+
+    def validation(self, root: Path) -> float | None:
+        """Its validation score."""
+        found = self.result(root)
+        if found is None:
+            return None
+        return float(found["metrics"][f"val_{found['metric']}"])
+
+    def options(self, root: Path) -> Options:
+        """All its options, those that validation chose with them.
+
+        Raises:
+            UserError: a candidate is not complete.
+        """
+        chosen: Options = {}
+        for choice in self.choices:
+            chosen |= choice.best(root)
+        return self.words | chosen
+
+    def command(self, root: Path, data_root: Path) -> list[str]:
+        """Words of engine/run.py."""
+        told: Options = {
+            "stage": self.stage,
+            **self.options(root),
+            "data": str(data_root / (self.dataset.folder or self.dataset.name)),
+            "output": str(root / self.folder),
+        }
+        if self.stage == "distill":
+            told |= {"teacher": str(root / str(self.start)), "rounds": self.rounds}
+        if self.stage == "finetune":
+            told["finetune.seeds"] = self.seeds
+            if self.start is None:
+                told["finetune.start"] = "model"
+            else:
+                told["finetune.weights"] = str(root / self.start)
+        return [word for key, value in told.items() for word in (f"--{key}", _word(value))]
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of a table: a row on a data set."""
+
+    table: Table
+    row: Row
+    method: Method
+    dataset: Dataset
+    job: Job
+
+    @property
+    def title(self) -> str:
+        """The row's name."""
+        return self.row.title or self.method.title
+
+
+class Plan:
+    """All jobs of some tables.
+
+    Args:
+        specs: where the specs are.
+        profile: the size.
+        data_root: folder of packed data sets.
+    """
+
+    def __init__(self, specs: Specs, profile: Profile, data_root: Path) -> None:
+        self.specs, self.profile, self.data_root = specs, profile, data_root
+        self.jobs: dict[str, Job] = {}
+        self.cells: list[Cell] = []
+        self.absent: dict[str, Dataset] = {}
+
+    def add(self, table: Table, only: Iterable[str] = (), seeds: int | None = None) -> None:
+        """Plans a table.
+
+        Args:
+            table: which.
+            only: names of data sets, of methods, or DATASET/METHOD; nothing stands for all.
+            seeds: in place of the table's.
+        """
+        wanted = list(only)
+        datasets = [self.specs.load(Dataset, name) for name in table.datasets]
+        # Data sets outermost: those that come first are complete first.
+        for dataset, row in itertools.product(datasets, table.rows):
+            names = {dataset.name, row.method, f"{dataset.name}/{row.method}"}
+            if wanted and not names & set(wanted):
+                continue
+            if not (self.place(dataset) / "train" / manifest.FILE).exists():
+                self.absent[dataset.name] = dataset
+                continue
+            method = self.specs.load(Method, row.method)
+            job = self._final(dataset, method, row, seeds or table.seeds)
+            self.cells.append(Cell(table, row, method, dataset, job))
+
+    def place(self, dataset: Dataset) -> Path:
+        """Folder of a packed data set."""
+        return self.data_root / (dataset.folder or dataset.name)
+
+    def ordered(self) -> list[Job]:
+        """All jobs, each after those that it waits for."""
+        found: dict[str, Job] = {}
+
+        def visit(job: Job) -> None:
+            if job.name not in found:
+                for one in job.before:
+                    visit(one)
+                found[job.name] = job
+
+        for cell in self.cells:
+            visit(cell.job)
+        return list(found.values())
+
+    def levels(self) -> list[list[Job]]:
+        """Jobs by the number of others that they wait for in a row."""
+        depth: dict[str, int] = {}
+        for job in self.ordered():
+            depth[job.name] = 1 + max((depth[one.name] for one in job.before), default=-1)
+        return [
+            [job for job in self.ordered() if depth[job.name] == level]
+            for level in range(1 + max(depth.values(), default=-1))
+        ]
+
+    # --- jobs
+
+    def _final(self, dataset: Dataset, method: Method, row: Row, seeds: int) -> Job:
+        """The fine-tuning that a cell shows, with all that it needs."""
+        tuned = method if method.tuned_as is None else self.specs.load(Method, method.tuned_as)
+        choices = []
+        grid = self.profile.of(dataset.kind).search
+        if grid:
+            choices.append(self._choice(dataset, tuned, grid, []))
+        if method.search:
+            choices.append(self._choice(dataset, method, method.search, choices[:1]))
+        own = self._own(dataset, method, row)
+        name = self._name(dataset, "finetune", method, own, row)
+        if name in self.jobs and self.jobs[name].seeds >= seeds:
+            return self.jobs[name]
+        job = self._finetune(name, dataset, method, row, seeds, {})
+        job.choices = choices
+        self.jobs[name] = job
+        return job
+
+    def _choice(
+        self, dataset: Dataset, method: Method, grid: dict[str, list[Any]], given: list[Choice]
+    ) -> Choice:
+        """One fine-tuning, without test data, for each point of a grid."""
+        if not (self.place(dataset) / "val" / manifest.FILE).exists():
+            raise UserError(
+                f"{self.place(dataset)} has no val split, by which {', '.join(grid)} would be"
+                " chosen: pack it with --val_fraction 0.1, or take a profile without a search"
+            )
+        row = Row(method=method.name)
+        candidates = []
+        for values in itertools.product(*grid.values()):
+            tried: Options = dict(zip(grid, values, strict=True))
+            slug = ",".join(f"{k.rpartition('.')[2]}={_word(v)}" for k, v in tried.items())
+            name = f"{dataset.name}/search/{method.name}/{slug}"
+            if name not in self.jobs:
+                more = tried | {"finetune.test": False, "finetune.train_scored": 0}
+                job = self._finetune(name, dataset, method, row, 1, more)
+                job.words["seed"] = SEARCH_SEED
+                job.choices = list(given)
+                self.jobs[name] = job
+            candidates.append((tried, self.jobs[name]))
+        return Choice(f"{dataset.name}/{method.name}", candidates)
+
+    def _finetune(
+        self, name: str, dataset: Dataset, method: Method, row: Row, seeds: int, more: Options
+    ) -> Job:
+        words = self._words(dataset, method, row, "finetune") | more
+        if method.start == "model":
+            return Job(name, dataset, "finetune", words, seeds=seeds)
+        if method.start == "pretrain":
+            source = self._pretrain(dataset, method, row)
+        else:
+            source = self._distill(dataset, method, row, row.rounds or method.rounds)
+        start = f"{source.leaves}/export"
+        return Job(name, dataset, "finetune", words, [source], start, seeds=seeds)
+
+    def _pretrain(self, dataset: Dataset, method: Method, row: Row) -> Job:
+        own = self._own(dataset, method, row)
+        name = self._name(dataset, "pretrain", method, own, row)
+        if name not in self.jobs:
+            words = self._words(dataset, method, row, "pretrain")
+            self.jobs[name] = Job(name, dataset, "pretrain", words)
+        return self.jobs[name]
+
+    def _distill(self, dataset: Dataset, method: Method, row: Row, rounds: int) -> Job:
+        """The last of some rounds. Each is a job, all in one folder: fewer rounds are shared."""
+        own = self._own(dataset, method, row)
+        teacher = self._pretrain(dataset, method, row)
+        folder = self._name(dataset, "distill", method, own, row)
+        before = [teacher]
+        for number in range(1, rounds + 1):
+            key = folder if number == 1 else f"{folder}#{number}"
+            if key not in self.jobs:
+                words = self._words(dataset, method, row, "distill")
+                start = f"{teacher.leaves}/export"
+                self.jobs[key] = Job(key, dataset, "distill", words, list(before), start)
+                self.jobs[key].rounds = number
+            before = [self.jobs[key]]
+        return before[0]
+
+    def _words(self, dataset: Dataset, method: Method, row: Row, stage: Stage) -> Options:
+        """Options of a stage: profile < data set < method < row."""
+        scale = self.profile.of(dataset.kind)
+        told: Options = {"recipe": scale.recipe, **scale.options, **dataset.options}
+        told |= self._own(dataset, method, row)
+        return {k: v for k, v in told.items() if k.partition(".")[0] not in _LATER[stage]}
+
+    def _own(self, dataset: Dataset, method: Method, row: Row) -> Options:
+        """What tells a row from the profile's defaults."""
+        own = method.of(dataset.kind) | row.options
+        scale = self.profile.of(dataset.kind)
+        usual = configuration.load({"recipe": scale.recipe, **scale.options, **dataset.options})
+        for stage, factor in (method.lengthen | row.lengthen).items():
+            plan = getattr(usual, stage)
+            if plan.steps is not None:
+                own[f"{stage}.steps"] = max(1, round(factor * plan.steps))
+            else:
+                own[f"{stage}.epochs"] = factor * plan.epochs
+        return own
+
+    def _name(self, dataset: Dataset, stage: Stage, method: Method, own: Options, row: Row) -> str:
+        """A job's folder: data set, stage, and what is not as usual."""
+        mine = {k: v for k, v in own.items() if k.partition(".")[0] not in _LATER[stage]}
+        if stage == "finetune":
+            # What a method stands for need not be told again.
+            usual = self._own(dataset, method, Row(method=method.name))
+            mine = {k: v for k, v in mine.items() if usual.get(k) != v}
+            rounds = row.rounds or method.rounds
+            head = method.name + (f",rounds={rounds}" if rounds != method.rounds else "")
+        else:
+            head = stage
+        parts = [head, *(f"{k.removeprefix(stage + '.')}={_word(v)}" for k, v in mine.items())]
+        return f"{dataset.name}/" + re.sub(r"[^A-Za-z0-9_.,=+-]", "_", ",".join(parts))

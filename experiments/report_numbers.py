@@ -1,0 +1,84 @@
+"""Numbers as a report prints them."""
+
+from __future__ import annotations
+
+import math
+
+from experiments.results import Sample
+
+#: Quantities whose best is marked: 1: the highest, -1: the lowest.
+BETTER = {"score": 1, "analysis.test_loss": -1, "analysis.gap": -1}
+
+#: Between a number and what belongs to it no line is broken.
+TIED = "\N{NO-BREAK SPACE}"
+
+#: What stands where there is no number.
+NONE = "–"
+
+
+def plain(value: float, digits: int) -> str:
+    """A number with so many decimals and a true minus sign."""
+    if not math.isfinite(value):
+        return NONE
+    # What rounds to zero has no sign.
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """A difference, its sign always told."""
+    told = plain(value, digits)
+    return f"+{told}" if round(value, digits) > 0 else told
+
+
+def decimals(value: float) -> int:
+    """Decimals that leave three digits of a number which count, or two of a small one."""
+    if not math.isfinite(value) or value == 0:
+        return 2
+    digits = 2 - math.floor(math.log10(abs(value)))
+    return max(0, digits if digits <= 4 else digits - 1)
+
+
+def spread(sample: Sample, key: str) -> str:
+    """Mean ± standard deviation, in the quantity's own unit."""
+    if not sample.n:
+        return NONE
+    if key == "seconds":
+        told = clock(sample.mean)
+        return told if sample.n < 2 else f"{told} ±{TIED}{sample.std:.0f}{TIED}s"
+    digits = 2 if key == "score" else decimals(sample.mean)
+    if key != "score" and 0 < abs(sample.mean) < 1e-5:
+        mean, std = (f"{v:.1e}".replace("-", "−") for v in (sample.mean, sample.std))
+    else:
+        mean, std = plain(sample.mean, digits), plain(sample.std, digits)
+    return mean if sample.n < 2 else f"{mean} ±{TIED}{std}"
+
+
+def interval(sample: Sample, digits: int = 2) -> str:
+    """The 95% interval of a mean in brackets; nothing where there is none."""
+    if sample.n < 2:
+        return ""
+    low, high = sample.interval()
+    return f"[{plain(low, digits)},{TIED}{plain(high, digits)}]"
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds: 0:32:18; seconds alone below one minute."""
+    if not math.isfinite(seconds):
+        return NONE
+    if seconds < 60:
+        return f"{seconds:.1f}{TIED}s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def seconds_of(told: str) -> float:
+    """Seconds of a clock's hours, minutes and seconds."""
+    hours, minutes, seconds = (float(part) for part in told.split(":"))
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def setting(value: object) -> str:
+    """An option's value as one types it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,213 @@
+"""What the cells of a sweep came out as."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from experiments import state
+from experiments.plan import Cell, Job
+from experiments.state import Status
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Figures of one quantity over seeds.
+
+    Attributes:
+        values: seed -> figure.
+    """
+
+    values: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """Seeds."""
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        """Their mean; NaN for none."""
+        return statistics.fmean(self.values.values()) if self.values else float("nan")
+
+    @property
+    def std(self) -> float:
+        """Their sample standard deviation (n - 1); NaN for fewer than two."""
+        return statistics.stdev(self.values.values()) if self.n > 1 else float("nan")
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Student's confidence interval of the mean; NaN for fewer than two."""
+        if self.n < 2:
+            return float("nan"), float("nan")
+        half = float(stats.t.ppf((1 + level) / 2, self.n - 1)) * self.std / self.n**0.5
+        return self.mean - half, self.mean + half
+
+    def minus(self, other: Sample) -> Sample:
+        """Differences, seed by seed, over the seeds that both have."""
+        return Sample({s: v - other.values[s] for s, v in self.values.items() if s in other.values})
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the 95% interval of the mean lies above or below 0, else 0."""
+        low, high = self.interval()
+        return int(low > 0) - int(high < 0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A cell and what is known of it.
+
+    Attributes:
+        cell: which.
+        status: of its job.
+        results: result.json of each seed that is complete.
+        message: why it failed, or what it waits for.
+        before: seconds of the stages that its fine-tuning starts from.
+        begun: its record says that it runs: it does, or was interrupted.
+    """
+
+    cell: Cell
+    status: Status
+    results: dict[int, dict[str, Any]]
+    message: str
+    before: float
+    begun: bool = False
+
+    @property
+    def metric(self) -> str:
+        """What the set is scored by."""
+        return next((str(r["metric"]) for r in self.results.values()), "accuracy")
+
+    def sample(self, key: str) -> Sample:
+        """A quantity of each seed.
+
+        Args:
+            key: score (in %), seconds (of all its stages, with one fine-tuning), or analysis.NAME.
+        """
+        found: dict[int, float] = {}
+        for seed, result in self.results.items():
+            value = _quantity(result, key, self.before)
+            if value is not None:
+                found[seed] = value
+        return Sample(found)
+
+
+def _quantity(result: dict[str, Any], key: str, before: float) -> float | None:
+    if key == "score":
+        score = result["metrics"].get(f"test_{result['metric']}")
+        return None if score is None else 100 * float(score)
+    if key == "seconds":
+        return before + float(result["seconds"])
+    node: Any = result
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return None if node is None else float(node)
+
+
+def outcome(root: Path, cell: Cell) -> Outcome:
+    """Reads a cell's results, whole or in part."""
+    stage = root / cell.job.leaves
+    results: dict[int, dict[str, Any]] = {}
+    # One fine-tuning lies in its folder, several lie in folders below it: their mean has no seed.
+    for path in (stage / "result.json", *stage.glob("seed-*/result.json")):
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+            results[int(found["seed"])] = found
+        except (OSError, ValueError, KeyError):
+            continue
+    results = dict(sorted(results.items()))
+    record = state.read(root, cell.job)
+    where = state.status(root, cell.job)
+    message = str(record.get("message", ""))
+    if where == "blocked":
+        failed = next(j for j in ancestors(cell.job) if state.status(root, j) == "failed")
+        message = (
+            f"waits for {failed.name}, which failed: {state.read(root, failed).get('message')}"
+        )
+    begun = where == "open" and record.get("status") == "running"
+    return Outcome(cell, where, results, message, _seconds_before(root, cell.job), begun)
+
+
+def ancestors(job: Job) -> list[Job]:
+    """All jobs that a job waits for, the first of them first."""
+    found: dict[str, Job] = {}
+    for one in job.before:
+        found |= {a.name: a for a in ancestors(one)} | {one.name: one}
+    return list(found.values())
+
+
+def _seconds_before(root: Path, job: Job) -> float:
+    """Time of the stages that a fine-tuning starts from."""
+    seconds, todo, seen = 0.0, list(job.needs), set()
+    while todo:
+        one = todo.pop()
+        if one.name in seen:
+            continue
+        seen.add(one.name)
+        seconds += float((one.result(root) or {}).get("seconds", 0.0))
+        todo += one.needs
+    return seconds
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two methods on several data sets, seed by seed.
+
+    Attributes:
+        each: data set -> paired differences.
+        over: data sets that are pooled.
+    """
+
+    each: dict[str, Sample]
+    over: frozenset[str]
+
+    @property
+    def pooled(self) -> Sample:
+        """The data sets' mean differences, numbered: their interval speaks of data sets."""
+        means = [s.mean for name, s in self.each.items() if name in self.over]
+        return Sample(dict(enumerate(means)))
+
+
+def compare(
+    outcomes: Sequence[Outcome],
+    method: str,
+    against: str,
+    key: str = "score",
+    over: Iterable[str] | None = None,
+) -> Comparison:
+    """Differences of a method, as its file has it, from another, per data set.
+
+    Args:
+        outcomes: of any tables; rows with options of their own are passed over.
+        method: name of the method.
+        against: name of the one that is subtracted.
+        key: of the quantity.
+        over: data sets that are pooled (default: all).
+    """
+    by = {(o.cell.dataset.name, o.cell.method.name): o for o in outcomes if usual(o.cell)}
+    names = list(dict.fromkeys(o.cell.dataset.name for o in outcomes))
+    each = {
+        name: by[name, method].sample(key).minus(by[name, against].sample(key))
+        for name in names
+        if (name, method) in by and (name, against) in by
+    }
+    pooled = frozenset(names if over is None else over)
+    return Comparison({name: sample for name, sample in each.items() if sample.n}, pooled)
+
+
+def usual(cell: Cell) -> bool:
+    """Whether a row is its method as the method's file has it."""
+    row = cell.row
+    return not (row.options or row.lengthen) and row.rounds in (None, cell.method.rounds)
+
+
+def finite(value: float) -> bool:
+    """Whether a figure is one."""
+    return bool(np.isfinite(value))

@@ -1,0 +1,210 @@
+"""What an experiment is made of: small TOML files, one each for a method, data set, table, profile.
+
+`experiments/methods/NAME.toml` and so on; `--specs FOLDER` adds another folder with the same four
+folders in it, so that a method or a data set of one's own takes one file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from data.errors import UserError
+from engine import config as configuration
+
+HERE = Path(__file__).resolve().parent
+
+#: Values of engine/run.py's options by their dotted names.
+Options = dict[str, bool | int | float | str]
+#: Values to choose from, by validation score.
+Grid = dict[str, list[bool | int | float | str]]
+
+
+class Spec(BaseModel):
+    """A file of specs. Fields that nobody declared are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(description="the file's name, without .toml")
+    title: str = Field(description="as reports print it")
+    note: str = Field("", description="what a reader of the report should know")
+
+
+def _known_options(value: dict[str, Any]) -> dict[str, Any]:
+    known = configuration.options()
+    for option in value:
+        if option not in known:
+            raise ValueError(f"unknown option {option!r}{configuration.nearest_option(option)}")
+    return value
+
+
+class Method(Spec):
+    """How a model is adapted: what fine-tuning starts from, and options that differ."""
+
+    start: Literal["model", "pretrain", "distill"] = Field(
+        description="fine-tuning starts from: the model itself, stage 1, or the last round"
+    )
+    rounds: int = Field(1, ge=1, description="of self-distillation, where it starts from distill")
+    paper: str | None = Field(None, description="its row in the paper's tables")
+    options: Options = Field(default_factory=dict)
+    image: Options = Field(default_factory=dict, description="options for images alone")
+    text: Options = Field(default_factory=dict, description="options for texts alone")
+    lengthen: dict[Literal["pretrain", "distill", "finetune"], float] = Field(
+        default_factory=dict, description="stage -> times its usual length"
+    )
+    search: Grid = Field(default_factory=dict, description="chosen by validation for this method")
+    tuned_as: str | None = Field(
+        None, description="method whose choice from the profile's grid is taken over"
+    )
+
+    _options = field_validator("options", "image", "text", "search")(_known_options)
+
+    def of(self, kind: str) -> Options:
+        """Its options for a kind of data."""
+        return self.options | (self.image if kind == "image" else self.text)
+
+
+class Dataset(Spec):
+    """A packed data set."""
+
+    kind: Literal["image", "text"]
+    folder: str | None = Field(None, description="below --data_root (default: the file's name)")
+    pack: str = Field("", description="the command that packs it")
+    paper: str | None = Field(None, description="its column in the paper's tables")
+    same: bool = Field(False, description="whether it is what the paper used, split and all")
+    options: Options = Field(default_factory=dict)
+
+    _options = field_validator("options")(_known_options)
+
+
+class Row(BaseModel):
+    """A line of a table: a method, perhaps with other options."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str
+    title: str | None = None
+    rounds: int | None = Field(None, ge=1)
+    options: Options = Field(default_factory=dict)
+    lengthen: dict[Literal["pretrain", "distill", "finetune"], float] = Field(default_factory=dict)
+    x: float | None = Field(None, description="where it stands on a figure's axis")
+    paper: str | None = Field(None, description="key of the paper's figure (default: the method's)")
+
+    _options = field_validator("options")(_known_options)
+
+
+class Quantity(BaseModel):
+    """What is shown of each cell: the test score, or an entry of its analysis."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    key: str = Field("score", description="score, seconds, or analysis.NAME of result.json")
+    title: str = ""
+    log: bool = False
+
+
+class Table(Spec):
+    """A table or figure of the paper: methods x data sets x seeds."""
+
+    shape: Literal["table", "curve"] = "table"
+    datasets: list[str] = Field(min_length=1)
+    rows: list[Row] = Field(min_length=1)
+    seeds: int = Field(5, ge=1)
+    x: str = Field("", description="what a figure's horizontal axis is")
+    log_x: bool = False
+    at: dict[str, float] = Field(default_factory=dict, description="data set -> place on the axis")
+    shows: list[Quantity] = Field(default_factory=lambda: [Quantity()])
+    paper: str | None = Field(None, description="section of paper.toml (default: the file's name)")
+
+    @model_validator(mode="after")
+    def _axis(self) -> Table:
+        placed = [row.x is not None for row in self.rows]
+        if self.shape == "curve" and not all(placed) and not self.at:
+            raise ValueError("a curve needs x in each of its rows, or places of its data sets (at)")
+        return self
+
+
+class Scale(BaseModel):
+    """Recipe and options of one kind of data in a profile."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    recipe: str
+    options: Options = Field(default_factory=dict)
+    search: Grid = Field(default_factory=dict, description="chosen by validation, method by method")
+
+    _options = field_validator("options", "search")(_known_options)
+
+
+class Profile(Spec):
+    """The size at which experiments are run."""
+
+    image: Scale
+    text: Scale
+
+    def of(self, kind: str) -> Scale:
+        """For a kind of data."""
+        return self.image if kind == "image" else self.text
+
+
+AnySpec = TypeVar("AnySpec", bound=Spec)
+
+
+class Specs:
+    """All specs that there are.
+
+    Args:
+        more: a folder with methods/, datasets/, tables/ or profiles/ of one's own; its files come
+            before ours of the same name.
+    """
+
+    def __init__(self, more: Path | None = None) -> None:
+        self.folders = [HERE] if more is None else [more, HERE]
+        if more is not None and not any((more / part).is_dir() for part in PARTS.values()):
+            raise UserError(f"--specs {more}: it holds none of {', '.join(PARTS.values())}")
+
+    def names(self, kind: type[Spec]) -> list[str]:
+        """Names of the specs of a kind."""
+        part = PARTS[kind]
+        return sorted({p.stem for f in self.folders for p in (f / part).glob("*.toml")})
+
+    def load(self, kind: type[AnySpec], name: str) -> AnySpec:
+        """Reads a spec.
+
+        Raises:
+            UserError: there is none of this name, or its file is wrong.
+        """
+        part = PARTS[kind]
+        path = next((p for f in self.folders if (p := f / part / f"{name}.toml").is_file()), None)
+        if path is None:
+            known = self.names(kind)
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"no {part[:-1]} {name!r}: there are {', '.join(known)}{hint}")
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+            return kind(**{"name": name} | content)
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not valid TOML: {error}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(p) for p in first["loc"]) or "the file"
+            message = first["msg"].removeprefix("Value error, ")
+            raise UserError(f"{path}: {place}: {message}") from error
+
+
+PARTS: dict[type[Spec], str] = {
+    Method: "methods",
+    Dataset: "datasets",
+    Table: "tables",
+    Profile: "profiles",
+}
+
+
+def paper_figures() -> dict[str, Any]:
+    """The paper's own figures (paper.toml): table -> row -> column -> "mean±std"."""
+    return tomllib.loads((HERE / "paper.toml").read_text(encoding="utf-8"))

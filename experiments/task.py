@@ -1,0 +1,80 @@
+"""One task of a sweep's array, for slurm/experiments.sh.
+
+python -m experiments.task start SWEEP LEVEL INDEX          prints what the script is to run
+python -m experiments.task end SWEEP LEVEL INDEX CODE LOG   notes how it ended
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Literal
+
+from data import cli
+from data.errors import UserError
+from engine.preemption import AGAIN
+from experiments import state
+from experiments.arrays import LEVELS
+from experiments.plan import Job
+from experiments.state import Sweep
+
+
+def find(root: Path, level: int, index: int) -> tuple[Sweep, Job]:
+    """The job of a task.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    sweep = Sweep.open(root)
+    try:
+        name = json.loads((root / LEVELS).read_text(encoding="utf-8"))[level][index]
+    except (OSError, ValueError, IndexError):
+        raise UserError(f"{root / LEVELS} has no task {index} of level {level}") from None
+    jobs = {job.name: job for job in sweep.plan().ordered()}
+    if name not in jobs:
+        raise UserError(f"{root}: its specs know no job {name}: run experiments.run again")
+    return sweep, jobs[name]
+
+
+def main(
+    act: Literal["start", "end"],
+    sweep: str,
+    level: int,
+    index: int,
+    code: int = 0,
+    log: str | None = None,
+) -> None:
+    """Tells the job script what to run, or notes how that ended.
+
+    Args:
+        act: start or end.
+        sweep: the sweep's folder.
+        level: of the array.
+        index: of the task.
+        code: exit code of the launch.
+        log: its log.
+    """
+    root = Path(sweep)
+    found, job = find(root, level, index)
+    if act == "end":
+        # Interrupted: the job goes back to the queue.
+        if code != AGAIN and code <= 128:
+            message = state.error_of(Path(log)) if code and log else ""
+            state.end(root, job, code, message)
+        return
+    if job.result(root) is not None:
+        print("COMPLETE=1")
+        return
+    waits = [one.name for one in job.before if one.result(root) is None]
+    if waits:
+        raise UserError(f"{job.name} needs {waits[0]}, which is not complete")
+    words = job.command(root, found.data_root)
+    state.begin(root, job, words)
+    at = words.index("--output")
+    print(f"OUTPUT={shlex.quote(words[at + 1])}")
+    print(f"WORDS=({shlex.join(words[:at] + words[at + 2 :])})")
+    print(job.name, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,32 @@
+#!/bin/bash
+# One task of an array of experiments; `python -m experiments.run ... --slurm` submits it, once for each
+# level of jobs that do not wait for one another. Options of sbatch for all: SBATCH_PARTITION and so on.
+
+# --- your site ----------------------------------------------------------------------------------
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+##SBATCH --gpus-per-node=1
+##SBATCH --cpus-per-task=8
+##SBATCH --time=24:00:00
+##SBATCH --partition=gpu
+##SBATCH --account=mine
+# One task a GPU: gpus-per-node and ntasks-per-node are the same number.
+# --- what lets it survive: a warning 180 s before the time limit, and the way back to the queue -
+#SBATCH --signal=USR2@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+# --- your site: what makes Python 3.11 and the packages available (.venv is found by itself) ----
+# module load cuda
+# source /path/to/venv/bin/activate
+
+RECIPE='' DATA=none MODEL=''
+source "${SELFDISTILL_ROOT:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
+DATA='' ARGS=''
+export PYTHONPATH=$ROOT
+told=$(python -m experiments.task start "$SWEEP" "$LEVEL" "$SLURM_ARRAY_TASK_ID") || exit
+eval "$told"
+[ -z "${COMPLETE:-}" ] || exit 0
+LOG=$SWEEP/logs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID.log
+trap 'python -m experiments.task end "$SWEEP" "$LEVEL" "$SLURM_ARRAY_TASK_ID" $? "$LOG"' EXIT
+launch "${WORDS[@]}"

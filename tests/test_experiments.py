@@ -1,0 +1,312 @@
+"""Sweeps: what is planned, shared, resumed, failed; real launches at the end."""
+
+import json
+import re
+import subprocess
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from data.errors import UserError
+from engine import config as configuration
+from engine.run import parse
+from experiments import results, state
+from experiments.plan import Plan
+from experiments.spec import Dataset, Method, Profile, Specs, Table, paper_figures
+from experiments.state import Asked, Sweep
+from tests.experiments_kit import command, make_specs, make_table, run
+from tests.helpers import ROOT, environment
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("experiments")
+    make_specs(root, ("colours", "again"))
+    return root
+
+
+def plan(root: Path, *tables: str, datasets: tuple[str, ...] = ("colours",)) -> Plan:
+    sweep = Sweep(root / "planned", "tiny", root / "shards", root / "my", [])
+    return sweep.plan([Asked(name, datasets) for name in tables])
+
+
+# --- specs
+
+
+@pytest.mark.parametrize("kind", [Method, Dataset, Table, Profile])
+def test_every_spec_is_right(kind: type) -> None:
+    specs = Specs()
+    names = specs.names(kind)
+    assert names
+    for name in names:
+        specs.load(kind, name)
+
+
+def test_every_row_of_every_table_is_known_and_has_the_papers_figures() -> None:
+    specs, paper = Specs(), paper_figures()
+    for name in specs.names(Table):
+        table = specs.load(Table, name)
+        columns = [specs.load(Dataset, d).paper for d in table.datasets]
+        for row in table.rows:
+            method = specs.load(Method, row.method)
+            if name in paper:
+                key = row.paper or method.paper
+                assert key in paper[name], (name, row)
+                assert set(paper[name][str(key)]) == set(columns), (name, row)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('title = "x"\nstart = "nowhere"\n', "start: Input should be"),
+        ('title = "x"\nstart = "model"\n[options]\n"finetune.dropuot" = 1\n', "finetune.dropout"),
+        ('title = "x"\nstart = "model"\ncolour = 1\n', "colour: Extra inputs"),
+        ('title = "x\n', "not valid TOML"),
+    ],
+)
+def test_a_wrong_spec_is_named(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "mine.toml").write_text(text)
+    with pytest.raises(UserError, match=re.escape(told)) as caught:
+        Specs(tmp_path).load(Method, "mine")
+    assert str(tmp_path / "methods" / "mine.toml") in str(caught.value)
+
+
+def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean self_distillation"):
+        Specs().load(Method, "self_distilation")
+
+
+# --- plans
+
+
+def test_stages_are_shared_between_methods_tables_and_seeds(root: Path) -> None:
+    jobs = plan(root, "table1", "table3", "table6", "figure4", "table5").ordered()
+    names = [job.name for job in jobs]
+    assert len(set(names)) == len(names)
+    pretrained = [n for n in names if n.startswith("colours/pretrain")]
+    assert sorted(pretrained) == [
+        "colours/pretrain",
+        "colours/pretrain,objective=supcon",
+        "colours/pretrain,steps=10",
+    ]
+    distilled = sorted(n for n in names if n.startswith("colours/distill"))
+    assert distilled == [
+        "colours/distill",
+        "colours/distill#2",
+        "colours/distill#3",
+        "colours/distill#4",
+        "colours/distill,mae_weight=0.0",
+        "colours/distill,mae_weight=0.1",
+        "colours/distill,mae_weight=0.3",
+        "colours/distill,mae_weight=0.5",
+        "colours/distill,match=prediction",
+        "colours/distill,match=weights_l2",
+        "colours/distill,match=weights_mars",
+    ]
+    place = {name: i for i, name in enumerate(names)}
+    for job in jobs:
+        assert all(place[one.name] < place[job.name] for one in job.before)
+        words = [word for k, v in job.words.items() for word in (f"--{k}", str(v).lower())]
+        configuration.load(parse([*words, "--stage", job.stage]))
+
+
+def test_levels_hold_jobs_that_do_not_wait_for_one_another(root: Path) -> None:
+    planned = plan(root, "table1")
+    levels = planned.levels()
+    assert sum(map(len, levels)) == len(planned.ordered())
+    seen: set[str] = set()
+    for level in levels:
+        assert all({one.name for one in job.before} <= seen for job in level)
+        seen |= {job.name for job in level}
+
+
+def test_the_search_uses_its_own_seed_and_no_test_data(root: Path) -> None:
+    for job in plan(root, "table1").ordered():
+        if "/search/" in job.name:
+            assert job.words["finetune.test"] is False
+            assert job.words["seed"] == 1000
+            assert job.seeds == 1
+        elif job.stage == "finetune":
+            assert "finetune.test" not in job.words
+            assert len(job.choices) == 1
+
+
+def test_a_variant_takes_over_its_methods_choice(root: Path) -> None:
+    jobs = {job.name: job for job in plan(root, "table3", "figure4").ordered()}
+    for name in ("self_distillation,rounds=3", "prediction_matching", "self_distillation"):
+        (choice,) = jobs[f"colours/{name}"].choices
+        assert all("search/self_distillation/" in job.name for _, job in choice.candidates)
+
+
+def test_the_best_validation_score_is_taken(root: Path, tmp_path: Path) -> None:
+    job = plan(root, "table1").cells[0].job
+    (choice,) = job.choices
+    with pytest.raises(UserError, match="no validation score"):
+        job.options(tmp_path)
+    for score, (_, candidate) in zip((0.5, 0.7), choice.candidates, strict=True):
+        file = tmp_path / candidate.leaves / "result.json"
+        file.parent.mkdir(parents=True)
+        metrics = {"val_accuracy": score, "val_macro_f1": 1 - score}
+        file.write_text(json.dumps({"metric": "accuracy", "metrics": metrics}))
+    assert job.options(tmp_path)["finetune.lr"] == 2e-3
+
+
+def test_only_restricts(root: Path) -> None:
+    sweep = Sweep(root / "planned", "tiny", root / "shards", root / "my", [])
+    both = ("colours", "again")
+    cells = sweep.plan([Asked("table1", both, ("again/recadam", "fine_tuning"))]).cells
+    found = {(c.dataset.name, c.method.name) for c in cells}
+    assert found == {("again", "recadam"), ("colours", "fine_tuning"), ("again", "fine_tuning")}
+
+
+def test_without_val_a_search_is_refused(root: Path, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "colours").mkdir(exist_ok=True)
+        (tmp_path / "colours" / split).symlink_to(root / "shards" / "colours" / split)
+    sweep = Sweep(tmp_path / "s", "tiny", tmp_path, root / "my", [])
+    with pytest.raises(UserError, match="no val split"):
+        sweep.plan([Asked("table1", ("colours",))])
+
+
+def test_what_other_options_made_is_refused(root: Path, tmp_path: Path) -> None:
+    job = plan(root, "table1").cells[0].job
+    words = [
+        "--stage",
+        "finetune",
+        "--finetune.lr",
+        "0.001",
+        "--data",
+        "a",
+        "--finetune.seeds",
+        "3",
+    ]
+    state.begin(tmp_path, job, words)
+    state.begin(tmp_path, job, [*words[:3], "0.002", *words[4:]])  # nothing is there yet
+    (tmp_path / job.leaves).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"made with --finetune\.lr 0\.002, now it is 0\.001"):
+        state.begin(tmp_path, job, words)
+    state.begin(tmp_path, job, [*words[:3], "0.002", "--data", "moved", "--finetune.seeds", "5"])
+
+
+def test_tables_that_are_asked_for_again_join(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, "tiny", tmp_path, None, [])
+    sweep.ask([Asked("table1", (), ("cub",)), Asked("table2")])
+    sweep.ask([Asked("table1", (), ("dtd", "cub")), Asked("table1", ("dogs",), ())])
+    assert sweep.asked == [
+        Asked("table2"),
+        Asked("table1", (), ("cub", "dtd")),
+        Asked("table1", ("dogs",), ()),
+    ]
+    sweep.ask([Asked("table1", seeds=3)])
+    assert sweep.asked[-1] == Asked("table1", seeds=3)
+    sweep.save()
+    assert Sweep.open(tmp_path).asked == sweep.asked
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "no table is named"),
+        (("tabel1",), "did you mean table1"),
+        (("table1",), "none of its data sets is in"),
+        (("table1", "--only", "nothing", "--datasets", "colours"), "--only leaves nothing"),
+        (("table1", "--profil", "x"), "--profile"),
+    ],
+)
+def test_mistakes(root: Path, words: tuple[str, ...], told: str) -> None:
+    done = run(root, *words)
+    assert done.returncode == 2
+    assert told in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+# --- real launches
+
+
+def finished(sweep: Path) -> dict[str, int]:
+    """Every result that is there, and when it was made."""
+    return {
+        str(path.relative_to(sweep)): path.stat().st_mtime_ns
+        for path in sorted(sweep.rglob("result.json"))
+    }
+
+
+@pytest.mark.multi
+def test_a_killed_sweep_goes_on_and_a_failed_cell_stops_only_itself(root: Path) -> None:
+    my = root / "my"
+    broken = 'title = "broken"\nstart = "model"\n[options]\n"finetune.warmup" = 99\n'
+    (my / "methods" / "broken.toml").write_text(broken)
+    make_table(my, "core", ["further_pretraining", "broken"], ["colours"])
+    sweep, words = root / "sweep", command(root, "core", "--jobs", "1")
+    process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 300
+    while not (sweep / "colours" / "further_pretraining" / "finetune" / "seed-0").exists():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    before = finished(sweep)
+    assert "colours/pretrain/pretrain/result.json" in before
+    done = run(root, "core", "--jobs", "2")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "1 jobs failed" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    after = finished(sweep)
+    assert before.items() <= after.items(), "nothing that was finished is done again"
+    outcomes = {c.method.name: results.outcome(sweep, c) for c in Sweep.open(sweep).plan().cells}
+    assert outcomes["broken"].status == "failed"
+    assert "--finetune.warmup 99" in outcomes["broken"].message
+    good = outcomes["further_pretraining"]
+    assert good.status == "done"
+    assert sorted(good.results) == [0, 1]
+    assert good.sample("score").n == good.sample("analysis.test_loss").n == 2
+    assert good.sample("seconds").mean > good.results[0]["seconds"]
+    again = run(root, "core", "--only", "further_pretraining")
+    assert again.returncode == 0
+    assert finished(sweep) == after
+
+
+@pytest.mark.multi
+def test_the_documents_example_runs(tmp_path: Path) -> None:
+    """docs/experiments.md: a data set, a method and a table of one's own, a file each."""
+    my = make_specs(tmp_path, ("leaves",))
+    (my / "datasets" / "leaves.toml").unlink()
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    found = re.findall(r"`my/(\S+\.toml)`:\n\n```toml\n(.*?)```", page, re.S)
+    assert [name for name, _ in found] == [
+        "datasets/leaves.toml",
+        "methods/gentle_start.toml",
+        "tables/mine.toml",
+    ]
+    for name, text in found:
+        # Five steps of warm-up are all that the tiny schedule has.
+        (my / name).write_text(text.replace('"finetune.warmup" = 5', '"finetune.warmup" = 2'))
+    done = run(tmp_path, "mine")
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = Sweep.open(tmp_path / "sweep").plan().cells
+    sweep = tmp_path / "sweep"
+    assert [state.status(sweep, c.job) for c in cells] == ["done", "done"]
+    # What validation chose is what the reported runs were given.
+    (choice,) = cells[1].job.choices
+    chosen = choice.best(sweep)["finetune.dropout"]
+    config = (sweep / cells[1].job.leaves / "seed-0" / "config.toml").read_text()
+    assert tomllib.loads(config)["finetune"]["dropout"] == chosen
+
+
+def test_statistics_against_scipy() -> None:
+    from scipy import stats
+
+    a = results.Sample({0: 1.0, 1: 2.5, 2: 4.0, 3: 3.0})
+    b = results.Sample({1: 2.0, 2: 3.0, 3: 3.5, 4: 9.0})
+    difference = a.minus(b)
+    assert difference.values == {1: 0.5, 2: 1.0, 3: -0.5}
+    test = stats.ttest_rel([2.5, 4.0, 3.0], [2.0, 3.0, 3.5])
+    low, high = test.confidence_interval(0.95)
+    assert difference.interval() == pytest.approx((low, high))

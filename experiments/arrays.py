@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 from data.errors import UserError
@@ -17,7 +18,8 @@ from experiments import state
 from experiments.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
-LEVELS = "levels.json"
+#: Ids of the arrays that were queued last.
+QUEUED = "slurm.json"
 
 
 def submit(root: Path, plan: Plan) -> list[str]:
@@ -28,6 +30,11 @@ def submit(root: Path, plan: Plan) -> list[str]:
     """
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch on PATH: run this on a login node of the cluster")
+    if left := _queued(root):
+        raise UserError(
+            f"{root}: arrays {', '.join(left)} of an earlier call are still queued or running:"
+            f" wait for them, or scancel {' '.join(left)}"
+        )
     levels = [
         [job.name for job in level if state.status(root, job) != "done"] for level in plan.levels()
     ]
@@ -35,10 +42,17 @@ def submit(root: Path, plan: Plan) -> list[str]:
     if not levels:
         print("everything is complete")
         return []
-    write_text(root / LEVELS, json.dumps(levels, indent=1) + "\n")
+    # A file of its own: a task that is requeued later must find the jobs of its own array.
+    plan_file = root / "slurm" / f"levels-{time.time_ns()}.json"
+    plan_file.parent.mkdir(exist_ok=True)
+    write_text(plan_file, json.dumps(levels, indent=1) + "\n")
     (root / "logs").mkdir(exist_ok=True)
     ids: list[str] = []
-    told = os.environ | {"SWEEP": str(root), "SELFDISTILL_ROOT": str(ROOT)}
+    told = os.environ | {
+        "SWEEP": str(root),
+        "LEVELS": str(plan_file),
+        "SELFDISTILL_ROOT": str(ROOT),
+    }
     for number, level in enumerate(levels):
         # Not afterok: one failed task must not stop those that do not need it.
         wait = [f"--dependency=afterany:{ids[-1]}"] if ids else []
@@ -56,6 +70,17 @@ def submit(root: Path, plan: Plan) -> list[str]:
             raise UserError(f"sbatch refuses level {number}: {done.stderr}: nothing stays queued")
         ids.append(done.stdout.strip().partition(";")[0])
         print(f"{ids[-1]}  level {number}: {', '.join(level)}")
+    write_text(root / QUEUED, json.dumps(ids) + "\n")
     print(f"follow: squeue --jobs {','.join(ids)}; python -m experiments.report {root}")
     print(f"stop:   scancel {' '.join(ids)}")
     return ids
+
+
+def _queued(root: Path) -> list[str]:
+    """Arrays of the last call that have not ended."""
+    try:
+        ids = [str(one) for one in json.loads((root / QUEUED).read_text(encoding="utf-8"))]
+    except (OSError, ValueError):
+        return []
+    told = subprocess.run(["squeue", "-h", "-o", "%F"], capture_output=True, text=True, check=False)
+    return [one for one in ids if one in told.stdout.split()]

@@ -7,10 +7,11 @@ it is the same one in every table and in every later call.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -125,6 +126,12 @@ class Job:
             return None
         return float(found["metrics"][f"val_{found['metric']}"])
 
+    def possible(self) -> Iterator[Options]:
+        """Its options with each combination of what may be chosen."""
+        tried = ([options for options, _ in choice.candidates] for choice in self.choices)
+        for combination in itertools.product(*tried):
+            yield self.words | {k: v for options in combination for k, v in options.items()}
+
     def options(self, root: Path) -> Options:
         """All its options, those that validation chose with them.
 
@@ -152,10 +159,11 @@ class Job:
                 told["finetune.start"] = "model"
             else:
                 told["finetune.weights"] = str(root / self.start)
-        return [word for key, value in told.items() for word in (f"--{key}", _word(value))]
+        return [word for key, value in told.items() for word in (f"--{key}", typed(value))]
 
 
-def _word(value: object) -> str:
+def typed(value: object) -> str:
+    """A value as a command line has it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -196,6 +204,8 @@ class Plan:
         self.jobs: dict[str, Job] = {}
         self.cells: list[Cell] = []
         self.absent: dict[str, Dataset] = {}
+        self.unsearchable: dict[str, Dataset] = {}
+        self.named: set[str] = set()
 
     def add(self, table: Table, only: Iterable[str] = (), seeds: int | None = None) -> None:
         """Plans a table.
@@ -210,14 +220,25 @@ class Plan:
         # Data sets outermost: those that come first are complete first.
         for dataset, row in itertools.product(datasets, table.rows):
             names = {dataset.name, row.method, f"{dataset.name}/{row.method}"}
+            self.named |= names
             if wanted and not names & set(wanted):
                 continue
             if not (self.place(dataset) / "train" / manifest.FILE).exists():
                 self.absent[dataset.name] = dataset
                 continue
             method = self.specs.load(Method, row.method)
+            if not (self.place(dataset) / "val" / manifest.FILE).exists() and self._searches(
+                dataset, method
+            ):
+                self.unsearchable[dataset.name] = dataset
+                continue
             job = self._final(dataset, method, row, seeds or table.seeds)
             self.cells.append(Cell(table, row, method, dataset, job))
+
+    def _searches(self, dataset: Dataset, method: Method) -> bool:
+        """Whether validation data decide anything for a method."""
+        scale = self.profile.of(dataset.kind)
+        return bool(scale.search or method.search or scale.tuning(method.name).search)
 
     def place(self, dataset: Dataset) -> Path:
         """Folder of a packed data set."""
@@ -251,36 +272,59 @@ class Plan:
 
     def _final(self, dataset: Dataset, method: Method, row: Row, seeds: int) -> Job:
         """The fine-tuning that a cell shows, with all that it needs."""
-        tuned = method if method.tuned_as is None else self.specs.load(Method, method.tuned_as)
-        choices = []
-        grid = self.profile.of(dataset.kind).search
-        if grid:
-            choices.append(self._choice(dataset, tuned, grid, []))
-        if method.search:
-            choices.append(self._choice(dataset, method, method.search, choices[:1]))
         own = self._own(dataset, method, row)
         name = self._name(dataset, "finetune", method, own, row)
-        if name in self.jobs and self.jobs[name].seeds >= seeds:
-            return self.jobs[name]
-        job = self._finetune(name, dataset, method, row, seeds, {})
-        job.choices = choices
-        self.jobs[name] = job
-        return job
+        if name not in self.jobs:
+            job = self._finetune(name, dataset, method, row, seeds, {})
+            job.choices = self._choices(dataset, method, row)
+            self.jobs[name] = job
+        # Tables that ask for more seeds of a cell get them for all.
+        self.jobs[name].seeds = max(seeds, self.jobs[name].seeds)
+        return self.jobs[name]
+
+    def _choices(self, dataset: Dataset, method: Method, row: Row) -> list[Choice]:
+        """What validation decides for a row: the profile's grid first, then the method's own.
+
+        What the method, the data set or the row says itself is not searched.
+        """
+        scale = self.profile.of(dataset.kind)
+        said = method.of(dataset.kind) | row.options | dataset.options
+        tuned = self._tuned(method)
+        special = tuned.search | scale.tuning(tuned.name).search
+        mine = method.search | scale.tuning(method.name).search
+        common = {k: v for k, v in scale.search.items() if k not in said | special | mine}
+        choices: list[Choice] = []
+        for who, grid in ((tuned, common), (method, mine)):
+            free = {k: v for k, v in grid.items() if k not in said}
+            if free:
+                choices.append(self._choice(dataset, who, free, list(choices)))
+        return choices
+
+    def _tuned(self, method: Method) -> Method:
+        """The method whose choice from the profile's grid is taken.
+
+        Raises:
+            UserError: that one takes over another's.
+        """
+        if method.tuned_as is None:
+            return method
+        other = self.specs.load(Method, method.tuned_as)
+        if other.tuned_as is not None:
+            raise UserError(
+                f"method {method.name}: tuned_as {other.name}, which is itself tuned as"
+                f" {other.tuned_as}: name that one"
+            )
+        return other
 
     def _choice(
         self, dataset: Dataset, method: Method, grid: dict[str, list[Any]], given: list[Choice]
     ) -> Choice:
         """One fine-tuning, without test data, for each point of a grid."""
-        if not (self.place(dataset) / "val" / manifest.FILE).exists():
-            raise UserError(
-                f"{self.place(dataset)} has no val split, by which {', '.join(grid)} would be"
-                " chosen: pack it with --val_fraction 0.1, or take a profile without a search"
-            )
         row = Row(method=method.name)
         candidates = []
         for values in itertools.product(*grid.values()):
             tried: Options = dict(zip(grid, values, strict=True))
-            slug = ",".join(f"{k.rpartition('.')[2]}={_word(v)}" for k, v in tried.items())
+            slug = ",".join(f"{k.rpartition('.')[2]}={typed(v)}" for k, v in tried.items())
             name = f"{dataset.name}/search/{method.name}/{slug}"
             if name not in self.jobs:
                 more = tried | {"finetune.test": False, "finetune.train_scored": 0}
@@ -337,8 +381,8 @@ class Plan:
 
     def _own(self, dataset: Dataset, method: Method, row: Row) -> Options:
         """What tells a row from the profile's defaults."""
-        own = method.of(dataset.kind) | row.options
         scale = self.profile.of(dataset.kind)
+        own = scale.tuning(method.name).options | method.of(dataset.kind) | row.options
         usual = configuration.load({"recipe": scale.recipe, **scale.options, **dataset.options})
         for stage, factor in (method.lengthen | row.lengthen).items():
             plan = getattr(usual, stage)
@@ -359,5 +403,9 @@ class Plan:
             head = method.name + (f",rounds={rounds}" if rounds != method.rounds else "")
         else:
             head = stage
-        parts = [head, *(f"{k.removeprefix(stage + '.')}={_word(v)}" for k, v in mine.items())]
-        return f"{dataset.name}/" + re.sub(r"[^A-Za-z0-9_.,=+-]", "_", ",".join(parts))
+        parts = [head, *(f"{k.removeprefix(stage + '.')}={typed(v)}" for k, v in mine.items())]
+        whole = ",".join(parts)
+        slug = re.sub(r"[^A-Za-z0-9_.,=+-]", "_", whole)[:120]
+        if slug != whole:  # two that differ in such signs alone are two
+            slug += "-" + hashlib.sha256(whole.encode()).hexdigest()[:8]
+        return f"{dataset.name}/{slug}"

@@ -130,7 +130,7 @@ def _dates(contents: Contents) -> str:
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """Writes report.html, report.md and figures/; returns the files."""
+    """Writes report.html, report.md and figures/, paths from here; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         folder / "report.html": report_html.render(report),
@@ -141,8 +141,10 @@ def write(report: Report, folder: Path) -> list[Path]:
         (folder / report_markdown.FIGURES).mkdir(exist_ok=True)
     for one in drawings:
         files[folder / report_markdown.FIGURES / f"{one.name}.svg"] = one.svg
+    # As one would type them: the page may be shown to others.
+    here = f"{Path.cwd()}/"
     for path, text in files.items():
-        write_text(path, text)
+        write_text(path, text.replace(here, ""))
     return list(files)
 
 

@@ -4,14 +4,16 @@ What is complete is not done again; what several tables need is done once; one f
 what depends on it. Interrupted, by whatever, the same command goes on.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -20,18 +22,23 @@ from rich.console import Console
 
 from data import cli
 from data.errors import UserError
+from data.manifest import Manifest
 from engine import config as configuration
 from engine.preemption import AGAIN
+from engine.regularizers import mars, recadam
 from engine.run import parse
 from experiments import state
-from experiments.plan import Job, Plan
+from experiments.plan import Job, Plan, typed
 from experiments.spec import Specs, Table
 from experiments.state import Asked, Sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 
+#: What engine/run.py says of a folder that another launch has.
+IN_USE = "is in use by another launch"
+
 #: Launches of one job that ended with the code that asks for another.
-_AGAIN = 3
+_AGAIN = 5
 
 
 @dataclass
@@ -108,7 +115,7 @@ class Local:
     def _start(self, job: Job, ends: dict[str, state.Status]) -> None:
         try:
             words = job.command(self.root, self.plan.data_root)
-            state.begin(self.root, job, words)
+            state.begin(self.root, job, words, self.plan.data_root)
         except UserError as error:
             self.console.print(f"{job.name}: failed: {error}", style="red")
             ends[job.name] = "failed"
@@ -117,7 +124,7 @@ class Local:
         path = log_of(self.root, job)
         path.parent.mkdir(parents=True, exist_ok=True)
         log = path.open("ab")
-        log.write(f"$ {shlex.join(['engine/run.py', *words])}\n".encode())
+        log.write(f"{state.LAUNCH}{shlex.join(words)}\n".encode())
         log.flush()
         process = subprocess.Popen(
             [*self._launcher(slot), str(ROOT / "engine" / "run.py"), *words],
@@ -156,12 +163,14 @@ class Local:
             self.running.remove(one)
             one.log.close()
             job, code, seconds = one.job, one.process.returncode, time.monotonic() - one.began
-            if code == AGAIN or (code and self.asked_to_stop):
+            message = state.error_of(log_of(self.root, job), code) if code else ""
+            # A child of a call that was killed may still be saving.
+            busy = code == 2 and IN_USE in message
+            if code == AGAIN or busy or (code and self.asked_to_stop):
                 self.tries[job.name] = self.tries.get(job.name, 0) + 1
                 if self.asked_to_stop or self.tries[job.name] < _AGAIN:
                     left.insert(0, job)
                     continue
-            message = state.error_of(log_of(self.root, job)) if code else ""
             if not code and job.result(self.root) is None:
                 code, message = 1, "it ended well and left no result"
             state.end(self.root, job, code, message)
@@ -200,14 +209,30 @@ def check(root: Path, plan: Plan) -> None:
     Raises:
         UserError: names the job.
     """
+    lengths: dict[str, int] = {}
     for job in plan.ordered():
-        words = [word for k, v in job.words.items() for word in (f"--{k}", str(v).lower())]
         try:
-            configuration.load(parse([*words, "--stage", job.stage]))
+            for options in job.possible():
+                words = [word for k, v in options.items() for word in (f"--{k}", typed(v))]
+                config = configuration.load(parse([*words, "--stage", job.stage]))
+                if job.stage == "finetune" and config.finetune.regularizer in _CHECKS:
+                    place = str(plan.place(job.dataset))
+                    if place not in lengths:
+                        lengths[place] = Manifest.load_split(place, "train").samples
+                    steps = config.finetune.length(lengths[place])
+                    _CHECKS[config.finetune.regularizer](config, steps)
         except UserError as error:
             raise UserError(f"{job.name}: {error}") from error
-        if job.result(root) is not None:
-            state.check(root, job, job.command(root, plan.data_root))
+        tried = [one for choice in job.choices for _, one in choice.candidates]
+        if job.result(root) is not None and all(one.result(root) for one in tried):
+            state.check(root, job, job.command(root, plan.data_root), plan.data_root)
+
+
+#: What a regularizer refuses before it starts.
+_CHECKS: dict[str, Callable[[configuration.Config, int], None]] = {
+    "recadam": recadam.check,
+    "mars": lambda config, _: mars.check(config),
+}
 
 
 def show(root: Path, plan: Plan, console: Console) -> None:
@@ -220,18 +245,44 @@ def show(root: Path, plan: Plan, console: Console) -> None:
         console.print(f"{state.status(root, job):8s}{job.name}{after}", soft_wrap=True)
 
 
-def missing(plan: Plan) -> None:
+def missing(plan: Plan, only: Sequence[str]) -> None:
     """Says which data sets are not there; refuses when none is.
 
     Raises:
-        UserError: nothing can be run.
+        UserError: nothing can be run, or --only names what no table has.
     """
+    if strange := [word for word in only if word not in plan.named]:
+        near = cli.nearest(strange[0], sorted(plan.named), "")
+        raise UserError(f"--only {strange[0]}: none of these tables has it.{near}")
     told = [f"{d.name} ({d.pack})" if d.pack else d.name for d in plan.absent.values()]
+    told += [
+        f"{d.name} has no val split to choose by (pack it with --val_fraction 0.1)"
+        for d in plan.unsearchable.values()
+    ]
     if not plan.cells:
-        reason = f"none of its data sets is in {plan.data_root}: {'; '.join(told)}"
-        raise UserError(reason if told else "--only leaves nothing: name data sets or methods")
+        raise UserError(
+            f"none of its data sets can be taken from {plan.data_root}: {'; '.join(told)}"
+        )
     for one in told:
         print(f"not in {plan.data_root}, left out: {one}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Holds a sweep's folder, so that two calls do not start the same jobs.
+
+    Raises:
+        UserError: another call has it.
+    """
+    with (root / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{root}: another call of experiments.run is at work there: wait for it, or name"
+                " all tables in one call"
+            ) from None
+        yield
 
 
 def main(
@@ -271,11 +322,18 @@ def main(
         for name in known.names(Table):
             print(f"{name:12s}{known.load(Table, name).title}")
         raise UserError("no table is named: python -m experiments.run table1 --data_root shards")
+    for name, value, least in (("ranks", ranks, 1), ("jobs", jobs, 0), ("hours", hours, 0)):
+        if value < least:
+            raise UserError(f"--{name} {value}: give {least} or more")
+    if seeds is not None and seeds < 2:
+        raise UserError(f"--seeds {seeds}: give 2 or more; a cell has a spread over its seeds")
     if data_root is None:
         raise UserError("--data_root is missing: the folder of packed data sets")
     if not Path(data_root).is_dir():
         raise UserError(f"--data_root {data_root}: there is no such folder")
     root = Path(output).absolute()
+    if root.exists() and not root.is_dir():
+        raise UserError(f"--output {output} is a file: name a folder")
     if (root / state.SWEEP).exists():
         sweep = Sweep.open(root)
         if sweep.profile != profile:
@@ -289,22 +347,25 @@ def main(
         sweep = Sweep(root, profile, Path(data_root).resolve(), own, [])
     asked = [Asked(name, _listed(datasets), _listed(only), seeds) for name in tables]
     plan = sweep.plan(asked)
-    missing(plan)
+    missing(plan, _listed(only))
     check(root, plan)
     if dry_run:
         show(root, plan, Console(emoji=False, markup=False, highlight=False))
         return
-    sweep.ask(asked)
-    sweep.save()
-    if slurm:
-        from experiments import arrays
+    root.mkdir(parents=True, exist_ok=True)
+    with alone(root):
+        sweep.ask(asked)
+        sweep.save()
+        if slurm:
+            from experiments import arrays
 
-        arrays.submit(root, plan)
-        return
-    import torch
+            arrays.submit(root, plan)
+            return
+        import torch
 
-    slots = jobs or max(1, (torch.cuda.device_count() or len(os.sched_getaffinity(0))) // ranks)
-    failed = Local(root, plan, ranks, slots, hours).run(plan.ordered())
+        devices = torch.cuda.device_count() or len(os.sched_getaffinity(0))
+        slots = jobs or max(1, devices // ranks)
+        failed = Local(root, plan, ranks, slots, hours).run(plan.ordered())
     print(f"report: python -m experiments.report {output}")
     if failed:
         raise UserError(f"{failed} jobs failed or wait for one that did: the report names them")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -42,6 +42,24 @@ def _known_options(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+#: Sections that only fine-tuning looks at: what a search may try without other stages.
+SEARCHED = ("finetune", "recadam", "mars", "r3f")
+
+
+def _searchable(value: dict[str, Any]) -> dict[str, Any]:
+    for option in _known_options(value):
+        if option.partition(".")[0] not in SEARCHED:
+            raise ValueError(
+                f"{option!r} is not fine-tuning's, and a search would train the stages before it"
+                f" anew: search {', '.join(s + '.' for s in SEARCHED)} options, or make a method"
+                " of each value"
+            )
+    return value
+
+
+Lengthen = dict[Literal["pretrain", "distill", "finetune"], Annotated[float, Field(gt=0)]]
+
+
 class Method(Spec):
     """How a model is adapted: what fine-tuning starts from, and options that differ."""
 
@@ -53,15 +71,21 @@ class Method(Spec):
     options: Options = Field(default_factory=dict)
     image: Options = Field(default_factory=dict, description="options for images alone")
     text: Options = Field(default_factory=dict, description="options for texts alone")
-    lengthen: dict[Literal["pretrain", "distill", "finetune"], float] = Field(
-        default_factory=dict, description="stage -> times its usual length"
-    )
+    lengthen: Lengthen = Field(default_factory=dict, description="stage -> times its usual length")
     search: Grid = Field(default_factory=dict, description="chosen by validation for this method")
     tuned_as: str | None = Field(
         None, description="method whose choice from the profile's grid is taken over"
     )
 
-    _options = field_validator("options", "image", "text", "search")(_known_options)
+    _options = field_validator("options", "image", "text")(_known_options)
+    _search = field_validator("search")(_searchable)
+
+    @field_validator("name")
+    @classmethod
+    def _free(cls, value: str) -> str:
+        if value in ("pretrain", "distill", "search"):
+            raise ValueError(f"{value} is the folder of a stage: name the method otherwise")
+        return value
 
     def of(self, kind: str) -> Options:
         """Its options for a kind of data."""
@@ -90,7 +114,7 @@ class Row(BaseModel):
     title: str | None = None
     rounds: int | None = Field(None, ge=1)
     options: Options = Field(default_factory=dict)
-    lengthen: dict[Literal["pretrain", "distill", "finetune"], float] = Field(default_factory=dict)
+    lengthen: Lengthen = Field(default_factory=dict)
     x: float | None = Field(None, description="where it stands on a figure's axis")
     paper: str | None = Field(None, description="key of the paper's figure (default: the method's)")
 
@@ -113,7 +137,7 @@ class Table(Spec):
     shape: Literal["table", "curve"] = "table"
     datasets: list[str] = Field(min_length=1)
     rows: list[Row] = Field(min_length=1)
-    seeds: int = Field(5, ge=1)
+    seeds: int = Field(5, ge=2, description="fine-tunings of each cell")
     x: str = Field("", description="what a figure's horizontal axis is")
     log_x: bool = False
     at: dict[str, float] = Field(default_factory=dict, description="data set -> place on the axis")
@@ -128,6 +152,18 @@ class Table(Spec):
         return self
 
 
+class Tuning(BaseModel):
+    """What a method needs at a profile's size, beside its own file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    options: Options = Field(default_factory=dict)
+    search: Grid = Field(default_factory=dict)
+
+    _options = field_validator("options")(_known_options)
+    _search = field_validator("search")(_searchable)
+
+
 class Scale(BaseModel):
     """Recipe and options of one kind of data in a profile."""
 
@@ -136,8 +172,16 @@ class Scale(BaseModel):
     recipe: str
     options: Options = Field(default_factory=dict)
     search: Grid = Field(default_factory=dict, description="chosen by validation, method by method")
+    methods: dict[str, Tuning] = Field(
+        default_factory=dict, description="method -> its options and search at this size"
+    )
 
-    _options = field_validator("options", "search")(_known_options)
+    _options = field_validator("options")(_known_options)
+    _search = field_validator("search")(_searchable)
+
+    def tuning(self, method: str) -> Tuning:
+        """What a method needs at this size."""
+        return self.methods.get(method, Tuning())
 
 
 class Profile(Spec):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import UserError
+from data.manifest import Manifest
 from engine.files import write_text
 from experiments.plan import Job, Plan
 from experiments.spec import Profile, Specs, Table
@@ -56,20 +57,21 @@ class Sweep:
         path = root / SWEEP
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            asked = [
+                Asked(a["table"], tuple(a["datasets"]), tuple(a["only"]), a["seeds"])
+                for a in told["asked"]
+            ]
+            specs = None if told["specs"] is None else Path(told["specs"])
+            return cls(root, told["profile"], Path(told["data_root"]), specs, asked)
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{root} holds no experiments ({SWEEP} is missing): run experiments.run first"
             ) from None
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path}: not valid JSON ({error}): run experiments.run again"
+                f"{path} is not what experiments.run wrote ({error!r}): remove it, and run the"
+                " tables again; what is complete stays so"
             ) from None
-        asked = [
-            Asked(a["table"], tuple(a["datasets"]), tuple(a["only"]), a["seeds"])
-            for a in told["asked"]
-        ]
-        specs = None if told["specs"] is None else Path(told["specs"])
-        return cls(root, told["profile"], Path(told["data_root"]), specs, asked)
 
     def save(self) -> None:
         """Writes it."""
@@ -90,7 +92,8 @@ class Sweep:
             parts = [*(a.only for a in same), one.only]
             # Asked for whole once, it is whole.
             only = tuple(dict.fromkeys(w for part in parts for w in part)) if all(parts) else ()
-            self.asked.append(Asked(one.table, one.datasets, only, one.seeds))
+            seeds = one.seeds or next((a.seeds for a in same if a.seeds), None)
+            self.asked.append(Asked(one.table, one.datasets, only, seeds))
 
     def plan(self, asked: list[Asked] | None = None) -> Plan:
         """The jobs of its tables, or of some.
@@ -121,45 +124,55 @@ def read(root: Path, job: Job) -> dict[str, Any]:
         return {}
 
 
-def check(root: Path, job: Job, command: list[str]) -> None:
-    """Refuses what another command made; data and output may have moved.
+def check(root: Path, job: Job, command: list[str], data_root: Path) -> None:
+    """Refuses to take what was made otherwise for what is asked for; the folders may have moved.
 
     Raises:
-        UserError: names the options that differ.
+        UserError: names what differs: an option, the data, or what it started from.
     """
-    before = read(root, job).get("command")
-    if before is None or not (root / job.leaves).exists():
+    before = read(root, job)
+    if "command" not in before or not (root / job.leaves).exists():
         return
-    then, now = (
-        {k: v for k, v in _pairs(words).items() if k not in _PLACES} for words in (before, command)
-    )
-    differing = sorted(k for k in then | now if then.get(k) != now.get(k))
-    if differing:
-        first = differing[0]
+    place = f"{root / job.folder}"
+    cure = "move it away, or take another --output"
+    then, now = _told(before["command"], before.get("root")), _told(command, str(root))
+    for name in sorted(k for k in then | now if then.get(k) != now.get(k)):
         raise UserError(
-            f"{root / job.folder} was made with {first} {then.get(first)}, now it is"
-            f" {now.get(first)}: move it away, or take another --output"
+            f"{place} was made with {name} {then.get(name)}, now it is {now.get(name)}: {cure}"
         )
+    made = (job.result(root) or {}).get("manifest")
+    split = "train" if job.stage == "finetune" else None
+    if made is not None and split is not None:
+        data = data_root / (job.dataset.folder or job.dataset.name)
+        if Manifest.load_split(str(data), split).hash != made:
+            raise UserError(f"{place} learnt from other data than {data} holds: {cure}")
+    for one in job.needs:
+        if float(read(root, one).get("began", 0.0)) > float(before["began"]):
+            raise UserError(
+                f"{place} started from what {root / one.folder} was before it was made anew: {cure}"
+            )
 
 
-#: Options that name places, or how many there are: what is done is the same.
-_PLACES = ("--data", "--output", "--teacher", "--finetune.weights", "--finetune.seeds")
+def _told(words: list[str], root: str | None) -> dict[str, str]:
+    """Options of a command that say what is done; places below the sweep's folder from there."""
+    pairs = dict(zip(words[::2], words[1::2], strict=True))
+    kept = {k: v for k, v in pairs.items() if k not in ("--data", "--output", "--finetune.seeds")}
+    return kept if root is None else {k: v.removeprefix(f"{root}/") for k, v in kept.items()}
 
 
-def _pairs(words: list[str]) -> dict[str, str]:
-    return dict(zip(words[::2], words[1::2], strict=True))
-
-
-def begin(root: Path, job: Job, command: list[str]) -> None:
+def begin(root: Path, job: Job, command: list[str], data_root: Path) -> None:
     """Notes that a job starts.
 
     Raises:
         UserError: another command made what is there.
     """
-    check(root, job, command)
+    check(root, job, command, data_root)
     path = record(root, job)
     path.parent.mkdir(parents=True, exist_ok=True)
-    told = {"command": command, "began": time.time(), "status": "running"}
+    # Going on with what it began, it began then.
+    began = read(root, job).get("began") if (root / job.leaves).exists() else None
+    told = {"command": command, "root": str(root), "began": began or time.time()}
+    told |= {"started": time.time(), "status": "running"}
     write_text(path, json.dumps(told, indent=1) + "\n")
 
 
@@ -174,7 +187,7 @@ def end(root: Path, job: Job, code: int, message: str) -> None:
     """
     told = read(root, job)
     told |= {"status": "failed" if code else "done", "code": code, "message": message}
-    told["seconds"] = round(time.time() - told.get("began", time.time()), 1)
+    told["seconds"] = round(time.time() - told.get("started", time.time()), 1)
     write_text(record(root, job), json.dumps(told, indent=1) + "\n")
 
 
@@ -189,12 +202,26 @@ def status(root: Path, job: Job) -> Status:
     return "open"
 
 
-def error_of(log: Path) -> str:
-    """The last line of a log that says what went wrong."""
+#: What a log's part of one launch begins with.
+LAUNCH = "$ engine/run.py "
+
+
+def error_of(log: Path, code: int) -> str:
+    """What the last launch in a log said went wrong, on one line.
+
+    Args:
+        log: launches one after another.
+        code: exit code; negative, or above 128, for a signal.
+    """
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = log.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return ""
-    errors = [line for line in lines if line.startswith(("error:", "srun: error"))]
-    told = errors or [line for line in lines if line.strip()]
-    return told[-1].removeprefix("error: ")[:500] if told else ""
+        text = ""
+    lines = [line for line in text.rpartition(LAUNCH)[2].splitlines()[1:] if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if errors:
+        return errors[-1][:500]
+    number = -code if code < 0 else code - 128
+    if number > 0:
+        return f"killed by signal {number}"
+    return lines[-1][:500] if lines else ""

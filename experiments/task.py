@@ -12,14 +12,12 @@ from typing import Literal
 
 from data import cli
 from data.errors import UserError
-from engine.preemption import AGAIN
 from experiments import state
-from experiments.arrays import LEVELS
 from experiments.plan import Job
 from experiments.state import Sweep
 
 
-def find(root: Path, level: int, index: int) -> tuple[Sweep, Job]:
+def find(root: Path, levels: Path, level: int, index: int) -> tuple[Sweep, Job]:
     """The job of a task.
 
     Raises:
@@ -27,9 +25,9 @@ def find(root: Path, level: int, index: int) -> tuple[Sweep, Job]:
     """
     sweep = Sweep.open(root)
     try:
-        name = json.loads((root / LEVELS).read_text(encoding="utf-8"))[level][index]
+        name = json.loads(levels.read_text(encoding="utf-8"))[level][index]
     except (OSError, ValueError, IndexError):
-        raise UserError(f"{root / LEVELS} has no task {index} of level {level}") from None
+        raise UserError(f"{levels} has no task {index} of level {level}") from None
     jobs = {job.name: job for job in sweep.plan().ordered()}
     if name not in jobs:
         raise UserError(f"{root}: its specs know no job {name}: run experiments.run again")
@@ -39,6 +37,7 @@ def find(root: Path, level: int, index: int) -> tuple[Sweep, Job]:
 def main(
     act: Literal["start", "end"],
     sweep: str,
+    levels: str,
     level: int,
     index: int,
     code: int = 0,
@@ -49,18 +48,16 @@ def main(
     Args:
         act: start or end.
         sweep: the sweep's folder.
+        levels: file of the arrays' jobs.
         level: of the array.
         index: of the task.
         code: exit code of the launch.
         log: its log.
     """
     root = Path(sweep)
-    found, job = find(root, level, index)
+    found, job = find(root, Path(levels), level, index)
     if act == "end":
-        # Interrupted: the job goes back to the queue.
-        if code != AGAIN and code <= 128:
-            message = state.error_of(Path(log)) if code and log else ""
-            state.end(root, job, code, message)
+        state.end(root, job, code, state.error_of(Path(log), code) if code and log else "")
         return
     if job.result(root) is not None:
         print("COMPLETE=1")
@@ -68,12 +65,16 @@ def main(
     waits = [one.name for one in job.before if one.result(root) is None]
     if waits:
         raise UserError(f"{job.name} needs {waits[0]}, which is not complete")
-    words = job.command(root, found.data_root)
-    state.begin(root, job, words)
+    try:
+        words = job.command(root, found.data_root)
+        state.begin(root, job, words, found.data_root)
+    except UserError as error:
+        state.end(root, job, 2, str(error))
+        raise
     at = words.index("--output")
     print(f"OUTPUT={shlex.quote(words[at + 1])}")
     print(f"WORDS=({shlex.join(words[:at] + words[at + 2 :])})")
-    print(job.name, file=sys.stderr)
+    print(f"{state.LAUNCH}{shlex.join(words)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -116,12 +116,14 @@ requeue() {
     # Preempted, requeued or cancelled from outside: a cancelled job would come back to life.
     if ! scontrol --oneliner show job "$id" | grep -q ' JobState=RUNNING '; then
         echo "exit code $1: SLURM ends the job itself" >&2
+        COMES_BACK=perhaps
     elif [ "$count" -ge "$most" ]; then
         echo "error: exit code $1 after $count restarts without progress, MAX_RESTARTS=$most: no more" >&2
         rm -f "$note"
     else
         echo "exit code $1: back to the queue, restart $((count + 1)) of at most $most without progress" >&2
         printf '%s\n%s\n' $((count + 1)) "$now" >"$note"
+        COMES_BACK=yes
         scontrol requeue "$id"
     fi
     exit "$1"

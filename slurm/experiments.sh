@@ -24,9 +24,11 @@ RECIPE='' DATA=none MODEL=''
 source "${SELFDISTILL_ROOT:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
 DATA='' ARGS=''
 export PYTHONPATH=$ROOT
-told=$(python -m experiments.task start "$SWEEP" "$LEVEL" "$SLURM_ARRAY_TASK_ID") || exit
+task=("$SWEEP" "$LEVELS" "$LEVEL" "$SLURM_ARRAY_TASK_ID")
+told=$(python -m experiments.task start "${task[@]}") || exit
 eval "$told"
 [ -z "${COMPLETE:-}" ] || exit 0
 LOG=$SWEEP/logs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID.log
-trap 'python -m experiments.task end "$SWEEP" "$LEVEL" "$SLURM_ARRAY_TASK_ID" $? "$LOG"' EXIT
+# Unless it comes back.
+trap 'code=$?; [ -n "${COMES_BACK:-}" ] || python -m experiments.task end "${task[@]}" $code "$LOG"' EXIT
 launch "${WORDS[@]}"

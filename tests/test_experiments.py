@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from data.errors import UserError
-from engine import config as configuration
-from engine.run import parse
 from experiments import results, state
+from experiments import run as experiments_run
 from experiments.plan import Plan
 from experiments.spec import Dataset, Method, Profile, Specs, Table, paper_figures
 from experiments.state import Asked, Sweep
@@ -109,8 +108,6 @@ def test_stages_are_shared_between_methods_tables_and_seeds(root: Path) -> None:
     place = {name: i for i, name in enumerate(names)}
     for job in jobs:
         assert all(place[one.name] < place[job.name] for one in job.before)
-        words = [word for k, v in job.words.items() for word in (f"--{k}", str(v).lower())]
-        configuration.load(parse([*words, "--stage", job.stage]))
 
 
 def test_levels_hold_jobs_that_do_not_wait_for_one_another(root: Path) -> None:
@@ -162,33 +159,149 @@ def test_only_restricts(root: Path) -> None:
     assert found == {("again", "recadam"), ("colours", "fine_tuning"), ("again", "fine_tuning")}
 
 
-def test_without_val_a_search_is_refused(root: Path, tmp_path: Path) -> None:
+def test_a_set_without_val_is_left_out_where_validation_decides(root: Path, tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / "colours").mkdir(exist_ok=True)
         (tmp_path / "colours" / split).symlink_to(root / "shards" / "colours" / split)
+    (tmp_path / "again").symlink_to(root / "shards" / "again")
     sweep = Sweep(tmp_path / "s", "tiny", tmp_path, root / "my", [])
-    with pytest.raises(UserError, match="no val split"):
-        sweep.plan([Asked("table1", ("colours",))])
+    planned = sweep.plan([Asked("table1", ("colours", "again"))])
+    assert {cell.dataset.name for cell in planned.cells} == {"again"}
+    assert list(planned.unsearchable) == ["colours"]
+    with pytest.raises(UserError, match="no val split to choose by"):
+        experiments_run.missing(sweep.plan([Asked("table1", ("colours",))]), ())
 
 
-def test_what_other_options_made_is_refused(root: Path, tmp_path: Path) -> None:
-    job = plan(root, "table1").cells[0].job
-    words = [
-        "--stage",
-        "finetune",
-        "--finetune.lr",
-        "0.001",
-        "--data",
-        "a",
-        "--finetune.seeds",
-        "3",
+# --- what must not be mixed up
+
+
+def spec(my: Path, part: str, name: str, text: str) -> None:
+    (my / part / f"{name}.toml").write_text(text)
+
+
+def test_what_a_row_says_itself_is_not_searched(root: Path) -> None:
+    my = root / "my"
+    rows = "".join(
+        f'[[rows]]\nmethod = "fine_tuning"\noptions = {{ "finetune.lr" = {lr} }}\n'
+        for lr in (1e-5, 1e-2)
+    )
+    spec(my, "tables", "rates", f'title = "rates"\ndatasets = ["colours"]\n{rows}')
+    cells = plan(root, "rates").cells
+    told = [cell.job.options(root / "nowhere")["finetune.lr"] for cell in cells]
+    assert told == [1e-5, 1e-2], "without a search there is nothing to wait for"
+
+
+def test_a_methods_own_grid_replaces_the_profiles(root: Path) -> None:
+    my = root / "my"
+    method = 'title = "x"\nstart = "model"\n[search]\n"finetune.lr" = [1e-5, 3e-5]\n'
+    spec(my, "methods", "own_grid", method)
+    make_table(my, "grids", ["own_grid"], ["colours"])
+    (choice,) = plan(root, "grids").cells[0].job.choices
+    assert [options for options, _ in choice.candidates] == [
+        {"finetune.lr": 1e-5},
+        {"finetune.lr": 3e-5},
     ]
-    state.begin(tmp_path, job, words)
-    state.begin(tmp_path, job, [*words[:3], "0.002", *words[4:]])  # nothing is there yet
+    for options, job in choice.candidates:
+        assert job.options(root / "nowhere")["finetune.lr"] == options["finetune.lr"]
+
+
+def test_a_search_of_earlier_stages_is_refused(root: Path) -> None:
+    text = 'title = "x"\nstart = "distill"\n[search]\n"distill.weight" = [0.1, 10.0]\n'
+    spec(root / "my", "methods", "deep", text)
+    with pytest.raises(UserError, match="would train the stages before it anew"):
+        Specs(root / "my").load(Method, "deep")
+
+
+@pytest.mark.parametrize("name", ["pretrain", "distill", "search"])
+def test_a_methods_name_is_no_stages(tmp_path: Path, name: str) -> None:
+    (tmp_path / "methods").mkdir()
+    spec(tmp_path, "methods", name, 'title = "x"\nstart = "model"\n')
+    with pytest.raises(UserError, match="is the folder of a stage"):
+        Specs(tmp_path).load(Method, name)
+
+
+def test_the_larger_number_of_seeds_holds(root: Path) -> None:
+    make_table(root / "my", "two", ["fine_tuning"], ["colours"], seeds=2)
+    for tables in (("two", "table1"), ("table1", "two")):
+        job = next(j for j in plan(root, *tables).ordered() if j.name == "colours/fine_tuning")
+        assert job.seeds == 5
+
+
+def test_values_that_differ_in_signs_have_folders_of_their_own(root: Path) -> None:
+    rows = "".join(
+        f'[[rows]]\nmethod = "fine_tuning"\noptions = {{ "zero" = "{zero}" }}\n'
+        for zero in ("a/b", "a_b")
+    )
+    spec(root / "my", "tables", "signs", f'title = "s"\ndatasets = ["colours"]\n{rows}')
+    assert len({cell.job.name for cell in plan(root, "signs").cells}) == 2
+
+
+@pytest.mark.parametrize(("profile", "data"), [("small", "again"), ("paper", "again")])
+def test_the_shipped_profiles_run_every_method(root: Path, profile: str, data: str) -> None:
+    """Whatever the searches choose, no method is refused."""
+    sweep = Sweep(root / "planned", profile, root / "shards", root / "my", [])
+    tables = [Asked(name, (data,)) for name in ("table1", "table3", "table5", "figure4")]
+    planned = sweep.plan(tables)
+    experiments_run.check(root / "planned", planned)
+    assert len(planned.cells) > 15
+
+
+def test_what_was_made_otherwise_is_refused(root: Path, tmp_path: Path) -> None:
+    planned = plan(root, "table1")
+    job = next(c.job for c in planned.cells if c.method.name == "further_pretraining")
+    shards = root / "shards"
+    words = ["--stage", "finetune", "--finetune.lr", "0.001", "--finetune.seeds", "3"]
+    words += ["--finetune.weights", str(tmp_path / "here")]
+
+    def begin(*changed: str) -> None:
+        told = list(words)
+        for name, value in zip(changed[::2], changed[1::2], strict=True):
+            told[told.index(name) + 1] = value
+        state.begin(tmp_path, job, told, shards)
+
+    begin()
+    begin("--finetune.lr", "0.002")  # nothing is there yet
     (tmp_path / job.leaves).mkdir(parents=True)
     with pytest.raises(UserError, match=r"made with --finetune\.lr 0\.002, now it is 0\.001"):
-        state.begin(tmp_path, job, words)
-    state.begin(tmp_path, job, [*words[:3], "0.002", "--data", "moved", "--finetune.seeds", "5"])
+        begin()
+    begin("--finetune.lr", "0.002", "--finetune.seeds", "5")
+    with pytest.raises(UserError, match=r"made with --finetune\.weights here, now it is there"):
+        begin("--finetune.lr", "0.002", "--finetune.weights", str(tmp_path / "there"))
+    result = {"manifest": "of other data", "metric": "accuracy", "metrics": {}, "n": 5}
+    (tmp_path / job.leaves / "result.json").write_text(json.dumps(result))
+    with pytest.raises(UserError, match="learnt from other data"):
+        begin("--finetune.lr", "0.002")
+    (tmp_path / job.leaves / "result.json").unlink()
+    time.sleep(0.01)
+    state.begin(tmp_path, job.needs[0], ["--stage", "pretrain"], shards)
+    with pytest.raises(UserError, match="before it was made anew"):
+        begin("--finetune.lr", "0.002")
+
+
+def test_an_old_error_is_not_told_again(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    first = f"{state.LAUNCH}--a 1\nerror: an old mistake\n"
+    log.write_text(first)
+    assert state.error_of(log, 2) == "an old mistake"
+    log.write_text(first + f"{state.LAUNCH}--a 2\nstep 1\n")
+    assert state.error_of(log, -9) == "killed by signal 9"
+    assert state.error_of(log, 137) == "killed by signal 9"
+    assert state.error_of(log, 1) == "step 1"
+
+
+def test_two_calls_are_not_at_work_at_once(tmp_path: Path) -> None:
+    second = experiments_run.alone(tmp_path)
+    with experiments_run.alone(tmp_path), pytest.raises(UserError, match="another call"), second:
+        pass
+    with experiments_run.alone(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"asked": [{}]}'])
+def test_a_broken_record_of_the_sweep_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(UserError, match="is not what experiments"):
+        Sweep.open(tmp_path)
 
 
 def test_tables_that_are_asked_for_again_join(tmp_path: Path) -> None:
@@ -201,6 +314,7 @@ def test_tables_that_are_asked_for_again_join(tmp_path: Path) -> None:
         Asked("table1", ("dogs",), ()),
     ]
     sweep.ask([Asked("table1", seeds=3)])
+    sweep.ask([Asked("table1", only=("cub",))])
     assert sweep.asked[-1] == Asked("table1", seeds=3)
     sweep.save()
     assert Sweep.open(tmp_path).asked == sweep.asked
@@ -214,8 +328,10 @@ def test_tables_that_are_asked_for_again_join(tmp_path: Path) -> None:
     [
         ((), "no table is named"),
         (("tabel1",), "did you mean table1"),
-        (("table1",), "none of its data sets is in"),
-        (("table1", "--only", "nothing", "--datasets", "colours"), "--only leaves nothing"),
+        (("table1",), "none of its data sets can be taken"),
+        (("table1", "--only", "recadm", "--datasets", "colours"), "Did you mean recadam?"),
+        (("table1", "--ranks", "0", "--datasets", "colours"), "--ranks 0: give 1 or more"),
+        (("table1", "--seeds", "1", "--datasets", "colours"), "--seeds 1: give 2 or more"),
         (("table1", "--profil", "x"), "--profile"),
     ],
 )

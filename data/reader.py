@@ -9,6 +9,7 @@ one, and flipped bytes in the pixels of a format without checksums (JPEG, WebP u
 Remote shards are checked against their sha256 when they are fetched.
 """
 
+import contextlib
 import os
 from collections import OrderedDict
 from typing import Any, NamedTuple
@@ -73,6 +74,11 @@ class Reader:
         """Closes the open shards."""
         while self._open:
             os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        # A loader that is dropped instead of closed must not use up the process's descriptors.
+        with contextlib.suppress(AttributeError, OSError):
+            self.close()
 
     @property
     def opened(self) -> list[int]:

@@ -195,12 +195,9 @@ class FinetuneSection(StageSection):
     pool: Literal["cls", "mean"] = Field("cls", description="feature under the classifier")
     start: str = Field(
         "auto",
-        description="auto | distill | distill-N | pretrain | model: weights to start from"
-        " (auto = the run's last distillation)",
+        description="auto (the last round) | distill | distill-N (a round) | pretrain | model",
     )
-    weights: str | None = Field(
-        None, description="exported model to start from, in place of the run's own stages"
-    )
+    weights: str | None = Field(None, description="exported model to start from, not the run's own")
     seeds: int = Field(1, ge=1, description="repetitions, seeds seed, seed+1, ...")
     eval_every: int = Field(0, ge=0, description="validation interval in steps (0 = at the end)")
     test: bool = Field(True, description="score the test split at the end (false in searches)")
@@ -273,8 +270,7 @@ class Config(Section):
     rounds: int = Field(1, ge=1, description="rounds of self-distillation (T' in the paper)")
     compare: bool = Field(
         False,
-        description="also fine-tune the model, the further pre-trained one and every round's"
-        " student (with --stage all)",
+        description="also fine-tune model, pretrain and each round (with --stage all)",
     )
     seed: int = Field(0, ge=0, lt=2**31)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

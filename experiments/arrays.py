@@ -52,6 +52,8 @@ def submit(root: Path, plan: Plan) -> list[str]:
         "SWEEP": str(root),
         "LEVELS": str(plan_file),
         "SELFDISTILL_ROOT": str(ROOT),
+        # All that the templates would take from these is told to each task.
+        **dict.fromkeys(("RECIPE", "DATA", "DATASETS", "MODEL", "ARGS"), ""),
     }
     for number, level in enumerate(levels):
         # Not afterok: one failed task must not stop those that do not need it.

@@ -20,9 +20,7 @@
 # module load cuda
 # source /path/to/venv/bin/activate
 
-RECIPE='' DATA=none MODEL=''
 source "${SELFDISTILL_ROOT:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
-DATA='' ARGS=''
 export PYTHONPATH=$ROOT
 task=("$SWEEP" "$LEVELS" "$LEVEL" "$SLURM_ARRAY_TASK_ID")
 told=$(python -m experiments.task start "${task[@]}") || exit

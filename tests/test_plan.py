@@ -244,7 +244,8 @@ def test_activations_of_texts(dtype: torch.dtype) -> None:
     found = saved(model, lambda: model.encode(ids, mask)[0].sum()) / batch
     assert whole_texts(blocks, tokens, size) == pytest.approx(found, rel=0.02)
     scale = torch.tensor(1.0)
-    call = lambda: model.reconstruct(ids, mask, at, ids.flatten()[at], scale)  # noqa: E731
+    view = {"masked_ids": ids, "attention_mask": mask, "masked_at": at, "scale": scale}
+    call = lambda: model.reconstruct(originals=ids.flatten()[at], **view)  # noqa: E731
     found = saved(model, call) / batch
     estimate = masked_texts(blocks, tokens, len(at) / batch, vocabulary, size, mask=0)
     assert 1 <= estimate / found < 1.12

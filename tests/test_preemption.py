@@ -200,14 +200,17 @@ def test_a_stopped_process_is_found_by_the_others(root: Path) -> None:
 
 
 def test_a_launch_of_other_ranks_and_stages_goes_on_at_the_same_sample(root: Path) -> None:
-    """4 ranks at ZeRO 1, then 2 at 3, 1 at 2, 3 at 1 and 4 at 0: one stream, the same losses."""
-    plan = [(4, "zero1"), (2, "zero3"), (1, "zero2"), (3, "zero1"), (4, "zero0")]
+    """2 ranks at ZeRO 1, then 3 at 3, 1 at 2: one stream, the same losses.
+
+    tests/cluster/test_anywhere.py goes 4, 2, 1, 3, 4 on a cluster.
+    """
+    plan = [(2, "zero1"), (3, "zero3"), (1, "zero2")]
     base = options(root) | {"stage": "pretrain", "pretrain.batch": 24, "save_every": 1000}
     del base["zero"]
     whole, elastic = root / "runs" / "one-layout", root / "runs" / "elastic"
 
     def words(output: Path, zero: str, steps: int) -> list[str]:
-        given = base | {"output": str(output), "zero": zero, "pretrain.steps": 20}
+        given = base | {"output": str(output), "zero": zero, "pretrain.steps": 12}
         # tests/stops.py ends a launch by a signal to its last rank at a step.
         case = root / f"{output.name}-{steps}.json"
         case.write_text(json.dumps({"options": given, "stop": steps}))
@@ -224,7 +227,7 @@ def test_a_launch_of_other_ranks_and_stages_goes_on_at_the_same_sample(root: Pat
             assert f"saved by {plan[number - 1][0]} ranks" in done.stdout
     stages = (whole / "pretrain", elastic / "pretrain")
     assert samples(stages[0]) == samples(stages[1])
-    assert list(samples(stages[1])) == list(range(1, 21))
+    assert list(samples(stages[1])) == list(range(1, 13))
     for one, other in zip(*map(figures, stages), strict=True):
         assert one["step"] == other["step"]
         assert math.isclose(one["loss/loss"], other["loss/loss"], rel_tol=1e-4)

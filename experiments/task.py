@@ -1,7 +1,7 @@
 """One task of a sweep's array, for slurm/experiments.sh.
 
-python -m experiments.task start SWEEP LEVEL INDEX          prints what the script is to run
-python -m experiments.task end SWEEP LEVEL INDEX CODE LOG   notes how it ended
+`python -m experiments.task start SWEEP LEVELS LEVEL INDEX` prints what the script is to run;
+`... end SWEEP LEVELS LEVEL INDEX --code N --log FILE` notes how it ended.
 """
 
 import json

@@ -28,5 +28,5 @@ eval "$told"
 [ -z "${COMPLETE:-}" ] || exit 0
 LOG=$SWEEP/logs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID.log
 # Unless it comes back.
-trap 'code=$?; [ -n "${COMES_BACK:-}" ] || python -m experiments.task end "${task[@]}" $code "$LOG"' EXIT
+trap 'code=$?; [ -n "${COMES_BACK:-}" ] || python -m experiments.task end "${task[@]}" --code $code --log "$LOG"' EXIT
 launch "${WORDS[@]}"

@@ -164,7 +164,7 @@ def test_data_may_have_moved(tmp_path: Path) -> None:
     ("words", "cure"),
     [
         (["{empty}"], "run experiments.run first"),
-        (["{broken}"], "not valid JSON"),
+        (["{broken}"], "is not what experiments.run wrote"),
         (["{empty}", "--outptu", "x"], "Did you mean --output?"),
         ([], "sweep is missing"),
     ],

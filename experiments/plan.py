@@ -79,6 +79,7 @@ class Job:
         choices: options that validation scores decide, before it starts.
         seeds: fine-tunings in this launch.
         rounds: of self-distillation up to which it goes.
+        said: options that no choice changes.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Job:
     choices: list[Choice] = field(default_factory=list)
     seeds: int = 1
     rounds: int = 1
+    said: frozenset[str] = frozenset()
 
     @property
     def folder(self) -> str:
@@ -130,7 +132,11 @@ class Job:
         """Its options with each combination of what may be chosen."""
         tried = ([options for options, _ in choice.candidates] for choice in self.choices)
         for combination in itertools.product(*tried):
-            yield self.words | {k: v for options in combination for k, v in options.items()}
+            yield self._with(combination)
+
+    def _with(self, chosen: Iterable[Options]) -> Options:
+        found = {k: v for options in chosen for k, v in options.items() if k not in self.said}
+        return self.words | found
 
     def options(self, root: Path) -> Options:
         """All its options, those that validation chose with them.
@@ -138,10 +144,7 @@ class Job:
         Raises:
             UserError: a candidate is not complete.
         """
-        chosen: Options = {}
-        for choice in self.choices:
-            chosen |= choice.best(root)
-        return self.words | chosen
+        return self._with(choice.best(root) for choice in self.choices)
 
     def command(self, root: Path, data_root: Path) -> list[str]:
         """Words of engine/run.py."""
@@ -276,23 +279,28 @@ class Plan:
         name = self._name(dataset, "finetune", method, own, row)
         if name not in self.jobs:
             job = self._finetune(name, dataset, method, row, seeds, {})
-            job.choices = self._choices(dataset, method, row)
+            # A row takes over its method's choices, but for what it says itself.
+            job.said = frozenset(row.options)
+            job.choices = [
+                choice
+                for choice in self._choices(dataset, method)
+                if not job.said.issuperset(choice.candidates[0][0])
+            ]
             self.jobs[name] = job
         # Tables that ask for more seeds of a cell get them for all.
         self.jobs[name].seeds = max(seeds, self.jobs[name].seeds)
         return self.jobs[name]
 
-    def _choices(self, dataset: Dataset, method: Method, row: Row) -> list[Choice]:
-        """What validation decides for a row: the profile's grid first, then the method's own.
+    def _choices(self, dataset: Dataset, method: Method) -> list[Choice]:
+        """What validation decides for a method: the profile's grid first, then the method's own.
 
-        What the method, the data set or the row says itself is not searched.
+        What the method or the data set says itself is not searched.
         """
-        scale = self.profile.of(dataset.kind)
-        said = method.of(dataset.kind) | row.options | dataset.options
-        tuned = self._tuned(method)
+        scale, tuned = self.profile.of(dataset.kind), self._tuned(method)
+        said = tuned.of(dataset.kind) | method.of(dataset.kind) | dataset.options
         special = tuned.search | scale.tuning(tuned.name).search
         mine = method.search | scale.tuning(method.name).search
-        common = {k: v for k, v in scale.search.items() if k not in said | special | mine}
+        common = {k: v for k, v in scale.search.items() if k not in special | mine}
         choices: list[Choice] = []
         for who, grid in ((tuned, common), (method, mine)):
             free = {k: v for k, v in grid.items() if k not in said}

@@ -368,7 +368,10 @@ def main(
         failed = Local(root, plan, ranks, slots, hours).run(plan.ordered())
     print(f"report: python -m experiments.report {output}")
     if failed:
-        raise UserError(f"{failed} jobs failed or wait for one that did: the report names them")
+        raise UserError(
+            f"{failed} of the jobs failed, or wait for one that did: the report says why; mend it,"
+            " and the same command tries them again"
+        )
 
 
 def _listed(words: str | Sequence[str] | None) -> tuple[str, ...]:

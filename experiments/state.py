@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,15 +85,31 @@ class Sweep:
         write_text(self.root / SWEEP, json.dumps(told, indent=1) + "\n")
 
     def ask(self, new: list[Asked]) -> None:
-        """Adds tables; one that is asked for again, on the same data sets, joins the one before."""
+        """Adds tables; one that is asked for again joins the one before, where that is possible.
+
+        On the same data sets, methods join; of the same methods and seeds, data sets do.
+        """
         for one in new:
-            same = [a for a in self.asked if (a.table, a.datasets) == (one.table, one.datasets)]
-            self.asked = [a for a in self.asked if a not in same]
-            parts = [*(a.only for a in same), one.only]
-            # Asked for whole once, it is whole.
-            only = tuple(dict.fromkeys(w for part in parts for w in part)) if all(parts) else ()
-            seeds = one.seeds or next((a.seeds for a in same if a.seeds), None)
-            self.asked.append(Asked(one.table, one.datasets, only, seeds))
+            joined = one
+            for old in [a for a in self.asked if a.table == one.table]:
+                if old.datasets == joined.datasets:
+                    # Asked for whole once, it is whole.
+                    only = _joined(old.only, joined.only) if old.only and joined.only else ()
+                    joined = replace(joined, only=only, seeds=joined.seeds or old.seeds)
+                elif (
+                    old.datasets
+                    and joined.datasets
+                    and (old.only, old.seeds)
+                    == (
+                        joined.only,
+                        joined.seeds,
+                    )
+                ):
+                    joined = replace(joined, datasets=_joined(old.datasets, joined.datasets))
+                else:
+                    continue
+                self.asked.remove(old)
+            self.asked.append(joined)
 
     def plan(self, asked: list[Asked] | None = None) -> Plan:
         """The jobs of its tables, or of some.
@@ -109,6 +125,10 @@ class Sweep:
                 table = table.model_copy(update={"datasets": list(one.datasets)})
             made.add(table, one.only, one.seeds)
         return made
+
+
+def _joined(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*first, *second)))
 
 
 def record(root: Path, job: Job) -> Path:

@@ -75,6 +75,7 @@ def main() -> None:
             chance.choice((signal.SIGUSR2, signal.SIGTERM)),
         )
         place = launch(case["options"] | {"output": case["cut"]}, ranks)
+        # As in `interrupt`, back again.
         Run.boundary = original  # type: ignore[method-assign]
         if place is None:
             break

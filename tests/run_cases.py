@@ -35,6 +35,7 @@ def leaving(place: str | None) -> Iterator[None]:
             raise Preempted(where)
         boundary(self, where, wait=wait)
 
+    # A method is put in another's place: that is the point here, and what mypy forbids.
     Run.boundary = leave  # type: ignore[method-assign]
     try:
         yield
@@ -42,6 +43,7 @@ def leaving(place: str | None) -> Iterator[None]:
     except Preempted:
         assert place is not None
     finally:
+        # As above, back again.
         Run.boundary = boundary  # type: ignore[method-assign]
 
 

@@ -205,6 +205,25 @@ def test_a_methods_own_grid_replaces_the_profiles(root: Path) -> None:
         assert job.options(root / "nowhere")["finetune.lr"] == options["finetune.lr"]
 
 
+def test_a_rows_own_value_changes_nothing_of_its_methods_search(root: Path) -> None:
+    """Whichever of the two is planned first."""
+    my = root / "my"
+    text = 'title = "x"\nstart = "model"\n[search]\n"finetune.dropout" = [0.0, 0.2]\n'
+    spec(my, "methods", "two_grids", text)
+    fixed = '[[rows]]\nmethod = "two_grids"\noptions = { "finetune.lr" = 1e-5 }\n'
+    usual = '[[rows]]\nmethod = "two_grids"\n'
+    for number, rows in enumerate((fixed + usual, usual + fixed)):
+        head = f'title = "order"\ndatasets = ["colours"]\n{rows}'
+        spec(my, "tables", f"order_{number}", head)
+        cells = {bool(c.row.options): c.job for c in plan(root, f"order_{number}").cells}
+        searched = [[sorted(o) for o, _ in choice.candidates] for choice in cells[False].choices]
+        assert searched == [[["finetune.lr"]] * 2, [["finetune.dropout"]] * 2]
+        for _, candidate in cells[False].choices[1].candidates:
+            assert len(candidate.choices) == 1, "dropout is tried at the rate that was chosen"
+        assert all(options["finetune.lr"] == 1e-5 for options in cells[True].possible())
+        assert len(cells[True].choices) == 1
+
+
 def test_a_search_of_earlier_stages_is_refused(root: Path) -> None:
     text = 'title = "x"\nstart = "distill"\n[search]\n"distill.weight" = [0.1, 10.0]\n'
     spec(root / "my", "methods", "deep", text)
@@ -318,6 +337,8 @@ def test_tables_that_are_asked_for_again_join(tmp_path: Path) -> None:
     assert sweep.asked[-1] == Asked("table1", seeds=3)
     sweep.save()
     assert Sweep.open(tmp_path).asked == sweep.asked
+    sweep.ask([Asked("table1", ("cub", "dogs")), Asked("table1", ("dtd",), seeds=5)])
+    assert sweep.asked[-2:] == [Asked("table1", ("dogs", "cub")), Asked("table1", ("dtd",), (), 5)]
 
 
 # --- mistakes
@@ -372,7 +393,7 @@ def test_a_killed_sweep_goes_on_and_a_failed_cell_stops_only_itself(root: Path) 
     assert "colours/pretrain/pretrain/result.json" in before
     done = run(root, "core", "--jobs", "2")
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "1 jobs failed" in done.stderr
+    assert "1 of the jobs failed" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     after = finished(sweep)
     assert before.items() <= after.items(), "nothing that was finished is done again"

@@ -54,6 +54,7 @@ class RecAdam(torch.optim.AdamW):
         return (*MOMENTS, ANCHOR) if parameter in self._pulled and self.told.c else MOMENTS
 
     @torch.no_grad()
+    # torch declares a second form, which returns a closure's loss; DeepSpeed never gives a closure.
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step of the groups that are there (DeepSpeed shows one group at a time)."""
         assert closure is None

@@ -144,7 +144,7 @@ class Features:
         assert self.cls is not None
         device = self.run.ranks.device
         some = {name: batch[name][rows] for name in self.kind.full if name in batch}
-        tokens, _ = self.initial.encode(**view(some, self.kind.full, device))
+        tokens, _ = self.initial.encode(cls_only=True, **view(some, self.kind.full, device))
         before, after = tokens[:, 0].float(), self.cls[rows.to(device)]
         square = (after - before).pow(2).sum(-1).double().sum()
         cosine = F.cosine_similarity(after, before, dim=-1).double().sum()

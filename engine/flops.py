@@ -18,22 +18,30 @@ Stage = Literal["pretrain", "distill", "finetune"]
 TeacherMode = Literal["replicated", "sharded", "cached"]
 
 
-def step_flops(shape: Shape, stage: Stage, *, teacher: TeacherMode, classes: int = 0) -> float:
+def step_flops(
+    shape: Shape,
+    stage: Stage,
+    *,
+    teacher: TeacherMode,
+    classes: int = 0,
+    cls_only: bool = False,
+) -> float:
     """FLOPs that one image costs in one optimiser step.
 
-    ViT-B/16 at 224 pixels in distillation: teacher 35.1, student's full view 105.4, MAE 58.7, in
-    all 199.2 GFLOP.
+    ViT-B/16 at 224 pixels in distillation, all rows: teacher 35.1, student's full view 105.4, MAE
+    58.7, in all 199.2 GFLOP.
 
     Args:
         shape: of the model.
         stage: pretrain (MAE), distill (MAE, the student's full view, the teacher), finetune.
         teacher: in distill; a cached one costs nothing in a step.
         classes: in finetune, outputs of the head.
+        cls_only: of the full view the CLS vector alone is read (`CLSBlock`).
 
     Returns:
         FLOPs an image, forward and backward.
     """
-    full = encoder_flops(shape, shape.patches)
+    full = encoder_flops(shape, shape.patches, cls_only)
     if stage == "finetune":
         return 3 * (full + 2 * shape.width * classes)
     mae = encoder_flops(shape, shape.kept) + decoder_flops(shape)
@@ -42,11 +50,13 @@ def step_flops(shape: Shape, stage: Stage, *, teacher: TeacherMode, classes: int
     return 3 * mae + 3 * full + (0 if teacher == "cached" else full)
 
 
-def encoder_flops(shape: Shape, patches: int) -> float:
+def encoder_flops(shape: Shape, patches: int, cls_only: bool = False) -> float:
     """FLOPs of the encoder's forward on one image of which it sees `patches` patches."""
     # All patches are projected before the hidden ones are left out.
     project = 2 * shape.patches * shape.patch_values * shape.width
-    return project + shape.depth * block_flops(1 + patches, shape.width, shape.mlp_width)
+    block = block_flops(1 + patches, shape.width, shape.mlp_width)
+    last = cls_block_flops(1 + patches, shape.width, shape.mlp_width) if cls_only else block
+    return project + (shape.depth - 1) * block + last
 
 
 def decoder_flops(shape: Shape) -> float:
@@ -66,6 +76,24 @@ def block_flops(tokens: int, width: int, mlp_width: int) -> float:
     2 T D M.
     """
     return 2 * (4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * mlp_width)
+
+
+def cls_block_flops(tokens: int, width: int, mlp_width: int) -> float:
+    """FLOPs of a block's forward for the first token's row (`CLSBlock`).
+
+    Multiply-adds: keys and values 2 T D^2, one query and output 2 D^2, its scores and weighted sum
+    2 T D, its MLP 2 D M.
+    """
+    return 2 * (2 * (tokens + 1) * width**2 + 2 * tokens * width + 2 * width * mlp_width)
+
+
+def rows_block_flops(tokens: int, rows: float, width: int, mlp_width: int) -> float:
+    """FLOPs of a block's forward whose output projection and MLP run on some rows alone.
+
+    As `block_flops`, of which queries, keys, values and attention stay whole.
+    """
+    spared = 2 * (tokens - rows) * (width**2 + 2 * width * mlp_width)
+    return block_flops(tokens, width, mlp_width) - spared
 
 
 class Peak(NamedTuple):

@@ -19,8 +19,15 @@ Feature = Literal["cls", "mean", "tokens"]
 class Encodes(Protocol):
     """A network that encodes the unmasked view of a batch."""
 
-    def encode(self, **batch: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B, 1+K, D], the CLS vector first; and where they count, [B, 1+K], or None."""
+    def encode(
+        self, *, cls_only: bool = False, **batch: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B, 1+K, D], the CLS vector first; and where they count, [B, 1+K], or None.
+
+        Args:
+            cls_only: only the CLS vector is asked for; tokens may be [B, 1, D].
+            batch: the entries.
+        """
         ...
 
 
@@ -119,7 +126,7 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, **batch: Tensor) -> Tensor:
         """Features fp32 [B, D] or [B, 1+K, D] of a batch's entries."""
-        tokens, counts = self.encoder.encode(**batch)
+        tokens, counts = self.encoder.encode(cls_only=self.feature == "cls", **batch)
         return pick(tokens, self.feature, counts).float()
 
 
@@ -186,7 +193,7 @@ class DistillObjective(nn.Module):
 
     def _distill(self, target: Tensor, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """L_Distill, and what is told of it."""
-        tokens, counts = self.model.encode(**batch)
+        tokens, counts = self.model.encode(cls_only=self.feature == "cls", **batch)
         student = pick(tokens, self.feature, counts).float()
         target = target.float()
         distill = distance(student, target, counts)

@@ -52,10 +52,40 @@ def block_bytes(blocks: Blocks, tokens: int, size: int, *, mask: int = 0) -> int
     return tokens * (values + statistics + 2 * blocks.width * mask)
 
 
-def stack_bytes(blocks: Blocks, tokens: int, size: int, *, mask: int = 0) -> int:
-    """What all blocks save of one sequence, and the LayerNorm behind the last one."""
-    last = 2 * tokens * blocks.width * size
-    return blocks.depth * block_bytes(blocks, tokens, size, mask=mask) + last
+class Cut(NamedTuple):
+    """The last block of a stack of which only some rows are read.
+
+    Attributes:
+        rows: tokens of a sequence that are read.
+        kept: vectors of width D that the block saves of every token all the same: its LayerNorm's
+            input and output, keys, values (`CLSBlock`); attention's input and output, queries, keys
+            and values (`LastRows`).
+    """
+
+    rows: float
+    kept: int
+
+
+CLS_BLOCK, CLS_ROW = Cut(1, 4), Cut(1, 5)
+
+
+def stack_bytes(
+    blocks: Blocks, tokens: int, size: int, *, mask: int = 0, cut: Cut | None = None
+) -> float:
+    """What all blocks save of one sequence."""
+    block = block_bytes(blocks, tokens, size, mask=mask)
+    if cut is None:
+        return blocks.depth * block
+    width, statistics = blocks.width, 4 * (2 + blocks.heads)
+    whole = tokens * (cut.kept * width * size + statistics)
+    # Attention's output; LayerNorm's input and output, twice; the MLP.
+    rows = cut.rows * ((7 * width + 2 * blocks.mlp_width) * size + 2 * width * mask)
+    return (blocks.depth - 1) * block + whole + rows
+
+
+def _norm_bytes(blocks: Blocks, tokens: int, size: int) -> int:
+    """The LayerNorm behind the last block, and what reads it."""
+    return 2 * tokens * blocks.width * size
 
 
 def encoder_blocks(shape: Shape) -> Blocks:
@@ -70,33 +100,50 @@ def decoder_blocks(shape: Shape) -> Blocks:
     )
 
 
-def whole_images(shape: Shape, size: int, *, mask: int = 0) -> int:
-    """Of an image whose patches are all encoded."""
+def whole_images(shape: Shape, size: int, *, mask: int = 0, cls_only: bool = False) -> float:
+    """Of an image whose patches are all encoded, and all or the CLS vector alone are read."""
     tokens = 1 + shape.patches
     masks = tokens * shape.width * mask  # behind the embeddings
     pixels = shape.patches * shape.patch_values * size
-    return pixels + masks + stack_bytes(encoder_blocks(shape), tokens, size, mask=mask)
+    blocks, cut = encoder_blocks(shape), CLS_BLOCK if cls_only else None
+    norm = _norm_bytes(blocks, 1 if cls_only else tokens, size)
+    return pixels + masks + norm + stack_bytes(blocks, tokens, size, mask=mask, cut=cut)
 
 
-def masked_images(shape: Shape, size: int) -> int:
+def masked_images(shape: Shape, size: int) -> float:
     """Of an image in masked auto-encoding: kept patches, decoder, the loss on pixels in fp32."""
     pixels = shape.patches * shape.patch_values
-    encoder = stack_bytes(encoder_blocks(shape), 1 + shape.kept, size)
-    decoder = stack_bytes(decoder_blocks(shape), 1 + shape.patches, size)
+    encoder, decoder = (
+        stack_bytes(blocks, tokens, size) + _norm_bytes(blocks, tokens, size)
+        for blocks, tokens in (
+            (encoder_blocks(shape), 1 + shape.kept),
+            (decoder_blocks(shape), 1 + shape.patches),
+        )
+    )
     # Input of the projection; the prediction; its difference to the target, and the target.
     ends = pixels * (size + size + 4 + 4)
     return encoder + decoder + ends
 
 
-def whole_texts(blocks: Blocks, tokens: int, size: int, *, mask: int = 0) -> int:
+def whole_texts(
+    blocks: Blocks, tokens: int, size: int, *, mask: int = 0, cut: Cut | None = None
+) -> float:
     """Of a text that is encoded whole."""
-    # Embeddings: their sum, LayerNorm's output comes with the first block.
-    ends = tokens * blocks.width * (size + mask)
-    return ends + stack_bytes(blocks, tokens, size, mask=mask)
+    # Embeddings: their sum, LayerNorm's output comes with the first block. Each layer keeps its own
+    # mask of padding, a value for each pair of tokens.
+    ends = tokens * blocks.width * (size + mask) + blocks.depth * tokens**2 * size
+    return ends + stack_bytes(blocks, tokens, size, mask=mask, cut=cut)
 
 
 def masked_texts(
-    blocks: Blocks, tokens: int, masked: float, vocabulary: int, size: int, *, mask: int
+    blocks: Blocks,
+    tokens: int,
+    masked: float,
+    vocabulary: int,
+    size: int,
+    *,
+    mask: int,
+    cuts: bool,
 ) -> float:
     """Of a text in masked language modelling; the head sees its masked tokens alone.
 
@@ -107,9 +154,11 @@ def masked_texts(
         vocabulary: outputs of the head.
         size: bytes of a value.
         mask: see `block_bytes`.
+        cuts: whether the last layer runs on the masked tokens alone (`LastRows`).
     """
     # Dense layer, GELU, LayerNorm; logits in fp32 (and in the network's type before), and either
     # their logarithms or, later, their gradient.
     logits = vocabulary * (8 + (size if size < 4 else 0))
     head = masked * (4 * blocks.width * size + logits)
-    return whole_texts(blocks, tokens, size, mask=mask) + head
+    cut = Cut(masked, 5) if cuts else None
+    return whole_texts(blocks, tokens, size, mask=mask, cut=cut) + head

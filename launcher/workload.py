@@ -174,9 +174,13 @@ class ImageWork:
     def activations(self, stage: Stage, size: int) -> float:
         """See `Workload`."""
         if stage == "finetune":
-            return whole_images(self.shape, size, mask=int(self.config.finetune.dropout > 0))
+            mask, cls_only = int(self.config.finetune.dropout > 0), self.config.finetune.pool == "cls"
+            return whole_images(self.shape, size, mask=mask, cls_only=cls_only)
         masked = masked_images(self.shape, size)
-        return masked + (whole_images(self.shape, size) if stage == "distill" else 0)
+        if stage == "pretrain":
+            return masked
+        cls_only = self.config.distill.feature == "cls"
+        return masked + whole_images(self.shape, size, cls_only=cls_only)
 
     def feature(self, feature: Feature) -> tuple[int, ...] | None:
         """See `Workload`."""

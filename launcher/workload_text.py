@@ -11,14 +11,14 @@ from transformers import AutoConfig, PreTrainedConfig, RobertaConfig
 from data.cli import one_line
 from data.errors import UserError
 from data.manifest import Manifest
-from engine.flops import Stage, TeacherMode, block_flops
+from engine.flops import Stage, TeacherMode
 from engine.folder import Run
 from engine.kinds.text import TextKind
 from engine.models.fresh import small_config
-from engine.models.language import HEADS, MaskedLanguageModel, TextClassifier
+from engine.models.language import HEADS, MaskedLanguageModel, TextClassifier, cuts
 from engine.models.text_weights import Language, load_tokenizer
 from engine.objectives import Feature
-from launcher.activations import Blocks, masked_texts, whole_texts
+from launcher.activations import CLS_ROW, Blocks, masked_texts, whole_texts
 from launcher.workload import TEXTS, Parameters, count, unknown
 
 #: Bytes of English that make one token of RoBERTa's, roughly; special tokens of a text.
@@ -99,9 +99,7 @@ class TextWork:
 
     def encode_flops(self) -> float:
         """See `Workload`."""
-        blocks = self.blocks
-        length = max(1, round(self.tokens))
-        return blocks.depth * block_flops(length, blocks.width, blocks.mlp_width)
+        return self.flops("distill", "replicated", 0) - self.flops("distill", "cached", 0)
 
     def _masked(self, tokens: float) -> float:
         """Masked tokens of a text; special ones never are."""
@@ -110,10 +108,11 @@ class TextWork:
     def activations(self, stage: Stage, size: int) -> float:
         """See `Workload`: of a text of the greatest length."""
         config, length = self.base.config, self.longest
+        first = CLS_ROW if cuts(config) else None
         own = float(getattr(config, "hidden_dropout_prob", getattr(config, "dropout", 0.1)))
         if stage == "finetune":
             rate = self.config.finetune.dropout
-            return whole_texts(self.blocks, length, size, mask=int(rate > 0))
+            return whole_texts(self.blocks, length, size, mask=int(rate > 0), cut=first)
         rate = own if self.config.mlm.dropout is None else self.config.mlm.dropout
         masked = masked_texts(
             self.blocks,
@@ -122,10 +121,13 @@ class TextWork:
             int(config.vocab_size),
             size,
             mask=int(rate > 0),
+            cuts=cuts(config),
         )
         if stage == "pretrain":
             return masked
-        return masked + whole_texts(self.blocks, length, size, mask=int(rate > 0))
+        if self.config.distill.feature != "cls":
+            first = None
+        return masked + whole_texts(self.blocks, length, size, mask=int(rate > 0), cut=first)
 
     def feature(self, feature: Feature) -> tuple[int, ...] | None:
         """See `Workload`."""

@@ -15,22 +15,30 @@ ODD = Shape(48, 6, 64, 2, 4, 100, 96, 3, 2, 70, mask_ratio=0.5)
 BASE = Shape(224, 16, 768, 12, 12, 3072)
 
 
-def counted(stage: flops.Stage, shape: Shape, teacher: flops.TeacherMode, classes: int) -> float:
+def counted(
+    stage: flops.Stage, shape: Shape, teacher: flops.TeacherMode, classes: int, cls_only: bool
+) -> float:
     """FLOPs an image of one step, as the counter sees them."""
     batch = 2
     # Tensors without data: only shapes are counted.
     with torch.device("meta"):
-        return _counted(stage, shape, teacher, classes, batch) / batch
+        return _counted(stage, shape, teacher, classes, batch, cls_only) / batch
 
 
 def _counted(
-    stage: flops.Stage, shape: Shape, teacher: flops.TeacherMode, classes: int, batch: int
+    stage: flops.Stage,
+    shape: Shape,
+    teacher: flops.TeacherMode,
+    classes: int,
+    batch: int,
+    cls_only: bool,
 ) -> int:
     images = torch.randn(batch, 3, shape.image_size, shape.image_size)
     noise = torch.rand(batch, shape.patches)
     model = ViTMAE(shape)
     frozen = ViTEncoder(shape).requires_grad_(False)
-    classifier = ViTClassifier(ViTEncoder(shape), max(classes, 1))
+    pool = "cls" if cls_only else "mean"
+    classifier = ViTClassifier(ViTEncoder(shape), max(classes, 1), pool=pool)
     # The counter knows matrix products; fused attention on the CPU is none to it.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         if stage == "finetune":
@@ -42,12 +50,14 @@ def _counted(
         if stage == "distill":
             target = torch.zeros(batch, shape.width)
             if teacher != "cached":
-                target = frozen(images)[:, 0]
-            loss = loss + (model.encoder(images)[:, 0] - target).pow(2).sum(-1).mean()
+                target = frozen(images, cls_only=cls_only)[:, 0]
+            student = model.encoder(images, cls_only=cls_only)[:, 0]
+            loss = loss + (student - target).pow(2).sum(-1).mean()
         loss.backward()
     return counter.get_total_flops()
 
 
+@pytest.mark.parametrize("cls_only", [False, True])
 @pytest.mark.parametrize("shape", [SMALL, ODD, BASE])
 @pytest.mark.parametrize(
     ("stage", "teacher", "classes"),
@@ -60,10 +70,10 @@ def _counted(
     ],
 )
 def test_closed_forms_agree_with_the_counter(
-    shape: Shape, stage: flops.Stage, teacher: flops.TeacherMode, classes: int
+    shape: Shape, stage: flops.Stage, teacher: flops.TeacherMode, classes: int, cls_only: bool
 ) -> None:
-    formula = flops.step_flops(shape, stage, teacher=teacher, classes=classes)
-    count = counted(stage, shape, teacher, classes)
+    formula = flops.step_flops(shape, stage, teacher=teacher, classes=classes, cls_only=cls_only)
+    count = counted(stage, shape, teacher, classes, cls_only)
     # The one difference: pixels need no gradient, so the projection's backward is one product,
     # not two, in each view that is trained.
     views = 2 if stage == "distill" else 1

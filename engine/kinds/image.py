@@ -172,7 +172,10 @@ class ImageKind(Kind):
         self, base: Pretrained, stage: Stage, mode: TeacherMode, classes: int, batch: Batch
     ) -> float:
         """See `Kind`."""
-        one = flops.step_flops(base.shape, stage, teacher=mode, classes=classes)
+        told = self.config.finetune.pool if stage == "finetune" else self.config.distill.feature
+        one = flops.step_flops(
+            base.shape, stage, teacher=mode, classes=classes, cls_only=told == "cls"
+        )
         return one * len(batch["images"])
 
     def draw(self, monitor: Monitor, step: int, batch: Batch, out: Batch, base: Pretrained) -> None:

@@ -24,6 +24,7 @@ from engine.models.language import (
     MaskedLanguageModel,
     TextClassifier,
     TextEncoder,
+    cuts,
     load_encoder,
     with_dropout,
 )
@@ -232,15 +233,23 @@ class TextKind(Kind):
         width = int(config.hidden_size)
         mlp = int(getattr(config, "intermediate_size", 0) or config.hidden_dim)
         lengths = batch["attention_mask"].sum(1).tolist()
-        full = int(config.num_hidden_layers) * sum(
-            flops.block_flops(length, width, mlp) for length in lengths
-        )
+
+        def encoder(rows: float | None) -> float:
+            """With so many rows of a text read after the last layer; None: all."""
+            whole = sum(flops.block_flops(length, width, mlp) for length in lengths)
+            if rows is None or not cuts(config):
+                return int(config.num_hidden_layers) * whole
+            last = sum(flops.rows_block_flops(length, rows, width, mlp) for length in lengths)
+            return (int(config.num_hidden_layers) - 1) * whole + last
+
         if stage == "finetune":
-            return 3 * (full + len(lengths) * 2 * width * (width + classes))
-        head = len(batch["masked_at"]) * 2 * width * (width + int(config.vocab_size))
+            return 3 * (encoder(1) + len(lengths) * 2 * width * (width + classes))
+        masked = len(batch["masked_at"])
+        mlm = encoder(masked / len(lengths)) + masked * 2 * width * (width + int(config.vocab_size))
         if stage == "pretrain":
-            return 3 * (full + head)
-        return 3 * (2 * full + head) + (0 if mode == "cached" else full)
+            return 3 * mlm
+        full = encoder(1 if self.config.distill.feature == "cls" else None)
+        return 3 * (mlm + full) + (0 if mode == "cached" else full)
 
     def draw(self, monitor: Monitor, step: int, batch: Batch, out: Batch, base: Language) -> None:
         """See `Kind`: some texts, and what is predicted for their masked tokens."""

@@ -43,9 +43,11 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.encoder, self.normalize = encoder, normalize
 
-    def encode(self, images: Tensor, **_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B, 1+K, D] of uint8 images [B, 3, H, W]; all of them count."""
-        return self.encoder(self.normalize(images)), None
+    def encode(
+        self, *, images: Tensor, cls_only: bool = False, **_: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `objectives.Encodes`; uint8 images [B, 3, H, W], whose tokens all count."""
+        return self.encoder(self.normalize(images), cls_only=cls_only), None
 
 
 class ImageAutoencoder(nn.Module):
@@ -63,10 +65,10 @@ class ImageAutoencoder(nn.Module):
         return self.mae.encoder
 
     def encode(
-        self, images: Tensor, flip: Tensor | None = None, **_: Tensor
+        self, *, images: Tensor, flip: Tensor | None = None, cls_only: bool = False, **_: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B, 1+K, D] of uint8 images [B, 3, H, W], mirrored or not; all of them count."""
-        return self.mae.encoder(self.normalize(mirror(images, flip))), None
+        """See `objectives.Encodes`; uint8 images [B, 3, H, W], mirrored or not."""
+        return self.mae.encoder(self.normalize(mirror(images, flip)), cls_only=cls_only), None
 
     def reconstruct(self, images: Tensor, noise: Tensor, **_: Tensor) -> dict[str, Tensor]:
         """The loss, and prediction and mask for pictures.

@@ -6,7 +6,8 @@ that the head shares with the encoder stay one tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -99,6 +100,52 @@ class _Inputs:
         return found
 
 
+def cuts(config: PreTrainedConfig) -> bool:
+    """Whether `LastRows` spares a model's last layer anything: BERT, RoBERTa and their like."""
+    return config.model_type in ("bert", "roberta", "xlm-roberta", "camembert")
+
+
+class LastRows:
+    """Lets an encoder's last layer compute only the rows that are read.
+
+    Of a layer's work only attention mixes rows: output projection and MLP, two thirds of it, run on
+    each by itself. Where `cuts` says no, nothing is spared and `whole` rows are returned as ever.
+
+    Args:
+        encoder: of transformers.
+        config: its configuration.
+    """
+
+    def __init__(self, encoder: Any, config: PreTrainedConfig) -> None:
+        self.cuts = cuts(config)
+        self._choose: Callable[[Tensor], Tensor] | None = None
+        if self.cuts:
+            encoder.encoder.layer[-1].attention.output.register_forward_pre_hook(self._cut)
+
+    def _cut(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return None if self._choose is None else tuple(map(self._choose, inputs))
+
+    @contextmanager
+    def first(self, wanted: bool = True) -> Iterator[None]:
+        """Within, [B, T, D] becomes [B, 1, D], the CLS token's row (where the model cuts)."""
+        with self._only((lambda rows: rows[:, :1]) if wanted else None):
+            yield
+
+    @contextmanager
+    def at(self, places: Tensor) -> Iterator[None]:
+        """Within, [B, T, D] becomes [1, n, D], the rows at int64 [n] of the flattened batch."""
+        with self._only(lambda rows: rows.flatten(0, 1).index_select(0, places)[None]):
+            yield
+
+    @contextmanager
+    def _only(self, choose: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+        self._choose = choose
+        try:
+            yield
+        finally:
+            self._choose = None
+
+
 class TextEncoder(nn.Module):
     """An encoder on token ids."""
 
@@ -106,20 +153,23 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.inputs = _Inputs(config, separator)
+        self.rows = LastRows(encoder, config)
 
     def encode(
-        self, input_ids: Tensor, attention_mask: Tensor, **_: Tensor
+        self, *, input_ids: Tensor, attention_mask: Tensor, cls_only: bool = False, **_: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states after the last layer, and where they count.
+        """See `objectives.Encodes`.
 
         Args:
             input_ids: int64 [B, T].
             attention_mask: int64 [B, T], 0 at padding.
+            cls_only: the first token's row is enough.
 
         Returns:
-            [B, T, D], and the attention mask.
+            Hidden states after the last layer, [B, T, D] or [B, 1, D]; and the attention mask.
         """
-        out = self.encoder(**self.inputs(input_ids, attention_mask))
+        with self.rows.first(cls_only):
+            out = self.encoder(**self.inputs(input_ids, attention_mask))
         return out.last_hidden_state, attention_mask
 
 
@@ -133,6 +183,7 @@ class MaskedLanguageModel(nn.Module):
         super().__init__()
         self.network = build(AutoModelForMaskedLM, config)
         self.inputs = _Inputs(config, separator)
+        self.rows = LastRows(self.encoder, config)
         self.head = HEADS[config.model_type]
 
     @property
@@ -141,10 +192,11 @@ class MaskedLanguageModel(nn.Module):
         return self.network.base_model
 
     def encode(
-        self, input_ids: Tensor, attention_mask: Tensor, **_: Tensor
+        self, *, input_ids: Tensor, attention_mask: Tensor, cls_only: bool = False, **_: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """See `TextEncoder`."""
-        out = self.encoder(**self.inputs(input_ids, attention_mask))
+        with self.rows.first(cls_only):
+            out = self.encoder(**self.inputs(input_ids, attention_mask))
         return out.last_hidden_state, attention_mask
 
     def reconstruct(self, **batch: Tensor) -> dict[str, Tensor]:
@@ -175,9 +227,12 @@ class MaskedLanguageModel(nn.Module):
         Returns:
             `loss` and `prediction` int64 [n]; logits fp32 [n, V].
         """
-        hidden = self.encoder(**self.inputs(masked_ids, attention_mask)).last_hidden_state
         # The head, a large part of the work, runs on the masked tokens alone.
-        chosen = hidden.flatten(0, 1).index_select(0, masked_at)
+        with self.rows.at(masked_at):
+            hidden = self.encoder(**self.inputs(masked_ids, attention_mask)).last_hidden_state
+        chosen = hidden.flatten(0, 1)
+        if not self.rows.cuts:
+            chosen = chosen.index_select(0, masked_at)
         logits = self.head(self.network, chosen).float()
         loss = scale * F.cross_entropy(logits, originals, reduction="sum")
         return {"loss": loss, "prediction": logits.detach().argmax(-1)}, logits
@@ -191,6 +246,7 @@ class TextClassifier(nn.Module):
         super().__init__()
         self.network = build(AutoModelForSequenceClassification, config)
         self.inputs = _Inputs(config, separator)
+        self.rows = LastRows(self.encoder, config)
 
     @property
     def encoder(self) -> Any:
@@ -204,7 +260,8 @@ class TextClassifier(nn.Module):
 
     def classify(self, input_ids: Tensor, attention_mask: Tensor, **_: Tensor) -> Tensor:
         """Logits [B, C] of int64 [B, T] ids and attention mask."""
-        logits: Tensor = self.network(**self.inputs(input_ids, attention_mask)).logits
+        with self.rows.first():  # all that heads and poolers of the models that cut ever read
+            logits: Tensor = self.network(**self.inputs(input_ids, attention_mask)).logits
         return logits
 
 

@@ -20,6 +20,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from data.errors import UserError
+from engine.models.cls_block import CLSBlock
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ class ViTEncoder(VisionTransformer):
             proj_drop_rate=dropout,
             norm_layer=partial(nn.LayerNorm, eps=shape.norm_eps),
             weight_init="skip",
+            block_fn=CLSBlock,
         )
         self.shape = shape
         for block in self.blocks:
@@ -230,16 +232,19 @@ class ViTEncoder(VisionTransformer):
             self.pos_embed.copy_(position_table(shape.width, shape.grid))
         self.pos_embed.requires_grad_(False)
 
-    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, keep: Tensor | None = None, cls_only: bool = False
+    ) -> Tensor:
         """Encodes all patches, or the kept ones.
 
         Args:
             images: [B, C, H, W], normalised; cast to the weights' dtype.
             keep: LongTensor [B, L], the patches to encode; None encodes all K.
+            cls_only: the CLS token's row alone; the last block then does a quarter of its work.
 
         Returns:
             [B, 1 + L, D] after the last LayerNorm, the CLS token first, patches in the order of
-            ``keep``.
+            ``keep``; with ``cls_only`` [B, 1, D].
         """
         tokens = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))
         tokens = tokens + self.pos_embed[:, 1:]
@@ -247,7 +252,10 @@ class ViTEncoder(VisionTransformer):
             tokens = tokens.gather(1, keep[:, :, None].expand(-1, -1, tokens.shape[2]))
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
         tokens = self.pos_drop(torch.cat([cls, tokens], dim=1))
-        encoded: Tensor = self.norm(self.blocks(tokens))
+        last = len(self.blocks) - 1
+        for number, block in enumerate(self.blocks):
+            tokens = block(tokens, cls_only=cls_only and number == last)
+        encoded: Tensor = self.norm(tokens)
         return encoded
 
 
@@ -356,7 +364,7 @@ class ViTClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of normalised images [B, C, H, W]."""
-        tokens = self.encoder(images)
+        tokens = self.encoder(images, cls_only=self.pool == "cls")
         features = tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
         logits: Tensor = self.head(self.head_drop(features))
         return logits

@@ -91,7 +91,7 @@ class SupConObjective(nn.Module):
             labels: int64 [B].
             batch: the model's entries, of 2 B views: all first ones, then all second ones.
         """
-        tokens, _ = self.model.encode(**batch)
+        tokens, _ = self.model.encode(cls_only=True, **batch)
         vectors = F.normalize(self.projection(tokens[:, 0]).float(), dim=-1)
         every = gathered_rows(torch.cat([labels, labels]))
         loss = contrast(gathered_rows(vectors), every, self.temperature)

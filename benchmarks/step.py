@@ -1,120 +1,259 @@
-"""Time of a distillation step against a plain loop: `python -m benchmarks.step`.
+"""Time of a training step against its peers: `python -m benchmarks.step`.
 
-The peer is transformers' ViTMAE: two backward calls a step, the teacher run online, one process.
-Ours is the objective that the stages use, with the teacher's features from a table. Both take the
-same batch, fp32, and torch's AdamW; rounds alternate between them.
+Peers (benchmarks/peers/): the plain loop, structured as the paper's authors' code is, and
+transformers' `Trainer` with DeepSpeed. Each contestant is a process of its own with the same
+weights, batches and masks; rounds of a few steps alternate between them, so that what the machine
+does beside meets all alike. Data are in memory: the loader has its own benchmark.
 """
 
-import statistics
-import time
-from collections.abc import Callable
+import json
+import subprocess
+import sys
+import threading
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from rich.progress import Progress
 
+from benchmarks import record
+from benchmarks.contestant import MARK
+from benchmarks.sizes import SIZES, Stage
 from data import cli
-from engine.models.image import ImageAutoencoder, Normalize
-from engine.models.vit_mae import ViTMAE
-from engine.models.weights import load_pretrained
-from engine.objectives import DistillObjective
+from data.errors import UserError
+from engine.flops import peak_flops
+from engine.zero import DTYPES
 
-#: Whose shape both take: the base of the embedded default.
-BASE = Path(__file__).resolve().parent.parent / "recipes" / "vit_small"
+STAGES: tuple[Stage, ...] = ("pretrain", "distill", "finetune")
 
 
-def peer(batch: int, device: str) -> Callable[[], None]:
-    """One step of the plain loop."""
-    config = ViTMAEConfig.from_pretrained(BASE)
-    model = ViTMAEForPreTraining(config).to(device)
-    teacher = ViTMAEForPreTraining(config).to(device).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    images = torch.rand(batch, 3, 64, 64, device=device)
-    everything = torch.arange(64, device=device).float().expand(batch, -1)
+@dataclass
+class Contestant:
+    """A process and what it answered.
 
-    def full(network: ViTMAEForPreTraining) -> torch.Tensor:
-        network.config.mask_ratio = 0.0
-        feature: torch.Tensor = network.vit(images, noise=everything).last_hidden_state[:, 0]
-        network.config.mask_ratio = 0.75
-        return feature
+    Attributes:
+        title: for the table.
+        process: that runs rounds.
+        rates: samples/s of each round.
+        losses: of all steps.
+        answer: the last one.
+        flops: of a sample, by PyTorch's counter.
+        failed: its last words, if it could not run.
+    """
 
-    def step() -> None:
-        model(images).loss.backward()
-        with torch.no_grad():
-            target = full(teacher)
-        (full(model) - target).pow(2).sum(-1).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    title: str
+    process: subprocess.Popen[str]
+    rates: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    answer: dict[str, Any] = field(default_factory=dict)
+    flops: float = 0.0
+    failed: str = ""
+    _words: deque[str] = field(default_factory=lambda: deque(maxlen=20))
 
-    return step
+    def __post_init__(self) -> None:
+        threading.Thread(target=self._listen, args=(self.process.stderr,), daemon=True).start()
+
+    def _listen(self, stream: IO[str] | None) -> None:
+        for line in stream or ():
+            self._words.append(line.rstrip())
+
+    def ask(self, word: str, steps: int) -> dict[str, Any]:
+        """Has it run some steps."""
+        if self.failed:
+            return {}
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with suppress(BrokenPipeError):  # its last words say why
+            self.process.stdin.write(f"{word} {steps}\n")
+            self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                self.answer = json.loads(line[len(MARK) :])
+                self.losses += self.answer["losses"]
+                return self.answer
+        self.process.wait()
+        self.failed = next((w for w in reversed(self._words) if w.strip()), "it died")
+        return {}
+
+    def close(self) -> None:
+        """Ends it."""
+        with suppress(BrokenPipeError):
+            if self.process.stdin:
+                self.process.stdin.close()
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
-def ours(batch: int, device: str) -> Callable[[], None]:
-    """One step of the project's objective."""
-    shape = load_pretrained(str(BASE)).shape
-    model = ImageAutoencoder(ViTMAE(shape), Normalize((0.5,) * 3, (0.5,) * 3))
-    objective = DistillObjective(model).to(device)
-    optimizer = torch.optim.AdamW(
-        [p for p in objective.parameters() if p.requires_grad], lr=1e-4, fused=True
-    )
-    images = torch.randint(0, 256, (batch, 3, 64, 64), dtype=torch.uint8, device=device)
-    target = torch.randn(batch, 192, device=device)
-
-    def step() -> None:
-        noise = torch.rand(batch, 64, device=device)
-        objective(target, images=images, noise=noise)["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def name_of(device: str) -> str:
-    """What the device is, for people."""
-    return torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} cores"
-
-
-def wait(device: str) -> None:
-    """Returns once the device has done what it was told."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def main(batch: int = 64, rounds: int = 5, steps: int = 3) -> None:
-    """Times both and prints medians, spread and the ratio.
+def start(title: str, who: str, **options: Any) -> Contestant:
+    """A contestant's process.
 
     Args:
-        batch: images a step.
-        rounds: alternating rounds.
-        steps: steps of each in a round.
+        title: for the table.
+        who: plain, trainer or ours.
+        options: those of `benchmarks.contestant`.
     """
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    methods = {
-        "plain loop (transformers, teacher online)": peer(batch, device),
-        "ours (cached)": ours(batch, device),
+    words = [f"--{k}={v}" for k, v in options.items()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.contestant", f"--who={who}", *words],
+        cwd=Path(__file__).resolve().parent.parent,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    return Contestant(title, process)
+
+
+def field_of(
+    size: str, stage: Stage, batch: int, precision: str, variants: list[str], threads: int
+) -> list[Contestant]:
+    """Both peers, ours, and ours in other ways."""
+    common = {"size": size, "stage": stage, "batch": batch, "threads": threads}
+    found = [
+        start("plain loop", "plain", **common),
+        start(f"Trainer + DeepSpeed, {precision}", "trainer", precision=precision, **common),
+        start(f"ours, {precision}", "ours", precision=precision, **common),
+    ]
+    for variant in variants:
+        options = dict(part.partition("=")[::2] for part in variant.split("+"))
+        title = "ours, " + ", ".join(f"{k} {v}" for k, v in options.items())
+        found.append(start(title, "ours", **({"precision": precision} | common | options)))
+    return found
+
+
+def race(contestants: list[Contestant], batch: int, rounds: int, steps: int) -> None:
+    """Runs the rounds; the first, in which memory and kernels find their place, is not timed."""
+    with Progress(transient=True) as progress:
+        task = progress.add_task("rounds", total=(rounds + 1) * len(contestants))
+        for number in range(rounds + 1):
+            for contestant in contestants:
+                answer = contestant.ask("run", steps)
+                if number and answer:
+                    contestant.rates.append(batch * steps / answer["seconds"])
+                progress.advance(task)
+        for contestant in contestants:
+            contestant.flops = contestant.ask("count", 1).get("flops", 0.0)
+
+
+def row(contestant: Contestant, base: Contestant, peak: float | None) -> dict[str, Any]:
+    """Figures of a contestant; `ratio` and `loss_difference` are against `base`."""
+    if not contestant.rates or not base.rates:
+        return {"name": contestant.title, "failed": contestant.failed}
+    rate = record.spread(contestant.rates)
+    both = list(zip(contestant.losses, base.losses, strict=False))
+    # Rounds alternate: a pair of them met the same machine.
+    ratios = [a / b for a, b in zip(contestant.rates, base.rates, strict=False)]
+    return {
+        "name": contestant.title,
+        "samples_per_second": rate,
+        "ratio": record.spread(ratios),
+        "flops_per_sample": contestant.flops,
+        "flops_per_second": contestant.flops * rate["median"],
+        "mfu": None if peak is None else contestant.flops * rate["median"] / peak,
+        "peak_bytes": contestant.answer["peak_bytes"],
+        "first_loss": contestant.losses[0],
+        "loss_difference": max((abs(a - b) / abs(b) for a, b in both), default=None),
     }
-    rates: dict[str, list[float]] = {name: [] for name in methods}
-    for number in range(rounds + 1):
-        for name, step in methods.items():
-            began = time.perf_counter()
-            for _ in range(steps):
-                step()
-            wait(device)
-            if number:  # the first round warms up
-                rates[name].append(batch * steps / (time.perf_counter() - began))
-    where = f"fp32, one process, {name_of(device)}"
-    table = Table(title=f"distillation step, small base, 64x64, batch {batch}, {where}")
-    for column in ("", "images/s, median", "min to max", "n", "ratio"):
-        table.add_column(column, justify="left" if not column else "right")
-    base = statistics.median(rates[next(iter(rates))])
-    for name, values in rates.items():
-        middle = statistics.median(values)
-        spread = f"{min(values):.1f} to {max(values):.1f}"
-        table.add_row(name, f"{middle:.1f}", spread, str(len(values)), f"{middle / base:.2f}")
-    Console().print(table)
+
+
+def table(rows: list[dict[str, Any]], base: str) -> str:
+    """The rows as Markdown."""
+    columns = ["", "samples/s, median (min to max)", "n", f"ratio to {base}", "GFLOP a sample"]
+    columns += ["GFLOP/s", "MFU", "peak GiB", "loss differs by"]
+    lines = []
+    for one in rows:
+        if "failed" in one:
+            lines.append([one["name"], f"failed: {one['failed'][:100]}", *[""] * 7])
+            continue
+        rate, ratio = one["samples_per_second"], one["ratio"]
+        against = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+        lines.append(
+            [
+                one["name"],
+                f"{rate['median']:.1f} ({rate['min']:.1f} to {rate['max']:.1f})",
+                str(rate["n"]),
+                against,
+                f"{one['flops_per_sample'] / 1e9:.3f}",
+                f"{one['flops_per_second'] / 1e9:.0f}",
+                "" if one["mfu"] is None else f"{100 * one['mfu']:.1f}%",
+                f"{one['peak_bytes'] / 2**30:.2f}",
+                f"{one['loss_difference']:.1e}",
+            ]
+        )
+    return record.markdown(columns, lines)
+
+
+def main(
+    size: str = "small",
+    stages: str = "pretrain,distill,finetune",
+    batch: int | None = None,
+    rounds: int = 7,
+    steps: int = 3,
+    precision: str | None = None,
+    variants: str = "",
+    threads: int = 0,
+    out: str | None = None,
+) -> None:
+    """Times the stages' steps.
+
+    Args:
+        size: tiny, small, vit_base, tiny_text, small_text or roberta_base.
+        stages: of these, separated by commas.
+        batch: samples of a step (fine-tuning: half of it); the size's own if missing.
+        rounds: that are timed, of each contestant.
+        steps: of a round.
+        precision: of ours and the Trainer's: fp32 or bf16; bf16 on a GPU if missing.
+        variants: more of ours, separated by commas, such as teacher=replicated,compiled=true;
+            several options of one are joined by +.
+        threads: of a CPU; 0: all cores.
+        out: folder for step-SIZE.json and step-SIZE.md.
+    """
+    if size not in SIZES:
+        raise UserError(f"--size {size}: there are {', '.join(SIZES)}")
+    wanted = stages.split(",")
+    wrong = [s for s in wanted if s not in STAGES]
+    if wrong or rounds < 1 or steps < 1:
+        raise UserError(
+            f"--stages {wrong[0]}: there are {', '.join(STAGES)}"
+            if wrong
+            else "--rounds and --steps: give 1 or more"
+        )
+    cuda = torch.cuda.is_available()
+    told = precision or ("bf16" if cuda else "fp32")
+    if told not in DTYPES:
+        raise UserError(f"--precision {told}: there are {', '.join(DTYPES)}")
+    shown = SIZES[size]
+    where = torch.cuda.get_device_name() if cuda else "cpu"
+    peak = peak_flops(where, DTYPES[told])
+    figures: dict[str, Any] = {}
+    texts = []
+    for stage in STAGES:
+        if stage not in wanted:
+            continue
+        number = (batch or shown.batch) // (2 if stage == "finetune" else 1)
+        contestants = field_of(
+            size, stage, number, told, [v for v in variants.split(",") if v], threads
+        )
+        try:
+            race(contestants, number, rounds, steps)
+        finally:
+            for contestant in contestants:
+                contestant.close()
+        rows = [row(one, contestants[0], peak) for one in contestants]
+        figures[stage] = {"batch": number, "steps": steps, "rows": rows}
+        texts.append(f"**{stage}**, {shown.title}, batch {number}\n\n" + table(rows, "plain loop"))
+        print("\n" + texts[-1], flush=True)
+    whose = record.machine()
+    sets = f" ({', '.join(record.instructions())})" if not cuda else ""
+    head = f"{whose['date']}, {whose['device']}, {whose['processor']}, {whose['cores']} cores{sets}"
+    text = f"`{whose['command']}`\n\n{head}\n\n" + "\n\n".join(texts)
+    record.write(Path(out) if out else None, f"step-{size}", figures, text)
 
 
 if __name__ == "__main__":

@@ -160,6 +160,12 @@ def build_engine(
     import deepspeed
 
     content = zero.training_config(run.config, plan, run.ranks.world)
+    if run.config.compile and zero.stage_of(content) == 3:
+        raise UserError(
+            f"--compile true: --zero {run.config.zero} gathers parameters in the midst of a"
+            " forward, which torch.compile cannot follow: take zero0, zero1 or zero2, or leave it"
+            " out"
+        )
     if make is None:
         optimizer = optim.build(objective, stage, plan, offload=zero.offloads(content))
     else:
@@ -176,6 +182,8 @@ def build_engine(
             f"--zero {run.config.zero}: DeepSpeed refuses it: {one_line(error)[:200]}: correct the"
             " file, or take one of ds_configs/"
         ) from error
+    if run.config.compile:
+        engine.compile()
     return engine
 
 
@@ -383,6 +391,7 @@ def record_of(
         "seed": seed,
         "precision": config.precision,
         "zero": config.zero,
+        **({"compile": True} if config.compile else {}),  # another order of sums
         "data.partitions": config.data.partitions,
         "data.window": config.data.window,
         **more,

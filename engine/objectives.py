@@ -19,9 +19,7 @@ Feature = Literal["cls", "mean", "tokens"]
 class Encodes(Protocol):
     """A network that encodes the unmasked view of a batch."""
 
-    def encode(
-        self, *, cls_only: bool = False, **batch: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def encode(self, *, cls_only: bool = False, **batch: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, 1+K, D], the CLS vector first; and where they count, [B, 1+K], or None.
 
         Args:

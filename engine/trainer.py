@@ -180,7 +180,7 @@ def train(
         )
         last = step + 1 == loop.steps
         due = (step + 1) % loop.log_every == 0 or step == 0 or last
-        losses, batch, out, norm = _step(loop, meter, ranks, measure=due)
+        losses, batch, out, norm = take_step(loop, meter, ranks, measure=due)
         state.step += 1
         state.position += plan.batch
         if due:
@@ -203,7 +203,7 @@ def save(loop: Loop, monitor: Monitor, checkpoints: Checkpoints) -> None:
     checkpoints.save(loop.engine, loop.state)
 
 
-def _step(
+def take_step(
     loop: Loop, meter: Meter, ranks: Ranks, *, measure: bool
 ) -> tuple[dict[str, Tensor], Batch, Batch, Tensor | None]:
     """One optimiser step.

@@ -35,6 +35,15 @@ class Options(pydantic.BaseModel):
     samples: int | None = pydantic.Field(None, ge=1, description="training samples, without --data")
     tokens: float | None = pydantic.Field(None, ge=3, description="mean tokens of a text")
     classes: int | None = pydantic.Field(None, ge=1, description="classes, without --data [10]")
+    link_gbs: float = pydantic.Field(
+        450, gt=0, description="GB/s that a GPU sends in its node: an H100's NVLink, one direction"
+    )
+    network_gbs: float = pydantic.Field(
+        400, gt=0, description="GB/s that a node sends to others: 8 cards of 400 Gb/s"
+    )
+    storage_gbs: float = pydantic.Field(
+        5, gt=0, description="GB/s that the shared storage writes, for all nodes together"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What a run will need, before it is started: `python -m launcher.plan --recipe NAME --data DIR`.
 
 Memory of a GPU by ZeRO stage beside DeepSpeed's own estimator, disk, FLOPs and time at a stated
-MFU, and the rate at which samples must be read. No weights are trained, and nothing is downloaded.
+MFU, the rate at which samples must be read, and a step on 8, 64 and 1,024 devices. No weights are
+trained, and nothing is downloaded.
 All options of engine/run.py are taken as well, and mean the same.
 """
 

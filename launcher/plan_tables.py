@@ -1,4 +1,4 @@
-"""The tables of `python -m launcher.plan`: memory, disk, time, input."""
+"""The tables of `python -m launcher.plan`: memory, disk, time, input; scale: scaling_tables.py."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from data.manifest import is_remote
 from engine import teacher, zero
 from launcher import memory
 from launcher.forecast import Job, Plan
+from launcher.scaling import SHORT_STEP
+from launcher.scaling_tables import feed_table, rows, scaling_table
 
 GIB, MIB = 2**30, 2**20
-
-#: Seconds. A step of a 12-block model is some thousand kernels of 5 to 10 microseconds at least.
-SHORT_STEP = 0.01
 
 #: ZeRO settings that are set side by side; the one that is asked for comes in addition.
 SETTINGS = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
@@ -35,7 +34,10 @@ def show(plan: Plan, console: Console) -> None:
     )
     parts = [memory_table(plan, job) for job in plan.jobs]
     parts[-1][1].extend(["* as asked for", *memory.notes(plan.size, options.devices)])
-    for table, notes in [*parts, disk_table(plan), time_table(plan), input_table(plan)]:
+    more = [disk_table(plan), time_table(plan), input_table(plan)]
+    scaled = rows(plan)
+    more += [scaling_table(plan, scaled), feed_table(plan, scaled)]
+    for table, notes in [*parts, *more]:
         console.print()
         console.print(table)
         for note in notes:

@@ -174,8 +174,9 @@ class ImageWork:
     def activations(self, stage: Stage, size: int) -> float:
         """See `Workload`."""
         if stage == "finetune":
-            mask, cls_only = int(self.config.finetune.dropout > 0), self.config.finetune.pool == "cls"
-            return whole_images(self.shape, size, mask=mask, cls_only=cls_only)
+            told = self.config.finetune
+            mask = int(told.dropout > 0)
+            return whole_images(self.shape, size, mask=mask, cls_only=told.pool == "cls")
         masked = masked_images(self.shape, size)
         if stage == "pretrain":
             return masked

@@ -232,9 +232,7 @@ class ViTEncoder(VisionTransformer):
             self.pos_embed.copy_(position_table(shape.width, shape.grid))
         self.pos_embed.requires_grad_(False)
 
-    def forward(
-        self, images: Tensor, keep: Tensor | None = None, cls_only: bool = False
-    ) -> Tensor:
+    def forward(self, images: Tensor, keep: Tensor | None = None, cls_only: bool = False) -> Tensor:
         """Encodes all patches, or the kept ones.
 
         Args:

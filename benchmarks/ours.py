@@ -1,0 +1,152 @@
+"""Our step: the stages' own objectives, DeepSpeed engine and loop, on given batches."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.sizes import CLASSES, SIZES, Batch, Stage, config_of, head, network
+from engine import distributed
+from engine.checkpoint import State
+from engine.config import Config, StageSection
+from engine.fit import build_engine
+from engine.folder import Run
+from engine.kinds.image import ImageKind
+from engine.kinds.text import TextKind
+from engine.models.language import MaskedLanguageModel, TextClassifier, TextEncoder
+from engine.models.weights import load_pretrained
+from engine.monitor import Meter
+from engine.objectives import (
+    ClassifyObjective,
+    DistillObjective,
+    FeatureExtractor,
+    MaskedObjective,
+)
+from engine.teacher import Cached, Replicated, Teacher, view
+from engine.trainer import Loop, take_step
+
+
+def _images(name: str, run: Run, stage: Stage) -> tuple[Any, Any, type[Any]]:
+    """Student or classifier, teacher's encoder, and the kind."""
+    kind = ImageKind(run)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def loaded(seed: int) -> Any:
+            place = Path(folder) / str(seed)
+            network(name, seed).save_pretrained(place)
+            return load_pretrained(str(place), None)
+
+        base = loaded(0)
+        if stage == "finetune":
+            model = kind.classifier(base, [str(c) for c in range(CLASSES)], 0)
+            last: nn.Linear = model.network.head
+            with torch.no_grad():
+                last.weight.copy_(head(last.weight.shape[1]))
+            return model, None, ImageKind
+        teacher = kind.encoder(loaded(1)) if stage == "distill" else None
+        return kind.autoencoder(base), teacher, ImageKind
+
+
+def _texts(name: str, stage: Stage) -> tuple[Any, Any, type[Any]]:
+    config = config_of(name)
+    base = network(name, 0)
+    if stage == "finetune":
+        config.num_labels = CLASSES
+        torch.manual_seed(0)
+        classifier = TextClassifier(config, None)
+        classifier.encoder.load_state_dict(base.base_model.state_dict())
+        last = classifier.network.classifier.out_proj
+        with torch.no_grad():
+            last.weight.copy_(head(last.weight.shape[1]))
+            last.bias.zero_()
+        return classifier, None, TextKind
+    student = MaskedLanguageModel(config, None)
+    student.network.load_state_dict(base.state_dict())
+    teacher = None
+    if stage == "distill":
+        teacher = TextEncoder(network(name, 1).base_model, config, None)
+    return student, teacher, TextKind
+
+
+def make(
+    name: str,
+    stage: Stage,
+    lr: float,
+    precision: str,
+    batches: list[Batch],
+    *,
+    zero: str,
+    teacher: str,
+    compiled: bool,
+) -> Callable[[], Tensor]:
+    """Our step on the batches in turn; it returns the loss.
+
+    Args:
+        name: of a size.
+        stage: which.
+        lr: learning rate.
+        precision: fp32, bf16 or fp16.
+        batches: that repeat.
+        zero: of ds_configs/.
+        teacher: cached or replicated.
+        compiled: through torch.compile.
+    """
+    ranks = distributed.initialize()
+    batch = len(batches[0]["labels"])
+    section: dict[str, Any] = {"steps": 10**6, "batch": batch, "lr": lr, "warmup": 0}
+    section |= {"weight_decay": 0.01, "betas": (0.9, 0.95)}
+    section |= {"clip": 1.0, "dropout": 0.0, "flip": False} if stage == "finetune" else {}
+    config = Config.model_validate(
+        {"stage": stage, stage: section, "precision": precision, "zero": zero, "compile": compiled}
+    )
+    run = Run(config, ranks, Path(tempfile.gettempdir()))
+    plan: StageSection = getattr(config, stage)
+    image = SIZES[name].kind == "image"
+    model, encoder, kind = _images(name, run, stage) if image else _texts(name, stage)
+    if stage == "finetune":
+        objective: nn.Module = ClassifyObjective(model)
+    else:
+        objective = DistillObjective(model) if stage == "distill" else MaskedObjective(model)
+    asked: Teacher | None = None
+    if encoder is not None:
+        asked = Replicated(FeatureExtractor(encoder, "cls"), kind.full, ranks, run.dtype)
+        if teacher == "cached":
+            table = np.concatenate([asked(b).cpu().numpy() for b in batches])
+            asked = Cached(table, ranks.device, run.folder)
+    engine = build_engine(run, objective, stage, plan)
+    names = (*kind.labelled, "labels") if stage == "finetune" else kind.masked
+
+    def inputs(entries: Batch) -> Batch:
+        target = {} if asked is None else {"target": asked(entries)}
+        return view(entries, names, ranks.device) | target
+
+    def count(entries: Batch) -> int | None:
+        return len(entries["masked_at"]) if "masked_at" in entries and stage != "finetune" else None
+
+    loop = Loop(
+        engine=engine,
+        batches=itertools.cycle(batches),
+        inputs=inputs,
+        plan=plan,
+        steps=10**6,
+        seed=0,
+        state=State(0, 0, {}, "", ranks.world),
+        count=count,
+    )
+    meter = Meter(unit="samples", peak_flops=None)
+    engine.train()
+
+    def step() -> Tensor:
+        losses = take_step(loop, meter, ranks, measure=False)[0]
+        loop.state = replace(loop.state, step=loop.state.step + 1)
+        return losses["loss"]
+
+    return step

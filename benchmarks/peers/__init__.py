@@ -1,0 +1,1 @@
+"""What others would write: the same stages without this project's code."""

@@ -1,0 +1,144 @@
+"""Peer (b): what transformers' `Trainer` with DeepSpeed gives, written with care.
+
+One forward and one backward a step, SDPA, fused AdamW, ZeRO-1, the same precision as ours; the
+teacher is run at every step, since the `Trainer` keeps no table of its features.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from benchmarks.peers.plain import classifier, classify_loss, full_view, masked_loss
+from benchmarks.sizes import Batch, Stage, network
+
+
+class Objective(nn.Module):
+    """All losses of a stage in one forward."""
+
+    def __init__(self, name: str, stage: Stage) -> None:
+        super().__init__()
+        self.stage = stage
+        self.model = classifier(name) if stage == "finetune" else network(name, 0)
+
+    def forward(self, target: Tensor | None = None, **batch: Tensor) -> dict[str, Tensor]:
+        """`loss`, of a peer's batch and the teacher's features [B, D]."""
+        if self.stage == "finetune":
+            return {"loss": classify_loss(self.model, batch)}
+        loss = masked_loss(self.model, batch)
+        if target is not None:
+            feature = full_view(self.model, batch).float()
+            loss = loss + (feature - target.float()).pow(2).sum(-1).mean()
+        return {"loss": loss}
+
+
+class Taught(Trainer):
+    """A `Trainer` that asks the teacher."""
+
+    def __init__(self, teacher: nn.Module | None, **options: Any) -> None:
+        super().__init__(**options)
+        self.teacher = teacher
+        self.last: Tensor | None = None
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        """See `Trainer`."""
+        if self.teacher is not None:
+            with torch.no_grad():
+                inputs = inputs | {"target": full_view(self.teacher, inputs)}
+        loss = model(**inputs)["loss"]
+        self.last = loss.detach()
+        return loss
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # it has a length
+
+
+class Samples(Dataset[Batch]):
+    """The batches' samples, over and over."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.rows = {k: torch.cat([b[k] for b in batches]) for k in batches[0]}
+        self.count = len(next(iter(self.rows.values())))
+
+    def __len__(self) -> int:
+        return 10**7 * self.count
+
+    def __getitem__(self, index: int) -> Batch:
+        return {k: v[index % self.count] for k, v in self.rows.items()}
+
+
+class Rounds(TrainerCallback):
+    """Calls back after every step."""
+
+    def __init__(self, after: Callable[[], bool]) -> None:
+        self.after = after
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """See `TrainerCallback`."""
+        if not self.after():
+            control.should_training_stop = True
+
+
+def race(
+    name: str,
+    stage: Stage,
+    lr: float,
+    precision: str,
+    batches: list[Batch],
+    after: Callable[[Tensor], bool],
+) -> None:
+    """Trains until `after`, told the loss of every step, says no."""
+    cuda = torch.cuda.is_available()
+    deepspeed = {
+        "zero_optimization": {"stage": 1},
+        "gradient_clipping": 1.0 if stage == "finetune" else 0.0,
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+        "bf16": {"enabled": precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+    }
+    teacher = None
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=len(batches[0]["labels"]),
+            max_steps=10**6,
+            learning_rate=lr,
+            weight_decay=0.01,
+            adam_beta2=0.95,
+            max_grad_norm=1.0 if stage == "finetune" else 0.0,
+            lr_scheduler_type="constant",
+            optim="adamw_torch_fused",
+            bf16=precision == "bf16",
+            deepspeed=deepspeed,
+            use_cpu=not cuda,
+            dataloader_pin_memory=cuda,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        if stage == "distill":
+            teacher = network(name, 1).to(arguments.device).eval()
+            if precision == "bf16":
+                teacher.bfloat16()
+
+        def over() -> bool:
+            assert trainer.last is not None
+            return after(trainer.last)
+
+        trainer = Taught(
+            teacher,
+            model=Objective(name, stage),
+            args=arguments,
+            train_dataset=Samples(batches),
+            callbacks=[Rounds(over)],
+        )
+        trainer.train()

@@ -26,7 +26,8 @@ help: ## list the targets
 
 venv: $(STAMP) ## make .venv with the exact versions of requirements.lock
 
-# Redone only when the lock changes. uv is taken from PATH or put into a small environment of its own.
+# Redone only when the lock changes. Compiled at once: many ranks start together, perhaps from a folder that they
+# cannot write, and each would compile for half a minute. uv is taken from PATH or put into a small environment of its own.
 $(STAMP): requirements.lock
 	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
 	    echo "error: Python 3.11 is needed; found '$(PYTHON)': say make PYTHON=/path/to/python3.11" >&2; exit 2; fi; \
@@ -35,7 +36,7 @@ $(STAMP): requirements.lock
 	    [ -x $$uv ] || { "$(PYTHON)" -m venv .cache/uv && .cache/uv/bin/python -m pip install --quiet uv; }; fi; \
 	set -x; \
 	[ -x $(PY) ] || $$uv venv --python "$(PYTHON)" $(VENV); \
-	$$uv pip install --python $(PY) --requirements requirements.lock; \
+	$$uv pip install --compile-bytecode --python $(PY) --requirements requirements.lock; \
 	touch $(STAMP)
 
 quickstart: venv ## the main job on a small real set: pack, pretrain, distill, finetune, and a table

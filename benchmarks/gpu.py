@@ -124,7 +124,13 @@ def main(
     if job == "tests":
         here.run(sys.executable, "-m", "pytest", "-m", "gpu", "-v")
     elif job == "bench":
-        here.run(sys.executable, "-m", "benchmarks.step")
+        for name, batch in (("small", "64"), ("vit_base", "64"), ("vit_base", "256")):
+            words = ["--size", name, "--batch", batch, "--rounds", "5", "--steps", "5"]
+            more = ["teacher=replicated", "compiled=true"]
+            words += ["--stages", "pretrain,distill", "--variants", ",".join(more)]
+            # Folders apart: both of vit_base would be step-vit_base.
+            words += ["--out", str(here.out / f"batch-{batch}")]
+            here.run(sys.executable, "-m", "benchmarks.step", *words)
     elif job == "base":
         if (images is None) == (texts is None):
             raise UserError("base: give --images FOLDER or --texts FILE, one of the two")

@@ -1,0 +1,60 @@
+"""The benchmark of the step: all contestants do the same work; the record says what they did."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine import flops
+from engine.models.vit_mae import Shape
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def bench(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.step", *words]
+    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=600)
+
+
+@pytest.mark.parametrize("size", ["tiny", "tiny_text"])
+def test_all_contestants_have_the_same_losses(size: str, tmp_path: Path) -> None:
+    words = ["--size", size, "--stages", "distill", "--rounds", "1", "--steps", "2"]
+    done = bench(
+        *words, "--variants", "teacher=replicated", "--threads", "1", "--out", f"{tmp_path}"
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / f"step-{size}.json").read_text())
+    rows = figures["distill"]["rows"]
+    assert [row["name"] for row in rows] == [
+        "plain loop",
+        "Trainer + DeepSpeed, fp32",
+        "ours, fp32",
+        "ours, teacher replicated",
+    ]
+    for row in rows:
+        assert "failed" not in row, row
+        # Two backward calls and one, DeepSpeed's engine and none, after five updates.
+        assert row["loss_difference"] < 2e-5
+        assert row["samples_per_second"]["n"] == 1
+    plain, trainer, ours, online = (row["flops_per_sample"] for row in rows)
+    assert plain == trainer
+    assert ours < online < plain
+    if size == "tiny":
+        shape = Shape(16, 4, 32, 2, 2, 64, 16, 1, 2, 32)
+        formula = flops.step_flops(shape, "distill", teacher="cached", cls_only=True)
+        projection = 2 * 2 * shape.patches * shape.patch_values * shape.width  # no input gradient
+        assert ours == pytest.approx(formula - projection, rel=1e-9)
+    assert "| plain loop |" in (tmp_path / f"step-{size}.md").read_text()
+
+
+def test_mistakes_are_one_line() -> None:
+    for words, told in (
+        (("--size", "huge"), "there are tiny, small"),
+        (("--stages", "distil"), "there are pretrain, distill"),
+    ):
+        done = bench(*words)
+        assert done.returncode == 2
+        assert told in done.stderr
+        assert "Traceback" not in done.stderr

@@ -9,7 +9,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,15 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # accelerate, without the peer that needs it
+        return None
 
 
 def _module() -> str:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -136,7 +136,7 @@ def counting() -> Iterator[list[tuple[scaling.Collected, int]]]:
     def counted(name: str) -> Any:
         def call(self: Any, *args: Any, **named: Any) -> Any:
             if name not in METHODS:
-                raise NotImplementedError(f"no formula for the bytes of {name}")
+                raise LookupError(f"no formula for the bytes of {name}")
             kind, place = METHODS[name]
             found.append((kind, size(args[place])))
             return before[name](self, *args, **named)
@@ -300,7 +300,9 @@ def measure(ranks: int, cases: Sequence[Case], steps: int) -> dict[str, Any]:
         return found
 
 
-def compared(case: Case, counts: dict[str, list[int]], ranks: int) -> dict[str, Any]:
+def compared(
+    case: Case, counts: Mapping[scaling.Collected, list[int]], ranks: int
+) -> dict[str, Any]:
     """Bytes that a rank sends in a step: the textbook's, the plan's and those that were counted.
 
     Args:
@@ -312,8 +314,7 @@ def compared(case: Case, counts: dict[str, list[int]], ranks: int) -> dict[str, 
     stage, times = zero.stage_of(content), case.accumulation
     theory = scaling.textbook(stage, told.trained, size=4, accumulation=times)
     plan = scaling.asked(content, told, size=4, accumulation=times)
-    # METHODS made the keys: they are kinds.
-    sums = [scaling.sent(kind, payload, ranks) for kind, (_, payload) in counts.items()]  # type: ignore[arg-type]
+    sums = [scaling.sent(kind, payload, ranks) for kind, (_, payload) in counts.items()]
     return {
         "setting": case.name,
         "ranks": ranks,

@@ -6,6 +6,7 @@ import multiprocessing
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,6 +155,6 @@ def test_the_slope_is_that_of_a_line() -> None:
         ({"seconds": 0.0}, "seconds is 0: give more than 0"),
     ],
 )
-def test_mistakes_are_one_line(options: dict[str, int], line: str) -> None:
+def test_mistakes_are_one_line(options: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=f"^{line}$"):
-        loader.main(**options)  # type: ignore[arg-type]
+        loader.main(**options)

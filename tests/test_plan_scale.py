@@ -105,7 +105,7 @@ def test_what_has_nothing_to_hide_behind() -> None:
 #: Bytes of all tensors in a late step on two gloo ranks, as `python -m benchmarks.scale` counts
 #: them: the distillation of recipes/vit_small in fp32. ZeRO 3 with no persistent parameters.
 SMALL = Parameters(2_967_936, 18_720, 147_456)
-COUNTED = {
+COUNTED: dict[str, dict[scaling.Collected, int]] = {
     "zero0": {"all-reduce": 11_871_744},
     "zero1": {"all-reduce": 11_871_744 + 8, "all-gather": 11_797_632 + 74_112},
     "zero2": {"all-reduce": 11_871_744 + 8, "all-gather": 11_797_632 + 74_112},
@@ -116,7 +116,7 @@ COUNTED = {
 @pytest.mark.parametrize("name", COUNTED)
 def test_counted_bytes_of_two_ranks(name: str) -> None:
     told = scaling.asked(zero.read(name), SMALL, size=4)
-    counted = sum(scaling.sent(kind, size, 2) for kind, size in COUNTED[name].items())  # type: ignore[arg-type]
+    counted = sum(scaling.sent(kind, size, 2) for kind, size in COUNTED[name].items())
     assert scaling.volume(told, 2) == pytest.approx(counted, abs=16)
     book = scaling.volume(scaling.textbook(zero.stage_of(zero.read(name)), 2_967_936, size=4), 2)
     ratio = {"zero0": 1, "zero1": 1.5, "zero2": 1.5, "zero3": 2 / 3}[name]

@@ -74,9 +74,8 @@ def make(name: str, stage: Stage, lr: float, device: torch.device) -> Callable[[
     student = classifier(name) if stage == "finetune" else network(name, 0)
     student.to(device).train()
     teacher = network(name, 1).to(device).eval() if stage == "distill" else None
-    options = {"lr": lr, "weight_decay": 0.01, "betas": (0.9, 0.95)}
     trained = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, **options)  # type: ignore[arg-type]  # one dict
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01, betas=(0.9, 0.95))
 
     def step(batch: Batch) -> Tensor:
         batch = {k: v.to(device) for k, v in batch.items()}

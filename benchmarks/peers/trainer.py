@@ -56,7 +56,8 @@ class Taught(Trainer):
         return loss
 
     def _get_train_sampler(self, *_: Any) -> Any:
-        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # it has a length
+        assert isinstance(self.train_dataset, Samples)
+        return SequentialSampler(self.train_dataset)
 
 
 class Samples(Dataset[Batch]):

@@ -29,7 +29,7 @@ from data.errors import UserError, WorkerLost
 from data.manifest import Manifest
 from data.order import Ints, Order
 from data.reader import Reader
-from data.samples import Keyed, Rows, Samples, Stream
+from data.samples import Keyed, Rows, Samples, Stream, received
 
 Batch = dict[str, torch.Tensor]
 
@@ -207,7 +207,7 @@ class _Batches:
                 if "error" in batch:
                     raise UserError(batch["error"])
                 self._count(batch.pop("broken"))
-                yield batch
+                yield {name: received(value, self._pin) for name, value in batch.items()}
         finally:
             self._live.discard(iterator)
             if os.getpid() == self._pid:

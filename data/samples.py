@@ -17,8 +17,34 @@ from data.reader import Reader, Record
 # Makes arrays [b, ...] from positions int64 [b] and the batch that stands there.
 Keyed = Callable[[Ints, dict[str, torch.Tensor]], dict[str, NDArray[Any]]]
 
+# A tensor that a worker hands over costs a file in shared memory, a third of a millisecond or so;
+# the pipe between the processes carries an array up to this many bytes for less.
+_BY_PIPE = 128 * 1024
+
 # A broken sample is replaced by the next readable one of its partition, looked for this far ahead.
 _TRIES = 64
+
+
+def _carried(value: Any) -> Any:
+    """What a worker sends for an entry of a batch; `received` undoes it."""
+    small = isinstance(value, torch.Tensor) and value.nbytes <= _BY_PIPE
+    return value.numpy() if small else value
+
+
+def received(value: Any, pin: bool) -> torch.Tensor:
+    """An entry of a batch as a tensor.
+
+    Args:
+        value: As `Samples` gives it: a tensor, or an array where it is small.
+        pin: In page-locked memory, where DataLoader puts tensors, but not arrays.
+
+    Returns:
+        The tensor.
+    """
+    if isinstance(value, torch.Tensor):
+        return value
+    tensor = torch.from_numpy(value)
+    return tensor.pin_memory() if pin else tensor
 
 
 class Samples(Dataset[dict[str, Any]], ABC):
@@ -39,7 +65,7 @@ class Samples(Dataset[dict[str, Any]], ABC):
 
     def __getitem__(self, positions: Ints) -> dict[str, Any]:
         try:
-            return self.batch(positions)
+            return {name: _carried(value) for name, value in self.batch(positions).items()}
         except UserError as error:
             return {"error": str(error)}
 

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +55,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _sum(block: bytes) -> int:
+    """Sum of a block's bytes."""
+    # The low half of Adler-32 is 1 plus that sum, modulo 65521: 0.3 us in place of 4. 512 bytes
+    # whose sum might be greater are added one by one: they have one above 127, which ASCII has not.
+    if len(block) == BLOCK and block.isascii():
+        return (zlib.adler32(block) & 0xFFFF) - 1
+    return sum(block)
+
+
 def parse_header(block: bytes) -> Member:
     """Name and size in a tar header, its checksum tested.
 
@@ -68,7 +78,7 @@ def parse_header(block: bytes) -> Member:
     """
     # By hand where it can be: TarInfo.frombuf takes 30 us, a tenth of a small image's whole cost.
     try:
-        if sum(block) - sum(block[148:156]) + 256 != int(block[148:156].strip(b" \0"), 8):
+        if _sum(block) - sum(block[148:156]) + 256 != int(block[148:156].strip(b" \0"), 8):
             raise ValueError
         if not block[124] & 0x80:
             name = block[:100].split(b"\0", 1)[0].decode("utf-8", "replace")

@@ -9,7 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from engine.models.vit_mae import Shape, patchify, unpatchify
+from engine.models.patches import patchify, unpatchify
+from engine.models.vit_mae import Shape
 
 #: Side in pixels up to which small images are enlarged.
 SIDE = 128
@@ -37,7 +38,8 @@ def reconstruction(
 
     Args:
         images: [n, 3, H, W], uint8 or already normalised by mean and std (then floating point).
-        prediction: [n, K, p*p*C], pixels in the order (row, column, channel).
+        prediction: [n, K, p*p*C], or of the masked patches alone [n, M, p*p*C]; pixels in the order
+            (row, column, channel).
         mask: [n, K], 1 = hidden.
         shape: of the model.
         mean: per channel, of pixels in [0, 1].
@@ -57,12 +59,14 @@ def reconstruction(
         pixels = images * stds + means
 
     target = patchify(images, shape.patch_size)
+    hidden = mask.bool().unsqueeze(-1)
     filled = prediction.float()
+    if filled.shape != target.shape:
+        filled = torch.zeros_like(target).masked_scatter(hidden, filled)
     if shape.normalize_pixels:
         # As the loss: unbiased variance, and 1e-6 below the root.
         deviation = (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
         filled = filled * deviation + target.mean(dim=-1, keepdim=True)
-    hidden = mask.bool().unsqueeze(-1)
     filled = unpatchify(torch.where(hidden, filled, target), shape.patch_size)
     masked = patchify(pixels, shape.patch_size).masked_fill(hidden, 0.5)
     rows = [pixels, unpatchify(masked, shape.patch_size), filled * stds + means]

@@ -58,8 +58,8 @@ class Cut(NamedTuple):
     Attributes:
         rows: tokens of a sequence that are read.
         kept: vectors of width D that the block saves of every token all the same: its LayerNorm's
-            input and output, keys, values (`CLSBlock`); attention's input and output, queries, keys
-            and values (`LastRows`).
+            input and output, keys, values (`RowsBlock`); attention's input and output, queries,
+            keys and values (`LastRows`).
     """
 
     rows: float
@@ -112,17 +112,15 @@ def whole_images(shape: Shape, size: int, *, mask: int = 0, cls_only: bool = Fal
 
 def masked_images(shape: Shape, size: int) -> float:
     """Of an image in masked auto-encoding: kept patches, decoder, the loss on pixels in fp32."""
-    pixels = shape.patches * shape.patch_values
-    encoder, decoder = (
-        stack_bytes(blocks, tokens, size) + _norm_bytes(blocks, tokens, size)
-        for blocks, tokens in (
-            (encoder_blocks(shape), 1 + shape.kept),
-            (decoder_blocks(shape), 1 + shape.patches),
-        )
-    )
+    hidden = shape.patches - shape.kept
+    kept_pixels, hidden_pixels = (n * shape.patch_values for n in (shape.kept, hidden))
+    encoder = stack_bytes(encoder_blocks(shape), 1 + shape.kept, size)
+    encoder += _norm_bytes(encoder_blocks(shape), 1 + shape.kept, size)
+    blocks = decoder_blocks(shape)
+    decoder = stack_bytes(blocks, 1 + shape.patches, size, cut=Cut(hidden, 4))
+    decoder += _norm_bytes(blocks, hidden, size)
     # Input of the projection; the prediction; its difference to the target, and the target.
-    ends = pixels * (size + size + 4 + 4)
-    return encoder + decoder + ends
+    return encoder + decoder + kept_pixels * size + hidden_pixels * (size + 4 + 4)
 
 
 def whole_texts(

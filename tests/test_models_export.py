@@ -64,7 +64,7 @@ def test_transformers_loads_the_mae_and_gives_the_same(tmp_path: Path, eps: floa
         tmp_path / "mae", output_loading_info=True
     )
     assert_clean(report)
-    expected, got = model(images, noise), loaded.eval()(images, noise=noise)
+    expected, got = model(images, noise, whole=True), loaded.eval()(images, noise=noise)
     assert got.loss.item() == pytest.approx(expected["loss"].item(), rel=1e-5)
     torch.testing.assert_close(got.logits, expected["prediction"], rtol=1e-5, atol=1e-5)
     assert torch.equal(got.mask, expected["mask"])

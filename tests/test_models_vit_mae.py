@@ -11,16 +11,15 @@ from transformers.models.vit_mae import modeling_vit_mae
 
 from data.errors import UserError
 from engine.models.layout import from_hugging_face
+from engine.models.patches import patchify, unpatchify
 from engine.models.vit_mae import (
     Shape,
     ViTClassifier,
     ViTEncoder,
     ViTMAE,
     mae_loss,
-    patchify,
     position_table,
     random_mask,
-    unpatchify,
 )
 from engine.models.weights import load_pretrained
 from tests import models_kit as kit
@@ -66,7 +65,11 @@ def test_loss_and_every_gradient_equal_transformers(
     expected = oracle(images, noise=noise)
     got = model(images, noise)
     assert got["loss"].item() == pytest.approx(expected.loss.item(), rel=1e-5)
-    torch.testing.assert_close(got["prediction"], expected.logits, rtol=1e-4, atol=1e-5)
+    masked = expected.logits[expected.mask.bool()].view_as(got["prediction"])
+    torch.testing.assert_close(got["prediction"], masked, rtol=1e-4, atol=1e-5)
+    whole = model(images, noise, whole=True)
+    torch.testing.assert_close(whole["prediction"], expected.logits, rtol=1e-4, atol=1e-5)
+    assert whole["loss"].item() == pytest.approx(expected.loss.item(), rel=1e-5)
     assert torch.equal(got["mask"], expected.mask)
 
     expected.loss.backward()
@@ -149,10 +152,10 @@ def test_mask_equals_transformers_also_where_rounding_bites() -> None:
         noise = torch.rand(4, patches, generator=torch.Generator().manual_seed(patches))
         embeddings = modeling_vit_mae.ViTMAEEmbeddings(kit.hf_mae(mask_ratio=ratio).config)
         tokens = torch.arange(4.0 * patches).view(4, patches, 1)
-        kept, mask, restore = embeddings.random_masking(tokens, noise)
-        keep, our_restore, our_mask = random_mask(noise, ratio)
-        assert torch.equal(our_restore, restore)
+        kept, mask, _ = embeddings.random_masking(tokens, noise)
+        keep, hidden, our_mask = random_mask(noise, ratio)
         assert torch.equal(our_mask, mask)
+        assert torch.equal(hidden, mask.nonzero()[:, 1].view(4, -1))
         assert torch.equal(tokens.gather(1, keep[:, :, None]), kept)
 
 
@@ -224,10 +227,10 @@ def test_half_precision_model_has_an_fp32_loss() -> None:
 @pytest.mark.parametrize("normalized", [True, False])
 def test_half_precision_prediction_meets_an_unrounded_target(normalized: bool) -> None:
     images, noise = kit.batch()
-    prediction = torch.randn(5, 16, 48).bfloat16()
-    mask = random_mask(noise, 0.75)[2]
-    loss = mae_loss(prediction, images, mask, normalized)
-    assert torch.equal(loss, mae_loss(prediction.float(), images, mask, normalized))
+    prediction = torch.randn(5, 12, 48).bfloat16()
+    hidden = random_mask(noise, 0.75)[1]
+    loss = mae_loss(prediction, images, hidden, normalized)
+    assert torch.equal(loss, mae_loss(prediction.float(), images, hidden, normalized))
 
 
 def test_parameters_are_used_in_their_owners_forward_only() -> None:

@@ -164,7 +164,7 @@ def test_fair_checkpoint_equals_the_hugging_face_one(tmp_path: Path, wrap: str) 
         oracle.config.mask_ratio, oracle.config.norm_pix_loss = 0.5, False
     images, noise = kit.batch()
     expected = oracle(images, noise=noise)
-    got = kit.built(weights)(images, noise)
+    got = kit.built(weights)(images, noise, whole=True)
     assert got["loss"].item() == pytest.approx(expected.loss.item(), rel=1e-5)
     torch.testing.assert_close(got["prediction"], expected.logits, rtol=1e-4, atol=1e-5)
 

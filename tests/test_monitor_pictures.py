@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from engine import pictures
 from engine.kinds import text as text_kind
-from engine.models.vit_mae import Shape, patchify
+from engine.models.patches import patchify
+from engine.models.vit_mae import Shape
 from tests import text_kit
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

@@ -71,19 +71,20 @@ class ImageAutoencoder(nn.Module):
         return self.mae.encoder(self.normalize(mirror(images, flip)), cls_only=cls_only), None
 
     def reconstruct(self, images: Tensor, noise: Tensor, **_: Tensor) -> dict[str, Tensor]:
-        """The loss, and prediction and mask for pictures.
+        """The loss, and for pictures the mask and the masked patches' prediction.
 
         Args:
             images: uint8 [B, 3, H, W].
             noise: fp32 [B, K], whose ranks choose the visible patches.
         """
-        return self.reconstructed(images, noise)[0]
+        out: dict[str, Tensor] = self.mae(self.normalize(images), noise)
+        return out | {"prediction": out["prediction"].detach()}
 
     def reconstructed(
         self, images: Tensor, noise: Tensor, **_: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         """See `objectives.Reconstructs`."""
-        out: dict[str, Tensor] = self.mae(self.normalize(images), noise)
+        out: dict[str, Tensor] = self.mae(self.normalize(images), noise, whole=True)
         return out | {"prediction": out["prediction"].detach()}, out["prediction"]
 
 

@@ -16,11 +16,13 @@ from functools import partial
 
 import torch
 from timm.layers import trunc_normal_
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from data.errors import UserError
-from engine.models.cls_block import CLSBlock
+from engine.models.patches import KeptPatchEmbed, patchify, pick
+from engine.models.rows_block import CLS, RowsBlock
 
 
 @dataclass(frozen=True)
@@ -109,55 +111,36 @@ def random_mask(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         keep: LongTensor [B, L], numbers of the kept patches, in order of their noise.
-        restore: LongTensor [B, K], where patch k stands among (kept, then masked) ones.
+        hidden: LongTensor [B, K - L], numbers of the masked patches, ascending.
         mask: float32 [B, K], 1 where a patch is masked, 0 where it is kept.
     """
     shuffle = torch.argsort(noise, dim=1, stable=True)
-    restore = torch.argsort(shuffle, dim=1)
     kept = kept_patches(noise.shape[1], ratio)
-    mask = (restore >= kept).to(torch.float32)
-    return shuffle[:, :kept], restore, mask
+    keep, hidden = shuffle[:, :kept], shuffle[:, kept:].sort(dim=1).values
+    mask = torch.zeros(noise.shape, dtype=torch.float32, device=noise.device)
+    return keep, hidden, mask.scatter_(1, hidden, 1.0)
 
 
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cuts images [B, C, H, W] into patches [B, K, p·p·C]; inside a patch: row, column, channel."""
-    batch, channels, height, width = images.shape
-    rows, columns = height // patch_size, width // patch_size
-    images = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
-    return images.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size**2 * channels)
-
-
-def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
-    """The inverse of `patchify` for square images: [B, K, p·p·C] -> [B, C, H, W]."""
-    batch, count, values = patches.shape
-    grid, channels = round(count**0.5), values // patch_size**2
-    patches = patches.reshape(batch, grid, grid, patch_size, patch_size, channels)
-    return patches.permute(0, 5, 1, 3, 2, 4).reshape(
-        batch, channels, grid * patch_size, grid * patch_size
-    )
-
-
-def mae_loss(prediction: Tensor, images: Tensor, mask: Tensor, normalize_pixels: bool) -> Tensor:
+def mae_loss(prediction: Tensor, images: Tensor, hidden: Tensor, normalize_pixels: bool) -> Tensor:
     """Squared error of the masked patches' pixels, in fp32.
 
     MAE section 3; ``ViTMAEForPreTraining.forward`` in transformers.
 
     Args:
-        prediction: [B, K, p·p·C].
+        prediction: [B, M, p·p·C], of the masked patches.
         images: [B, C, H, W], normalised by the data set's mean and standard deviation.
-        mask: [B, K], 1 where a patch is masked.
+        hidden: LongTensor [B, M], numbers of the masked patches.
         normalize_pixels: normalise each patch's target by its own mean and *unbiased* variance.
 
     Returns:
         Scalar fp32: the mean over a patch's values, then over all masked patches of the batch.
     """
     patch_size = round((prediction.shape[2] / images.shape[1]) ** 0.5)
-    target = patchify(images.float(), patch_size)
+    target = pick(patchify(images.float(), patch_size), hidden)
     if normalize_pixels:
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
         target = (target - mean) / (variance + 1e-6) ** 0.5
-    error = ((prediction.float() - target) ** 2).mean(dim=-1)
-    return (error * mask).sum() / mask.sum()
+    return F.mse_loss(prediction.float(), target)
 
 
 def position_table(width: int, grid: int) -> Tensor:
@@ -221,7 +204,8 @@ class ViTEncoder(VisionTransformer):
             proj_drop_rate=dropout,
             norm_layer=partial(nn.LayerNorm, eps=shape.norm_eps),
             weight_init="skip",
-            block_fn=CLSBlock,
+            block_fn=RowsBlock,
+            embed_layer=KeptPatchEmbed,
         )
         self.shape = shape
         for block in self.blocks:
@@ -244,15 +228,14 @@ class ViTEncoder(VisionTransformer):
             [B, 1 + L, D] after the last LayerNorm, the CLS token first, patches in the order of
             ``keep``; with ``cls_only`` [B, 1, D].
         """
-        tokens = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))
-        tokens = tokens + self.pos_embed[:, 1:]
-        if keep is not None:
-            tokens = tokens.gather(1, keep[:, :, None].expand(-1, -1, tokens.shape[2]))
+        tokens = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype), keep)
+        positions = self.pos_embed[:, 1:] if keep is None else self.pos_embed[0, 1:][keep]
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
-        tokens = self.pos_drop(torch.cat([cls, tokens], dim=1))
-        last = len(self.blocks) - 1
-        for number, block in enumerate(self.blocks):
-            tokens = block(tokens, cls_only=cls_only and number == last)
+        tokens = self.pos_drop(torch.cat([cls, tokens + positions], dim=1))
+        *blocks, last = self.blocks
+        for block in blocks:
+            tokens = block(tokens)
+        tokens = last(tokens, CLS if cls_only else None)
         encoded: Tensor = self.norm(tokens)
         return encoded
 
@@ -270,7 +253,7 @@ class MAEDecoder(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + shape.patches, width), requires_grad=False)
         self.blocks = nn.Sequential(
             *(
-                Block(
+                RowsBlock(
                     dim=width,
                     num_heads=shape.decoder_heads,
                     mlp_ratio=_mlp_ratio(shape.decoder_mlp_width, width),
@@ -287,24 +270,33 @@ class MAEDecoder(nn.Module):
         with torch.no_grad():
             self.pos_embed.copy_(position_table(width, shape.grid))
 
-    def forward(self, tokens: Tensor, restore: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, keep: Tensor, hidden: Tensor, whole: bool = False) -> Tensor:
         """Predicts pixels.
+
+        Attention does not mind the order of tokens, which their positions alone tell: here kept
+        patches come first, then masked ones, and nothing is put in its place and back.
 
         Args:
             tokens: [B, 1 + L, D] from the encoder, CLS first.
-            restore: LongTensor [B, K] from `random_mask`.
+            keep: LongTensor [B, L] from `random_mask`.
+            hidden: LongTensor [B, K - L] from it.
+            whole: predict the kept patches too, which the loss does not read.
 
         Returns:
-            [B, K, p·p·C].
+            [B, K - L, p·p·C] of the masked patches in the order of ``hidden``; with ``whole``
+            [B, K, p·p·C] of all in the order of the grid.
         """
         tokens = self.embed(tokens)
-        batch, kept, width = tokens.shape[0], tokens.shape[1] - 1, tokens.shape[2]
-        masked = self.mask_token.to(tokens.dtype).expand(batch, restore.shape[1] - kept, -1)
-        patches = torch.cat([tokens[:, 1:], masked], dim=1)
-        patches = patches.gather(1, restore[:, :, None].expand(-1, -1, width))
-        tokens = torch.cat([tokens[:, :1], patches], dim=1) + self.pos_embed
-        prediction: Tensor = self.pred(self.norm(self.blocks(tokens)))
-        return prediction[:, 1:]
+        masked = self.mask_token.to(tokens.dtype).expand(*hidden.shape, -1)
+        order = torch.cat([keep, hidden], dim=1)
+        positions = self.pos_embed[0, F.pad(order + 1, (1, 0))]  # CLS has the first
+        tokens = torch.cat([tokens, masked], dim=1) + positions
+        *blocks, last = self.blocks
+        for block in blocks:
+            tokens = block(tokens)
+        tokens = last(tokens, None if whole else slice(1 + keep.shape[1], None))
+        prediction: Tensor = self.pred(self.norm(tokens))
+        return pick(prediction[:, 1:], order.argsort(dim=1)) if whole else prediction
 
 
 class ViTMAE(nn.Module):
@@ -317,19 +309,22 @@ class ViTMAE(nn.Module):
         self.encoder = ViTEncoder(shape)
         self.decoder = MAEDecoder(shape)
 
-    def forward(self, images: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, noise: Tensor, whole: bool = False) -> dict[str, Tensor]:
         """One masked reconstruction.
 
         Args:
             images: [B, C, H, W], normalised.
             noise: [B, K], uniform; decides the mask.
+            whole: predict the kept patches too.
 
         Returns:
-            ``loss`` (fp32 scalar), ``prediction`` [B, K, p·p·C], ``mask`` [B, K] (1 = masked).
+            ``loss`` (fp32 scalar), ``prediction`` [B, K - L, p·p·C] of the masked patches in the
+            order of the grid, or with ``whole`` [B, K, p·p·C], ``mask`` [B, K] (1 = masked).
         """
-        keep, restore, mask = random_mask(noise, self.shape.mask_ratio)
-        prediction = self.decoder(self.encoder(images, keep), restore)
-        loss = mae_loss(prediction, images, mask, self.shape.normalize_pixels)
+        keep, hidden, mask = random_mask(noise, self.shape.mask_ratio)
+        prediction = self.decoder(self.encoder(images, keep), keep, hidden, whole)
+        read = pick(prediction, hidden) if whole else prediction
+        loss = mae_loss(read, images, hidden, self.shape.normalize_pixels)
         return {"loss": loss, "prediction": prediction, "mask": mask}
 
 

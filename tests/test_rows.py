@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.models.language import MaskedLanguageModel, TextClassifier
-from engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder
+from engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
 from tests.text_kit import config_of
 
 SHAPE = Shape(32, 8, 48, 3, 3, 100, 32, 1, 2, 64)
@@ -43,6 +43,26 @@ def test_images() -> None:
         lambda: encoder(images, keep, cls_only=True)[:, 0],
         lambda: encoder(images, keep)[:, 0],
     )
+
+
+def test_masked_patches_of_the_decoder() -> None:
+    torch.manual_seed(0)
+    mae = ViTMAE(SHAPE).double()
+    for block in (*mae.encoder.blocks, *mae.decoder.blocks):
+        nn.init.normal_(block.attn.qkv.bias)
+    images, noise = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.rand(3, 16)
+    read = mae(images, noise)
+    assert read["prediction"].shape == (3, 12, 192)
+
+    def whole() -> Tensor:
+        found = mae(images, noise, whole=True)
+        assert found["prediction"].shape == (3, 16, 192)
+        masked: Tensor = found["prediction"][found["mask"].bool()]
+        return masked.view(3, 12, 192)
+
+    same(mae, lambda: mae(images, noise)["prediction"], whole)
+    losses = [mae(images, noise, whole=w)["loss"] for w in (False, True)]
+    torch.testing.assert_close(*losses)
 
 
 def test_dropout_of_the_row_has_its_rate() -> None:

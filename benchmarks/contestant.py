@@ -1,7 +1,8 @@
 """A contestant of `benchmarks.step`, in a process of its own: it runs a round whenever it is told.
 
 On standard input a line `run N` asks for N steps; on standard output a line of JSON, after a mark,
-answers with their seconds and losses. The end of the input ends the process.
+answers with their seconds and losses. `count N` and `profile N` do the same and add FLOPs, and the
+operations that take longest. The end of the input ends the process.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ours
@@ -37,6 +39,7 @@ class Rounds:
         self.losses: list[Tensor] = []
         self.began = 0.0
         self.counter: Any = None
+        self.profiler: Any = None
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -53,6 +56,9 @@ class Rounds:
             self.counter = (FlopCounterMode(display=False), sdpa_kernel(SDPBackend.MATH))
             for part in self.counter:
                 part.__enter__()
+        if line[0] == "profile":
+            self.profiler = profile()
+            self.profiler.__enter__()
         self._wait()
         self.began = time.perf_counter()
         return True
@@ -77,8 +83,20 @@ class Rounds:
             samples = len(self.losses) * self.batch
             answer["flops"] = self.counter[0].get_total_flops() / samples
             self.counter = None
+        if self.profiler:
+            self.profiler.__exit__(None, None, None)
+            answer["operations"] = operations(self.profiler, self.device)
+            self.profiler = None
         print(MARK + json.dumps(answer), flush=True)
         return True
+
+
+def operations(found: profile, device: torch.device) -> list[tuple[str, float, int]]:
+    """Names of the operations that take longest by themselves, their shares, calls of all steps."""
+    name = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
+    events = sorted(found.key_averages(), key=lambda e: -getattr(e, name))
+    total = sum(getattr(e, name) for e in events) or 1
+    return [(e.key[:60], getattr(e, name) / total, e.count) for e in events[:16]]
 
 
 def main(
@@ -87,7 +105,7 @@ def main(
     stage: Stage,
     batch: int,
     precision: str = "fp32",
-    zero: str = "zero1",
+    zero: str = "auto",
     teacher: Literal["cached", "replicated"] = "cached",
     compiled: bool = False,
     threads: int = 0,

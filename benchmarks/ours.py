@@ -32,6 +32,7 @@ from engine.objectives import (
 )
 from engine.teacher import Cached, Replicated, Teacher, view
 from engine.trainer import Loop, take_step
+from engine.zero import chosen
 
 
 def _images(name: str, run: Run, stage: Stage) -> tuple[Any, Any, type[Any]]:
@@ -95,7 +96,7 @@ def make(
         lr: learning rate.
         precision: fp32, bf16 or fp16.
         batches: that repeat.
-        zero: of ds_configs/.
+        zero: see --zero.
         teacher: cached or replicated.
         compiled: through torch.compile.
     """
@@ -105,7 +106,13 @@ def make(
     section |= {"weight_decay": 0.01, "betas": (0.9, 0.95)}
     section |= {"clip": 1.0, "dropout": 0.0, "flip": False} if stage == "finetune" else {}
     config = Config.model_validate(
-        {"stage": stage, stage: section, "precision": precision, "zero": zero, "compile": compiled}
+        {
+            "stage": stage,
+            stage: section,
+            "precision": precision,
+            "zero": chosen(zero, 1, precision),
+            "compile": compiled,
+        }
     )
     run = Run(config, ranks, Path(tempfile.gettempdir()))
     plan: StageSection = getattr(config, stage)

@@ -41,6 +41,7 @@ class Contestant:
         losses: of all steps.
         answer: the last one.
         flops: of a sample, by PyTorch's counter.
+        operations: that take longest: name, share of all time, calls; if they were asked for.
         failed: its last words, if it could not run.
     """
 
@@ -50,6 +51,7 @@ class Contestant:
     losses: list[float] = field(default_factory=list)
     answer: dict[str, Any] = field(default_factory=dict)
     flops: float = 0.0
+    operations: list[tuple[str, float, int]] = field(default_factory=list)
     failed: str = ""
     _words: deque[str] = field(default_factory=lambda: deque(maxlen=20))
 
@@ -127,7 +129,9 @@ def field_of(
     return found
 
 
-def race(contestants: list[Contestant], batch: int, rounds: int, steps: int) -> None:
+def race(
+    contestants: list[Contestant], batch: int, rounds: int, steps: int, profile: bool = False
+) -> None:
     """Runs the rounds; the first, in which memory and kernels find their place, is not timed."""
     with Progress(transient=True) as progress:
         task = progress.add_task("rounds", total=(rounds + 1) * len(contestants))
@@ -139,6 +143,8 @@ def race(contestants: list[Contestant], batch: int, rounds: int, steps: int) -> 
                 progress.advance(task)
         for contestant in contestants:
             contestant.flops = contestant.ask("count", 1).get("flops", 0.0)
+            if profile:
+                contestant.operations = contestant.ask("profile", steps).get("operations", [])
 
 
 def row(contestant: Contestant, base: Contestant, peak: float | None) -> dict[str, Any]:
@@ -189,6 +195,14 @@ def table(rows: list[dict[str, Any]], base: str) -> str:
     return record.markdown(columns, lines)
 
 
+def profiled(contestant: Contestant) -> str:
+    """Where a contestant's time goes, as Markdown."""
+    lines = [[f"`{n}`", f"{100 * s:.1f}%", str(c)] for n, s, c in contestant.operations]
+    return f"{contestant.title}:\n\n" + record.markdown(
+        ["operation", "of the time", "calls"], lines
+    )
+
+
 def main(
     size: str = "small",
     stages: str = "pretrain,distill,finetune",
@@ -198,6 +212,7 @@ def main(
     precision: str | None = None,
     variants: str = "",
     threads: int = 0,
+    profile: bool = False,
     out: str | None = None,
 ) -> None:
     """Times the stages' steps.
@@ -212,6 +227,7 @@ def main(
         variants: more of ours, separated by commas, such as teacher=replicated,compiled=true;
             several options of one are joined by +.
         threads: of a CPU; 0: all cores.
+        profile: also say which operations take longest, by PyTorch's profiler.
         out: folder for step-SIZE.json and step-SIZE.md.
     """
     if size not in SIZES:
@@ -241,14 +257,19 @@ def main(
             size, stage, number, told, [v for v in variants.split(",") if v], threads
         )
         try:
-            race(contestants, number, rounds, steps)
+            race(contestants, number, rounds, steps, profile)
         finally:
             for contestant in contestants:
                 contestant.close()
+        shown_before = len(texts)
         rows = [row(one, contestants[0], peak) for one in contestants]
         figures[stage] = {"batch": number, "steps": steps, "rows": rows}
-        texts.append(f"**{stage}**, {shown.title}, batch {number}\n\n" + table(rows, "plain loop"))
-        print("\n" + texts[-1], flush=True)
+        if profile:
+            figures[stage]["operations"] = {c.title: c.operations for c in contestants}
+        head = f"**{stage}**, {shown.title}, batch {number}"
+        texts.append(f"{head}\n\n{table(rows, 'plain loop')}")
+        texts += [profiled(one) for one in contestants if one.operations]
+        print("\n" + "\n\n".join(texts[shown_before:]), flush=True)
     whose = record.machine()
     sets = f" ({', '.join(record.instructions())})" if not cuda else ""
     head = f"{whose['date']}, {whose['device']}, {whose['processor']}, {whose['cores']} cores{sets}"

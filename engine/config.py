@@ -275,7 +275,11 @@ class Config(Section):
     seed: int = Field(0, ge=0, lt=2**31)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = Field(False, description="torch.compile (a first step of a minute or more)")
-    zero: str = Field("zero1", description="name in ds_configs/, or a DeepSpeed JSON file")
+    zero: str = Field(
+        "auto",
+        description="name in ds_configs/, or a DeepSpeed JSON file"
+        " (auto = zero0 for one process in fp32, else zero1)",
+    )
     resume: str = Field("auto", description="auto | never")
     overwrite: bool = Field(False, description="delete what the stage left before")
     save_every: int = Field(1000, ge=0, description="checkpoint interval in steps (0 = none)")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from sklearn.metrics import f1_score
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -126,6 +125,8 @@ def scores(confusion: np.ndarray, loss: float) -> Scores:
     Raises:
         ValueError: the matrix is empty.
     """
+    from sklearn.metrics import f1_score  # a second to import, which stages 1 and 2 need not wait
+
     n = int(confusion.sum())
     if n == 0:
         raise ValueError("no labelled sample to score")

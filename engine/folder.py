@@ -18,13 +18,13 @@ import tomli_w
 import torch
 
 from data.errors import UserError
+from engine import zero
 from engine.checkpoint import BEFORE, FREE
 from engine.config import Config
 from engine.distributed import Ranks, main_only
 from engine.files import write_text
 from engine.preemption import Agreement, Preempted, asked
 from engine.watchdog import Watchdog
-from engine.zero import DTYPES
 
 RESULT = "result.json"
 CONFIG = "config.toml"
@@ -53,7 +53,7 @@ class Run:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights in a forward pass."""
-        return DTYPES[self.config.precision]
+        return zero.DTYPES[self.config.precision]
 
     def say(self, line: str) -> None:
         """Prints a line on rank 0."""
@@ -118,6 +118,7 @@ def open_run(config: Config, ranks: Ranks) -> Run:
     """
     if not config.output:
         raise UserError("--output is missing: name the run folder, such as --output runs/first")
+    config.zero = zero.chosen(config.zero, ranks.world, config.precision)
     run = Run(config, ranks, Path(config.output))
 
     def enter() -> None:

@@ -37,6 +37,17 @@ def known() -> list[str]:
     return sorted(p.stem for p in FOLDER.glob("*.json"))
 
 
+def chosen(name: str, world: int, precision: str) -> str:
+    """The setting that --zero means: of `auto` the fastest that shards what can be sharded.
+
+    One process has nothing to shard, and ZeRO's copies of gradients and weights cost it a tenth of
+    a step (docs/performance.md). In 16 bits DeepSpeed keeps fp32 weights in ZeRO's own optimiser.
+    """
+    if name != "auto":
+        return name
+    return "zero0" if world == 1 and precision == "fp32" else "zero1"
+
+
 def read(name: str) -> dict[str, Any]:
     """The DeepSpeed JSON of a ZeRO setting, by name or by path.
 

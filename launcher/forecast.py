@@ -124,6 +124,8 @@ def prepare(options: Options, config: Config) -> Plan:
     Raises:
         UserError: data, model, device or batch that do not fit, or are not named.
     """
+    named = zero.chosen(config.zero, options.devices, config.precision)
+    config = config.model_copy(update={"zero": named})
     device = find(
         options.device,
         zero.DTYPES[config.precision],

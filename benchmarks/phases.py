@@ -1,0 +1,79 @@
+"""engine/run.py with a clock: says on standard output when each part of the start was over.
+
+`benchmarks.startup` launches it in engine/run.py's place. A line of JSON after a mark: pairs of a
+part and the seconds since the command, whose time STARTUP_BEGAN holds (seconds since 1970).
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BEGAN = float(os.environ["STARTUP_BEGAN"])
+MARK = "@@ "
+ends: list[tuple[str, float]] = []
+
+
+def over(part: str) -> None:
+    """Notes that a part of the start is over."""
+    ends.append((part, time.time() - BEGAN))
+
+
+def timed(module: Any, name: str, before: str | None, after: str | None) -> None:
+    """Has a function of a module end one part when it begins, and another when it has ended."""
+    function: Callable[..., Any] = getattr(module, name)
+
+    def wrapped(*words: Any, **options: Any) -> Any:
+        if before:
+            over(before)
+        result = function(*words, **options)
+        if after:
+            over(after)
+        return result
+
+    setattr(module, name, wrapped)
+
+
+def main() -> int:
+    """Runs the engine until its end."""
+    over("launcher and interpreter")
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from engine import run
+
+    over("torch, configuration's classes")
+    timed(run, "_quiet", "command line", "deepspeed")
+    from engine import distributed
+
+    first = distributed.initialize
+
+    def initialize() -> Any:
+        ranks = first()
+        over("process group")
+        from engine import fit, stages, trainer
+
+        over("timm, transformers and other modules")
+        timed(fit, "build_engine", "run folder, data, weights", "DeepSpeed's engine")
+        step = trainer.take_step
+
+        def take_step(*words: Any, **options: Any) -> Any:
+            trainer.take_step = step
+            result = step(*words, **options)
+            over("workers, first step")
+            print(MARK + json.dumps(ends), flush=True)
+            return result
+
+        trainer.take_step = take_step
+        assert stages
+        return ranks
+
+    distributed.initialize = initialize
+    return run.main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)

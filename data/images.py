@@ -117,6 +117,7 @@ def read(content: bytes) -> Image.Image:
     try:
         if content.startswith(_PNG):
             check_png(content)
+            return to_rgb(Image.open(io.BytesIO(content), formats=("PNG",)))
         return to_rgb(Image.open(io.BytesIO(content)))
     except UnidentifiedImageError:
         raise ValueError("it is no image of a known kind" if content else "it is empty") from None

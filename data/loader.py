@@ -46,6 +46,11 @@ def _ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _as_it_is(batch: Any) -> Any:
+    """In place of torch's default, which would make tensors of arrays again."""
+    return batch
+
+
 _DEATHS = {
     -signal.SIGKILL: "was killed by the system (SIGKILL), most likely for lack of memory",
     -signal.SIGBUS: "died (SIGBUS), most likely for lack of shared memory (/dev/shm)",
@@ -191,6 +196,7 @@ class _Batches:
             self.samples,
             sampler=Arrays(),
             batch_size=None,
+            collate_fn=_as_it_is,
             num_workers=self._workers,
             pin_memory=self._pin,
             prefetch_factor=4 if self._workers else None,
@@ -207,7 +213,7 @@ class _Batches:
                 if "error" in batch:
                     raise UserError(batch["error"])
                 self._count(batch.pop("broken"))
-                yield {name: received(value, self._pin) for name, value in batch.items()}
+                yield received(batch)
         finally:
             self._live.discard(iterator)
             if os.getpid() == self._pid:

@@ -10,7 +10,6 @@ Remote shards are checked against their sha256 when they are fetched.
 """
 
 import bisect
-import contextlib
 import functools
 import os
 from collections import OrderedDict
@@ -23,7 +22,7 @@ from data import labels
 from data.cache import Report, ShardCache
 from data.errors import BrokenData, UserError
 from data.manifest import Manifest, is_remote
-from data.tars import BLOCK, Member, parse_header
+from data.tars import BLOCK, parse_header
 
 # Read label and input in one go when no more than this lies between them.
 _GAP = 64 * 1024
@@ -81,8 +80,11 @@ class Reader:
 
     def __del__(self) -> None:
         # A loader that is dropped instead of closed must not use up the process's descriptors.
-        with contextlib.suppress(AttributeError, OSError):
+        # At the end of the program modules are gone, and what is open closes by itself.
+        try:  # noqa: SIM105
             self.close()
+        except (AttributeError, OSError):
+            pass
 
     @property
     def opened(self) -> list[int]:
@@ -177,32 +179,29 @@ class Reader:
         shard = bisect.bisect_right(self._starts, sample) - 1
         at, size, label_at, label_size = self._members[sample].tolist()
         fd = self._descriptor(shard)
-        span = (at - BLOCK, at + size)
-        label_part = None
-        if label_at >= 0:
+        span, label = (at - BLOCK, at + size), -1
+        if label_at < 0:
+            parts = [(os.pread(fd, span[1] - span[0], span[0]), 0)]
+        else:
             label_span = (label_at - BLOCK, label_at + label_size)
             low, high = min(span[0], label_span[0]), max(span[1], label_span[1])
             if high - low <= size + label_size + _GAP:
                 whole = os.pread(fd, high - low, low)
-                part, label_part = (whole[a - low : b - low] for a, b in (span, label_span))
+                parts = [(whole, span[0] - low), (whole, label_span[0] - low)]
             else:
-                part, label_part = (os.pread(fd, b - a, a) for a, b in (span, label_span))
-        else:
-            part = os.pread(fd, span[1] - span[0], span[0])
+                parts = [(os.pread(fd, b - a, a), 0) for a, b in (span, label_span)]
         name = f"sample {sample - self._starts[shard]}"
         try:
-            name = self._check_member(part, size).name
-            label = -1
-            if label_part is not None:
-                self._check_member(label_part, label_size)
-                label = self._label(label_part[BLOCK:])
+            content, name = self._member(*parts[0], size)
+            if label_at >= 0:
+                label = self._label(self._member(*parts[1], label_size)[0])
         except ValueError as error:
             raise BrokenData(
                 f"shard {self._places[shard]}, {name}: {error}: check the shards"
                 " (python -m data.verify) and fetch or pack this one anew, or allow some to be"
                 " skipped (--data.skip_broken 0.01)"
             ) from None
-        return Record(part[BLOCK:], label, f"shard {self._places[shard]}, {name}")
+        return Record(content, label, f"shard {self._places[shard]}, {name}")
 
     @functools.cached_property
     def _starts(self) -> list[int]:
@@ -220,14 +219,15 @@ class Reader:
         return np.asarray(self.manifest.members)
 
     @staticmethod
-    def _check_member(part: bytes, size: int) -> Member:
-        """A member by its header, from its header and data."""
-        if len(part) != size + BLOCK:
+    def _member(part: bytes, at: int, size: int) -> tuple[bytes, str]:
+        """A member's bytes and name, its header being at `at` of a part of the shard."""
+        begin = at + BLOCK
+        if len(part) < begin + size:
             raise ValueError("the shard ends within it")
-        header = parse_header(part[:BLOCK])
+        header = parse_header(part[at:begin])
         if header.size != size:
             raise ValueError(f"the tar holds {header.size} bytes where the manifest says {size}")
-        return header
+        return part[begin : begin + size], header.name
 
     def _label(self, text: bytes) -> int:
         """A class number from a label member."""

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,9 @@ from data.reader import Reader, Record
 # Makes arrays [b, ...] from positions int64 [b] and the batch that stands there.
 Keyed = Callable[[Ints, dict[str, torch.Tensor]], dict[str, NDArray[Any]]]
 
-# A tensor that a worker hands over costs a file in shared memory, a third of a millisecond or so;
-# the pipe between the processes carries an array up to this many bytes for less.
-_BY_PIPE = 128 * 1024
+# A tensor that a worker hands over costs a file in shared memory, a millisecond or so; the pipe
+# between the processes carries an array up to this many bytes for less.
+_BY_PIPE = 2**20
 
 # A broken sample is replaced by the next readable one of its partition, looked for this far ahead.
 _TRIES = 64
@@ -28,23 +28,22 @@ _TRIES = 64
 def _carried(value: Any) -> Any:
     """What a worker sends for an entry of a batch; `received` undoes it."""
     small = isinstance(value, torch.Tensor) and value.nbytes <= _BY_PIPE
-    return value.numpy() if small else value
+    return ByPipe(value.numpy()) if small else value
 
 
-def received(value: Any, pin: bool) -> torch.Tensor:
-    """An entry of a batch as a tensor.
+def received(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A batch of tensors, of what `Samples` gives."""
+    return {k: torch.from_numpy(v.array) if type(v) is ByPipe else v for k, v in batch.items()}
 
-    Args:
-        value: As `Samples` gives it: a tensor, or an array where it is small.
-        pin: In page-locked memory, where DataLoader puts tensors, but not arrays.
 
-    Returns:
-        The tensor.
-    """
-    if isinstance(value, torch.Tensor):
-        return value
-    tensor = torch.from_numpy(value)
-    return tensor.pin_memory() if pin else tensor
+class ByPipe(NamedTuple):
+    """A small entry of a batch on its way to the trainer."""
+
+    array: NDArray[Any]
+
+    def pin_memory(self, *_: Any) -> torch.Tensor:
+        """In page-locked memory, where DataLoader's thread puts what has this method."""
+        return torch.from_numpy(self.array).pin_memory()
 
 
 class Samples(Dataset[dict[str, Any]], ABC):

@@ -277,8 +277,7 @@ class Config(Section):
     compile: bool = Field(False, description="torch.compile (a first step of a minute or more)")
     zero: str = Field(
         "auto",
-        description="name in ds_configs/, or a DeepSpeed JSON file"
-        " (auto = zero0 for one process in fp32, else zero1)",
+        description="name in ds_configs/, or a JSON file (auto = zero1; zero0 for one process)",
     )
     resume: str = Field("auto", description="auto | never")
     overwrite: bool = Field(False, description="delete what the stage left before")

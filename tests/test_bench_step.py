@@ -44,9 +44,23 @@ def test_all_contestants_have_the_same_losses(size: str, tmp_path: Path) -> None
     if size == "tiny":
         shape = Shape(16, 4, 32, 2, 2, 64, 16, 1, 2, 32)
         formula = flops.step_flops(shape, "distill", teacher="cached", cls_only=True)
-        projection = 2 * 2 * shape.patches * shape.patch_values * shape.width  # no input gradient
+        projected = shape.patches + shape.kept  # whose input, pixels, needs no gradient
+        projection = 2 * projected * shape.patch_values * shape.width
         assert ours == pytest.approx(formula - projection, rel=1e-9)
     assert "| plain loop |" in (tmp_path / f"step-{size}.md").read_text()
+
+
+def test_a_compiled_step_has_the_same_losses(tmp_path: Path) -> None:
+    words = ["--size", "tiny", "--stages", "pretrain", "--rounds", "1", "--steps", "1"]
+    done = bench(*words, "--variants", "compiled=true", "--profile", "true", "--out", f"{tmp_path}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "step-tiny.json").read_text())["pretrain"]
+    row = found["rows"][-1]
+    assert row["name"] == "ours, compiled true"
+    assert row["loss_difference"] < 2e-5
+    # Compiled it was: matrix products are called from code that inductor made.
+    names = [name for name, _, _ in found["operations"]["ours, compiled true"]]
+    assert any("graph" in name.lower() or "Compiled" in name for name in names), names
 
 
 def test_mistakes_are_one_line() -> None:

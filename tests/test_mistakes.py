@@ -177,6 +177,11 @@ def table(root: Path) -> list[tuple[str, tuple[str, list[str]], str]]:
             "'recadam', 'mars'",
         ),
         (
+            "compiled under ZeRO-3",
+            engine(r, **{"compile": True, "zero": "zero3"}),
+            "take zero0, zero1 or zero2",
+        ),
+        (
             "rows under ZeRO-3",
             engine(r, **(tune | {"finetune.regularizer": "mars", "zero": "zero3"})),
             "take zero0, zero1 or zero2",

@@ -54,6 +54,8 @@ def read(name: str) -> dict[str, Any]:
     Raises:
         UserError: no such file, not JSON, or it sets what the engine sets.
     """
+    if name == "auto":  # before the processes are known: what holds of one choice, of the other too
+        name = "zero1"
     path = FOLDER / f"{name}.json"
     if not path.is_file():
         path = Path(name)

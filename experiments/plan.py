@@ -30,6 +30,9 @@ _LATER: dict[Stage, tuple[str, ...]] = {
     "finetune": (),
 }
 
+#: How engine/run.py's error begins where a loss is not finite.
+DIVERGED = "the loss is not finite"
+
 #: Seed of the runs that choose hyper-parameters: none of those that are reported.
 SEARCH_SEED = 1000
 
@@ -51,18 +54,23 @@ class Choice:
         return [(options, job.validation(root)) for options, job in self.candidates]
 
     def best(self, root: Path) -> Options:
-        """The candidate of the highest score, the first of equals.
+        """The candidate of the highest score, the first of equals; one that diverged loses.
 
         Raises:
-            UserError: one has no score.
+            UserError: one has no score yet, or none will have any.
         """
         scored = self.scores(root)
-        missing = [
-            job.name for (_, job), (_, s) in zip(self.candidates, scored, strict=True) if s is None
+        left = [
+            job.name
+            for (_, job), (_, score) in zip(self.candidates, scored, strict=True)
+            if score is None and not job.diverged(root)
         ]
-        if missing:
-            raise UserError(f"{self.name} waits for {missing[0]}, which has no validation score")
-        return max(scored, key=lambda pair: pair[1] or 0.0)[0]
+        if left:
+            raise UserError(f"{self.name} waits for {left[0]}, which has no validation score")
+        known = [(options, score) for options, score in scored if score is not None]
+        if not known:
+            raise UserError(f"{self.name}: every candidate of its search diverged: give others")
+        return max(known, key=lambda pair: pair[1])[0]
 
 
 @dataclass
@@ -120,6 +128,18 @@ class Job:
         if found is None or self.stage != "finetune":
             return found
         return found if int(found.get("n", 1)) >= self.seeds else None
+
+    def record(self, root: Path) -> Path:
+        """File of what is known of its launches (`experiments.state`)."""
+        mark = self.name.removeprefix(self.folder).replace("#", "-")
+        return root / self.folder / f"job{mark}.json"
+
+    def diverged(self, root: Path) -> bool:
+        """Whether it is a search's candidate whose loss was not finite, and would not be again."""
+        if "/search/" not in self.name or self.result(root) is not None:
+            return False
+        told = _json(self.record(root)) or {}
+        return told.get("status") == "failed" and str(told.get("message")).startswith(DIVERGED)
 
     def validation(self, root: Path) -> float | None:
         """Its validation score."""
@@ -200,10 +220,14 @@ class Plan:
         specs: where the specs are.
         profile: the size.
         data_root: folder of packed data sets.
+        done: a sweep's folder: data sets that have results there need not be in `data_root`.
     """
 
-    def __init__(self, specs: Specs, profile: Profile, data_root: Path) -> None:
+    def __init__(
+        self, specs: Specs, profile: Profile, data_root: Path, done: Path | None = None
+    ) -> None:
         self.specs, self.profile, self.data_root = specs, profile, data_root
+        self.done = done
         self.jobs: dict[str, Job] = {}
         self.cells: list[Cell] = []
         self.absent: dict[str, Dataset] = {}
@@ -226,13 +250,13 @@ class Plan:
             self.named |= names
             if wanted and not names & set(wanted):
                 continue
-            if not (self.place(dataset) / "train" / manifest.FILE).exists():
+            known = self.done is not None and (self.done / dataset.name).is_dir()
+            if not known and not (self.place(dataset) / "train" / manifest.FILE).exists():
                 self.absent[dataset.name] = dataset
                 continue
             method = self.specs.load(Method, row.method)
-            if not (self.place(dataset) / "val" / manifest.FILE).exists() and self._searches(
-                dataset, method
-            ):
+            chooses = known or (self.place(dataset) / "val" / manifest.FILE).exists()
+            if not chooses and self._searches(dataset, method):
                 self.unsearchable[dataset.name] = dataset
                 continue
             job = self._final(dataset, method, row, seeds or table.seeds)

@@ -91,7 +91,7 @@ def _scores(contents: Contents, choice: Choice) -> list[Entry]:
         choice.scores(contents.root), choice.candidates, strict=True
     ):
         if score is None:
-            where = contents.stands(job)
+            where = "diverged" if job.diverged(contents.root) else contents.stands(job)
             entries.append(Entry(where, style="missing"))
         else:
             chosen = options == best

@@ -130,13 +130,6 @@ def missing(contents: Contents) -> list[Section]:
         lines = [Line([Entry(d.title), Entry(d.pack or NONE, style="code")]) for d in absent]
         caption = f"data sets that are not in {contents.sweep.data_root}"
         blocks.append(Grid(words("data set", "packed by"), lines, caption, labels=2))
-        lost = [d.title for d in absent if (contents.root / d.name).is_dir()]
-        if lost:
-            blocks += notes(
-                "The sweep's folder holds results on "
-                f"{', '.join(lost)}, which are shown where data_root has the set: name the folder"
-                " that does by --data_root."
-            )
     undone = [job for job in contents.jobs if contents.status[job.name] != "done"]
     if undone:
         ends = [

@@ -152,7 +152,7 @@ def read(root: Path, data_root: Path | None = None) -> Contents:
     known: dict[tuple[str, int], Outcome] = {}
     for asked in sweep.asked:
         found.tables.append(_table(sweep, specs, asked, known))
-    found.jobs = sweep.plan().ordered()
+    found.jobs = sweep.plan(results=True).ordered()
     found.status = {job.name: state.status(root, job) for job in found.jobs}
     return found
 
@@ -160,15 +160,15 @@ def read(root: Path, data_root: Path | None = None) -> Contents:
 def _table(
     sweep: Sweep, specs: Specs, asked: Asked, known: dict[tuple[str, int], Outcome]
 ) -> Reported:
-    table = specs.load(Table, asked.table)
+    table = specs.table(asked.table)
     if asked.datasets:
         table = table.model_copy(update={"datasets": list(asked.datasets)})
-    wanted = sweep.plan([asked])
+    wanted = sweep.plan([asked], results=True)
     plan = wanted
     if asked.only:
         # What --only leaves out may be complete from an earlier call.
         try:
-            plan = sweep.plan([Asked(asked.table, asked.datasets, (), asked.seeds)])
+            plan = sweep.plan([Asked(asked.table, asked.datasets, (), asked.seeds)], results=True)
         except UserError:
             plan = wanted
     cells: dict[tuple[int, str], Outcome] = {}

@@ -174,10 +174,12 @@ class Local:
             if not code and job.result(self.root) is None:
                 code, message = 1, "it ended well and left no result"
             state.end(self.root, job, code, message)
-            ends[job.name] = "failed" if code else "done"
+            diverged = job.diverged(self.root)
+            ends[job.name] = "failed" if code and not diverged else "done"
             self.took.setdefault(job.stage, []).append(seconds)
             ended = sum(end == "done" for end in ends.values())
             told = f"failed ({message}), log: {log_of(self.root, job)}" if code else "done"
+            told += "; it loses the search" if diverged else ""
             self.console.print(
                 f"[{ended}/{total}] {job.name}: {told} in {seconds:.0f} s{self._time_left(left)}",
                 style="red" if code else None,
@@ -224,7 +226,8 @@ def check(root: Path, plan: Plan) -> None:
         except UserError as error:
             raise UserError(f"{job.name}: {error}") from error
         tried = [one for choice in job.choices for _, one in choice.candidates]
-        if job.result(root) is not None and all(one.result(root) for one in tried):
+        known = all(one.result(root) or one.diverged(root) for one in tried)
+        if job.result(root) is not None and known:
             state.check(root, job, job.command(root, plan.data_root), plan.data_root)
 
 
@@ -314,7 +317,8 @@ def main(
         ranks: processes of one job.
         jobs: at a time; 0 takes one for each GPU, or core.
         hours: after which nothing new is started.
-        slurm: submit arrays of SLURM jobs instead; options of sbatch come from SBATCH_ variables.
+        slurm: submit arrays of SLURM jobs instead; options of sbatch come from SBATCH_ variables,
+            so ranks, jobs and hours may not be given.
         dry_run: list the jobs and where they stand.
     """
     known = Specs(Path(specs) if specs else None)
@@ -327,6 +331,11 @@ def main(
             raise UserError(f"--{name} {value}: give {least} or more")
     if seeds is not None and seeds < 2:
         raise UserError(f"--seeds {seeds}: give 2 or more; a cell has a spread over its seeds")
+    if slurm and (ranks, jobs, hours) != (1, 0, 0):
+        raise UserError(
+            "--slurm with --ranks, --jobs or --hours: SLURM decides these: give sbatch's options in"
+            " its variables, such as SBATCH_TIMELIMIT, or leave --slurm out"
+        )
     if data_root is None:
         raise UserError("--data_root is missing: the folder of packed data sets")
     if not Path(data_root).is_dir():

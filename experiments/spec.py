@@ -73,6 +73,9 @@ class Method(Spec):
     text: Options = Field(default_factory=dict, description="options for texts alone")
     lengthen: Lengthen = Field(default_factory=dict, description="stage -> times its usual length")
     search: Grid = Field(default_factory=dict, description="chosen by validation for this method")
+    tables: list[str] = Field(
+        default_factory=list, description="tables of which it is a row, beside those in their files"
+    )
     tuned_as: str | None = Field(
         None, description="method whose choice from the profile's grid is taken over"
     )
@@ -239,6 +242,23 @@ class Specs:
             place = ".".join(str(p) for p in first["loc"]) or "the file"
             message = first["msg"].removeprefix("Value error, ")
             raise UserError(f"{path}: {place}: {message}") from error
+
+    def table(self, name: str) -> Table:
+        """A table, with the methods that name it in files of their own as its last rows.
+
+        Raises:
+            UserError: a spec is wrong, or a method names a figure along an axis.
+        """
+        table = self.load(Table, name)
+        there = {row.method for row in table.rows}
+        more = [m for m in self.names(Method) if m not in there]
+        rows = [Row(method=m) for m in more if name in self.load(Method, m).tables]
+        if rows and any(row.x is not None for row in table.rows):
+            raise UserError(
+                f"method {rows[0].method}: {name} is a figure with an axis, on which a row needs a"
+                " place x: write a table of your own"
+            )
+        return table.model_copy(update={"rows": [*table.rows, *rows]})
 
 
 PARTS: dict[type[Spec], str] = {

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import UserError
-from data.manifest import Manifest
+from data.manifest import FILE, UNLABELLED, Manifest
 from engine.files import write_text
 from experiments.plan import Job, Plan
-from experiments.spec import Profile, Specs, Table
+from experiments.spec import Profile, Specs
 
 SWEEP = "sweep.json"
 
@@ -111,16 +111,21 @@ class Sweep:
                 self.asked.remove(old)
             self.asked.append(joined)
 
-    def plan(self, asked: list[Asked] | None = None) -> Plan:
+    def plan(self, asked: list[Asked] | None = None, *, results: bool = False) -> Plan:
         """The jobs of its tables, or of some.
+
+        Args:
+            asked: which; None: all.
+            results: also where the data are gone and results are there, as a report has it.
 
         Raises:
             UserError: a spec is missing or wrong.
         """
         specs = Specs(self.specs)
-        made = Plan(specs, specs.load(Profile, self.profile), self.data_root)
+        done = self.root if results else None
+        made = Plan(specs, specs.load(Profile, self.profile), self.data_root, done)
         for one in self.asked if asked is None else asked:
-            table = specs.load(Table, one.table)
+            table = specs.table(one.table)
             if one.datasets:
                 table = table.model_copy(update={"datasets": list(one.datasets)})
             made.add(table, one.only, one.seeds)
@@ -133,7 +138,7 @@ def _joined(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:
 
 def record(root: Path, job: Job) -> Path:
     """The file of a job's record."""
-    return root / job.folder / f"job{job.name.removeprefix(job.folder).replace('#', '-')}.json"
+    return job.record(root)
 
 
 def read(root: Path, job: Job) -> dict[str, Any]:
@@ -161,10 +166,11 @@ def check(root: Path, job: Job, command: list[str], data_root: Path) -> None:
             f"{place} was made with {name} {then.get(name)}, now it is {now.get(name)}: {cure}"
         )
     made = (job.result(root) or {}).get("manifest")
-    split = "train" if job.stage == "finetune" else None
-    if made is not None and split is not None:
+    if made is not None:
         data = data_root / (job.dataset.folder or job.dataset.name)
-        if Manifest.load_split(str(data), split).hash != made:
+        splits = ["train"] if job.stage == "finetune" else ["train", UNLABELLED]
+        there = [s for s in splits if (data / s / FILE).exists()]
+        if made not in [Manifest.load_split(str(data), s).hash for s in there]:
             raise UserError(f"{place} learnt from other data than {data} holds: {cure}")
     for one in job.needs:
         if float(read(root, one).get("began", 0.0)) > float(before["began"]):
@@ -213,7 +219,7 @@ def end(root: Path, job: Job, code: int, message: str) -> None:
 
 def status(root: Path, job: Job) -> Status:
     """Where a job stands."""
-    if job.result(root) is not None:
+    if job.result(root) is not None or job.diverged(root):
         return "done"
     if read(root, job).get("status") == "failed":
         return "failed"

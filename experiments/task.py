@@ -62,7 +62,7 @@ def main(
     if job.result(root) is not None:
         print("COMPLETE=1")
         return
-    waits = [one.name for one in job.before if one.result(root) is None]
+    waits = [one.name for one in job.before if one.result(root) is None and not one.diverged(root)]
     if waits:
         raise UserError(f"{job.name} needs {waits[0]}, which is not complete")
     try:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 
-from benchmarks import loader, loader_peers
+from benchmarks import loader, loader_peers, loader_tables
 from benchmarks.loader_peers import CONTESTANTS, Batches, Pictures
 from data.errors import UserError
 from data.reader import Reader
@@ -112,7 +112,7 @@ def test_records_and_tables(tmp_path: Path, here: Path, capfd: pytest.CaptureFix
     for ratio in found["ratios"].values():
         expected = ours[loader_peers.OURS] / ours[ratio["other"]]
         assert ratio["images_per_s"]["median"] == pytest.approx(expected)
-    assert found["ratios"]["best_peer"]["other"] == max(loader.PEERS, key=ours.__getitem__)
+    assert found["ratios"]["best_peer"]["other"] == max(loader_tables.PEERS, key=ours.__getitem__)
     assert {(row["workers"], row["step"]) for row in found["start"]} == {
         (workers, step) for workers in (0, 1) for step in (0, 10**6, 10**9)
     }
@@ -136,7 +136,7 @@ def test_records_and_tables(tmp_path: Path, here: Path, capfd: pytest.CaptureFix
 
 def test_the_slope_is_that_of_a_line() -> None:
     watched = [(n * 50_000, 100 + n * 0.25, 50.0) for n in range(1, 21)]
-    first, workers, together = loader.endurance_rows(watched)
+    first, workers, together = loader_tables.endurance_rows(watched)
     assert first["mb_per_million"] == pytest.approx(5)
     assert workers["mb_per_million"] == pytest.approx(0)
     assert together["mb_at_10"] == pytest.approx(150.5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import scale
+from benchmarks import scale, scale_ranks, scale_tables
 from data.errors import UserError
 
 FLOAT = 4
@@ -32,7 +32,7 @@ def alone() -> Any:
 
 def test_whole_tensors_are_counted(alone: Any) -> None:
     part, whole = torch.zeros(10), torch.zeros(10)
-    with scale.counting() as found:
+    with scale_ranks.counting() as found:
         dist.all_reduce(part)
         dist.all_gather([whole], part)
         dist.all_gather_into_tensor(whole, part)
@@ -53,7 +53,7 @@ def test_whole_tensors_are_counted(alone: Any) -> None:
 
 
 def test_what_has_no_formula_is_an_error(alone: Any) -> None:
-    with scale.counting(), pytest.raises(LookupError, match="scatter"):
+    with scale_ranks.counting(), pytest.raises(LookupError, match="scatter"):
         dist.scatter(torch.zeros(2), [torch.zeros(2)], src=0)
 
 
@@ -61,7 +61,7 @@ def test_every_moving_method_of_torch_is_known() -> None:
     """A torch that names its collectives otherwise must be noticed."""
     words = ("reduce", "gather", "scatter", "broadcast", "alltoall", "all_to_all", "send", "recv")
     found = {n for n in vars(dist.ProcessGroup) if any(word in n for word in words)}
-    assert found <= {*scale.METHODS, *scale.UNKNOWN}
+    assert found <= {*scale_ranks.METHODS, *scale_ranks.UNKNOWN}
 
 
 def test_numbers_of_ranks() -> None:
@@ -89,11 +89,11 @@ def test_text() -> None:
         {"ranks": n, "cores": 2, "median": m, "min": m - 1, "max": m + 1, "n": 5, "efficiency": e}
         for n, m, e in ((1, 10.0, 1.0), (4, 15.0, 0.75))
     ]
-    said = scale.text([volume], rates)
+    said = scale_tables.text([volume], rates, 1000)
     assert "| 1 | 2 | 2.000 | 3.000 | 3.000 | 1.500 | 3 all-reduce, 2 all-gather |" in said
     assert "| 4 | 2 | 15.0 | 14.0 to 16.0 | 5 | 75% |" in said
     assert "machine has 2 cores: more ranks than that share them" in said
-    assert "Textbook" not in scale.text([], rates)
+    assert "Textbook" not in scale_tables.text([], rates, 1000)
 
 
 @pytest.mark.multi

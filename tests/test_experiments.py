@@ -17,6 +17,7 @@ from experiments.spec import Dataset, Method, Profile, Specs, Table, paper_figur
 from experiments.state import Asked, Sweep
 from tests.experiments_kit import command, make_specs, make_table, run
 from tests.helpers import ROOT, environment
+from tests.report_kit import finish, note
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,41 @@ def test_the_best_validation_score_is_taken(root: Path, tmp_path: Path) -> None:
     assert job.options(tmp_path)["finetune.lr"] == 2e-3
 
 
+def test_a_candidate_that_diverged_loses_and_vetoes_nothing(root: Path, tmp_path: Path) -> None:
+    planned = plan(root, "table1")
+    cell = next(c for c in planned.cells if c.job.choices)
+    (choice,) = cell.job.choices
+    *others, (_, bad) = choice.candidates
+    for number, (_, job) in enumerate(others):
+        finish(tmp_path, job)
+        assert job.validation(tmp_path) is not None, number
+    with pytest.raises(UserError, match=f"waits for {bad.name}"):
+        choice.best(tmp_path)
+    note(tmp_path, bad, "failed", "the loss is not finite at step 3: loss = nan: lower")
+    assert choice.best(tmp_path) in [options for options, _ in others]
+    assert state.status(tmp_path, bad) == "done"
+    note(tmp_path, bad, "failed", "No space left on device")
+    assert state.status(tmp_path, bad) == "failed"
+    assert state.status(tmp_path, cell.job) == "blocked"
+    for _, job in choice.candidates:
+        (tmp_path / job.leaves / "result.json").unlink(missing_ok=True)
+        note(tmp_path, job, "failed", "the loss is not finite at step 3: loss = nan: lower")
+    with pytest.raises(UserError, match="every candidate of its search diverged"):
+        choice.best(tmp_path)
+
+
+def test_a_method_may_name_the_tables_that_it_is_a_row_of(root: Path) -> None:
+    text = 'title = "mine"\nstart = "model"\ntables = ["table1", "figure4"]\n'
+    spec(root / "my", "methods", "joins", text)
+    try:
+        assert plan(root, "table1").cells[-1].method.name == "joins"
+        assert "joins" not in [row.method for row in Specs(root / "my").load(Table, "table1").rows]
+        with pytest.raises(UserError, match="a row needs a place x"):
+            plan(root, "figure4")
+    finally:
+        (root / "my" / "methods" / "joins.toml").unlink()
+
+
 def test_only_restricts(root: Path) -> None:
     sweep = Sweep(root / "planned", "tiny", root / "shards", root / "my", [])
     both = ("colours", "again")
@@ -224,11 +260,12 @@ def test_a_rows_own_value_changes_nothing_of_its_methods_search(root: Path) -> N
         assert len(cells[True].choices) == 1
 
 
-def test_a_search_of_earlier_stages_is_refused(root: Path) -> None:
+def test_a_search_of_earlier_stages_is_refused(tmp_path: Path) -> None:
     text = 'title = "x"\nstart = "distill"\n[search]\n"distill.weight" = [0.1, 10.0]\n'
-    spec(root / "my", "methods", "deep", text)
+    (tmp_path / "methods").mkdir()
+    spec(tmp_path, "methods", "deep", text)
     with pytest.raises(UserError, match="would train the stages before it anew"):
-        Specs(root / "my").load(Method, "deep")
+        Specs(tmp_path).load(Method, "deep")
 
 
 @pytest.mark.parametrize("name", ["pretrain", "distill", "search"])
@@ -291,6 +328,15 @@ def test_what_was_made_otherwise_is_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="learnt from other data"):
         begin("--finetune.lr", "0.002")
     (tmp_path / job.leaves / "result.json").unlink()
+    # A first stage that was made of a set that has been packed anew since.
+    (first,) = job.needs
+    state.begin(tmp_path, first, ["--stage", "pretrain"], shards)
+    (tmp_path / first.leaves).mkdir(parents=True)
+    (tmp_path / first.leaves / "result.json").write_text(json.dumps(result))
+    with pytest.raises(UserError, match="learnt from other data"):
+        state.check(tmp_path, first, ["--stage", "pretrain"], shards)
+    (tmp_path / first.leaves / "result.json").unlink()
+    (tmp_path / first.leaves).rmdir()
     time.sleep(0.01)
     state.begin(tmp_path, job.needs[0], ["--stage", "pretrain"], shards)
     with pytest.raises(UserError, match="before it was made anew"):
@@ -353,6 +399,7 @@ def test_tables_that_are_asked_for_again_join(tmp_path: Path) -> None:
         (("table1", "--only", "recadm", "--datasets", "colours"), "Did you mean recadam?"),
         (("table1", "--ranks", "0", "--datasets", "colours"), "--ranks 0: give 1 or more"),
         (("table1", "--seeds", "1", "--datasets", "colours"), "--seeds 1: give 2 or more"),
+        (("table1", "--slurm", "--ranks", "8"), "SLURM decides these"),
         (("table1", "--profil", "x"), "--profile"),
     ],
 )

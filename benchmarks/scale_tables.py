@@ -1,0 +1,77 @@
+"""The tables of `benchmarks.scale`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import record
+from benchmarks.scale_ranks import SETTING, TIMED
+
+
+def text(volumes: Sequence[dict[str, Any]], weak: Sequence[dict[str, Any]], trained: int) -> str:
+    """Both tables, with what is behind them.
+
+    Args:
+        volumes: lines of `compared`.
+        weak: ranks, cores, median, min, max, n and efficiency.
+        trained: parameters.
+    """
+    lines = ["# Communication and weak scaling of a distillation step", ""]
+    if volumes:
+        lines += [
+            f"ViT-MAE of recipes/vit_small, P = {trained:,} trained parameters, fp32, gloo:"
+            " MB that a rank sends in one optimiser step.",
+            "",
+            _volume_table(volumes),
+            "",
+            "Counted: every tensor that ProcessGroup is asked to move, times 2 (N-1)/N for an"
+            " all-reduce and (N-1)/N otherwise (a ring's convention, not gloo's own traffic)."
+            " Textbook: 2 P under ZeRO 0, 1 and 2, 3 P under ZeRO 3, times (N-1)/N. Plan: what"
+            " launcher/scaling.py says of DeepSpeed 0.19.8. A: micro-batches a step; the textbook"
+            " takes a sum for each in ZeRO 2, and all three passes in ZeRO 3.",
+            "",
+            "ZeRO 1 and 2 all-reduce whole buckets of gradients, of which a rank keeps its part;"
+            " two of their all-reduces, and those of ZeRO 3, are the overflow and the norm. ZeRO 3"
+            " gathers once, not twice, since all parameters are below stage3_max_live_parameters;"
+            " the frozen position tables come with them, and those below"
+            " stage3_param_persistence_threshold once a step, one call each. Where nothing is kept,"
+            " the encoder is gathered for each of its two views, forward and backward: the plan"
+            " counts one.",
+            "",
+        ]
+    cores = weak[0]["cores"]
+    lines += [
+        f"Weak scaling, {SETTING}, {TIMED} images of 64 pixels a rank, one thread a rank; this"
+        f" machine has {cores} cores: more ranks than that share them.",
+        "",
+        record.markdown(
+            ("ranks", "cores used", "images/s, median", "min to max", "n", "efficiency"),
+            [
+                (
+                    *(f"{row['ranks']}", f"{min(row['ranks'], cores)}", f"{row['median']:.1f}"),
+                    *(f"{row['min']:.1f} to {row['max']:.1f}", f"{row['n']}"),
+                    f"{100 * row['efficiency']:.0f}%",
+                )
+                for row in weak
+            ],
+        ),
+        "",
+        f"Efficiency: images/s over those of {weak[0]['ranks']} rank(s), for each core used:"
+        " min(ranks, cores).",
+    ]
+    return "\n".join(lines)
+
+
+def _volume_table(volumes: Sequence[dict[str, Any]]) -> str:
+    columns = ("ZeRO", "ranks", "textbook", "plan", "measured", "measured / textbook", "calls")
+    rows = [
+        (
+            *(row["setting"], f"{row['ranks']}"),
+            *(f"{row[name] / 1e6:.3f}" for name in ("textbook", "plan", "measured")),
+            f"{row['measured'] / row['textbook']:.3f}",
+            ", ".join(f"{calls} {kind}" for kind, calls in row["calls"].items()),
+        )
+        for row in volumes
+    ]
+    return record.markdown(columns, rows)

@@ -103,6 +103,8 @@ def main(
     tables: str = "table1,table2",
     datasets: str | None = None,
     hours: float = 0.13,
+    sizes: str = "small:64,vit_base:64,vit_base:256",
+    stages: str = "pretrain,distill",
 ) -> None:
     """Runs one of the long jobs.
 
@@ -119,15 +121,20 @@ def main(
         tables: reproduce: which, between commas.
         datasets: reproduce: in place of the tables' own.
         hours: reproduce: after which nothing new is started.
+        sizes: bench: SIZE:BATCH of benchmarks.step, between commas.
+        stages: bench: of the training, between commas.
     """
     here, folder = Job(job, Path(out).resolve()), Path(work).resolve()
     if job == "tests":
         here.run(sys.executable, "-m", "pytest", "-m", "gpu", "-v")
     elif job == "bench":
-        for name, batch in (("small", "64"), ("vit_base", "64"), ("vit_base", "256")):
+        for size in sizes.split(","):
+            name, _, batch = size.partition(":")
+            if not batch.isdigit():
+                raise UserError(f"--sizes {size}: give SIZE:BATCH, such as vit_base:256")
             words = ["--size", name, "--batch", batch, "--rounds", "5", "--steps", "5"]
             more = ["teacher=replicated", "compiled=true"]
-            words += ["--stages", "pretrain,distill", "--variants", ",".join(more)]
+            words += ["--stages", stages, "--variants", ",".join(more), "--profile", "true"]
             # Folders apart: both of vit_base would be step-vit_base.
             words += ["--out", str(here.out / f"batch-{batch}")]
             here.run(sys.executable, "-m", "benchmarks.step", *words)

@@ -182,6 +182,9 @@ def build_engine(
             f"--zero {run.config.zero}: DeepSpeed refuses it: {one_line(error)[:200]}: correct the"
             " file, or take one of ds_configs/"
         ) from error
+    if run.ranks.world == 1 and zero.stage_of(content) == 0:
+        # Nobody to add up with: DeepSpeed would copy all gradients together and back all the same.
+        engine.enable_backward_allreduce = False
     if run.config.compile:
         engine.compile()
     return engine

@@ -43,8 +43,8 @@ def main() -> int:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from engine import run
 
-    over("torch, configuration's classes")
-    timed(run, "_quiet", "command line", "deepspeed")
+    over("configuration's classes")
+    timed(run, "_quiet", "command line, torch", "deepspeed")
     from engine import distributed
 
     first = distributed.initialize

@@ -153,6 +153,18 @@ class StageSection(Section):
         assert self.epochs is not None
         return max(1, round(self.epochs * samples / self.batch))
 
+    def check_warmup(self, stage: str, steps: int) -> None:
+        """Refuses a warm-up that is as long as the stage.
+
+        Raises:
+            UserError: names the option, and a value that fits.
+        """
+        if self.warmup >= steps:
+            raise UserError(
+                f"--{stage}.warmup {self.warmup}: the stage has {steps} steps, and the rate would"
+                f" never be reached: give fewer, such as {steps // 10}"
+            )
+
 
 class PretrainSection(StageSection):
     """Stage 1: further pre-training (Algorithm 2)."""

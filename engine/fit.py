@@ -196,11 +196,7 @@ def fit(run: Run, task: Fit) -> None:
     task.data.check(task.train, task.base)
     seed = config.seed if task.seed is None else task.seed
     steps = plan.length(task.train.samples)
-    if plan.warmup >= steps:
-        raise UserError(
-            f"--{task.stage}.warmup {plan.warmup}: the stage has {steps} steps, and the rate would"
-            f" never be reached: give fewer, such as {steps // 10}"
-        )
+    plan.check_warmup(task.stage, steps)
     if plan.steps is None:
         run.say(
             f"{task.name}: {plan.epochs:g} epochs x {task.train.samples} samples"

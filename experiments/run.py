@@ -87,6 +87,7 @@ class Local:
         while left or self.running:
             self._collect(ends, left, len(jobs))
             if self.asked_to_stop and not self.running:
+                self.console.print("interrupted: the jobs have saved; the same command goes on")
                 raise SystemExit(AGAIN)
             for job in list(left):
                 if self.asked_to_stop or len(self.running) >= self.slots:
@@ -136,6 +137,7 @@ class Local:
             preexec_fn=_end_with_parent,
         )
         self.running.append(Running(job, process, log, slot, time.monotonic()))
+        self.console.print(f"{job.name}: started, log: {path}", soft_wrap=True)
 
     def _launcher(self, slot: int) -> list[str]:
         if self.ranks == 1:

@@ -156,7 +156,11 @@ def check(root: Path, job: Job, command: list[str], data_root: Path) -> None:
         UserError: names what differs: an option, the data, or what it started from.
     """
     before = read(root, job)
-    if "command" not in before or not (root / job.leaves).exists():
+    leaves = root / job.leaves
+    # A launch that was refused leaves a folder, and nothing in it that was learnt.
+    if "command" not in before or not any(
+        True for name in ("result.json", "state.json") for _ in leaves.rglob(name)
+    ):
         return
     place = f"{root / job.folder}"
     cure = "move it away, or take another --output"

@@ -40,7 +40,12 @@ class PatchProjection(nn.Conv2d):
     """
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Tokens [B, M, D] of patches [B, M, p·p·C], pixels in `patchify`'s order."""
+        """Tokens [B, M, D] of patches [B, M, p·p·C], pixels in `patchify`'s order.
+
+        Whole images [B, C, H, W] are convolved, to [B, D, H/p, W/p].
+        """
+        if patches.ndim == 4:
+            return super().forward(patches)
         return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
@@ -64,8 +69,8 @@ class KeptPatchEmbed(PatchEmbed):
             [B, L, D] in the order of `keep`, or [B, K, D].
         """
         assert tuple(images.shape[2:]) == self.img_size, (images.shape, self.img_size)
-        patches = patchify(images, self.patch_size[0])
-        if keep is not None:
-            patches = pick(patches, keep)
-        tokens: Tensor = self.proj(patches)
+        if keep is None:
+            whole: Tensor = super().forward(images)
+            return whole
+        tokens: Tensor = self.proj(pick(patchify(images, self.patch_size[0]), keep))
         return tokens

@@ -22,10 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset, RandomSampler
-
-# torchvision comes without types.
-from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
-from torchvision.transforms.v2 import PILToTensor  # type: ignore[import-untyped]
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.v2 import PILToTensor
 
 from data import pack
 from data.kinds import ImageKind

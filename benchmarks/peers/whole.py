@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision import transforms  # type: ignore[import-untyped]
-from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 from transformers import (
     ViTConfig,
     ViTForImageClassification,

@@ -90,6 +90,9 @@ def check_teacher_modes(root: Path, *losses: str) -> None:
                 for loss in losses:
                     assert isinstance(a[loss], float), (stage, loss)  # null where not finite
                     # Below 0.1 the distance is a small difference of features of about 1: fp32
-                    # rounds those by 1e-7, whatever the teacher.
-                    close = pytest.approx(a[loss], rel=1e-6, abs=1e-7)
+                    # rounds those by 1e-7, whatever the teacher. The table is computed 64 images at
+                    # a time; on 2 at a time BLAS adds in another order, and from the second step
+                    # on AdamW, which divides by gradients, makes more of that.
+                    bound = 1e-6 if accumulation == 1 or a["step"] == 1 else 1e-5
+                    close = pytest.approx(a[loss], rel=bound, abs=1e-7)
                     assert b[loss] == close, (stage, a["step"], loss)

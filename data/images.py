@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from data import png
 from data.errors import BrokenData
 
 SUFFIXES = frozenset(
@@ -36,32 +37,6 @@ SUFFIXES = frozenset(
         "avif",
     ]
 )
-_PNG = b"\x89PNG\r\n\x1a\n"
-_CHUNK = struct.Struct(">I4s")
-
-
-def check_png(content: bytes) -> None:
-    """Checks the CRC of every chunk of a PNG, which Pillow does not do for pixel data.
-
-    Args:
-        content: The whole file.
-
-    Raises:
-        ValueError: A chunk is broken, or the end is missing.
-    """
-    at = len(_PNG)
-    view = memoryview(content)
-    while at + 12 <= len(content):
-        size, kind = _CHUNK.unpack_from(content, at)
-        end = at + 8 + size
-        if end + 4 > len(content):
-            break
-        if zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
-            raise ValueError(f"the checksum of its chunk {kind.decode('latin-1')} is wrong")
-        at = end + 4
-        if kind == b"IEND":
-            return
-    raise ValueError("it ends too early")
 
 
 def _scaled(image: Image.Image) -> Image.Image:
@@ -115,9 +90,9 @@ def read(content: bytes) -> Image.Image:
         ValueError: It is broken or of no known kind; one line that says how.
     """
     try:
-        if content.startswith(_PNG):
-            check_png(content)
-            return to_rgb(Image.open(io.BytesIO(content), formats=("PNG",)))
+        if content.startswith(png.SIGNATURE):
+            plain = png.plain(content)
+            return plain or to_rgb(Image.open(io.BytesIO(content), formats=("PNG",)))
         return to_rgb(Image.open(io.BytesIO(content)))
     except UnidentifiedImageError:
         raise ValueError("it is no image of a known kind" if content else "it is empty") from None

@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing import get_start_method
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,12 @@ from data.errors import UserError, WorkerLost
 from data.manifest import Manifest
 from data.order import Ints, Order
 from data.reader import Reader
-from data.samples import Keyed, Rows, Samples, Stream, received
+from data.samples import Keyed, Rows, Samples, Stream
+from data.transport import Ring, received
 
 Batch = dict[str, torch.Tensor]
+
+_AHEAD = 4  # batches that a worker is asked for ahead
 
 
 @functools.cache  # an evaluation meets the same broken samples every time
@@ -188,18 +192,19 @@ class _Batches:
     def _run(self, arrays: Callable[[], Iterator[Ints]]) -> Iterator[Batch]:
         """Yields the batch of each array."""
 
-        class Arrays:
-            def __iter__(self) -> Iterator[Ints]:
-                return arrays()
+        class Numbered:
+            def __iter__(self) -> Iterator[tuple[int, Ints]]:
+                return enumerate(arrays())
 
+        self.samples.ring = self._ring(len(next(arrays(), ())))
         loader = DataLoader(
             self.samples,
-            sampler=Arrays(),
+            sampler=Numbered(),
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=self._workers,
             pin_memory=self._pin,
-            prefetch_factor=4 if self._workers else None,
+            prefetch_factor=_AHEAD if self._workers else None,
             worker_init_fn=_ignore_signals if self._workers else None,
         )
         iterator = iter(loader)
@@ -218,6 +223,15 @@ class _Batches:
             self._live.discard(iterator)
             if os.getpid() == self._pid:
                 _stop(iterator)
+
+    def _ring(self, rows: int) -> Ring | None:
+        """The memory in which forked workers leave images, where their size is known."""
+        codec = self.samples.codec
+        side = codec.size if isinstance(codec, Images) else None
+        if not (rows and side and self._workers and get_start_method() == "fork"):
+            return None
+        # One more than are asked for: the next is asked for before the first is taken out.
+        return Ring(self._workers * _AHEAD + 1, rows * 3 * side**2)
 
     def _count(self, broken: dict[int, str]) -> None:
         """Notes skipped samples; too many are an error."""

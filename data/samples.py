@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,37 +13,13 @@ from data.codec import Codec
 from data.errors import BrokenData, UserError
 from data.order import Ints, Order
 from data.reader import Reader, Record
+from data.transport import Ring, carried
 
 # Makes arrays [b, ...] from positions int64 [b] and the batch that stands there.
 Keyed = Callable[[Ints, dict[str, torch.Tensor]], dict[str, NDArray[Any]]]
 
-# A tensor that a worker hands over costs a file in shared memory, a millisecond or so; the pipe
-# between the processes carries an array up to this many bytes for less.
-_BY_PIPE = 2**20
-
 # A broken sample is replaced by the next readable one of its partition, looked for this far ahead.
 _TRIES = 64
-
-
-def _carried(value: Any) -> Any:
-    """What a worker sends for an entry of a batch; `received` undoes it."""
-    small = isinstance(value, torch.Tensor) and value.nbytes <= _BY_PIPE
-    return ByPipe(value.numpy()) if small else value
-
-
-def received(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """A batch of tensors, of what `Samples` gives."""
-    return {k: torch.from_numpy(v.array) if type(v) is ByPipe else v for k, v in batch.items()}
-
-
-class ByPipe(NamedTuple):
-    """A small entry of a batch on its way to the trainer."""
-
-    array: NDArray[Any]
-
-    def pin_memory(self, *_: Any) -> torch.Tensor:
-        """In page-locked memory, where DataLoader's thread puts what has this method."""
-        return torch.from_numpy(self.array).pin_memory()
 
 
 class Samples(Dataset[dict[str, Any]], ABC):
@@ -53,6 +29,7 @@ class Samples(Dataset[dict[str, Any]], ABC):
         self.reader = reader
         self.codec = codec
         self.skip = skip
+        self.ring: Ring | None = None
 
     def _sample(self, sample: int) -> tuple[NDArray[Any], Record]:
         record = self.reader.record(sample)
@@ -62,11 +39,13 @@ class Samples(Dataset[dict[str, Any]], ABC):
     def batch(self, positions: Ints) -> dict[str, Any]:
         """The batch at these positions."""
 
-    def __getitem__(self, positions: Ints) -> dict[str, Any]:
+    def __getitem__(self, numbered: tuple[int, Ints]) -> dict[str, Any]:
+        number, positions = numbered
         try:
-            return {name: _carried(value) for name, value in self.batch(positions).items()}
+            batch = self.batch(positions)
         except UserError as error:
             return {"error": str(error)}
+        return self.ring.carry(number, batch) if self.ring else carried(batch)
 
     def _prefetches(self) -> bool:
         """Whether this process is the one that fetches ahead."""

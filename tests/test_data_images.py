@@ -2,12 +2,14 @@
 
 import io
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data import images
+from data import png as png_files
 from data.errors import BrokenData
 from tests.data_kit import png
 
@@ -142,6 +144,31 @@ def test_unreadable_images_are_named(content: bytes) -> None:
         with pytest.raises(BrokenData, match="sample b: the image cannot be read: ") as caught:
             images.decode(content, None, "sample b")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("at", range(0, len(WHOLE), 7))
+def test_the_short_way_refuses_and_reads_what_pillow_does(
+    at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether Pillow's reader of chunks is left out makes no difference, whole or broken."""
+
+    def outcome(content: bytes) -> object:
+        try:
+            return images.decode(content, None).tolist()
+        except BrokenData as error:
+            return str(error)
+
+    grey = png(Image.fromarray(GREY[:5]))
+    broken = bytearray(WHOLE)
+    broken[at] ^= 1 << at % 8
+    resealed = bytes(broken[:-16]) + zlib.crc32(broken[37:-16]).to_bytes(4, "big") + WHOLE[-12:]
+    contents = (WHOLE, grey, bytes(broken), resealed, WHOLE[:at])
+    assert png_files.plain(WHOLE) is not None
+    assert png_files.plain(grey) is not None
+    found = [outcome(content) for content in contents]
+    monkeypatch.setattr(png_files, "_PLAIN_MODES", {})
+    assert png_files.plain(WHOLE) is None
+    assert found == [outcome(content) for content in contents]
 
 
 def test_bombs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

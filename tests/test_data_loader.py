@@ -14,12 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import keyed
+from data import keyed, pack, transport
 from data.codec import Images
 from data.errors import UserError
 from data.loader import Loader, sequential
 from data.manifest import Manifest
 from tests.data_kit import number_of, uneven
+from tests.helpers import make_images
 
 SHARDS = [7, 1, 12, 5, 9, 3, 4, 8, 2, 6, 10, 11]
 
@@ -115,6 +116,28 @@ def test_workers_change_nothing(split: Manifest, world: int, workers: int) -> No
     for whole, *parts in zip(alone, *ranks, strict=True):
         assert all(set(part) == set(whole) for part in parts)
         assert all(torch.equal(torch.cat([p[k] for p in parts]), whole[k]) for k in whole)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_images_that_lie_in_the_ring(tmp_path: Path, workers: int) -> None:
+    """Batches of more bytes than go by the pipe: none is overwritten, however long it is kept."""
+    make_images(tmp_path / "images", size=48)
+    pack.pack(str(tmp_path / "images"), str(tmp_path / "shards"), size=48)
+    split = Manifest.load_split(str(tmp_path / "shards"), "train")
+    options: dict[str, Any] = {"batch": 9, "seed": 5, "keyed": noise}
+    alone = take(Loader(split, **options), 40)
+    loader = Loader(split, workers=workers, **options)
+    stream, found = iter(loader), []
+    for number in range(40):
+        if number == 20:
+            time.sleep(0.5)  # all that may be on its way is there
+        found.append(next(stream))
+    assert loader.samples.ring is not None
+    assert found[0]["images"].nbytes > transport._SMALL
+    stream.close()
+    for batch, wanted in zip(found, alone, strict=True):
+        assert batch.keys() == wanted.keys()
+        assert all(torch.equal(batch[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("partitions", [1, 3])

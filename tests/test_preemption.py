@@ -193,7 +193,7 @@ def test_a_stopped_process_is_found_by_the_others(root: Path) -> None:
         _, err = process.communicate(timeout=100)
         assert "error: rank 0 on" in err
         assert re.search(r"rank 1 on \S+ \(pid \d+\) has given no sign of life", err), err
-        assert "all_reduce" in dump.read_text()
+        assert re.search("all_(reduce|gather)", dump.read_text())  # where a rank waits in vain
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,109 @@
+"""How a batch comes from a loader's worker to the trainer.
+
+torch hands a tensor over as a file in shared memory, which costs a millisecond or so however small
+it is. Here a batch's large arrays lie in memory that both processes have from the start, and its
+small ones go through the pipe.
+"""
+
+import itertools
+import mmap
+import weakref
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_SMALL = 2**15  # bytes, above which an array is put into the ring
+_BY_PIPE = 2**20  # bytes, up to which the pipe is cheaper than torch's way
+
+_numbers = itertools.count()
+_rings: weakref.WeakValueDictionary[int, "Ring"] = weakref.WeakValueDictionary()
+
+
+class Ring:
+    """Memory for the batches that are on their way; batch n lies in slot n mod `slots`.
+
+    Nobody says that a slot is free: there are more of them than batches on their way, and a batch
+    is asked for after the one before it in its slot was taken out. Made before the workers are
+    forked; of what no batch ever fills no memory is used.
+
+    Args:
+        slots: More than the batches that the workers are asked for ahead.
+        nbytes: Of a slot.
+    """
+
+    def __init__(self, slots: int, nbytes: int) -> None:
+        self.slots, self.nbytes = slots, nbytes
+        self.number = next(_numbers)
+        self._memory = mmap.mmap(-1, slots * nbytes)
+        _rings[self.number] = self
+
+    def view(self, at: int, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+        """The array that begins at a byte."""
+        size = int(np.prod(shape, dtype=np.int64))
+        return np.frombuffer(self._memory, dtype, size, at).reshape(shape)
+
+    def carry(self, batch: int, entries: dict[str, Any]) -> dict[str, Any]:
+        """What a worker sends of its batch; `received` undoes it.
+
+        Args:
+            batch: Its number in the stream.
+            entries: Tensors and others; a tensor for which the slot has no room goes as `carried`
+                has it.
+        """
+        at = batch % self.slots * self.nbytes
+        end, out = at + self.nbytes, dict(entries)
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor) and _SMALL < value.nbytes <= end - at:
+                array = value.numpy()
+                out[name] = InRing(self.number, at, array.dtype.str, array.shape)
+                self.view(*out[name][1:])[...] = array
+                at += -(-value.nbytes // 64) * 64
+        return carried(out)
+
+
+class InRing(NamedTuple):
+    """An array that a worker left in a ring."""
+
+    ring: int
+    at: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def tensor(self) -> torch.Tensor:
+        """A copy: another batch will lie there."""
+        return torch.from_numpy(_rings[self.ring].view(*self[1:]).copy())
+
+    def pin_memory(self, *_: Any) -> torch.Tensor:
+        """A copy in page-locked memory, made by DataLoader's thread."""
+        return torch.from_numpy(_rings[self.ring].view(*self[1:])).pin_memory()
+
+
+class ByPipe(NamedTuple):
+    """An array that is sent as its bytes."""
+
+    array: NDArray[Any]
+
+    def tensor(self) -> torch.Tensor:
+        """Without a copy."""
+        return torch.from_numpy(self.array)
+
+    def pin_memory(self, *_: Any) -> torch.Tensor:
+        """In page-locked memory, where DataLoader's thread puts what has this method."""
+        return torch.from_numpy(self.array).pin_memory()
+
+
+def carried(entries: dict[str, Any]) -> dict[str, Any]:
+    """What a worker sends of a batch without a ring."""
+
+    def of(value: Any) -> Any:
+        small = isinstance(value, torch.Tensor) and value.nbytes <= _BY_PIPE
+        return ByPipe(value.numpy()) if small else value
+
+    return {name: of(value) for name, value in entries.items()}
+
+
+def received(entries: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A batch of tensors, of what a worker sent."""
+    return {k: v.tensor() if isinstance(v, InRing | ByPipe) else v for k, v in entries.items()}

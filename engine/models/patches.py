@@ -42,11 +42,12 @@ class PatchProjection(nn.Conv2d):
     def forward(self, patches: Tensor) -> Tensor:
         """Tokens [B, M, D] of patches [B, M, p·p·C], pixels in `patchify`'s order.
 
-        Whole images [B, C, H, W] are convolved, to [B, D, H/p, W/p].
+        As [B·M, ...]: DeepSpeed's linear function, which under ZeRO-3 stands in for torch's, sums a
+        bias's gradient over two dimensions in another order than over one.
         """
-        if patches.ndim == 4:
-            return super().forward(patches)
-        return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        tokens = F.linear(patches.flatten(0, 1), weight, self.bias)
+        return tokens.unflatten(0, patches.shape[:2])
 
 
 class KeptPatchEmbed(PatchEmbed):
@@ -69,8 +70,6 @@ class KeptPatchEmbed(PatchEmbed):
             [B, L, D] in the order of `keep`, or [B, K, D].
         """
         assert tuple(images.shape[2:]) == self.img_size, (images.shape, self.img_size)
-        if keep is None:
-            whole: Tensor = super().forward(images)
-            return whole
-        tokens: Tensor = self.proj(pick(patchify(images, self.patch_size[0]), keep))
+        patches = patchify(images, self.patch_size[0])
+        tokens: Tensor = self.proj(patches if keep is None else pick(patches, keep))
         return tokens

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from data.loader import Batch
+from data.batches import Batch
 from engine.distributed import Ranks, main_only
 from engine.files import write_text
 from engine.monitor import json_lines

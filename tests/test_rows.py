@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from engine.models.language import MaskedLanguageModel, TextClassifier
+from engine.models.rows_block import RowsAttention
 from engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
 from tests.text_kit import config_of
 
@@ -43,6 +45,18 @@ def test_images() -> None:
         lambda: encoder(images, keep, cls_only=True)[:, 0],
         lambda: encoder(images, keep)[:, 0],
     )
+
+
+def test_attention_is_timms_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    ours, theirs = RowsAttention(48, num_heads=3, qkv_bias=True), Attention(48, 3, qkv_bias=True)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(5, 17, 48)
+    one, two = ours(x), theirs(x)
+    assert torch.equal(one, two)
+    found = [gradients(m, v.sin().sum()) for m, v in ((ours, one), (theirs, two))]
+    assert set(found[0]) == {f"{n}.{k}" for n in ("qkv", "proj") for k in ("weight", "bias")}
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_masked_patches_of_the_decoder() -> None:

@@ -46,8 +46,8 @@ class PatchProjection(nn.Conv2d):
         bias's gradient over two dimensions in another order than over one.
         """
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
-        tokens = F.linear(patches.flatten(0, 1), weight, self.bias)
-        return tokens.unflatten(0, patches.shape[:2])
+        tokens: Tensor = F.linear(patches.flatten(0, 1), weight, self.bias)
+        return tokens.view(*patches.shape[:2], -1)
 
 
 class KeptPatchEmbed(PatchEmbed):

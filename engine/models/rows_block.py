@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,25 +42,44 @@ class SplitLinear(nn.Linear):
         return query, F.linear(x, self.weight[width:], self.bias[width:])
 
 
+class RowsAttention(Attention):
+    """timm's `Attention`, with biases and without its extras, for some rows.
+
+    Heads are split so that no layout changes on the way back: attention's gradients lie token by
+    token, as those of the projection do, and are copied together once, where timm's order of
+    dimensions takes two copies. The numbers are timm's, bit for bit.
+    """
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        """See timm's `Attention`; the state-dict keys are the same."""
+        super().__init__(dim, **options)
+        self.qkv = SplitLinear(dim, 3 * dim)
+
+    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
+        """Tokens [B, T, D] to [B, T, D], or to those of the given rows [B, R, D]."""
+        found, heads = self.qkv(x, rows), (self.num_heads, self.head_dim)
+        if rows is None:
+            query, key, value = found.unflatten(2, (3, *heads)).unbind(2)
+        else:
+            query = found[0].unflatten(2, heads)
+            key, value = found[1].unflatten(2, (2, *heads)).unbind(2)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        dropout = self.attn_drop.p if self.training else 0.0
+        seen = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        out: Tensor = self.proj_drop(self.proj(seen.transpose(1, 2).flatten(2)))
+        return out
+
+
 class RowsBlock(Block):
     """timm's `Block`, with biases and without its extras (norms of queries, layer scale)."""
 
     def __init__(self, dim: int, num_heads: int, **options: Any) -> None:
         """See timm's `Block`; the state-dict keys are the same."""
-        super().__init__(dim, num_heads, **options)
-        self.attn.qkv = SplitLinear(dim, 3 * dim)
+        super().__init__(dim, num_heads, **{**options, "attn_layer": RowsAttention})
 
-    def forward(self, x: Tensor, rows: slice | None = None, **masks: Any) -> Tensor:
+    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
         """Tokens [B, T, D] to [B, T, D], or to those of the given rows [B, R, D]."""
-        if rows is None:
-            whole: Tensor = super().forward(x, **masks)
-            return whole
-        query, rest = self.attn.qkv(self.norm1(x), rows)
-        batch, tokens, heads = len(x), x.shape[1], self.attn.num_heads
-        query = query.view(batch, query.shape[1], heads, -1).transpose(1, 2)
-        key, value = rest.view(batch, tokens, 2, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        seen = F.scaled_dot_product_attention(query, key, value)
-        seen = seen.transpose(1, 2).reshape(batch, seen.shape[2], -1)
-        x = x[:, rows] + self.attn.proj_drop(self.attn.proj(seen))
+        seen = self.attn(self.norm1(x), rows)
+        x = (x if rows is None else x[:, rows]) + seen
         part: Tensor = x + self.mlp(self.norm2(x))
         return part

@@ -1,8 +1,9 @@
 """A contestant of `benchmarks.step`, in a process of its own: it runs a round whenever it is told.
 
 On standard input a line `run N` asks for N steps; on standard output a line of JSON, after a mark,
-answers with their seconds and losses. `count N` and `profile N` do the same and add FLOPs, and the
-operations that take longest. The end of the input ends the process.
+answers with their seconds, losses and peak of memory. `count N` and `profile N` do the same and add
+FLOPs, and the operations that take longest. `rest 0` gives memory back that is not in use. The end
+of the input ends the process.
 """
 
 import json
@@ -48,6 +49,11 @@ class Rounds:
     def begin(self) -> bool:
         """Waits for the next round; False at the end."""
         line = sys.stdin.readline().split()
+        while line and line[0] == "rest":
+            # The device's memory is for whoever runs; what this process keeps are its weights.
+            torch.cuda.empty_cache()
+            print(MARK + json.dumps({"losses": []}), flush=True)
+            line = sys.stdin.readline().split()
         if not line:
             return False
         self.left, self.losses = int(line[1]), []
@@ -60,6 +66,8 @@ class Rounds:
             self.profiler = profile()
             self.profiler.__enter__()
         self._wait()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         self.began = time.perf_counter()
         return True
 

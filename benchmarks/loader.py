@@ -1,10 +1,11 @@
 """How fast, how early and how steadily the loader gives batches: `python -m benchmarks.loader`.
 
 The peers are webdataset's own pipeline on the same shards and torchvision's ImageFolder on the same
-files; the bound is Pillow, decoding the same bytes from memory in as many processes and doing
-nothing else. Rounds alternate between them. Starting workers is not counted in the throughput; it
-is in the time to the first batch, which is taken at several positions of the stream. At the end
-many samples of tiny images are read, and the memory of this process and its workers is watched.
+files; the bounds are Pillow and our own use of it, decoding the same bytes from memory in as many
+processes and doing nothing else. Rounds alternate between them. Starting workers is not counted in
+the throughput; it is in the time to the first batch, which is taken at several positions of the
+stream. At the end many samples of tiny images are read, and the memory of this process and its
+workers is watched.
 """
 
 import multiprocessing
@@ -25,7 +26,7 @@ from benchmarks.loader_peers import (
     BATCH,
     CONTESTANTS,
     EPOCHS,
-    LIMIT,
+    LIMITS,
     Pictures,
     Stored,
 )
@@ -84,22 +85,22 @@ def _timed(
 
 def rate(name: str, pictures: Pictures, workers: int, seconds: float) -> Rate:
     """The rate of one contestant, its workers started and its queues running."""
-    if name == LIMIT:
-        return limit_rate(pictures, workers, seconds)
+    if name in LIMITS:
+        return limit_rate(name, pictures, workers, seconds)
     with closing(CONTESTANTS[name](pictures, workers, EPOCHS)) as batches:
         ahead = AHEAD * max(workers, 1) + 4
         images, elapsed, used = _timed(batches, ahead, seconds, processor_seconds)
     return images / elapsed, images / used
 
 
-def limit_rate(pictures: Pictures, workers: int, seconds: float) -> Rate:
+def limit_rate(name: str, pictures: Pictures, workers: int, seconds: float) -> Rate:
     """The rate of processes that decode, put batches together and drop them."""
     context = multiprocessing.get_context("fork")
     processes = max(workers, 1)
     ready, found = context.Barrier(processes), context.Queue()
 
     def decode() -> None:
-        with closing(CONTESTANTS[LIMIT](pictures, 0, EPOCHS)) as batches:
+        with closing(CONTESTANTS[name](pictures, 0, EPOCHS)) as batches:
             next(batches)
             ready.wait(_PATIENCE)
             found.put(_timed(batches, AHEAD, seconds, time.process_time))

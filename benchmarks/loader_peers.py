@@ -26,6 +26,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import PILToTensor
 
 from data import pack
+from data.images import decode
 from data.kinds import ImageKind
 from data.loader import Loader
 from data.manifest import Manifest
@@ -42,6 +43,8 @@ AHEAD = 4
 EPOCHS = 10**6  # as good as endless
 
 LIMIT = "decode limit (in memory, Pillow only)"
+OWN = "decode limit (in memory, decoded as ours)"
+LIMITS = (LIMIT, OWN)
 CARRIED = "decode limit through torch's DataLoader"
 OURS = "ours (data.loader.Loader)"
 WEBDATASET = "webdataset"
@@ -191,6 +194,17 @@ def limit(pictures: Pictures, workers: int, epochs: int) -> Batches:
     yield from (dataset[ids] for ids in Shuffled(len(pictures.encoded), epochs))
 
 
+def own_limit(pictures: Pictures, workers: int, epochs: int) -> Batches:
+    """As `limit`, decoded and checked as `data.images` does it."""
+    labels = torch.tensor(pictures.labels)
+    for ids in Shuffled(len(pictures.encoded), epochs):
+        arrays = [decode(pictures.encoded[i], None) for i in ids.tolist()]
+        out = np.empty((len(arrays), *arrays[0].shape), np.uint8)
+        for row, array in zip(out, arrays, strict=True):
+            row[:] = array
+        yield torch.from_numpy(out), labels[torch.from_numpy(ids)]
+
+
 def carried(pictures: Pictures, workers: int, epochs: int) -> Batches:
     """The decode limit, its batches handed over as torch hands them over."""
     ids = Shuffled(len(pictures.encoded), epochs)
@@ -234,6 +248,7 @@ def through_folder(pictures: Pictures, workers: int, epochs: int) -> Batches:
 
 CONTESTANTS: dict[str, Callable[[Pictures, int, int], Batches]] = {
     LIMIT: limit,
+    OWN: own_limit,
     CARRIED: carried,
     OURS: ours,
     WEBDATASET: through_webdataset,

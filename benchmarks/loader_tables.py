@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import loader_peers, record
-from benchmarks.loader_peers import BATCH, CARRIED, LIMIT, OURS
+from benchmarks.loader_peers import BATCH, CARRIED, LIMIT, OURS, OWN
 
 PEERS = (loader_peers.WEBDATASET, loader_peers.FOLDER)
 #: Pixels of the images of the long run: 10**6 of them take a few minutes.
@@ -35,7 +35,8 @@ def throughput_rows(found: dict[str, list[Rate]]) -> tuple[list[dict[str, Any]],
         pairs = zip(found[OURS], found[other], strict=True)
         return record.spread([mine[kind] / theirs[kind] for mine, theirs in pairs])
 
-    others = {"decode_limit": LIMIT, "decode_limit_carried": CARRIED, "best_peer": best}
+    others = {"decode_limit": LIMIT, "decode_limit_own": OWN, "decode_limit_carried": CARRIED}
+    others["best_peer"] = best
     return rows, {
         key: {"other": name, "images_per_s": ratio(name, 0), "images_per_core_s": ratio(name, 1)}
         for key, name in others.items()

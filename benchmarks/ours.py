@@ -114,6 +114,8 @@ def make(
             "compile": compiled,
         }
     )
+    if ranks.device.type == "cuda":  # as the loader gives them
+        batches = [{k: v.pin_memory() for k, v in b.items()} for b in batches]
     run = Run(config, ranks, Path(tempfile.gettempdir()))
     plan: StageSection = getattr(config, stage)
     image = SIZES[name].kind == "image"

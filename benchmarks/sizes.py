@@ -147,11 +147,16 @@ def batches(name: str, batch: int) -> list[Batch]:
 
 
 def for_transformers(name: str, batch: Batch) -> Batch:
-    """A batch as the peers take it: pixels normalised beforehand, labels of masked tokens."""
+    """A batch as the peers take it: pixels normalised beforehand, labels of masked tokens.
+
+    The masks' noise is given as whole numbers, its ranks: the `Trainer` casts numbers with a point
+    to bf16, where many are equal.
+    """
     if SIZES[name].kind == "image":
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         pixels = (batch["images"].float() / 255 - mean) / std
-        return {"pixel_values": pixels, "noise": batch["noise"], "labels": batch["labels"]}
+        noise = batch["noise"].argsort(dim=1).argsort(dim=1)
+        return {"pixel_values": pixels, "noise": noise, "labels": batch["labels"]}
     ids = batch["input_ids"]
     targets = torch.full_like(ids, -100).flatten()
     targets[batch["masked_at"]] = batch["originals"]

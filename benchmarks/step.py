@@ -39,7 +39,8 @@ class Contestant:
         process: that runs rounds.
         rates: samples/s of each round.
         losses: of all steps.
-        answer: the last one.
+        precision: of its matrix products.
+        peak: bytes of memory in use at most in a timed round; on a CPU since it began.
         flops: of a sample, by PyTorch's counter.
         operations: that take longest: name, share of all time, calls; if they were asked for.
         failed: its last words, if it could not run.
@@ -47,9 +48,10 @@ class Contestant:
 
     title: str
     process: subprocess.Popen[str]
+    precision: str
     rates: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    answer: dict[str, Any] = field(default_factory=dict)
+    peak: int = 0
     flops: float = 0.0
     operations: list[tuple[str, float, int]] = field(default_factory=list)
     failed: str = ""
@@ -73,9 +75,9 @@ class Contestant:
             self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith(MARK):
-                self.answer = json.loads(line[len(MARK) :])
-                self.losses += self.answer["losses"]
-                return self.answer
+                answer: dict[str, Any] = json.loads(line[len(MARK) :])
+                self.losses += answer["losses"]
+                return answer
         self.process.wait()
         self.failed = next((w for w in reversed(self._words) if w.strip()), "it died")
         return {}
@@ -109,7 +111,7 @@ def start(title: str, who: str, **options: Any) -> Contestant:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    return Contestant(title, process)
+    return Contestant(title, process, options.get("precision", "fp32"))
 
 
 def field_of(
@@ -133,22 +135,31 @@ def race(
     contestants: list[Contestant], batch: int, rounds: int, steps: int, profile: bool = False
 ) -> None:
     """Runs the rounds; the first, in which memory and kernels find their place, is not timed."""
+    cuda = torch.cuda.is_available()
     with Progress(transient=True) as progress:
         task = progress.add_task("rounds", total=(rounds + 1) * len(contestants))
         for number in range(rounds + 1):
             for contestant in contestants:
+                if cuda:  # whose memory the others filled: it takes its own again
+                    contestant.ask("run", 1)
                 answer = contestant.ask("run", steps)
                 if number and answer:
                     contestant.rates.append(batch * steps / answer["seconds"])
+                    contestant.peak = max(contestant.peak, answer["peak_bytes"])
+                if cuda:
+                    contestant.ask("rest", 0)
                 progress.advance(task)
         for contestant in contestants:
             contestant.flops = contestant.ask("count", 1).get("flops", 0.0)
             if profile:
                 contestant.operations = contestant.ask("profile", steps).get("operations", [])
+            if cuda:
+                contestant.ask("rest", 0)
 
 
-def row(contestant: Contestant, base: Contestant, peak: float | None) -> dict[str, Any]:
+def row(contestant: Contestant, base: Contestant, device: str) -> dict[str, Any]:
     """Figures of a contestant; `ratio` and `loss_difference` are against `base`."""
+    peak = peak_flops(device, DTYPES[contestant.precision])
     if not contestant.rates or not base.rates:
         return {"name": contestant.title, "failed": contestant.failed}
     rate = record.spread(contestant.rates)
@@ -162,7 +173,7 @@ def row(contestant: Contestant, base: Contestant, peak: float | None) -> dict[st
         "flops_per_sample": contestant.flops,
         "flops_per_second": contestant.flops * rate["median"],
         "mfu": None if peak is None else contestant.flops * rate["median"] / peak,
-        "peak_bytes": contestant.answer["peak_bytes"],
+        "peak_bytes": contestant.peak,
         "first_loss": contestant.losses[0],
         "loss_difference": max((abs(a - b) / abs(b) for a, b in both), default=None),
     }
@@ -246,7 +257,6 @@ def main(
         raise UserError(f"--precision {told}: there are {', '.join(DTYPES)}")
     shown = SIZES[size]
     where = torch.cuda.get_device_name() if cuda else "cpu"
-    peak = peak_flops(where, DTYPES[told])
     figures: dict[str, Any] = {}
     texts = []
     for stage in STAGES:
@@ -262,7 +272,7 @@ def main(
             for contestant in contestants:
                 contestant.close()
         shown_before = len(texts)
-        rows = [row(one, contestants[0], peak) for one in contestants]
+        rows = [row(one, contestants[0], where) for one in contestants]
         figures[stage] = {"batch": number, "steps": steps, "rows": rows}
         if profile:
             figures[stage]["operations"] = {c.title: c.operations for c in contestants}

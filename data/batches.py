@@ -22,6 +22,8 @@ from data.workers import awaiting, ignore_signals, stop
 Batch = dict[str, torch.Tensor]
 
 _AHEAD = 4  # batches that a worker is asked for ahead
+# Bytes. The ring's memory stays in use; beyond it batches come and go as files in shared memory.
+_RING_LIMIT = 2**30
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -108,7 +110,8 @@ class Batches:
             self._live.discard(iterator)
             if os.getpid() == self._pid:
                 stop(iterator)
-            del ring
+            if self.samples.ring is ring:
+                self.samples.ring = None
 
     def _ring(self, rows: int) -> Ring | None:
         """The memory in which forked workers leave images, where their size is known."""
@@ -117,7 +120,8 @@ class Batches:
         if not (rows and side and self._workers and get_start_method() == "fork"):
             return None
         # One more than are asked for: the next is asked for before the first is taken out.
-        return Ring(self._workers * _AHEAD + 1, rows * 3 * side**2)
+        slots, nbytes = self._workers * _AHEAD + 1, rows * 3 * side**2
+        return Ring(slots, nbytes) if slots * nbytes <= _RING_LIMIT else None
 
     def _count(self, broken: dict[int, str]) -> None:
         """Notes skipped samples; too many are an error."""

@@ -234,6 +234,7 @@ def fit(run: Run, task: Fit) -> None:
         report=tell,
         codec=task.data.codec(task.base, task.train),
         require_labels=task.labelled,
+        pin=ranks.device.type == "cuda",
     )
     skipped = None
     if config.data.skip_broken:
@@ -452,6 +453,7 @@ def evaluate(
         report=tell,
         codec=data.codec(base, manifest),
         require_labels=True,
+        pin=ranks.device.type == "cuda",
         spans=spans,
     )
     for batch in batches:

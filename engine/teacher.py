@@ -20,7 +20,7 @@ from data.loader import sequential, tell
 from data.manifest import Manifest
 from engine.checkpoint import gather
 from engine.config import Config
-from engine.distributed import Ranks, main_only, total
+from engine.distributed import Ranks, main_only, sent, total
 from engine.files import fsync, write_text
 from engine.folder import Run
 from engine.objectives import FeatureExtractor
@@ -113,14 +113,14 @@ class Cached:
                 f"sample {sample} can be read now and has no features in {self.folder}, where it"
                 " was skipped as broken: delete that folder to compute them anew"
             )
-        return rows.to(self.device, non_blocking=True)
+        return sent(rows, self.device)
 
 
 def view(
     batch: dict[str, Tensor], names: tuple[str, ...], device: torch.device
 ) -> dict[str, Tensor]:
     """Some entries of a batch, on the device; those that it lacks are left out."""
-    return {k: batch[k].to(device, non_blocking=True) for k in names if k in batch}
+    return {k: sent(batch[k], device) for k in names if k in batch}
 
 
 def table_bytes(samples: int, shape: tuple[int, ...]) -> int:
@@ -261,6 +261,7 @@ def _compute(
         skip_broken=config.data.skip_broken,
         report=tell,
         codec=codec,
+        pin=ranks.device.type == "cuda",
     )
     batches, told = iter(passed), time.monotonic()
     rounds = -(-len(missing) // ranks.world)

@@ -19,7 +19,7 @@ from engine import optim
 from engine.audit import SampleLog
 from engine.checkpoint import Checkpoints, State
 from engine.config import StageSection
-from engine.distributed import Ranks, main_only, mean, total
+from engine.distributed import Ranks, main_only, mean, sent, total
 from engine.files import write_text
 from engine.monitor import Meter, Monitor
 from engine.objectives import EXTRAS, LOSSES
@@ -252,7 +252,7 @@ def _weight(loop: Loop, batches: list[Batch], ranks: Ranks) -> dict[str, Tensor]
     known = [count for count in counts if count is not None]
     if not known:
         return {}
-    units = total(torch.tensor(float(sum(known)), device=ranks.device))
+    units = total(sent(torch.tensor(float(sum(known))), ranks.device))
     return {"scale": ranks.world * len(batches) / units.clamp(min=1)}
 
 

@@ -131,13 +131,14 @@ def test_images_that_lie_in_the_ring(tmp_path: Path, workers: int) -> None:
     for number in range(40):
         if number == 20:
             time.sleep(0.5)  # all that may be on its way is there
+            assert loader.samples.ring is not None
             beside = iter(loader)  # with workers and memory of its own
             assert torch.equal(next(beside)["images"], alone[0]["images"])
         found.append(next(stream))
     beside.close()
-    assert loader.samples.ring is not None
     assert found[0]["images"].nbytes > transport._SMALL
     stream.close()
+    assert loader.samples.ring is None
     for batch, wanted in zip(found, alone, strict=True):
         assert batch.keys() == wanted.keys()
         assert all(torch.equal(batch[name], wanted[name]) for name in wanted)

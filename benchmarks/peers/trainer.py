@@ -1,7 +1,8 @@
 """Peer (b): what transformers' `Trainer` with DeepSpeed gives, written with care.
 
-One forward and one backward a step, SDPA, fused AdamW, ZeRO-1, the same precision as ours; the
-teacher is run at every step, since the `Trainer` keeps no table of its features.
+One forward and one backward a step, SDPA, fused AdamW, the same precision as ours, no ZeRO where it
+has nothing to shard (one process, fp32), batches put together beforehand, no look for NaN at every
+loss; the teacher is run at every step, since the `Trainer` keeps no table of its features.
 """
 
 from __future__ import annotations
@@ -56,22 +57,26 @@ class Taught(Trainer):
         return loss
 
     def _get_train_sampler(self, *_: Any) -> Any:
-        assert isinstance(self.train_dataset, Samples)
+        assert isinstance(self.train_dataset, Repeated)
         return SequentialSampler(self.train_dataset)
 
 
-class Samples(Dataset[Batch]):
-    """The batches' samples, over and over."""
+class Repeated(Dataset[Batch]):
+    """Whole batches, over and over."""
 
     def __init__(self, batches: list[Batch]) -> None:
-        self.rows = {k: torch.cat([b[k] for b in batches]) for k in batches[0]}
-        self.count = len(next(iter(self.rows.values())))
+        self.batches = batches
 
     def __len__(self) -> int:
-        return 10**7 * self.count
+        return 10**7
 
     def __getitem__(self, index: int) -> Batch:
-        return {k: v[index % self.count] for k, v in self.rows.items()}
+        return self.batches[index % len(self.batches)]
+
+
+def _only(batches: list[Batch]) -> Batch:
+    """Of a DataLoader's list, the one."""
+    return batches[0]
 
 
 class Rounds(TrainerCallback):
@@ -97,7 +102,7 @@ def race(
     """Trains until `after`, told the loss of every step, says no."""
     cuda = torch.cuda.is_available()
     deepspeed = {
-        "zero_optimization": {"stage": 1},
+        "zero_optimization": {"stage": 0 if precision == "fp32" else 1},
         "gradient_clipping": 1.0 if stage == "finetune" else 0.0,
         "train_micro_batch_size_per_gpu": "auto",
         "train_batch_size": "auto",
@@ -108,7 +113,8 @@ def race(
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            per_device_train_batch_size=len(batches[0]["labels"]),
+            per_device_train_batch_size=1,  # a whole batch
+            logging_nan_inf_filter=False,
             max_steps=10**6,
             learning_rate=lr,
             weight_decay=0.01,
@@ -139,7 +145,8 @@ def race(
             teacher,
             model=Objective(name, stage),
             args=arguments,
-            train_dataset=Samples(batches),
+            train_dataset=Repeated(batches),
+            data_collator=_only,
             callbacks=[Rounds(over)],
         )
         trainer.train()

@@ -55,7 +55,11 @@ def main() -> int:
         from engine import fit, stages, trainer
 
         over("timm, transformers and other modules")
-        timed(fit, "build_engine", "run folder, data, weights", "DeepSpeed's engine")
+        read: str | None = "run folder, data, weights"
+        if "distill" in sys.argv:
+            timed(stages, "build_table", read, "teacher's pass")
+            read = None
+        timed(fit, "build_engine", read, "DeepSpeed's engine")
         step = trainer.take_step
 
         def take_step(*words: Any, **options: Any) -> Any:
@@ -66,7 +70,6 @@ def main() -> int:
             return result
 
         trainer.take_step = take_step
-        assert stages
         return ranks
 
     distributed.initialize = initialize

@@ -1,7 +1,8 @@
 """Time from command to first step, by its parts: `python -m benchmarks.startup`.
 
 Further pre-training of the embedded base on the embedded digits, launched by `deepspeed` as a user
-does and by `python` alone; rounds alternate. The first round, which fills caches, is not counted.
+does and by `python` alone, and its distillation, in which the teacher first looks at every image;
+rounds alternate. The first round, which fills caches, is not counted.
 """
 
 import json
@@ -22,17 +23,26 @@ from launcher import example
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "@@ "
+PYTHON = [sys.executable]
+DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "1"]
+STARTS = {
+    "deepspeed": (DEEPSPEED, "pretrain"),
+    "python": (PYTHON, "pretrain"),
+    "python, --stage distill": (PYTHON, "distill"),
+}
 
 
-def once(launcher: list[str], shards: Path, out: Path) -> dict[str, float]:
+def once(launcher: list[str], stage: str, shards: Path, out: Path) -> dict[str, float]:
     """Seconds of each part of one start, and of the whole.
 
     Raises:
         UserError: it failed.
     """
-    words = ["--stage", "pretrain", "--recipe", "vit_small", "--pretrain.steps", "1"]
-    words += ["--pretrain.batch", "8", "--data", str(shards), "--output", str(out)]
+    words = ["--stage", stage, "--recipe", "vit_small", f"--{stage}.steps", "1"]
+    words += [f"--{stage}.batch", "8", "--data", str(shards), "--output", str(out)]
     words += ["--model.image_size", "32"]
+    if stage == "distill":  # any model of its shape; the base itself
+        words += ["--teacher", str(ROOT / "recipes" / "vit_small"), "--teacher.mode", "cached"]
     environment = os.environ | {"STARTUP_BEGAN": repr(time.time())}
     done = subprocess.run(
         [*launcher, "benchmarks/phases.py", *words],
@@ -60,19 +70,16 @@ def main(rounds: int = 5, out: str | None = None) -> None:
     """
     if rounds < 1:
         raise UserError(f"--rounds {rounds}: give 1 or more")
-    launchers = {
-        "deepspeed": [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "1"],
-        "python": [sys.executable],
-    }
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in launchers}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in STARTS}
     with tempfile.TemporaryDirectory(prefix="startup-") as name:
         folder = Path(name)
         example.main("images", str(folder / "shards"))
         with Progress(transient=True) as progress:
-            task = progress.add_task("starts", total=2 * (rounds + 1))
+            task = progress.add_task("starts", total=len(STARTS) * (rounds + 1))
             for number in range(rounds + 1):
-                for who, words in launchers.items():
-                    parts = once(words, folder / "shards", folder / f"{who}-{number}")
+                for column, (who, (launcher, stage)) in enumerate(STARTS.items()):
+                    out_folder = folder / f"{column}-{number}"
+                    parts = once(launcher, stage, folder / "shards", out_folder)
                     if number:
                         found[who].append(parts)
                     progress.advance(task)
@@ -81,13 +88,19 @@ def main(rounds: int = 5, out: str | None = None) -> None:
         who: {part: record.spread([run[part] for run in runs]) for part in runs[0]}
         for who, runs in found.items()
     }
-    for part in spreads["deepspeed"]:
-        cells = [spreads[who][part] for who in launchers]
+    for part in list(spreads.values())[-1]:  # the stage that has all parts
+        cells = [spreads[who].get(part) for who in STARTS]
         rows.append(
-            [part, *(f"{c['median']:.2f} ({c['min']:.2f} to {c['max']:.2f})" for c in cells)]
+            [
+                part,
+                *(
+                    f"{c['median']:.2f} ({c['min']:.2f} to {c['max']:.2f})" if c else ""
+                    for c in cells
+                ),
+            ]
         )
     text = f"`{record.machine()['command']}`: seconds, median (min to max), n = {rounds}\n\n"
-    text += record.markdown(["", *(f"`{name}`" for name in launchers)], rows)
+    text += record.markdown(["", *(f"`{name}`" for name in STARTS)], rows)
     record.write(Path(out) if out else None, "startup", {"parts": spreads}, text)
 
 

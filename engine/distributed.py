@@ -31,6 +31,17 @@ class Ranks:
         """Whether this process writes files and the terminal."""
         return self.rank == 0
 
+    @property
+    def cores(self) -> int:
+        """Processor cores that are this process's own.
+
+        A SLURM task may be bound to them, or see those of its node's other tasks as well.
+        """
+        seen, told = len(os.sched_getaffinity(0)), os.environ.get("SLURM_CPUS_PER_TASK", "")
+        if in_step(os.environ) and told.isdigit():
+            return max(1, min(seen, int(told)))
+        return max(1, seen // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
 
 def initialize() -> Ranks:
     """Joins the process group of the launcher's environment; alone, makes one of size 1.

@@ -55,6 +55,15 @@ class Run:
         """Type of the weights in a forward pass."""
         return zero.DTYPES[self.config.precision]
 
+    @property
+    def workers(self) -> int:
+        """Loader processes of this rank: as asked for, or what its cores bear beside a step."""
+        if self.config.data.workers is not None:
+            return self.config.data.workers
+        if self.ranks.device.type == "cuda":
+            return min(8, self.ranks.cores - 1)
+        return min(1, torch.get_num_threads() - 1)
+
     def say(self, line: str) -> None:
         """Prints a line on rank 0."""
         if self.ranks.main:

@@ -255,7 +255,7 @@ def _compute(
         manifest,
         batch=_BATCH,
         spans=mine,
-        workers=config.data.workers,
+        workers=run.workers,
         cache_dir=config.data.cache_dir,
         cache_gb=config.data.cache_gb,
         skip_broken=config.data.skip_broken,

@@ -1,7 +1,9 @@
-"""The classifier of a fine-tuning carries the plan's dropout, in the places that training uses."""
+"""What a plan says reaches the model and the loaders."""
 
+import os
 from pathlib import Path
 
+import pytest
 import torch
 
 from engine.config import Config
@@ -24,3 +26,28 @@ def test_dropout_of_the_plan_is_live() -> None:
         assert torch.equal(model.classify(images), model.classify(images)) == (rate == 0.0)
         model.eval()
         assert torch.equal(model.classify(images), model.classify(images))
+
+
+def test_workers_are_what_the_cores_bear(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    cpu, gpu = (
+        Run(Config(), Ranks(0, 0, 1, torch.device(name)), Path()) for name in ("cpu", "cuda")
+    )
+    for threads, expected in ((1, 0), (2, 1), (12, 1)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert cpu.workers == expected
+    assert gpu.workers == 5
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert gpu.workers == 8
+    # A task of SLURM that is bound to its eight cores has them all, whoever else is on the node.
+    for name, value in (("PROCID", "0"), ("STEP_ID", "0"), ("CPUS_PER_TASK", "8")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert gpu.ranks.cores == 8
+    assert gpu.workers == 7
+    gpu.config.data.workers = 0
+    assert gpu.workers == 0

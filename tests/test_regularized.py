@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import ViTForImageClassification
 
 from engine.views import Flips
+from launcher import memory
 from tests import text_kit
 from tests.helpers import make_world, metrics, run_cases
 from tests.plain_loop import RATE, STEPS, ZERO3, finetuning_rates, largest_difference
@@ -370,3 +371,13 @@ def stored_distance(student: Path, teacher: Path, *, largest: bool) -> float:
         size = value.reshape(len(value), -1).abs().sum(1).max().item()
         rows.setdefault(before if fused else key, []).append(size)
     return sum(max(sizes) for sizes in rows.values())
+
+
+def test_a_checkpoint_is_as_large_as_the_plan_says(root: Path) -> None:
+    """Fine-tuning trains everything; small tensors and names make the files a little larger."""
+    trained = sum(t.numel() for t in export(root, "radius-zero2").values())
+    planned = memory.checkpoint_bytes(memory.Parameters(trained, 0, 0))
+    folder = root / "runs" / "radius-zero2" / "finetune-model" / "checkpoints" / "step-00000003"
+    kinds = ("fp32/", "exp_avg/", "exp_avg_sq/")
+    assert sum(t.nbytes for k, t in tensors(folder).items() if k.startswith(kinds)) == planned
+    assert planned < sum(p.stat().st_size for p in folder.iterdir()) < 1.3 * planned

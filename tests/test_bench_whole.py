@@ -19,13 +19,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_the_parts_of_a_start_make_up_the_whole(shards: Path, tmp_path: Path) -> None:
-    parts = startup.once([sys.executable], shards, tmp_path / "run")
+@pytest.mark.parametrize("stage", ["pretrain", "distill"])
+def test_the_parts_of_a_start_make_up_the_whole(stage: str, shards: Path, tmp_path: Path) -> None:
+    parts = startup.once([sys.executable], stage, shards, tmp_path / "run")
     total = parts.pop("in all")
     assert sum(parts.values()) == pytest.approx(total)
     assert min(parts.values()) > 0
     assert list(parts)[-1] == "workers, first step"
-    assert (tmp_path / "run" / "pretrain" / "result.json").exists()
+    assert ("teacher's pass" in parts) == (stage == "distill")
+    (result,) = (tmp_path / "run").glob("*/result.json")
+    assert result.parent.name.startswith(stage)
 
 
 def test_the_plain_loop_does_all_stages_on_the_same_images(shards: Path, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> Line:
     usage = shutil.disk_usage(folder)
     found = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free in {folder}"
     if usage.free < 1e9:
-        cure = "give more (docker --shm-size=8g), clear it, or keep --data.workers 0"
+        cure = "give more (docker --shm-size=8g), clear it, or give --data.workers 0"
         return Line("warning", "shared memory", found, cure)
     return Line("ok", "shared memory", found)
 

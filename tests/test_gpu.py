@@ -1,16 +1,21 @@
 """What only a CUDA device shows: the model on it, its precisions, ZeRO over NCCL, the teachers."""
 
 import copy
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
+from data import pack
+from data.loader import Loader
+from data.manifest import Manifest
+from engine import distributed
 from engine.models.image import ImageAutoencoder, Normalize
 from engine.models.vit_mae import ViTMAE
 from engine.models.weights import load_pretrained
 from engine.objectives import EXTRAS, DistillObjective
-from tests.helpers import ROOT, launch, make_world, metrics, run_cases
+from tests.helpers import ROOT, launch, make_images, make_world, metrics, run_cases
 
 pytestmark = pytest.mark.gpu
 
@@ -41,6 +46,21 @@ def test_objective_equals_the_cpu() -> None:
         # Key biases have no gradient but rounding: against the largest gradient, not their own.
         error = (b.grad.cpu() - a.grad).norm() / max(a.grad.norm().item(), 1e-3)
         assert error < 1e-4, name
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_page_locked(workers: int, tmp_path: Path) -> None:
+    """Those that lie in the ring, and those that come by the pipe."""
+    make_images(tmp_path / "images", size=48)
+    pack.pack(str(tmp_path / "images"), str(tmp_path / "shards"), size=48)
+    split = Manifest.load_split(str(tmp_path / "shards"), "train")
+    loader = Loader(split, batch=9, workers=workers, pin=True)
+    locked = list(itertools.islice(iter(loader), 30))
+    loader.close()
+    for batch, plain in zip(locked, iter(Loader(split, batch=9)), strict=False):
+        assert all(entry.is_pinned() for entry in batch.values())
+        assert all(torch.equal(batch[name], plain[name]) for name in plain)
+        assert distributed.sent(batch["images"], torch.device("cuda")).is_cuda
 
 
 @pytest.fixture(scope="module")

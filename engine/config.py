@@ -41,10 +41,7 @@ class DataSection(Section):
         "auto", description="for stages 1 and 2 (auto = unlabelled, if a local folder has it)"
     )
     workers: int | None = Field(
-        None,
-        ge=0,
-        description="loader processes per rank (left out: 1 beside 2 or more threads of a CPU; a"
-        " GPU's rank has one for each core to spare, at most 8)",
+        None, ge=0, description="loader processes per rank (left out: what its cores bear, 0 to 8)"
     )
     partitions: int = Field(1, ge=1, description="partitions of the shards (1 = full shuffle)")
     window: int = Field(0, ge=0, description="shards shuffled together (0 = chosen from the set)")

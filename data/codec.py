@@ -33,12 +33,15 @@ class Codec(Protocol):
         """
         ...
 
-    def collate(self, arrays: list[NDArray[Any]], names: list[str]) -> dict[str, torch.Tensor]:
+    def collate(
+        self, arrays: list[NDArray[Any]], names: list[str], room: NDArray[np.uint8] | None = None
+    ) -> dict[str, torch.Tensor]:
         """The tensors of a batch of b samples, each with b rows.
 
         Args:
             arrays: What `decode` and `blank` gave.
             names: Of the samples, for messages.
+            room: Memory that may be taken for the largest of them, if it is enough.
 
         Raises:
             UserError: They do not fit together.
@@ -67,10 +70,14 @@ class Images:
             return np.zeros_like(like)
         return None if self.size is None else np.zeros((3, self.size, self.size), np.uint8)
 
-    def collate(self, arrays: list[NDArray[Any]], names: list[str]) -> dict[str, torch.Tensor]:
+    def collate(
+        self, arrays: list[NDArray[Any]], names: list[str], room: NDArray[np.uint8] | None = None
+    ) -> dict[str, torch.Tensor]:
         """See `Codec`."""
-        first = arrays[0].shape
-        out = np.empty((len(arrays), *first), dtype=np.uint8)
+        first, size = arrays[0].shape, len(arrays) * arrays[0].size
+        if room is None or room.size < size:
+            room = np.empty(size, dtype=np.uint8)
+        out = room[:size].reshape(len(arrays), *first)
         for row, array, name in zip(out, arrays, names, strict=True):
             if array.shape != first:
                 raise UserError(

@@ -36,13 +36,13 @@ class Samples(Dataset[dict[str, Any]], ABC):
         return self.codec.decode(record.input, record.name), record
 
     @abstractmethod
-    def batch(self, positions: Ints) -> dict[str, Any]:
-        """The batch at these positions."""
+    def batch(self, positions: Ints, room: NDArray[np.uint8] | None = None) -> dict[str, Any]:
+        """The batch at these positions, made in `room` as far as that is enough."""
 
     def __getitem__(self, numbered: tuple[int, Ints]) -> dict[str, Any]:
         number, positions = numbered
         try:
-            batch = self.batch(positions)
+            batch = self.batch(positions, self.ring.room(number) if self.ring else None)
         except UserError as error:
             return {"error": str(error)}
         return self.ring.carry(number, batch) if self.ring else carried(batch)
@@ -64,7 +64,7 @@ class Stream(Samples):
         self.keyed = keyed
         self._ahead: list[list[int]] = []
 
-    def batch(self, positions: Ints) -> dict[str, Any]:
+    def batch(self, positions: Ints, room: NDArray[np.uint8] | None = None) -> dict[str, Any]:
         """The inputs, labels, positions, ids, the keyed numbers, and what was broken."""
         ids = self.order.ids(positions)
         self._prefetch(positions)
@@ -85,7 +85,7 @@ class Stream(Samples):
                 raise UserError(f"{_TRIES} samples in a row are broken; the last: {reason}")
             inputs.append(array)
             records.append(record)
-        out: dict[str, Any] = self.codec.collate(inputs, [r.name for r in records]) | {
+        out: dict[str, Any] = self.codec.collate(inputs, [r.name for r in records], room) | {
             "labels": torch.tensor([r.label for r in records], dtype=torch.int64),
             "positions": torch.from_numpy(positions.copy()),
             "ids": torch.from_numpy(ids),
@@ -113,7 +113,7 @@ class Stream(Samples):
 class Rows(Samples):
     """Batches of one pass; ids of -1 pad the last ones."""
 
-    def batch(self, positions: Ints) -> dict[str, Any]:
+    def batch(self, positions: Ints, room: NDArray[np.uint8] | None = None) -> dict[str, Any]:
         """The inputs, labels, positions, ids, valid, and what was broken."""
         ids = positions.copy()
         self._prefetch(int(positions.max()))
@@ -134,7 +134,7 @@ class Rows(Samples):
         assert blank is not None
         padding = blank, Record(b"", -1, "padding")
         rows = [found.get(row, padding) for row in range(len(ids))]
-        return self.codec.collate([r[0] for r in rows], [r[1].name for r in rows]) | {
+        return self.codec.collate([r[0] for r in rows], [r[1].name for r in rows], room) | {
             "labels": torch.tensor([r[1].label for r in rows], dtype=torch.int64),
             "positions": torch.from_numpy(positions.copy()),
             "ids": torch.from_numpy(ids),

@@ -163,7 +163,9 @@ class Texts:
         """See `Codec`; one pad id."""
         return np.array([self.pad_id], dtype=np.int64)
 
-    def collate(self, arrays: list[NDArray[Any]], names: list[str]) -> "dict[str, torch.Tensor]":
+    def collate(
+        self, arrays: list[NDArray[Any]], names: list[str], room: NDArray[np.uint8] | None = None
+    ) -> "dict[str, torch.Tensor]":
         """See `Codec`.
 
         Returns:

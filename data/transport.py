@@ -39,6 +39,10 @@ class Ring:
         self._memory = mmap.mmap(-1, slots * nbytes)
         _rings[self.number] = self
 
+    def room(self, batch: int) -> NDArray[np.uint8]:
+        """The memory of a batch's slot."""
+        return self.view(batch % self.slots * self.nbytes, "|u1", (self.nbytes,))
+
     def view(self, at: int, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
         """The array that begins at a byte."""
         size = int(np.prod(shape, dtype=np.int64))
@@ -49,17 +53,17 @@ class Ring:
 
         Args:
             batch: Its number in the stream.
-            entries: Tensors and others; a tensor for which the slot has no room goes as `carried`
-                has it.
+            entries: Tensors and others. A large one that lies in the slot already stays there; the
+                others go as `carried` has it.
         """
-        at = batch % self.slots * self.nbytes
-        end, out = at + self.nbytes, dict(entries)
+        begin, first = self.room(batch).ctypes.data, batch % self.slots * self.nbytes
+        out = dict(entries)
         for name, value in entries.items():
-            if isinstance(value, torch.Tensor) and _SMALL < value.nbytes <= end - at:
-                array = value.numpy()
-                out[name] = InRing(self.number, at, array.dtype.str, array.shape)
-                self.view(*out[name][1:])[...] = array
-                at += -(-value.nbytes // 64) * 64
+            if isinstance(value, torch.Tensor) and value.nbytes > _SMALL:
+                at = value.data_ptr() - begin
+                if 0 <= at < self.nbytes and value.is_contiguous():
+                    shape = tuple(value.shape)
+                    out[name] = InRing(self.number, first + at, value.numpy().dtype.str, shape)
         return carried(out)
 
 

@@ -121,7 +121,10 @@ class Batches:
             return None
         # One more than are asked for: the next is asked for before the first is taken out.
         slots, nbytes = self._workers * _AHEAD + 1, rows * 3 * side**2
-        return Ring(slots, nbytes) if slots * nbytes <= _RING_LIMIT else None
+        try:
+            return Ring(slots, nbytes) if slots * nbytes <= _RING_LIMIT else None
+        except OSError:  # the system gives no more; the other way may do with less
+            return None
 
     def _count(self, broken: dict[int, str]) -> None:
         """Notes skipped samples; too many are an error."""

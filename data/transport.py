@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-_SMALL = 2**15  # bytes, above which an array is put into the ring
+_SMALL = 2**15  # bytes, above which an array that lies in the ring stays there
 _BY_PIPE = 2**20  # bytes, up to which the pipe is cheaper than torch's way
 
 _numbers = itertools.count()

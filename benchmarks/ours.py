@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.sizes import CLASSES, SIZES, Batch, Stage, config_of, head, network
 from engine import distributed
+from engine.allocator import keep_memory
 from engine.checkpoint import State
 from engine.config import Config, StageSection
 from engine.fit import build_engine
@@ -101,6 +102,8 @@ def make(
         compiled: through torch.compile.
     """
     ranks = distributed.initialize()
+    if ranks.device.type == "cpu":
+        keep_memory()
     batch = len(batches[0]["labels"])
     section: dict[str, Any] = {"steps": 10**6, "batch": batch, "lr": lr, "warmup": 0}
     section |= {"weight_decay": 0.01, "betas": (0.9, 0.95)}

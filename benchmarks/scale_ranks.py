@@ -94,9 +94,11 @@ def work(file: str) -> None:
     Args:
         file: JSON with `cases` (name, zero: a file, accumulation) and `steps`.
     """
+    from engine.allocator import keep_memory
     from engine.distributed import initialize
 
     ranks = initialize()
+    keep_memory()
     torch.set_num_threads(1)  # what initialize() shares out: a rank has one here, on any machine
     told = json.loads(Path(file).read_text(encoding="utf-8"))
     found = {}

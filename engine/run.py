@@ -111,9 +111,12 @@ def _run(argv: list[str]) -> None:
     """The launch itself; whatever the user or the machine did wrong becomes a UserError."""
     settings = configuration.load(parse(argv))
     _quiet()
+    from engine.allocator import keep_memory
     from engine.distributed import PASSING, describe, explain, initialize, lost_peer
 
     ranks = initialize()
+    if ranks.device.type == "cpu":
+        keep_memory()
     from engine.folder import open_run
     from engine.stages import run_stages
 

@@ -77,22 +77,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read(content: bytes) -> Image.Image:
-    """A whole image file as mode L or RGB.
-
-    Args:
-        content: The file's bytes.
-
-    Returns:
-        The upright image.
-
-    Raises:
-        ValueError: It is broken or of no known kind; one line that says how.
-    """
+def _read(content: bytes) -> Image.Image | NDArray[np.uint8]:
+    """As `read`, or an image's pixels where those are had without it."""
     try:
         if content.startswith(png.SIGNATURE):
             plain = png.plain(content)
-            return plain or to_rgb(Image.open(io.BytesIO(content), formats=("PNG",)))
+            if plain is not None:
+                return plain
+            return to_rgb(Image.open(io.BytesIO(content), formats=("PNG",)))
         return to_rgb(Image.open(io.BytesIO(content)))
     except UnidentifiedImageError:
         raise ValueError("it is no image of a known kind" if content else "it is empty") from None
@@ -105,6 +97,25 @@ def read(content: bytes) -> Image.Image:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
     except (struct.error, zlib.error, OverflowError, ZeroDivisionError, AttributeError) as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def _image(found: Image.Image | NDArray[np.uint8]) -> Image.Image:
+    return found if isinstance(found, Image.Image) else Image.fromarray(found)
+
+
+def read(content: bytes) -> Image.Image:
+    """A whole image file as mode L or RGB.
+
+    Args:
+        content: The file's bytes.
+
+    Returns:
+        The upright image.
+
+    Raises:
+        ValueError: It is broken or of no known kind; one line that says how.
+    """
+    return _image(_read(content))
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
@@ -159,15 +170,16 @@ def decode(content: bytes, size: int | None, name: str = "image") -> NDArray[np.
         BrokenData: The image is unreadable.
     """
     try:
-        image = read(content)
+        found = _read(content)
     except ValueError as error:
         raise BrokenData(
             f"{name}: the image cannot be read: {error}: pack it again from a whole file, or"
             " allow some to be skipped (--data.skip_broken)"
         ) from None
-    if size is not None:
-        image = fit(image, size)
-    pixels = np.asarray(image)
+    ready = isinstance(found, np.ndarray) and found.shape[:2] == (size, size)
+    if size is not None and not ready:
+        found = fit(_image(found), size)
+    pixels = np.asarray(found)
     if pixels.ndim == 2:
         return np.broadcast_to(pixels, (3, *pixels.shape))
     return pixels.transpose(2, 0, 1)

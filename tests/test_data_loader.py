@@ -1,5 +1,6 @@
 """Batches: the same samples for all numbers of ranks and workers; one pass without overlap."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import batches as streams
 from data import keyed, pack, transport
 from data.codec import Images
 from data.errors import UserError
@@ -142,6 +144,28 @@ def test_images_that_lie_in_the_ring(tmp_path: Path, workers: int) -> None:
     for batch, wanted in zip(found, alone, strict=True):
         assert batch.keys() == wanted.keys()
         assert all(torch.equal(batch[name], wanted[name]) for name in wanted)
+
+
+def test_without_memory_for_the_ring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the system refuses, or what is beyond the limit, comes the other way."""
+    make_images(tmp_path / "images", size=48)
+    pack.pack(str(tmp_path / "images"), str(tmp_path / "shards"), size=48)
+    split = Manifest.load_split(str(tmp_path / "shards"), "train")
+    alone = take(Loader(split, batch=9), 3)
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    for place, name, value in ((transport.mmap, "mmap", refuse), (streams, "_RING_LIMIT", 10**5)):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            loader = Loader(split, batch=9, workers=1)
+            stream = iter(loader)
+            found = [next(stream) for _ in range(3)]
+            assert loader.samples.ring is None
+            stream.close()
+        for batch, wanted in zip(found, alone, strict=True):
+            assert all(torch.equal(batch[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("partitions", [1, 3])

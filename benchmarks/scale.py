@@ -21,8 +21,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import record, scale_tables
-from benchmarks.scale_ranks import BASE
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks import record, scale_model, scale_tables
+from benchmarks.scale_ranks import BASE, SETTING, SETTINGS
 from data import cli
 from data.errors import UserError
 from engine import zero
@@ -90,29 +93,36 @@ def parameters() -> Parameters:
     return count(lambda: ViTMAE(shape))
 
 
-def measure(ranks: int, cases: Sequence[Case], steps: int) -> dict[str, Any]:
+def measure(
+    ranks: int, cases: Sequence[Case], steps: int, settings: Sequence[str] = (SETTING,)
+) -> dict[str, Any]:
     """Starts ranks on this machine, one thread each, and returns what `work` found.
 
     Args:
         ranks: their number.
         cases: settings whose bytes are counted.
-        steps: timed steps.
+        steps: timed steps of each setting.
+        settings: of ds_configs/, whose steps are timed.
 
     Returns:
-        `bytes`: case -> kind -> [calls, bytes of the tensors]; `rates`: images/s of each step.
+        `bytes`: case -> kind -> [calls, bytes of the tensors]; `rates`: setting -> images/s of each
+        step; of several ranks `collectives`: kind -> [seconds, bytes a second].
 
     Raises:
         UserError: a rank failed; with the end of what it said.
     """
     with tempfile.TemporaryDirectory() as folder:
         file, told = Path(folder) / "work.json", []
+        work: dict[str, Any]
         for number, case in enumerate(cases):
             setting = Path(folder) / f"{number}.json"
             setting.write_text(json.dumps(case.content()), encoding="utf-8")
             told.append(
                 {"name": case.name, "zero": str(setting), "accumulation": case.accumulation}
             )
-        file.write_text(json.dumps({"cases": told, "steps": steps}), encoding="utf-8")
+        work = {"cases": told, "steps": steps, "settings": list(settings)}
+        work["values"] = parameters().trained
+        file.write_text(json.dumps(work), encoding="utf-8")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -174,40 +184,42 @@ def numbers(text: str) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def main(out: Path | None = None, steps: int = 20, ranks: str = "1,2,4") -> None:
+def main(out: Path | None = None, steps: int = 10, ranks: str = "1,2,4", rounds: int = 3) -> None:
     """Counts the bytes of a distillation step by ZeRO stage, and times it on more and more ranks.
 
     Args:
         out: folder for scale.json and scale.md.
-        steps: timed steps.
+        steps: timed steps of each ZeRO stage in a round.
         ranks: numbers of ranks, on this machine.
+        rounds: alternating rounds of all numbers of ranks.
     """
-    if steps < 1:
-        raise UserError(f"--steps {steps}: give 1 or more")
+    for name, value in (("steps", steps), ("rounds", rounds)):
+        if value < 1:
+            raise UserError(f"--{name} {value}: give 1 or more")
     asked = numbers(ranks)
     several = [number for number in asked if number > 1]
     # The variants once: more ranks change (N-1)/N and nothing else.
     cases = {number: CASES if number == several[0] else CASES[:STAGES] for number in several}
-    found = {number: measure(number, cases.get(number, ()), steps) for number in asked}
+    found: list[dict[int, dict[str, Any]]] = [{} for _ in range(rounds)]
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=rounds * len(asked))
+        for number, taken in enumerate(found):
+            for count_ in asked:
+                progress.update(task, description=f"round {number + 1}: {count_} rank(s)")
+                counted = () if number else cases.get(count_, ())
+                taken[count_] = measure(count_, counted, steps, SETTINGS)
+                progress.advance(task)
     volumes = [
-        compared(case, found[number]["bytes"][case.name], number)
+        compared(case, found[0][number]["bytes"][case.name], number)
         for number, told in cases.items()
         for case in told
     ]
-    cores = len(os.sched_getaffinity(0))
-    rates = {number: record.spread(found[number]["rates"]) for number in asked}
-    first = rates[asked[0]]["median"] / min(asked[0], cores)
-    weak = [
-        {
-            "ranks": number,
-            "cores": cores,
-            **rate,
-            "efficiency": rate["median"] / (first * min(number, cores)),
-        }
-        for number, rate in rates.items()
-    ]
-    figures = {"parameters": asdict(parameters()), "volumes": volumes, "weak_scaling": weak}
-    record.write(out, "scale", figures, scale_tables.text(volumes, weak, parameters().trained))
+    cores, model = len(os.sched_getaffinity(0)), parameters()
+    weak, held = scale_model.weak(found, cores), scale_model.held(found, cores, model)
+    told = {name: value for name, value in asdict(model).items() if name != "sizes"}
+    figures = {"parameters": told, "volumes": volumes, "weak_scaling": weak}
+    figures |= {"plan": held, "rounds": found}
+    record.write(out, "scale", figures, scale_tables.text(volumes, weak, held, model.trained))
 
 
 if __name__ == "__main__":

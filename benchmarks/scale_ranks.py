@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -27,8 +28,11 @@ BASE = Path(__file__).resolve().parent.parent / "recipes" / "vit_small"
 COUNTED, TIMED = 2, 16
 #: Steps of a case, the last of which is counted: ZeRO-3 fetches ahead from the second one on.
 SEEN = 3
-#: ZeRO setting of the timed steps: that of several ranks by default.
-SETTING = "zero1"
+#: ZeRO settings of the timed steps, and that of several ranks by default. ZeRO-3 comes last: it
+#: leaves its own linear function in place of torch's.
+SETTINGS, SETTING = ("zero0", "zero1", "zero2", "zero3"), "zero1"
+#: Collectives that are timed by themselves: large ones, small ones.
+LARGE, SMALL = 10, 50
 
 #: Methods of ProcessGroup -> what they are; the argument that holds the whole tensor.
 METHODS: dict[str, tuple[scaling.Collected, int]] = {
@@ -92,7 +96,8 @@ def work(file: str) -> None:
     """What a rank does: reads cases from a file; rank 0 writes there what was found.
 
     Args:
-        file: JSON with `cases` (name, zero: a file, accumulation) and `steps`.
+        file: JSON with `cases` (name, zero: a file, accumulation), and of the timed steps
+            `settings` and `steps`; `values` of the largest collectives.
     """
     from engine.allocator import keep_memory
     from engine.distributed import initialize
@@ -104,9 +109,15 @@ def work(file: str) -> None:
     found = {}
     for case in told["cases"]:
         found[case["name"]] = _counts(_Stepper(case["zero"], case["accumulation"], COUNTED, ranks))
-    rates = _rates(_Stepper(SETTING, 1, TIMED, ranks), told["steps"], ranks.world)
+    answer: dict[str, Any] = {"bytes": found}
+    answer["rates"] = {
+        setting: _rates(_Stepper(setting, 1, TIMED, ranks), told["steps"], ranks.world)
+        for setting in told["settings"]
+    }
+    if ranks.world > 1:
+        answer["collectives"] = _collectives(told["values"], ranks.world)
     if ranks.main:
-        Path(file).write_text(json.dumps({"bytes": found, "rates": rates}), encoding="utf-8")
+        Path(file).write_text(json.dumps(answer), encoding="utf-8")
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # DeepSpeed's threads may outlive the group
@@ -182,3 +193,32 @@ def _rates(step: _Stepper, steps: int, world: int) -> list[float]:
             rates.append(world * TIMED / (time.perf_counter() - began))
     step.close()
     return rates
+
+
+def _collectives(values: int, world: int) -> dict[str, list[float]]:
+    """Kind of collective -> seconds of one of next to no bytes, bytes a second that a rank sends.
+
+    Args:
+        values: fp32 values of the large one; a step's gradients.
+        world: number of ranks.
+    """
+    found: dict[str, list[float]] = {}
+    for kind in ("all-reduce", "all-gather", "reduce-scatter"):
+        seconds = []
+        for size_, times in ((world, SMALL), (values // world * world, LARGE)):
+            whole, part = torch.zeros(size_), torch.zeros(size_ // world)
+            took = []
+            for _ in range(times):
+                dist.barrier()
+                began = time.perf_counter()
+                if kind == "all-reduce":
+                    dist.all_reduce(whole)
+                elif kind == "all-gather":
+                    dist.all_gather_into_tensor(whole, part)
+                else:
+                    dist.reduce_scatter_tensor(part, whole)
+                took.append(time.perf_counter() - began)
+            seconds.append(statistics.median(took))
+        moved = scaling.sent(kind, float(size(whole)), world)
+        found[kind] = [seconds[0], moved / max(seconds[1] - seconds[0], 1e-9)]
+    return found

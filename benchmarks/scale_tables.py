@@ -9,12 +9,18 @@ from benchmarks import record
 from benchmarks.scale_ranks import SETTING, TIMED
 
 
-def text(volumes: Sequence[dict[str, Any]], weak: Sequence[dict[str, Any]], trained: int) -> str:
-    """Both tables, with what is behind them.
+def text(
+    volumes: Sequence[dict[str, Any]],
+    weak: Sequence[dict[str, Any]],
+    held: Sequence[dict[str, Any]],
+    trained: int,
+) -> str:
+    """The tables, with what is behind them.
 
     Args:
         volumes: lines of `compared`.
-        weak: ranks, cores, median, min, max, n and efficiency.
+        weak: lines of `scale_model.weak`.
+        held: lines of `scale_model.held`.
         trained: parameters.
     """
     lines = ["# Communication and weak scaling of a distillation step", ""]
@@ -51,15 +57,28 @@ def text(volumes: Sequence[dict[str, Any]], weak: Sequence[dict[str, Any]], trai
                 (
                     *(f"{row['ranks']}", f"{min(row['ranks'], cores)}", f"{row['median']:.1f}"),
                     *(f"{row['min']:.1f} to {row['max']:.1f}", f"{row['n']}"),
-                    f"{100 * row['efficiency']:.0f}%",
+                    _percent(row["efficiency"]),
                 )
                 for row in weak
             ],
         ),
         "",
         f"Efficiency: images/s over those of {weak[0]['ranks']} rank(s), for each core used:"
-        " min(ranks, cores).",
+        " min(ranks, cores); median and range of the rounds.",
     ]
+    if held:
+        lines += [
+            "",
+            "The plan's time of a step (launcher/scaling.py), given a step of one rank and gloo's"
+            " own times in the same round, against the ranks' steps:",
+            "",
+            _held_table(held),
+            "",
+            "Compute: the step of one rank under the same ZeRO, times ranks / min(ranks, cores), so"
+            " what DeepSpeed itself does in a step is in it. Gloo's times: an all-reduce, an"
+            " all-gather and a reduce-scatter of all gradients and of one value a rank, alone."
+            " Nothing hides behind compute: gloo works on the cores that compute.",
+        ]
     return "\n".join(lines)
 
 
@@ -75,3 +94,22 @@ def _volume_table(volumes: Sequence[dict[str, Any]]) -> str:
         for row in volumes
     ]
     return record.markdown(columns, rows)
+
+
+def _percent(spread: dict[str, float]) -> str:
+    return "{median:.0%} ({min:.0%} to {max:.0%})".format(**spread)
+
+
+def _held_table(held: Sequence[dict[str, Any]]) -> str:
+    columns = ("ZeRO", "ranks", "plan, ms", "of it communication", "measured, ms")
+    rows = [
+        (
+            *(row["setting"].removeprefix("zero"), f"{row['ranks']}"),
+            f"{1000 * row['plan']['median']:.0f}",
+            f"{100 * row['communication']:.0f}%",
+            f"{1000 * row['measured']['median']:.0f}",
+            "{median:.2f} ({min:.2f} to {max:.2f})".format(**row["ratio"]),
+        )
+        for row in held
+    ]
+    return record.markdown((*columns, "plan / measured"), rows)

@@ -8,10 +8,11 @@ for
     ZeRO 0   all-reduce e P after the backward
     ZeRO 1   all-reduce e P in the last backward, all-gather e P after the step
     ZeRO 2   all-reduce e P in each of A backwards, all-gather e P after the step
-    ZeRO 3   A times: all-gather e (P + F) in the forward, reduce-scatter e P in the backward
+    ZeRO 3   A times: all-gather e (P + F - S) in the forward, reduce-scatter e P in the backward;
+             all-gather e S after the step, parameter by parameter
 
-as counted in real steps: `python -m benchmarks.scale`. The textbook (Rajbhandari et al. 2020, ZeRO,
-section 7) has a reduce-scatter in place of the all-reduce of ZeRO 1 and 2, and two all-gathers in
+of which S are in parameters up to stage3_param_persistence_threshold, as counted in real steps:
+`python -m benchmarks.scale`. The textbook (Rajbhandari et al. 2020, ZeRO, section 7) has a reduce-scatter in place of the all-reduce of ZeRO 1 and 2, and two all-gathers in
 ZeRO 3. DeepSpeed sums the gradients of all ranks' parts in one bucket, of which each rank keeps its
 part (`use_multi_rank_bucket_allreduce`); and ZeRO 3 keeps what was gathered until the backward,
 where all parameters together are below stage3_max_live_parameters and stage3_max_reuse_distance.
@@ -120,9 +121,8 @@ def asked(
 ) -> list[Collective]:
     """What DeepSpeed 0.19.8 asks for in a step, once ZeRO-3 knows the order of its modules.
 
-    Not counted: the gathers of ZeRO-3's small parameters after a step, one call for each below
-    stage3_param_persistence_threshold (their bytes are counted, in the forward); padding; a second
-    pass of the encoder, for which ZeRO-3 gathers again where it keeps nothing.
+    Not counted: padding; a second pass of the encoder, for which ZeRO-3 gathers again where it
+    keeps nothing.
 
     Args:
         content: DeepSpeed's configuration.
@@ -150,11 +150,15 @@ def asked(
     else:
         # A module is gathered whole, however small the bucket.
         bucket = max(zero.prefetch_bucket_size, parameters.largest)
-        found += _gathers(parameters.all, bucket, size, accumulation)
+        small = parameters.persistent(zero.param_persistence_threshold)
+        cut = parameters.all - sum(small)
+        found += _gathers(cut, bucket, size, accumulation)
         if parameters.all > min(zero.max_live_parameters, zero.max_reuse_distance):
-            calls = accumulation * math.ceil(parameters.all / bucket)
-            every = float(accumulation * size * parameters.all)
+            calls = accumulation * math.ceil(cut / bucket)
+            every = float(accumulation * size * cut)
             found.append(Collective("all-gather", every, calls, "backward"))
+        if small:
+            found.append(Collective("all-gather", float(size * sum(small)), len(small), "alone"))
     times = 1 if stage == 1 else accumulation
     full = math.ceil(trained / zero.reduce_bucket_size) - 1
     early = full * zero.reduce_bucket_size

@@ -172,7 +172,8 @@ def _formulas(plan: Plan, shown: list[Row]) -> list[str]:
         0: f"all-reduce {size} P",
         1: f"all-reduce {size} P + all-gather {size} P",
         2: f"A x all-reduce {size} P + all-gather {size} P",
-        3: f"A x (all-gather {size} (P + frozen) + reduce-scatter {size} P)",
+        3: f"A x (all-gather {size} (P + frozen - S) + reduce-scatter {size} P) + all-gather"
+        f" {size} S",
     }
     lines = [
         f"comm.: {sums[stage]}, A micro-batches a step; a rank sends 2 (N-1)/N bytes of each in an"
@@ -200,8 +201,8 @@ def _formulas(plan: Plan, shown: list[Row]) -> list[str]:
     ]
     if stage == 3:
         lines.append(
-            "not counted: parameters below stage3_param_persistence_threshold are gathered after a"
-            " step one by one, each with its own latency; set it to 0 on many nodes"
+            "S: in parameters up to stage3_param_persistence_threshold, gathered after a step one"
+            " by one, each with its own latency; set it to 0 on many nodes"
         )
     return lines
 

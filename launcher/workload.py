@@ -44,16 +44,22 @@ class Parameters:
         trained: those with a gradient.
         frozen: the others (a ViT-MAE's fixed position embeddings).
         largest: of the module with most of its own, which ZeRO-3 gathers at once.
+        sizes: values of each parameter; empty where they are not known.
     """
 
     trained: int
     frozen: int
     largest: int
+    sizes: tuple[int, ...] = ()
 
     @property
     def all(self) -> int:
         """Trained and frozen ones."""
         return self.trained + self.frozen
+
+    def persistent(self, threshold: int) -> list[int]:
+        """Sizes of those that ZeRO-3 keeps whole, of at most so many values each."""
+        return [values for values in self.sizes if values <= threshold]
 
 
 class Workload(Protocol):
@@ -107,7 +113,8 @@ def count(build: Callable[[], nn.Module]) -> Parameters:
         network = build()
     own = [sum(p.numel() for p in m.parameters(recurse=False)) for m in network.modules()]
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    return Parameters(trained, sum(p.numel() for p in network.parameters()) - trained, max(own))
+    sizes = tuple(p.numel() for p in network.parameters())
+    return Parameters(trained, sum(sizes) - trained, max(own), sizes)
 
 
 def unknown(path: str) -> UserError:

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import scale, scale_ranks, scale_tables
+from benchmarks import scale, scale_model, scale_ranks, scale_tables
 from data.errors import UserError
 
 FLOAT = 4
+PARAMETERS = scale.parameters()
 
 #: Case -> tensors of all parameters that are moved, an all-reduce twice.
 EXPECTED = {
@@ -86,14 +87,36 @@ def test_text() -> None:
     volume = {"setting": "1", "ranks": 2, "textbook": 2e6, "plan": 3e6, "measured": 3e6}
     volume |= {"calls": {"all-reduce": 3, "all-gather": 2}}
     rates = [
-        {"ranks": n, "cores": 2, "median": m, "min": m - 1, "max": m + 1, "n": 5, "efficiency": e}
+        {"ranks": n, "cores": 2, "median": m, "min": m - 1, "max": m + 1, "n": 5}
+        | {"efficiency": {"median": e, "min": e, "max": 1.0, "n": 3}}
         for n, m, e in ((1, 10.0, 1.0), (4, 15.0, 0.75))
     ]
-    said = scale_tables.text([volume], rates, 1000)
+    said = scale_tables.text([volume], rates, [], 1000)
     assert "| 1 | 2 | 2.000 | 3.000 | 3.000 | 1.500 | 3 all-reduce, 2 all-gather |" in said
-    assert "| 4 | 2 | 15.0 | 14.0 to 16.0 | 5 | 75% |" in said
+    assert "| 4 | 2 | 15.0 | 14.0 to 16.0 | 5 | 75% (75% to 100%) |" in said
     assert "machine has 2 cores: more ranks than that share them" in said
-    assert "Textbook" not in scale_tables.text([], rates, 1000)
+    assert "Textbook" not in scale_tables.text([], rates, [], 1000)
+
+
+def test_the_plan_is_held_against_the_ranks() -> None:
+    """By hand: 3.2 s of compute a step, 16 images a rank, one byte sent a nanosecond."""
+    sent = FLOAT * scale.parameters().trained / 2 * 1e-9
+    quick = {kind: [0.01, 1e9] for kind in ("all-reduce", "all-gather", "reduce-scatter")}
+    settings = scale_ranks.SETTINGS
+    one: dict[int, Any] = {
+        ranks: {"rates": {name: [rate, rate] for name in settings}, "collectives": quick}
+        for ranks, rate in ((1, 5.0), (2, 8.0), (4, 4.0))
+    }
+    efficiency = [row["efficiency"]["median"] for row in scale_model.weak([one, one], 2)]
+    assert efficiency == pytest.approx([1.0, 0.8, 0.4])
+    rows = {(row["setting"], row["ranks"]): row for row in scale_model.held([one], 2, PARAMETERS)}
+    assert rows["zero0", 2]["plan"]["median"] == pytest.approx(3.2 + 0.01 + 2 * sent)
+    assert rows["zero1", 2]["plan"]["median"] == pytest.approx(3.2 + 0.05 + 3 * sent, rel=1e-6)
+    assert rows["zero1", 2]["measured"]["median"] == 4.0
+    assert rows["zero0", 4]["plan"]["median"] == pytest.approx(6.4 + 0.01 + 3 * sent)
+    assert rows["zero0", 4]["ratio"]["median"] == pytest.approx((6.41 + 3 * sent) / 16)
+    said = scale_tables.text([], scale_model.weak([one], 2), list(rows.values()), 1000)
+    assert "| 1 | 2 | 3268 | 2% | 4000 | 0.82 (0.82 to 0.82) |" in said
 
 
 @pytest.mark.multi
@@ -101,8 +124,9 @@ def test_two_real_ranks_send_what_the_plan_says() -> None:
     """The formula of launcher/scaling.py, which the plan uses, against DeepSpeed on gloo."""
     cases = [case for case in scale.CASES if case.name in EXPECTED]
     found = scale.measure(2, cases, steps=2)
-    assert len(found["rates"]) == 2
-    assert min(found["rates"]) > 0
+    assert len(found["rates"]["zero1"]) == 2
+    assert min(found["rates"]["zero1"]) > 0
+    assert all(latency > 0 and rate > 0 for latency, rate in found["collectives"].values())
     whole = FLOAT * scale.parameters().trained
     for case in cases:
         row = scale.compared(case, found["bytes"][case.name], 2)

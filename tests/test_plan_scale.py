@@ -1,5 +1,6 @@
 """The plan of a step at scale: hand-computed figures, what must rise or fall, counted bytes."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -85,6 +86,12 @@ def test_other_settings_of_zero() -> None:
     # No bucket is smaller than the largest module: 21 gathers of up to 5 million.
     small = content(3, stage3_prefetch_bucket_size=0)
     assert totals(scaling.asked(small, MODEL, size=4))["all-gather"] == (402e6, 21)
+    # Two of a thousand values, kept whole: once a step, each by itself, and not in the forward.
+    many = dataclasses.replace(MODEL, sizes=(5_000_000, 1000, 1000))
+    kept = totals(scaling.asked(content(3), many, size=4, accumulation=2))["all-gather"]
+    assert kept == (2 * (402e6 - 8000) + 8000, 2 * 3 + 2)
+    none = content(3, stage3_param_persistence_threshold=0)
+    assert scaling.asked(none, many, size=4) == scaling.asked(none, MODEL, size=4)
     taught = scaling.asked(content(0), MODEL, size=4, sharded=60_000_000)
     assert totals(taught)["all-gather"] == (240e6, 2)
 

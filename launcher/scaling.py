@@ -12,11 +12,12 @@ for
              all-gather e S after the step, parameter by parameter
 
 of which S are in parameters up to stage3_param_persistence_threshold, as counted in real steps:
-`python -m benchmarks.scale`. The textbook (Rajbhandari et al. 2020, ZeRO, section 7) has a reduce-scatter in place of the all-reduce of ZeRO 1 and 2, and two all-gathers in
-ZeRO 3. DeepSpeed sums the gradients of all ranks' parts in one bucket, of which each rank keeps its
-part (`use_multi_rank_bucket_allreduce`); and ZeRO 3 keeps what was gathered until the backward,
-where all parameters together are below stage3_max_live_parameters and stage3_max_reuse_distance.
-Where they are not, it gathers again in the backward.
+`python -m benchmarks.scale`. The textbook (Rajbhandari et al. 2020, ZeRO, section 7) has a
+reduce-scatter in place of the all-reduce of ZeRO 1 and 2, and two all-gathers in ZeRO 3. DeepSpeed
+sums the gradients of all ranks' parts in one bucket, of which each rank keeps its part
+(`use_multi_rank_bucket_allreduce`); and ZeRO 3 keeps what was gathered until the backward, where
+all parameters together are below stage3_max_live_parameters and stage3_max_reuse_distance. Where
+they are not, it gathers again in the backward.
 
 Time of a collective: calls x latency + bytes / bandwidth. Inside a node the bandwidth is the
 link's; across nodes the lesser of the link's and the whole node's network: NCCL lays one ring

@@ -317,6 +317,19 @@ class Config(Section):
             raise ValueError("must be auto or never")
         return value
 
+    def check_warmups(self) -> None:
+        """Refuses a warm-up that is as long as its stage, before the first of several is trained.
+
+        What is given in epochs is known with the data, at the stage's own start.
+
+        Raises:
+            UserError: see `StageSection.check_warmup`.
+        """
+        sections = {"pretrain": self.pretrain, "distill": self.distill, "finetune": self.finetune}
+        for stage, section in sections.items():
+            if self.stage in (stage, "all") and section.steps is not None:
+                section.check_warmup(stage, section.steps)
+
     def toml(self) -> str:
         """This configuration as TOML, which `--recipe` reads back."""
         return tomli_w.dumps(self.model_dump(exclude_none=True, exclude={"local_rank"}))

@@ -110,6 +110,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> None:
     """The launch itself; whatever the user or the machine did wrong becomes a UserError."""
     settings = configuration.load(parse(argv))
+    settings.check_warmups()
     _quiet()
     from engine.allocator import keep_memory
     from engine.distributed import PASSING, describe, explain, initialize, lost_peer

@@ -117,6 +117,11 @@ def table(root: Path) -> list[tuple[str, tuple[str, list[str]], str]]:
         ("option given twice", ("engine", ["--seed", "3", "--seed=4"]), "--seed is given twice"),
         ("beta of 2", engine(r, **{"pretrain.betas": "0.9,2.0"}), "at least 0 and below 1"),
         ("warm-up as long as the stage", engine(r, **{"pretrain.warmup": 5}), "has 5 steps"),
+        (
+            "warm-up as long as a later stage: told before any data are looked for",
+            engine(r, "all", **{"finetune.steps": 7, "finetune.warmup": 7, "data": r / "nowhere"}),
+            "--finetune.warmup 7: the stage has 7 steps",
+        ),
         ("recipe for texts, data of images", engine(r, recipe="roberta_base"), "recipe for texts"),
         ("unknown recipe", engine(r, recipe="vit_bas"), "did you mean vit_base"),
         ("recipe is not TOML", engine(r, recipe=r / "bad.toml"), "not valid TOML"),

@@ -7,17 +7,18 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from data.errors import UserError
-from engine.models.language import restore_dropout
 from engine.models.layout import to_hugging_face
 from engine.models.vit_mae import Shape
+
+if TYPE_CHECKING:  # images need none of it: a tenth of a start
+    from transformers import PreTrainedConfig
 
 
 def export_mae(
@@ -125,6 +126,7 @@ def export_transformers(
     Raises:
         UserError: the folder holds something else, or cannot be written.
     """
+    from engine.models.language import restore_dropout
 
     def write(target: Path) -> None:
         config = restore_dropout(network.config, original)

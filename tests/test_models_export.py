@@ -1,5 +1,7 @@
 """Exports: transformers and timm load them without a missing key, and compute the same."""
 
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -202,3 +204,12 @@ def test_full_disk_is_one_line_and_leaves_the_old_export(
 def test_an_unknown_tensor_is_never_left_out_silently() -> None:
     with pytest.raises(KeyError):
         to_hugging_face({"reg_token": torch.zeros(1)}, None)
+
+
+def test_images_start_without_transformers() -> None:
+    """Its import takes a tenth of the time to the first step, and texts alone need it."""
+    code = (
+        "import sys, engine.run, engine.stages, engine.kinds.image, engine.trainer;"
+        " sys.exit('transformers' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -171,6 +171,26 @@ def test_the_short_way_refuses_and_reads_what_pillow_does(
     assert found == [outcome(content) for content in contents]
 
 
+@pytest.mark.parametrize("rows", range(0, 17, 2))
+def test_nothing_is_left_of_the_image_before(rows: int) -> None:
+    """Rows that a file promises and does not hold are what Pillow makes of them."""
+    noise = np.random.default_rng(0).integers(1, 256, (2, 16, 16, 3), dtype=np.uint8)
+    whole = saved(Image.fromarray(noise[0]), "PNG")
+    lines = zlib.compress(b"".join(b"\0" + line.tobytes() for line in noise[1][:rows]))
+    part = len(lines).to_bytes(4, "big") + b"IDAT" + lines
+    part += zlib.crc32(b"IDAT" + lines).to_bytes(4, "big")
+    short = whole[:33] + part + whole[-12:]
+    assert np.array_equal(pixels(whole), noise[0].transpose(2, 0, 1))
+    try:
+        wanted = np.asarray(Image.open(io.BytesIO(short))).transpose(2, 0, 1)
+    except OSError:
+        with pytest.raises(BrokenData):
+            pixels(short)
+    else:
+        assert np.array_equal(pixels(short), wanted)
+        assert np.array_equal(wanted[:, :rows], noise[1].transpose(2, 0, 1)[:, :rows])
+
+
 def test_bombs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(BrokenData, match="too many pixels"):

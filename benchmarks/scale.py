@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,8 +35,8 @@ from launcher import scaling
 from launcher.workload import Parameters, count
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Seconds after which ranks that say nothing are ended.
-PATIENCE = 900
+#: Seconds after which ranks are ended, and those more for each timed step.
+PATIENCE, EACH = 900, 10
 
 
 class Case(NamedTuple):
@@ -131,17 +133,25 @@ def measure(
             *(sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"),
             *(f"--master_port={port}", "--no-python", sys.executable, "-c", code),
         ]
-        done = subprocess.run(
+        with subprocess.Popen(
             words,
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=PATIENCE,
-        )
-        if done.returncode:
-            said = " ".join((done.stdout + done.stderr)[-2000:].split())
-            raise UserError(f"{ranks} ranks failed ({done.returncode}): {said}")
+            start_new_session=True,
+        ) as process:
+            try:
+                said, limit = process.communicate(timeout=PATIENCE + EACH * steps)[0], ""
+            except subprocess.TimeoutExpired:
+                said, limit = "", f"not done after {PATIENCE + EACH * steps} s"
+            finally:
+                with suppress(ProcessLookupError):  # nobody is left
+                    os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode:
+            said = limit or " ".join(said[-2000:].split())
+            raise UserError(f"{ranks} ranks failed ({process.returncode}): {said}")
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found
 

@@ -3,9 +3,9 @@
 import ctypes
 from contextlib import suppress
 
-# Of mallopt(3), in glibc's malloc.h; the threshold of mmap first: to set the other alone would end
-# glibc's own adjustment of it.
-_SETTINGS = {-3: 2**30, -1: -1}  # M_MMAP_THRESHOLD in bytes; M_TRIM_THRESHOLD, -1: never
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3), in glibc's malloc.h
+# Bytes; glibc before 2.35 takes no more than the second.
+_LARGEST = (2**30, 2**25)
 
 
 def keep_memory() -> bool:
@@ -20,5 +20,7 @@ def keep_memory() -> bool:
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        return all(mallopt(what, value) for what, value in _SETTINGS.items())
+        # That of mmap first: to set the other alone would end glibc's own adjustment of it.
+        larger = any(mallopt(_M_MMAP_THRESHOLD, size) for size in _LARGEST)
+        return larger and bool(mallopt(_M_TRIM_THRESHOLD, -1))  # -1: never
     return False

@@ -23,8 +23,8 @@ Time of a collective: calls x latency + bytes / bandwidth. Inside a node the ban
 link's; across nodes the lesser of the link's and the whole node's network: NCCL lays one ring
 through each network card, and together they cross the border of a node once. Latencies are those of
 NCCL's tuning model for its Simple protocol (src/graph/tuning.cc): a ring makes N-1 hops, twice that
-in an all-reduce, of which one a node is through the network; an all-reduce takes a tree where that
-is shorter.
+in an all-reduce, of which one less than nodes (twice that) are through the network; an all-reduce
+takes a tree where that is shorter.
 
 Time of a step: compute = FLOPs / (peak x MFU), of which a third is the forward. Gathers of ZeRO 3
 hide behind the forward and sums of gradients behind the backward (ZeRO 1: behind the last one), up
@@ -123,7 +123,8 @@ def asked(
     """What DeepSpeed 0.19.8 asks for in a step, once ZeRO-3 knows the order of its modules.
 
     Not counted: padding; a second pass of the encoder, for which ZeRO-3 gathers again where it
-    keeps nothing.
+    keeps nothing, and its calls there, one a parameter; without use_multi_rank_bucket_allreduce one
+    call of each bucket for each rank that owns a part, of which one is counted.
 
     Args:
         content: DeepSpeed's configuration.

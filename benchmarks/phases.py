@@ -54,7 +54,7 @@ def main() -> int:
         over("process group")
         from engine import fit, stages, trainer
 
-        over("timm, transformers and other modules")
+        over("timm and other modules")
         read: str | None = "run folder, data, weights"
         if "distill" in sys.argv:
             timed(stages, "build_table", read, "teacher's pass")

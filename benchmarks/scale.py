@@ -214,10 +214,10 @@ def main(out: Path | None = None, steps: int = 10, ranks: str = "1,2,4", rounds:
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=rounds * len(asked))
         for number, taken in enumerate(found):
-            for count_ in asked:
-                progress.update(task, description=f"round {number + 1}: {count_} rank(s)")
-                counted = () if number else cases.get(count_, ())
-                taken[count_] = measure(count_, counted, steps, SETTINGS)
+            for world in asked:
+                progress.update(task, description=f"round {number + 1}: {world} rank(s)")
+                counted = () if number else cases.get(world, ())
+                taken[world] = measure(world, counted, steps, SETTINGS)
                 progress.advance(task)
     volumes = [
         compared(case, found[0][number]["bytes"][case.name], number)

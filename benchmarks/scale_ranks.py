@@ -205,8 +205,8 @@ def _collectives(values: int, world: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for kind in ("all-reduce", "all-gather", "reduce-scatter"):
         seconds = []
-        for size_, times in ((world, SMALL), (values // world * world, LARGE)):
-            whole, part = torch.zeros(size_), torch.zeros(size_ // world)
+        for length, times in ((world, SMALL), (values // world * world, LARGE)):
+            whole, part = torch.zeros(length), torch.zeros(length // world)
             took = []
             for _ in range(times):
                 dist.barrier()

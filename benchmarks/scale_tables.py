@@ -77,8 +77,8 @@ def text(
             "Compute: the step of one rank under the same ZeRO, times ranks / min(ranks,"
             " cores). That is too little under ZeRO 0, where one process leaves out the copies"
             " that an all-reduce takes, and too much under 1 to 3, where each of several ranks"
-            " updates its part of the weights alone. Gloo's times: an all-reduce, an all-"
-            "gather and a reduce-scatter of all gradients and of one value a rank, rank 0's."
+            " updates its part of the weights alone. Gloo's times: an all-reduce, an"
+            " all-gather and a reduce-scatter of all gradients and of one value a rank, rank 0's."
             " Nothing hides behind compute: gloo works on the cores that compute. Not in the"
             " plan: that ranks wait for the slowest, share a memory bus, and meet at the end"
             " of a timed step.",

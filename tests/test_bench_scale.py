@@ -119,6 +119,13 @@ def test_the_plan_is_held_against_the_ranks() -> None:
     assert "| 1 | 2 | 3268 | 2% | 4000 | 0.82 (0.82 to 0.82) |" in said
 
 
+def test_ranks_that_are_not_done_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "PATIENCE", 1)
+    monkeypatch.setattr(scale, "EACH", 0)
+    with pytest.raises(UserError, match=r"2 ranks failed .* not done after 1 s"):
+        scale.measure(2, (), steps=1)
+
+
 @pytest.mark.multi
 def test_two_real_ranks_send_what_the_plan_says() -> None:
     """The formula of launcher/scaling.py, which the plan uses, against DeepSpeed on gloo."""

@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 from data.manifest import Manifest
 from engine import training_state
-from engine.distributed import Ranks, total
+from engine.distributed import Ranks, sent, total
 from engine.evaluation import Scores
 from engine.fit import evaluate, scored_batch
 from engine.folder import Run
 from engine.kinds.base import Batch, Kind
-from engine.teacher import view
+from engine.precision import autocast
+from engine.teacher import frozen, view
 from engine.zero import gathered
 
 #: Samples by whose features the encoders are compared.
@@ -123,7 +124,7 @@ class Features:
         self, run: Run, kind: Kind, initial: Any, encoder: nn.Module, manifest: Manifest
     ) -> None:
         self.run, self.kind = run, kind
-        self.initial = kind.encoder(initial).to(run.ranks.device, run.dtype).eval()
+        self.initial = frozen(kind.encoder(initial), run.ranks.device, run.dtype)
         last = manifest.samples - 1
         chosen = np.linspace(0, last, min(COMPARED, manifest.samples)).astype(np.int64)
         self.chosen = torch.from_numpy(np.unique(chosen))
@@ -144,11 +145,12 @@ class Features:
         assert self.cls is not None
         device = self.run.ranks.device
         some = {name: batch[name][rows] for name in self.kind.full if name in batch}
-        tokens, _ = self.initial.encode(cls_only=True, **view(some, self.kind.full, device))
-        before, after = tokens[:, 0].float(), self.cls[rows.to(device)]
+        with autocast(device, self.run.dtype):
+            tokens, _ = self.initial.encode(cls_only=True, **view(some, self.kind.full, device))
+        before, after = tokens[:, 0].float(), self.cls[sent(rows, device)]
         square = (after - before).pow(2).sum(-1).double().sum()
         cosine = F.cosine_similarity(after, before, dim=-1).double().sum()
-        self.sums += torch.stack([square, cosine, cosine.new_tensor(len(rows))])
+        self.sums += torch.stack([square, cosine, torch.full_like(cosine, len(rows))])
 
     def close(self) -> None:
         """Leaves the encoder alone."""

@@ -287,8 +287,17 @@ class Config(Section):
         description="also fine-tune model, pretrain and each round (with --stage all)",
     )
     seed: int = Field(0, ge=0, lt=2**31)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto = as the run began, else bf16 where the device has units for it"
+    )
+    tf32: bool = Field(True, description="on GPUs: fp32 matrix products in TF32")
+    deterministic: bool = Field(
+        False, description="on GPUs: the same run gives the same bits again (slower)"
+    )
     compile: bool = Field(False, description="torch.compile (a first step of a minute or more)")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = Field(
+        "default", description="of torch.compile (reduce-overhead = CUDA graphs, for small batches)"
+    )
     zero: str = Field(
         "auto",
         description="name in ds_configs/, or a JSON file (auto = zero1; zero0 for one process)",

@@ -21,10 +21,11 @@ from data.samples import Keyed
 from data.verify import check_hashes
 from engine import flops as flop_counts
 from engine import optim, training_state, zero
+from engine.allocator import release
 from engine.audit import SampleLog
 from engine.checkpoint import Checkpoints, Reader, State
 from engine.config import StageSection
-from engine.distributed import main_only, total
+from engine.distributed import main_only, sent, total
 from engine.drift import Drift
 from engine.evaluation import Scores, Tally
 from engine.folder import Run, write_result
@@ -186,7 +187,7 @@ def build_engine(
         # Nobody to add up with: DeepSpeed would copy all gradients together and back all the same.
         engine.enable_backward_allreduce = False
     if run.config.compile:
-        engine.compile()
+        engine.compile(compile_kwargs={"mode": run.config.compile_mode})
     return engine
 
 
@@ -207,7 +208,7 @@ def fit(run: Run, task: Fit) -> None:
         run.folder / task.name / "checkpoints", ranks, config.keep, run.watchdog.beat
     )
     engine, state = _start(run, task, checkpoints)
-    drift = Drift(task.encoder, task.reference or task.base.encoder, ranks)
+    drift = Drift(engine, task.encoder, task.reference or task.base.encoder, ranks)
     if state.step:
         layout = f", saved by {state.world} ranks" if state.world != ranks.world else ""
         run.say(f"{task.name}: resumed at step {state.step} of {steps}{layout}")
@@ -348,7 +349,7 @@ def fit(run: Run, task: Fit) -> None:
         | left,
     )
     run.say(f"{task.name}: done in {spent():.0f} s -> {run.folder / task.name}")
-    engine.destroy()
+    release(engine)
 
 
 def _start(run: Run, task: Fit, checkpoints: Checkpoints) -> tuple[Any, State]:
@@ -391,7 +392,10 @@ def record_of(
         "seed": seed,
         "precision": config.precision,
         "zero": config.zero,
-        **({"compile": True} if config.compile else {}),  # another order of sums
+        # Another order of sums, or other products.
+        **({"compile": config.compile_mode} if config.compile else {}),
+        **({"deterministic": True} if config.deterministic else {}),
+        **({} if config.tf32 else {"tf32": False}),
         "data.partitions": config.data.partitions,
         "data.window": config.data.window,
         **more,
@@ -458,10 +462,11 @@ def evaluate(
     )
     for batch in batches:
         run.boundary(f"scoring {manifest.root}")
-        labels = batch["labels"].to(ranks.device)
+        labels = sent(batch["labels"], ranks.device)
         # Padding and skipped samples bear -1, which no cross-entropy takes; the tally skips them.
         out = engine(labels=labels.clamp(min=0), **view(batch, data.full, ranks.device))
-        tally.add(out["logits"], labels, batch["valid"].to(ranks.device), batch["ids"])
+        valid, ids = (sent(batch[name], ranks.device) for name in ("valid", "ids"))
+        tally.add(out["logits"], labels, valid, ids)
         seen(batch)
     broken = int(total(torch.tensor(len(batches.broken), device=ranks.device)))
     batches.tolerate(broken)

@@ -18,7 +18,7 @@ import tomli_w
 import torch
 
 from data.errors import UserError
-from engine import zero
+from engine import precision, zero
 from engine.checkpoint import BEFORE, FREE
 from engine.config import Config
 from engine.distributed import Ranks, main_only
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights in a forward pass."""
+        """Type of the matrix products."""
         return zero.DTYPES[self.config.precision]
 
     @property
@@ -127,18 +127,23 @@ def open_run(config: Config, ranks: Ranks) -> Run:
     """
     if not config.output:
         raise UserError("--output is missing: name the run folder, such as --output runs/first")
-    config.zero = zero.chosen(config.zero, ranks.world, config.precision)
+    precision.set_switches(config, ranks.device)
     run = Run(config, ranks, Path(config.output))
 
-    def enter() -> None:
+    def enter() -> tuple[str | None, tuple[str, str]]:
         run.folder.mkdir(parents=True, exist_ok=True)
         run.lock = _lock(run.folder / ".lock", _patience(config.watchdog))
-        known = _read_toml(run.folder / CONFIG).get("model", {}).get("path")
+        before = _read_toml(run.folder / CONFIG)
+        known, path = before.get("model", {}).get("path"), config.model.path
         if known is not None and not config.told("model"):
-            config.model.path = known  # the run's own model, whatever the recipe's is
+            path = known  # the run's own model, whatever the recipe's is
+        began = before.get("precision")
+        return path, precision.choose(config.precision, began, ranks.device)
 
-    main_only(ranks, enter)
-    config.model.path = main_only(ranks, lambda: config.model.path)
+    config.model.path, (config.precision, why) = main_only(ranks, enter)
+    if why:
+        run.say(f"precision {config.precision}: {why} (--precision)")
+    config.zero = zero.chosen(config.zero, ranks.world, config.precision)
     run.watchdog.start()
     return run
 

@@ -14,8 +14,9 @@ from engine import zero
 from engine.config import Config
 from engine.distributed import Ranks
 from engine.objectives import Reconstructs, freeze_decoder
+from engine.precision import autocast
 from engine.regularizers.mars import matrices
-from engine.teacher import view
+from engine.teacher import frozen, view
 
 
 def check(config: Config) -> None:
@@ -50,18 +51,22 @@ class Predictor:
     def __init__(
         self, model: Any, names: tuple[str, ...], ranks: Ranks, dtype: torch.dtype
     ) -> None:
-        self.model = model.to(ranks.device, dtype).eval().requires_grad_(False)
-        self.names, self.device = names, ranks.device
+        self.model = frozen(model, ranks.device, dtype)
+        self.names, self.device, self.dtype = names, ranks.device, dtype
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """Its predictions on a loader's batch: patches [B, K, P], or logits [n, V]."""
         scale = torch.ones((), device=self.device)  # of a loss that is not used
         prediction: Tensor
-        _, prediction = self.model.reconstructed(
-            **view(batch, self.names, self.device), scale=scale
-        )
+        with autocast(self.device, self.dtype):
+            _, prediction = self.model.reconstructed(
+                **view(batch, self.names, self.device), scale=scale
+            )
         return prediction
+
+    def close(self) -> None:
+        """See `teacher.Teacher`: it goes with its last reference."""
 
 
 def prediction_distance(student: Tensor, teacher: Tensor, samples: int) -> Tensor:

@@ -112,9 +112,11 @@ def _run(argv: list[str]) -> None:
     settings = configuration.load(parse(argv))
     settings.check_warmups()
     _quiet()
+    from engine import precision
     from engine.allocator import keep_memory
     from engine.distributed import PASSING, describe, explain, initialize, lost_peer
 
+    precision.before_cuda(settings)
     ranks = initialize()
     if ranks.device.type == "cpu":
         keep_memory()

@@ -197,6 +197,8 @@ def distill(run: Run, number: int) -> None:
             counted=plan.match == "feature" and plan.weight > 0 and plan.mae_weight > 0,
         ),
     )
+    if teacher is not None:
+        teacher.close()
 
 
 def _matched(
@@ -269,7 +271,7 @@ def _teacher(run: Run, kind: Kind, name: str, taught: Any, train: Manifest) -> T
     table = "" if size is None else f" (its features as a table: {size / 2**20:.1f} MiB)"
     run.say(f"{name}: teacher {mode}{table}")
     if mode == "sharded":
-        return Sharded(extractor, kind.full, ranks, run.dtype)
+        return Sharded(extractor, kind.full, ranks, config.precision)
     whole = Replicated(extractor, kind.full, ranks, run.dtype)
     if mode == "replicated":
         return whole

@@ -8,29 +8,37 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.codec import Codec
 from data.errors import UserError
 from data.loader import sequential, tell
 from data.manifest import Manifest
+from engine.allocator import release
 from engine.checkpoint import gather
 from engine.config import Config
 from engine.distributed import Ranks, main_only, sent, total
 from engine.files import fsync, write_text
 from engine.folder import Run
 from engine.objectives import FeatureExtractor
+from engine.precision import autocast
 from engine.zero import inference_config
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Teacher(Protocol):
     """Gives the features of a batch."""
 
     mode: Literal["replicated", "sharded", "cached"]
+
+    def close(self) -> None:
+        """Gives its memory back."""
+        ...
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """Features fp32 [B, D] or [B, 1+K, D] of a loader's batch, on the device."""
@@ -49,14 +57,18 @@ class Replicated:
         ranks: Ranks,
         dtype: torch.dtype,
     ) -> None:
-        self.extractor = extractor.to(ranks.device, dtype).eval()
-        self.names, self.device = names, ranks.device
+        self.extractor = frozen(extractor, ranks.device, dtype)
+        self.names, self.device, self.dtype = names, ranks.device, dtype
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """See `Teacher`."""
-        features: Tensor = self.extractor(**view(batch, self.names, self.device))
+        with autocast(self.device, self.dtype):
+            features: Tensor = self.extractor(**view(batch, self.names, self.device))
         return features
+
+    def close(self) -> None:
+        """See `Teacher`: it goes with its last reference."""
 
 
 class Sharded:
@@ -69,12 +81,12 @@ class Sharded:
         extractor: FeatureExtractor,
         names: tuple[str, ...],
         ranks: Ranks,
-        dtype: torch.dtype,
+        precision: str,
     ) -> None:
         import deepspeed
 
         self.engine, *_ = deepspeed.initialize(
-            model=extractor, config=inference_config(ranks.world, dtype)
+            model=extractor, config=inference_config(ranks.world, precision)
         )
         self.engine.eval()
         self.names, self.device = names, ranks.device
@@ -84,6 +96,10 @@ class Sharded:
         """See `Teacher`."""
         features: Tensor = self.engine(**view(batch, self.names, self.device))
         return features
+
+    def close(self) -> None:
+        """See `Teacher`."""
+        release(self.engine)
 
 
 class Cached:
@@ -114,6 +130,31 @@ class Cached:
                 " was skipped as broken: delete that folder to compute them anew"
             )
         return sent(rows, self.device)
+
+    def close(self) -> None:
+        """See `Teacher`: a file's pages are the system's."""
+
+
+def frozen(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
+    """A module for forward passes alone, in the numbers of a student's pass.
+
+    What autocast would round at each pass, weights of linear and convolutional layers, is rounded
+    once; under fp16 all is, as DeepSpeed has it.
+
+    Args:
+        module: in fp32; changed in place.
+        device: where it goes.
+        dtype: of its matrix products.
+    """
+    module.to(device).eval().requires_grad_(False)
+    if dtype == torch.float16:
+        return module.half()
+    embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    tied = {weight for part in embeddings for weight in part.parameters()}  # a head may share it
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d) and part.weight not in tied:
+            part.to(dtype)
+    return module
 
 
 def view(
@@ -277,11 +318,17 @@ def _compute(
                     first, last = mine[number]
                     # The row of a broken sample stays NaN.
                     rows = np.full((last - first, *shape), np.nan, np.float32)
+                    found: list[Tensor] = []  # on the device, whose work the host runs ahead of
+                    ids, valid = [], []
                     for _ in range(-(-(last - first) // _BATCH)):
                         batch = next(batches)
-                        features, valid = teacher(batch).cpu().numpy(), batch["valid"].numpy()
-                        rows[batch["ids"].numpy()[valid] - first] = features[valid]
+                        found.append(teacher(batch))
+                        ids.append(batch["ids"])
+                        valid.append(batch["valid"])
                         run.watchdog.beat()
+                    counts = torch.cat(valid)
+                    places = torch.cat(ids)[counts].numpy() - first
+                    rows[places] = torch.cat(found).cpu().numpy()[counts.numpy()]
                     _save_part(_part(folder, mine[number]), rows)
             except UserError as caught:
                 error = caught

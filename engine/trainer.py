@@ -212,7 +212,7 @@ def take_step(
         Losses summed over the micro-batches, the last micro-batch and its outputs, and the
         gradient's norm where `measure` asks for it and DeepSpeed knows none.
     """
-    norm = None
+    norm: Tensor | None = None
     engine, accumulation = loop.engine, loop.plan.accumulation
     sums: dict[str, Tensor] = {}
     with meter.waiting():
@@ -226,24 +226,38 @@ def take_step(
             loop.seed, f"dropout {ranks.rank}", loop.state.step * accumulation + micro
         )
         torch.manual_seed(int(draw.random_raw()) >> 1)
+        if engine.is_compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # what a CUDA graph gave before may go
         out = engine(**loop.inputs(batch), **weight)
         engine.backward(out["loss"])
-        last = micro == accumulation - 1
-        plain = engine.zero_optimization_stage() == 0 and not engine.fp16_enabled()
-        if measure and last and plain and not engine.bfloat16_enabled():
-            # Plain data parallelism keeps no norm, and clips in step(); gradients are whole here.
-            gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+        if micro == accumulation - 1:
+            norm = _norm(engine, loop.plan, wanted=measure)
         engine.step()
         for name, value in out.items():
             if name not in EXTRAS:
-                value = value.detach()
+                # A CUDA graph's next replay writes over its results.
+                value = value.detach().clone() if engine.is_compiled else value.detach()
                 sums[name] = sums[name] + value if name in sums else value
     if loop.after:
         loop.after()
     if loop.samples:
         loop.samples.write(loop.state.step + 1, batches)
     return sums, batch, out, norm
+
+
+def _norm(engine: Any, plan: StageSection, *, wanted: bool) -> Tensor | None:
+    """The gradient's norm before an update, where DeepSpeed's `step` does not compute it.
+
+    ZeRO 1 and 2 compute it at every step, a hundred operations and a wait for the device that only
+    clipping needs: they are asked for it when it is logged. Plain data parallelism keeps none.
+    """
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage in (1, 2) and not (plan.clip or engine.fp16_enabled() or optimizer.cpu_offload):
+        optimizer.compute_grad_norm = wanted
+    if stage or not wanted:
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
 
 
 def _weight(loop: Loop, batches: list[Batch], ranks: Ranks) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ class Layout(Protocol):
 
 
 class _Plain:
-    """fp32 without ZeRO: the torch optimiser itself, one state a parameter."""
+    """Without ZeRO: the torch optimiser itself, one state a parameter."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
@@ -69,34 +69,8 @@ class _Plain:
         pass
 
 
-class _Masters:
-    """bf16 or fp16 without ZeRO: a list of fp32 masters beside the low-precision parameters."""
-
-    def __init__(self, wrapper: Any) -> None:
-        self.optimizer = wrapper.optimizer
-        self.masters = {
-            low: high
-            for lows, highs in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
-            for low, high in zip(lows, highs, strict=True)
-        }
-
-    def get(self, parameter: Tensor, key: str) -> Tensor:
-        master = self.masters[parameter]
-        value: Tensor = master.data if key == WEIGHT else self.optimizer.state[master][key]
-        return value
-
-    def set(self, parameter: Tensor, key: str, value: Tensor) -> None:
-        self.get(parameter, key).copy_(value)
-
-    def flats(self) -> Iterable[Tensor]:
-        return self.masters.values()
-
-    def link(self) -> None:
-        pass
-
-
 class _Partitioned:
-    """ZeRO 1, 2 and DeepSpeed's BF16_Optimizer: flat fp32 partitions."""
+    """ZeRO 1 and 2: flat fp32 partitions."""
 
     def __init__(self, wrapper: Any) -> None:
         self.wrapper, self.optimizer = wrapper, wrapper.optimizer
@@ -171,8 +145,6 @@ def layout(engine: Any, rank: int) -> Layout:
         return _Sharded(wrapper, rank)
     if any(hasattr(p, "_hp_mapping") for p in engine.module.parameters()):
         return _Partitioned(wrapper)
-    if hasattr(wrapper, "fp32_groups"):
-        return _Masters(wrapper)
     assert isinstance(wrapper, torch.optim.Optimizer), f"unknown optimiser {type(wrapper)}"
     return _Plain(wrapper)
 

@@ -27,7 +27,11 @@ OWNED = (
     "scheduler",
     "fp16",
     "bf16",
+    "torch_autocast",
 )
+
+#: DeepSpeed's own timer of steps waits for the device at each forward and step.
+_UNTIMED: dict[str, Any] = {"timers": {"throughput": {"enabled": False}}}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,11 +45,11 @@ def chosen(name: str, world: int, precision: str) -> str:
     """The setting that --zero means: of `auto` the fastest that shards what can be sharded.
 
     One process has nothing to shard, and ZeRO's copies of gradients and weights cost it a tenth of
-    a step (docs/performance.md). In 16 bits DeepSpeed keeps fp32 weights in ZeRO's own optimiser.
+    a step (docs/performance.md). Under fp16 the fp32 weights are in ZeRO's own optimiser.
     """
     if name != "auto":
         return name
-    return "zero0" if world == 1 and precision == "fp32" else "zero1"
+    return "zero0" if world == 1 and precision != "fp16" else "zero1"
 
 
 def read(name: str) -> dict[str, Any]:
@@ -111,7 +115,7 @@ def training_config(config: Config, plan: StageSection, world: int) -> dict[str,
     Raises:
         UserError: the batch cannot be cut evenly, or the device lacks the precision.
     """
-    content = read(config.zero)
+    content = _UNTIMED | read(config.zero)
     per_rank, rest = divmod(plan.batch, world)
     if rest or per_rank % plan.accumulation:
         unit = world * plan.accumulation
@@ -128,10 +132,27 @@ def training_config(config: Config, plan: StageSection, world: int) -> dict[str,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    if world == 1 and stage_of(content):
+        # Nothing to overlap with, and one more wait for the device a step.
+        content["zero_optimization"] = content["zero_optimization"] | {"overlap_comm": False}
     if config.precision != "fp32":
         _check_precision(config.precision)
-        content[config.precision] = {"enabled": True}
-    return content
+    if config.precision == "fp16" and not stage_of(content):
+        raise UserError(
+            f"--zero {config.zero} with --precision fp16: DeepSpeed's optimiser without ZeRO asks"
+            " the device some 250 times a step: take zero1, or --precision bf16"
+        )
+    return content | _numbers(config.precision)
+
+
+def _numbers(precision: str) -> dict[str, Any]:
+    """What DeepSpeed is told of a precision; see `engine.precision`."""
+    if precision == "bf16":
+        # No module's gradients are rounded on their way between ranks.
+        safe: list[str] = []
+        autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": safe}
+        return {"torch_autocast": autocast}
+    return {"fp16": {"enabled": True}} if precision == "fp16" else {}
 
 
 def _check_precision(precision: str) -> None:
@@ -147,19 +168,17 @@ def _check_precision(precision: str) -> None:
         )
 
 
-def inference_config(world: int, dtype: torch.dtype) -> dict[str, Any]:
+def inference_config(world: int, precision: str) -> dict[str, Any]:
     """DeepSpeed's configuration of a frozen engine: ZeRO-3 alone shards without optimiser."""
-    content: dict[str, Any] = {
+    return {
         "train_batch_size": world,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": 3},
         "steps_per_print": 10**9,
+        **_UNTIMED,
+        **_numbers(precision),
     }
-    for name, value in DTYPES.items():
-        if value == dtype and name != "fp32":
-            content[name] = {"enabled": True}
-    return content
 
 
 @contextmanager

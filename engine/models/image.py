@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -11,22 +14,33 @@ from engine.models.vit_mae import ViTClassifier, ViTEncoder, ViTMAE
 class Normalize(nn.Module):
     """uint8 images to normalised fp32, on the device.
 
-    Its constants are no buffers: `module.bfloat16()` would round them, and so the pixel target.
+    Its constants follow it to its device, and stay fp32: `module.half()` would round them, and so
+    the pixel target.
     """
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.mean, self.std = mean, std
-        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        # Buffers: a constant that is made in the first forward has torch.compile compile again.
+        self.register_buffer("shift", self._constant(mean), persistent=False)
+        self.register_buffer("scale", self._constant(std), persistent=False)
+
+    @staticmethod
+    def _constant(values: tuple[float, ...]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) * 255
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.shift = self._constant(self.mean).to(self.shift.device)
+        self.scale = self._constant(self.std).to(self.scale.device)
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalises uint8 [B, 3, H, W] to fp32 (x / 255 - mean) / std."""
-        if images.device not in self._constants:
-            shift = torch.tensor(self.mean, device=images.device).view(-1, 1, 1) * 255
-            scale = torch.tensor(self.std, device=images.device).view(-1, 1, 1) * 255
-            self._constants[images.device] = (shift, scale)
-        shift, scale = self._constants[images.device]
-        return (images.float() - shift) / scale
+        return (images.float() - self.shift) / self.scale
 
 
 def mirror(images: Tensor, flip: Tensor | None) -> Tensor:

@@ -287,7 +287,7 @@ class MAEDecoder(nn.Module):
             [B, K, p·p·C] of all in the order of the grid.
         """
         tokens = self.embed(tokens)
-        masked = self.mask_token.to(tokens.dtype).expand(*hidden.shape, -1)
+        masked = self.mask_token.expand(*hidden.shape, -1)
         order = torch.cat([keep, hidden], dim=1)
         positions = self.pos_embed[0, F.pad(order + 1, (1, 0))]  # CLS has the first
         tokens = torch.cat([tokens, masked], dim=1) + positions

@@ -92,6 +92,6 @@ def choose(run: Run, kind: Kind, model: Any, weights: Any, seed: int) -> Regular
         plain.optimizer = lambda module: recadam.build(module, pulled, plan, config.recadam)
     if name == "mars":
         plain.after = lambda engine: mars.Projection(
-            engine, weights.encoder, config.mars, ranks, run.dtype
+            engine, weights.encoder, config.mars, ranks, config.precision
         )
     return plain

@@ -42,15 +42,15 @@ class Projection:
 
     Those of linear and convolutional layers: embeddings, biases and norms are no linear maps of
     activations, and are left free. Under ZeRO 1 and 2 a master is cut anywhere, through rows as
-    well; but every rank has all weights for its forward pass, which in fp32 are the masters' own
-    values, and in bf16 or fp16 the masters are gathered one after another.
+    well; but every rank has all weights for its forward pass, which are the masters' own values,
+    but under fp16, where the masters are gathered one after another.
 
     Args:
         engine: Of a classifier's objective, under ZeRO 0, 1 or 2.
         start: Weights of the encoder that the radius is taken around; what it lacks is fresh.
         told: The radii.
         ranks: This process.
-        dtype: Of the weights in a forward pass.
+        precision: fp32, bf16 or fp16.
     """
 
     def __init__(
@@ -59,9 +59,10 @@ class Projection:
         start: Mapping[str, Tensor],
         told: MarsSection,
         ranks: Ranks,
-        dtype: torch.dtype,
+        precision: str,
     ) -> None:
-        self.how, self.whole = training_state.layout(engine, ranks.rank), dtype == torch.float32
+        self.how, self.whole = training_state.layout(engine, ranks.rank), precision != "fp16"
+        dtype = torch.float32 if self.whole else torch.float16
         self.held: list[tuple[Tensor, Tensor | None, float]] = []
         known = {}
         for name, parameter in matrices(engine.module.model.encoder):

@@ -26,6 +26,7 @@ COMMON = {
     "picture_every": 0,
     "log_every": 1,
     "zero": "zero0",
+    "precision": "fp32",
     "pretrain.steps": 5,
     "distill.steps": 5,
     "finetune.steps": 5,

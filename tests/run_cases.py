@@ -54,7 +54,7 @@ def main() -> None:
     for case in json.loads(Path(path).read_text()):
         expected, leave_at = case.pop("expect_error", None), case.pop("leave_at", None)
         try:
-            run = open_run(configuration.load(case), ranks)
+            run = open_run(configuration.load({"precision": "fp32"} | case), ranks)
             try:
                 with leaving(leave_at):
                     run_stages(run)

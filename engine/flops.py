@@ -140,12 +140,13 @@ PEAKS = (
 )
 
 
-def peak_flops(device: str, dtype: torch.dtype) -> float | None:
+def peak_flops(device: str, dtype: torch.dtype, *, tf32: bool | None = None) -> float | None:
     """Dense peak of a device for matrix products.
 
     Args:
         device: the name that CUDA reports, "NVIDIA H100 80GB HBM3" say.
-        dtype: of the products. float32 means TF32 where PyTorch's setting allows it.
+        dtype: of the products.
+        tf32: whether products of float32 are TF32's; None: as PyTorch's setting says.
 
     Returns:
         FLOP/s, or None where the device, or its peak at this dtype, is not in the table.
@@ -155,7 +156,7 @@ def peak_flops(device: str, dtype: torch.dtype) -> float | None:
             continue
         tera: float | None = {torch.float16: peak.fp16, torch.bfloat16: peak.bf16}.get(dtype)
         if dtype == torch.float32:
-            allowed = torch.get_float32_matmul_precision() != "highest"
+            allowed = torch.get_float32_matmul_precision() != "highest" if tf32 is None else tf32
             tera = peak.tf32 if allowed and peak.tf32 is not None else peak.fp32
         return None if tera is None else tera * 1e12
     return None

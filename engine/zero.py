@@ -142,10 +142,10 @@ def training_config(config: Config, plan: StageSection, world: int) -> dict[str,
             f"--zero {config.zero} with --precision fp16: DeepSpeed's optimiser without ZeRO asks"
             " the device some 250 times a step: take zero1, or --precision bf16"
         )
-    return content | _numbers(config.precision)
+    return content | numbers(config.precision)
 
 
-def _numbers(precision: str) -> dict[str, Any]:
+def numbers(precision: str) -> dict[str, Any]:
     """What DeepSpeed is told of a precision; see `engine.precision`."""
     if precision == "bf16":
         # No module's gradients are rounded on their way between ranks.
@@ -177,7 +177,7 @@ def inference_config(world: int, precision: str) -> dict[str, Any]:
         "zero_optimization": {"stage": 3},
         "steps_per_print": 10**9,
         **_UNTIMED,
-        **_numbers(precision),
+        **numbers(precision),
     }
 
 

@@ -4,12 +4,13 @@ Counted are the tensors that autograd saves, as PyTorch's own hooks see them (te
 with fused attention, which saves no attention matrix, and without recomputation. A block of width
 D and MLP width M saves for each token
 
-    (8 D + 2 M) e,   e bytes a value
+    2 D x 4 + (6 D + 2 M) e,   e bytes a value of a matrix product
 
-(inputs of both LayerNorms and of the four linear layers; queries, keys and values; attention's
-output; GELU's input), beside the statistics of LayerNorm and attention, and 2 D values of dropout's
-masks (a byte each on CUDA, e on a CPU). With M = 4 D and e = 2 that is equation 1 of Korthikanti et
-al. 2022 (arXiv 2205.05198) without dropout and the attention matrix: 32 bytes x tokens x D. What
+(inputs of both LayerNorms, in fp32; of the four linear layers; queries, keys and values;
+attention's output; GELU's input), beside the statistics of LayerNorm and attention, and 2 D values
+of dropout's masks (a byte each on CUDA, e on a CPU). With M = 4 D and e = 2 that is 36 bytes x
+tokens x D; equation 1 of Korthikanti et al. 2022 (arXiv 2205.05198) has 32, without dropout and the
+attention matrix: there LayerNorms' inputs have 2 bytes, as here under fp16. What
 lives for a moment only (gradients of activations, workspaces of cuBLAS) is not counted, nor what a
 caching allocator leaves unused.
 """
@@ -19,6 +20,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from engine.models.vit_mae import Shape
+
+#: Bytes of a value that goes into a LayerNorm.
+NORM = 4
 
 
 class Blocks(NamedTuple):
@@ -46,7 +50,7 @@ def block_bytes(blocks: Blocks, tokens: int, size: int, *, mask: int = 0) -> int
         size: bytes of a value.
         mask: bytes of a value of dropout's masks, behind attention and MLP; 0 without dropout.
     """
-    values = (8 * blocks.width + 2 * blocks.mlp_width) * size
+    values = 2 * blocks.width * NORM + (6 * blocks.width + 2 * blocks.mlp_width) * size
     # fp32: mean and deviation of two LayerNorms; a sum of exponentials a head.
     statistics = 4 * (2 * 2 + blocks.heads)
     return tokens * (values + statistics + 2 * blocks.width * mask)
@@ -58,15 +62,17 @@ class Cut(NamedTuple):
     Attributes:
         rows: tokens of a sequence that are read.
         kept: vectors of width D that the block saves of every token all the same: its LayerNorm's
-            input and output, keys, values (`RowsBlock`); attention's input and output, queries,
-            keys and values (`LastRows`).
+            output, keys, values (`RowsBlock`); attention's input and output, queries, keys and
+            values (`LastRows`).
+        norms: likewise inputs of LayerNorms.
     """
 
     rows: float
     kept: int
+    norms: int
 
 
-CLS_BLOCK, CLS_ROW = Cut(1, 4), Cut(1, 5)
+CLS_BLOCK, CLS_ROW = Cut(1, 3, 1), Cut(1, 5, 0)
 
 
 def stack_bytes(
@@ -77,15 +83,16 @@ def stack_bytes(
     if cut is None:
         return blocks.depth * block
     width, statistics = blocks.width, 4 * (2 + blocks.heads)
-    whole = tokens * (cut.kept * width * size + statistics)
+    whole = tokens * (width * (cut.kept * size + cut.norms * NORM) + statistics)
     # Attention's output; LayerNorm's input and output, twice; the MLP.
-    rows = cut.rows * ((7 * width + 2 * blocks.mlp_width) * size + 2 * width * mask)
+    values = 2 * width * NORM + (5 * width + 2 * blocks.mlp_width) * size
+    rows = cut.rows * (values + 2 * width * mask)
     return (blocks.depth - 1) * block + whole + rows
 
 
 def _norm_bytes(blocks: Blocks, tokens: int, size: int) -> int:
     """The LayerNorm behind the last block, and what reads it."""
-    return 2 * tokens * blocks.width * size
+    return tokens * blocks.width * (NORM + size)
 
 
 def encoder_blocks(shape: Shape) -> Blocks:
@@ -117,7 +124,7 @@ def masked_images(shape: Shape, size: int) -> float:
     encoder = stack_bytes(encoder_blocks(shape), 1 + shape.kept, size)
     encoder += _norm_bytes(encoder_blocks(shape), 1 + shape.kept, size)
     blocks = decoder_blocks(shape)
-    decoder = stack_bytes(blocks, 1 + shape.patches, size, cut=Cut(hidden, 4))
+    decoder = stack_bytes(blocks, 1 + shape.patches, size, cut=Cut(hidden, 3, 1))
     decoder += _norm_bytes(blocks, hidden, size)
     # Input of the projection; the prediction; its difference to the target, and the target.
     return encoder + decoder + kept_pixels * size + hidden_pixels * (size + 4 + 4)
@@ -128,8 +135,8 @@ def whole_texts(
 ) -> float:
     """Of a text that is encoded whole."""
     # Embeddings: their sum, LayerNorm's output comes with the first block. Each layer keeps its own
-    # mask of padding, a value for each pair of tokens.
-    ends = tokens * blocks.width * (size + mask) + blocks.depth * tokens**2 * size
+    # mask of padding, an fp32 value for each pair of tokens.
+    ends = tokens * blocks.width * (NORM + mask) + blocks.depth * tokens**2 * 4
     return ends + stack_bytes(blocks, tokens, size, mask=mask, cut=cut)
 
 
@@ -158,5 +165,5 @@ def masked_texts(
     # their logarithms or, later, their gradient.
     logits = vocabulary * (8 + (size if size < 4 else 0))
     head = masked * (4 * blocks.width * size + logits)
-    cut = Cut(masked, 5) if cuts else None
+    cut = Cut(masked, 5, 0) if cuts else None
     return whole_texts(blocks, tokens, size, mask=mask, cut=cut) + head

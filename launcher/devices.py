@@ -54,20 +54,26 @@ DEVICES: dict[str, tuple[str, float]] = {
 
 
 def find(
-    name: str, dtype: torch.dtype, *, memory_gb: float | None = None, tflops: float | None = None
+    name: str,
+    dtype: torch.dtype,
+    *,
+    tf32: bool = True,
+    memory_gb: float | None = None,
+    tflops: float | None = None,
 ) -> Device:
     """The device of a name, its figures replaced by those that are given.
 
     Args:
         name: a key of `DEVICES`, in any case; another one if both figures are given.
         dtype: of the matrix products.
+        tf32: whether those of float32 are TF32's, where the device has it.
         memory_gb: memory in GB (1e9 bytes).
         tflops: dense peak in TFLOP/s.
 
     Raises:
         UserError: an unknown device, or one without units for the precision.
     """
-    key = name.lower().replace("_", "-").replace(" ", "-")
+    key = _key(name)
     if key not in DEVICES:
         if memory_gb is not None and tflops is not None:
             return Device(name, memory_gb * 1e9, tflops * 1e12)
@@ -78,7 +84,7 @@ def find(
             " --memory_gb and --tflops"
         )
     told, memory = DEVICES[key]
-    peak = peak_flops(told, dtype) if tflops is None else tflops * 1e12
+    peak = peak_flops(told, dtype, tf32=tf32) if tflops is None else tflops * 1e12
     if peak is None:
         precision = str(dtype).removeprefix("torch.")
         raise UserError(
@@ -86,3 +92,13 @@ def find(
             " give --tflops"
         )
     return Device(told, (memory if memory_gb is None else memory_gb) * 1e9, peak)
+
+
+def best_precision(name: str) -> str:
+    """What `--precision auto` takes on a device: fp32 where it is known to have no bf16 units."""
+    told = DEVICES.get(_key(name))
+    return "fp32" if told and peak_flops(told[0], torch.bfloat16) is None else "bf16"
+
+
+def _key(name: str) -> str:
+    return name.lower().replace("_", "-").replace(" ", "-")

@@ -17,7 +17,7 @@ from engine.config import Config, StageSection
 from engine.distributed import Ranks
 from engine.flops import Stage, TeacherMode
 from engine.folder import Run
-from launcher.devices import DEVICES, Device, find
+from launcher.devices import DEVICES, Device, best_precision, find
 from launcher.workload import IMAGES, TEXTS, ImageWork, Workload
 
 
@@ -104,9 +104,14 @@ class Plan:
         return math.ceil(self.options.devices / self.options.per_node)
 
     @property
-    def size(self) -> int:
-        """Bytes of a value in a forward pass."""
+    def product(self) -> int:
+        """Bytes of a value of a matrix product."""
         return zero.DTYPES[self.config.precision].itemsize
+
+    @property
+    def size(self) -> int:
+        """Bytes of a weight, of its gradient, and of both on their way between ranks."""
+        return 2 if self.config.precision == "fp16" else 4
 
     def seconds(self, flops: float) -> float:
         """Time of so many FLOPs on all devices at the stated MFU."""
@@ -124,11 +129,14 @@ def prepare(options: Options, config: Config) -> Plan:
     Raises:
         UserError: data, model, device or batch that do not fit, or are not named.
     """
-    named = zero.chosen(config.zero, options.devices, config.precision)
-    config = config.model_copy(update={"zero": named})
+    asked = config.precision
+    precision = best_precision(options.device) if asked == "auto" else asked
+    named = zero.chosen(config.zero, options.devices, precision)
+    config = config.model_copy(update={"zero": named, "precision": precision})
     device = find(
         options.device,
-        zero.DTYPES[config.precision],
+        zero.DTYPES[precision],
+        tf32=config.tf32,
         memory_gb=options.memory_gb,
         tflops=options.tflops,
     )

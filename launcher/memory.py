@@ -68,8 +68,7 @@ def need(
     size: int,
     world: int,
     accumulation: int = 1,
-    teacher: int = 0,
-    mode: TeacherMode = "cached",
+    teacher: float = 0.0,
     activations: float = 0.0,
 ) -> Need:
     """Memory of one device.
@@ -77,29 +76,25 @@ def need(
     Args:
         content: DeepSpeed's configuration.
         parameters: P trained ones, and frozen ones.
-        size: bytes of a value in a forward pass, e.
+        size: bytes of a weight and of its gradient, e: 4, under fp16 2.
         world: number of ranks, N.
         accumulation: micro-batches of a step.
-        teacher: parameters of the frozen encoder.
-        mode: of the teacher.
-        activations: bytes of a micro-batch.
+        teacher: bytes of the frozen encoder.
+        activations: bytes of a micro-batch, and of the weights' copies for bf16 products.
     """
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     trained, stage = parameters.trained, stage_of(content)
     zero = DeepSpeedZeroConfig(**content.get("zero_optimization", {}))
-    shown = teacher_bytes(mode, teacher, size, world)
     bucket = size * zero.reduce_bucket_size
     if stage == 0:
-        low = size < 4
-        reduced = size * min(trained, ALL_REDUCE) if world > 1 else 0
         return Need(
             weights=size * parameters.all,
             gradients=size * trained,
-            optimizer=(12 if low else 8) * trained,
+            optimizer=8 * trained,
             backward=0,
-            step=max(reduced, 4 * trained if low else 0),
-            teacher=shown,
+            step=size * min(trained, ALL_REDUCE) if world > 1 else 0,
+            teacher=teacher,
             activations=activations,
         )
     if stage < 3:
@@ -113,7 +108,7 @@ def need(
             optimizer=0 if host else masters,
             backward=bucket * (2 if zero.overlap_comm else 1),
             step=0 if host else 4 * trained / world,
-            teacher=shown,
+            teacher=teacher,
             activations=activations,
             host=masters + (4 + size) * trained / world if host else 0,
         )
@@ -136,7 +131,7 @@ def need(
         optimizer=0 if optimizer_away else states,
         backward=bucket,
         step=bucket + (0 if optimizer_away else step),
-        teacher=shown,
+        teacher=teacher,
         activations=activations,
         host=(states + own + step if optimizer_away else 0) + (shard if weights_away else 0),
     )
@@ -146,13 +141,23 @@ def _offloaded(section: Any) -> bool:
     return section is not None and str(getattr(section.device, "value", section.device)) != "none"
 
 
-def teacher_bytes(mode: TeacherMode, parameters: int, size: int, world: int) -> float:
-    """Bytes of the frozen encoder on one device; a cached teacher is a table on disk."""
+def teacher_bytes(
+    mode: TeacherMode, parameters: int, world: int, *, product: int, size: int
+) -> float:
+    """Bytes of the frozen encoder on one device; a cached teacher is a table on disk.
+
+    Args:
+        mode: of the teacher.
+        parameters: of the encoder.
+        world: number of ranks.
+        product: bytes of a value of a matrix product: of weights that are only multiplied.
+        size: bytes of a weight that is sharded.
+    """
     if mode == "cached":
         return 0
-    if mode == "replicated" or world == 1:
-        return size * parameters
-    return size * (parameters / world + min(parameters, PREFETCH))
+    if mode == "replicated":
+        return product * parameters
+    return size * (parameters / world + (min(parameters, PREFETCH) if world > 1 else 0))
 
 
 def checkpoint_bytes(parameters: Parameters) -> int:
@@ -197,11 +202,11 @@ def deepspeed_estimate(
     return None
 
 
-def notes(size: int, world: int) -> list[str]:
+def notes(size: int, product: int, world: int) -> list[str]:
     """The formulas of the table, and where DeepSpeed's differ."""
-    zero0 = f"{size} + {size} + {8 if size == 4 else 12}"
     return [
-        f"bytes a parameter, e = {size}, N = {world}: ZeRO 0 weights, gradients, optimiser {zero0};"
+        f"bytes a parameter, e = {size}, N = {world}: ZeRO 0 weights, gradients, optimiser"
+        f" {size} + {size} + 8;"
         f" ZeRO 1, 2 {size} + ({size} + 12) / N; ZeRO 3 ({size} + {size} + 12) / N, and"
         f" {size} x min(P, stage3_max_live_parameters) gathered where N > 1. 12: fp32 weights and"
         " AdamW's two moments, which DeepSpeed keeps beside the weights in fp32, too (ZeRO 0: 8)."
@@ -209,9 +214,11 @@ def notes(size: int, world: int) -> list[str]:
         "buffers: reduce_bucket_size x e, twice with overlap_comm; or, if more is needed then,"
         " 4 P / N of fp32 gradients in the optimiser's step. ZeRO 0: flat gradients of the"
         " all-reduce.",
-        "activations: an estimate, bytes x samples of a micro-batch: a block saves (8 width + 2 MLP"
-        " width) e a token (launcher/activations.py); fused attention keeps no matrix of its scores"
-        f" ({size} x heads x tokens² a block elsewhere); compilation and allocator not counted.",
+        "activations: an estimate, bytes x samples of a micro-batch: a block saves 8 width +"
+        f" (6 width + 2 MLP width) x {product} a token (launcher/activations.py)"
+        + (", and bf16 copies of the weights 2 P" if product < size else "")
+        + "; fused attention keeps no matrix of its scores"
+        f" ({product} x heads x tokens² a block elsewhere); compilation and allocator not counted.",
         "theirs: DeepSpeed's own estimator, for ZeRO 2 and 3, model states alone: 2 + 18 / N"
         " and 18 / N bytes a parameter with fp32 gradients beside 16-bit ones, and 4 x the largest"
         " layer gathered; it knows neither fp32 training nor buckets, teacher and activations.",

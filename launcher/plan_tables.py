@@ -33,7 +33,7 @@ def show(plan: Plan, console: Console) -> None:
         highlight=False,
     )
     parts = [memory_table(plan, job) for job in plan.jobs]
-    parts[-1][1].extend(["* as asked for", *memory.notes(plan.size, options.devices)])
+    parts[-1][1].extend(["* as asked for", *memory.notes(plan.size, plan.product, options.devices)])
     more = [disk_table(plan), time_table(plan), input_table(plan)]
     scaled = rows(plan)
     more += [scaling_table(plan, scaled), feed_table(plan, scaled)]
@@ -46,15 +46,19 @@ def show(plan: Plan, console: Console) -> None:
 
 def need(plan: Plan, job: Job, content: dict[str, Any]) -> memory.Need:
     """Memory of one device in a stage under a DeepSpeed configuration."""
+    parameters, world = plan.work.parameters(job.stage, plan.classes), plan.options.devices
+    taught = plan.work.teacher() if job.stage == "distill" else 0
+    copies = plan.product * parameters.all if plan.product < plan.size else 0
     return memory.need(
         content,
-        plan.work.parameters(job.stage, plan.classes),
+        parameters,
         size=plan.size,
-        world=plan.options.devices,
+        world=world,
         accumulation=job.section.accumulation,
-        teacher=plan.work.teacher() if job.stage == "distill" else 0,
-        mode=plan.mode,
-        activations=job.micro * plan.work.activations(job.stage, plan.size),
+        teacher=memory.teacher_bytes(
+            plan.mode, taught, world, product=plan.product, size=plan.size
+        ),
+        activations=copies + job.micro * plan.work.activations(job.stage, plan.product),
     )
 
 

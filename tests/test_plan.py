@@ -21,6 +21,7 @@ from engine import optim, zero
 from engine.config import PretrainSection, load
 from engine.models.language import MaskedLanguageModel, with_dropout
 from engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
+from engine.precision import autocast
 from launcher import memory, plan
 from launcher.activations import (
     CLS_ROW,
@@ -119,9 +120,6 @@ def test_states_in_closed_form() -> None:
     p, f, n = 1e6, 1e5, 8
     plain = states(0, 4, n)
     assert (plain.weights, plain.gradients, plain.optimizer) == (4 * (p + f), 4 * p, 8 * p)
-    mixed = states(0, 2, n)
-    assert (mixed.weights, mixed.gradients, mixed.optimizer) == (2 * (p + f), 2 * p, 12 * p)
-    assert mixed.buffers == 4 * p  # fp32 gradients in the step
     for stage in (1, 2):
         found = states(stage, 4, n, overlap_comm=True)
         assert (found.weights, found.gradients) == (4 * (p + f), 4 * p / n)
@@ -150,10 +148,11 @@ def test_the_peak_is_in_the_backward_or_in_the_step() -> None:
 
 
 def test_teacher() -> None:
-    assert memory.teacher_bytes("cached", 1000, 4, 2) == 0
-    assert memory.teacher_bytes("replicated", 1000, 4, 2) == 4000
-    billion = 10**9
-    assert memory.teacher_bytes("sharded", billion, 2, 8) == 2 * (billion / 8 + 50e6)
+    low, billion = {"product": 2, "size": 4}, 10**9
+    assert memory.teacher_bytes("cached", 1000, 2, **low) == 0
+    assert memory.teacher_bytes("replicated", 1000, 2, **low) == 2000
+    assert memory.teacher_bytes("sharded", billion, 8, **low) == 4 * (billion / 8 + 50e6)
+    assert memory.teacher_bytes("sharded", billion, 1, **low) == 4 * billion
 
 
 def test_deepspeeds_estimate() -> None:
@@ -166,7 +165,7 @@ def test_deepspeeds_estimate() -> None:
     assert third == 4 * MILLION.largest + 18 * total // 8
     away = memory.deepspeed_estimate(zero.read("zero3_offload"), MILLION, 4, 2)
     assert away == 4 * MILLION.largest
-    # In bf16 ours is below theirs by the fp32 gradients, which live in the step alone.
+    # In fp16 ours is below theirs by the fp32 gradients, which live in the step alone.
     ours = memory.need(zero.read("zero2"), Parameters(total, 0, 0), size=2, world=8)
     assert second - ours.states == pytest.approx(4 * total / 8)
 
@@ -176,18 +175,19 @@ def test_states_of_real_engines(tmp_path: Path) -> None:
     """Storages of all tensors of DeepSpeed's engines on two ranks, at three moments."""
     done = launch(Path(__file__), tmp_path / "counted.json", ranks=2)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    for name, size, content, trained, counted in json.loads(
+    for name, product, content, trained, counted in json.loads(
         (tmp_path / "counted.json").read_text()
     ):
-        found = memory.need(content, Parameters(trained, 0, 0), size=size, world=2)
+        found = memory.need(content, Parameters(trained, 0, 0), size=4, world=2)
         third = zero.stage_of(content) == 3
-        gathered = size * trained if third else 0
+        gathered = 4 * trained if third else 0
         kept = found.weights + found.optimizer - gathered + (found.gradients if third else 0)
         stepping = found.states - gathered
-        if zero.stage_of(content) or size < 4:
-            stepping += 4 * trained / (2 if zero.stage_of(content) else 1)
+        if zero.stage_of(content):
+            stepping += 4 * trained / 2
+        # Copies for bf16 products are autograd's, which Python does not see: see the activations.
         expected = {"kept": kept, "forward": kept + gathered, "stepping": stepping}
-        assert counted == pytest.approx(expected, rel=0.03), (name, size)
+        assert counted == pytest.approx(expected, rel=0.03), (name, product)
 
 
 # Activations
@@ -195,8 +195,8 @@ def test_states_of_real_engines(tmp_path: Path) -> None:
 SHAPE = Shape(64, 8, 96, 3, 3, 384, 64, 2, 2, 256)
 
 
-def saved(model: nn.Module, call: Any) -> int:
-    """Bytes of all storages that autograd saves in a forward, parameters left out."""
+def saved(model: nn.Module, call: Any, dtype: torch.dtype) -> int:
+    """Bytes of all storages that autograd saves in a forward, parameters and copies left out."""
     own = {t.untyped_storage().data_ptr() for t in model.parameters()}
     found: dict[int, int] = {}
     alive = []
@@ -208,23 +208,38 @@ def saved(model: nn.Module, call: Any) -> int:
             alive.append(tensor)
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    with autocast(torch.device("cpu"), dtype), saved_tensors_hooks(pack, lambda tensor: tensor):
         call()
-    return sum(found.values())
+    if dtype == torch.float32:
+        return sum(found.values())
+    used = {id(p) for p, t in zip(model.parameters(), _used(model, call), strict=True) if t}
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    copied = {id(m.weight): m.weight.numel() for m in layers if id(m.weight) in used}
+    return sum(found.values()) - 2 * sum(copied.values())
+
+
+def _used(model: nn.Module, call: Any) -> list[bool]:
+    """Which parameters a forward uses."""
+    result = call()
+    loss = result["loss"] if isinstance(result, dict) else result
+    for parameter in model.parameters():
+        parameter.grad = None
+    loss.backward()
+    return [p.grad is not None for p in model.parameters()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_of_images(dtype: torch.dtype) -> None:
     batch, size = 4, dtype.itemsize
     images, noise = torch.randn(batch, 3, 64, 64), torch.rand(batch, SHAPE.patches)
-    mae = ViTMAE(SHAPE).to(dtype)
-    found = saved(mae, lambda: mae(images, noise)) / batch
+    mae = ViTMAE(SHAPE)
+    found = saved(mae, lambda: mae(images, noise), dtype) / batch
     # More than autograd's: what the forward itself still holds, the prediction and its target.
     assert 1 <= masked_images(SHAPE, size) / found < 1.12
     for dropout in (0.0, 0.1):
         for pool in ("cls", "mean"):
-            network = ViTClassifier(ViTEncoder(SHAPE, dropout=dropout), 5, pool=pool).to(dtype)
-            found = saved(network, lambda network=network: network(images).sum()) / batch
+            network = ViTClassifier(ViTEncoder(SHAPE, dropout=dropout), 5, pool=pool)
+            found = saved(network, lambda network=network: network(images).sum(), dtype) / batch
             mask = size if dropout else 0
             estimate = whole_images(SHAPE, size, mask=mask, cls_only=pool == "cls")
             assert estimate == pytest.approx(found, rel=0.03)
@@ -244,7 +259,7 @@ def test_activations_of_texts(dtype: torch.dtype) -> None:
         max_position_embeddings=130,
         type_vocab_size=1,
     )
-    model = MaskedLanguageModel(with_dropout(config, 0.0), None).to(dtype)
+    model = MaskedLanguageModel(with_dropout(config, 0.0), None)
     ids = torch.randint(5, vocabulary, (batch, tokens))
     mask = torch.ones(batch, tokens, dtype=torch.int64)
     mask[0, -5:] = 0
@@ -252,12 +267,12 @@ def test_activations_of_texts(dtype: torch.dtype) -> None:
     blocks = Blocks(3, 96, 384, 3)
     for cls_only, cut in ((False, None), (True, CLS_ROW)):
         view = {"input_ids": ids, "attention_mask": mask, "cls_only": cls_only}
-        found = saved(model, lambda view=view: model.encode(**view)[0].sum()) / batch
+        found = saved(model, lambda view=view: model.encode(**view)[0].sum(), dtype) / batch
         assert whole_texts(blocks, tokens, size, cut=cut) == pytest.approx(found, rel=0.02)
     scale = torch.tensor(1.0)
     view = {"masked_ids": ids, "attention_mask": mask, "masked_at": at, "scale": scale}
     call = lambda: model.reconstruct(originals=ids.flatten()[at], **view)  # noqa: E731
-    found = saved(model, call) / batch
+    found = saved(model, call, dtype) / batch
     estimate = masked_texts(blocks, tokens, len(at) / batch, vocabulary, size, mask=0, cuts=True)
     assert 1 <= estimate / found < 1.12
 
@@ -386,7 +401,7 @@ BUCKET = 1_000_003
 
 
 def count_engines(out: Path) -> None:
-    """Writes [setting, bytes of a value, configuration, parameters, counts] for each engine."""
+    """Writes [setting, bytes of a product, configuration, parameters, counts] of each engine."""
     from engine.distributed import initialize
 
     ranks = initialize()
@@ -423,8 +438,7 @@ def _count_engine(content: dict[str, Any], precision: str) -> tuple[int, dict[st
         "gradient_clipping": 1.0,
         "steps_per_print": 10**9,
     }
-    if precision != "fp32":
-        settings[precision] = {"enabled": True}
+    settings |= zero.numbers(precision)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=content | settings, dist_init_required=False
     )
@@ -439,7 +453,7 @@ def _count_engine(content: dict[str, Any], precision: str) -> tuple[int, dict[st
     for step in range(3):  # ZeRO-3 knows the order of its modules from the second one on
         if step == 2:
             optimizer.register_step_pre_hook(lambda *_: look("stepping"))
-        inputs = torch.randn(1, 256, dtype=zero.DTYPES[precision])
+        inputs = torch.randn(1, 256)
         loss = engine(inputs).float().pow(2).mean()
         if step == 2:
             look("forward")

@@ -139,6 +139,7 @@ class _Stepper:
             {
                 "recipe": "vit_small",
                 "stage": "distill",
+                "precision": "fp32",
                 "zero": setting,
                 "distill.batch": micro * accumulation * ranks.world,
                 "distill.accumulation": accumulation,

@@ -75,9 +75,8 @@ def set_switches(config: Config, device: torch.device) -> None:
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.tf32
     torch.use_deterministic_algorithms(config.deterministic)
-    if config.deterministic:
-        # Else every new tensor is filled first, which makes only faulty programs repeatable.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        # Of attention's backwards flash and plain products have a deterministic form.
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    # Else every new tensor is filled first, which makes only faulty programs repeatable.
+    torch.utils.deterministic.fill_uninitialized_memory = not config.deterministic  # type: ignore[attr-defined]
+    # Of attention's backwards flash and plain products alone have a deterministic form.
+    torch.backends.cuda.enable_mem_efficient_sdp(not config.deterministic)
+    torch.backends.cuda.enable_cudnn_sdp(not config.deterministic)

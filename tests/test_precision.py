@@ -1,5 +1,6 @@
 """Precision: what auto means, where bf16 keeps fp32, what a step asks of a device."""
 
+import os
 import tomllib
 import traceback
 from collections.abc import Iterator
@@ -331,3 +332,42 @@ def test_a_step_waits_for_nothing(
     plain = plain_kernels(engine)
     assert plain <= found.kernels < most * plain
     release(engine)
+
+
+def test_an_objective_is_compiled_once() -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(DistillObjective(autoencoder(DEEP)), backend=backend)
+    batch = {"images": torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)}
+    batch |= {"noise": torch.rand(2, 16), "target": torch.randn(2, 24)}
+    compiled(**batch)["loss"].backward()
+    first = len(graphs)
+    for _ in range(2):
+        compiled(**batch)["loss"].backward()
+    assert first == len(graphs) == 1
+    torch.compiler.reset()
+
+
+def test_deterministic_sets_what_cuda_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    precision.before_cuda(Config())
+    assert not any(name in os.environ for name in names)
+    config = Config(deterministic=True)
+    precision.before_cuda(config)
+    assert [os.environ.pop(name) for name in names] == [":4096:8", "Ring", "Simple"]
+    try:
+        precision.set_switches(config, CPU)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+    finally:
+        precision.set_switches(Config(), CPU)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()

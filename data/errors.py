@@ -18,3 +18,7 @@ class TryAgain(UserError):
 
 class WorkerLost(TryAgain):
     """A data loader worker was killed by the system."""
+
+
+class PeerLost(TryAgain):
+    """A collective failed because another rank is gone."""

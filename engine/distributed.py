@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import os
+import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,9 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
-from data.cli import one_line
-from data.errors import TryAgain, UserError
+from data.errors import UserError
+from engine import devices, network
+from engine.failures import describe, no_meeting
 from engine.rendezvous import in_step, resolve
 
 
@@ -33,14 +37,30 @@ class Ranks:
 
     @property
     def cores(self) -> int:
-        """Processor cores that are this process's own.
+        """Processor cores that are this process's own."""
+        return cores()
 
-        A SLURM task may be bound to them, or see those of its node's other tasks as well.
-        """
-        seen, told = len(os.sched_getaffinity(0)), os.environ.get("SLURM_CPUS_PER_TASK", "")
-        if in_step(os.environ) and told.isdigit():
-            return max(1, min(seen, int(told)))
-        return max(1, seen // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+def cores() -> int:
+    """Processor cores that are this process's own.
+
+    A SLURM task may be bound to them, or see those of its node's other tasks as well.
+    """
+    seen, told = len(os.sched_getaffinity(0)), os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if in_step(os.environ) and told.isdigit():
+        return max(1, min(seen, int(told)))
+    return max(1, seen // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def few_cores() -> str | None:
+    """What to say where srun gives a task one core of many; None where all is well."""
+    tasks, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.cpu_count() or 1
+    if not in_step(os.environ) or cores() > 1 or there < 2 * tasks:
+        return None
+    return (
+        f"warning: SLURM gives each task 1 of this node's {there} cores: no loader process reads"
+        f" ahead of the training: add #SBATCH --cpus-per-task={there // tasks}"
+    )
 
 
 def initialize() -> Ranks:
@@ -49,28 +69,20 @@ def initialize() -> Ranks:
     `engine.rendezvous` reads SLURM's, torchrun's and DeepSpeed's.
 
     Raises:
-        UserError: the environment is incomplete, or there are more local ranks than GPUs.
+        UserError: the environment is incomplete, or the ranks have no GPU each.
         TryAgain: the ranks do not find each other.
     """
     os.environ |= resolve()
     local_rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
-    if torch.cuda.is_available():
-        # srun --gpus-per-task shows each task a GPU of its own, as number 0.
-        index = 0 if torch.cuda.device_count() == 1 and in_step(os.environ) else local_rank
-        if index >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local_rank} has no GPU: this machine shows "
-                f"{torch.cuda.device_count()}; start fewer ranks (--num_gpus)"
-            )
-        torch.cuda.set_device(index)
-        device, backend = torch.device("cuda", index), "nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
-        local_world = int(os.environ["LOCAL_WORLD_SIZE"])
-        threads = os.environ.get("OMP_NUM_THREADS")
-        if threads is None or (threads == "1" and local_world > 1):
-            # Launchers set one thread a process; ranks on a CPU share its cores evenly instead.
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    device = devices.choose(os.environ)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # DeepSpeed reads the number of its device there, in three places.
+        os.environ["LOCAL_RANK"] = str(device.index)
+        for name in ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE"):
+            os.environ.setdefault(name, "2000")  # collectives; torch renamed it
+    _share_cores()
+    _raise_limit()
     import deepspeed  # late: it takes seconds, and a wrong option should be told at once
 
     if device.type == "cpu":
@@ -78,20 +90,47 @@ def initialize() -> Ranks:
         # shared memory, which serves its inference alone: half a minute, and one build at a time.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
-        deepspeed.init_distributed(
-            dist_backend=backend,
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(minutes=30),
-        )
+        if not dist.is_initialized():
+            _join(device)
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     except (dist.DistError, OSError) as error:
-        # DistNetworkError: the port is taken, the host is unknown or does not answer.
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise TryAgain(
-            f"the {world} ranks cannot meet at {place}: {one_line(error)[:200]}: set MASTER_PORT"
-            " to a free port; python -m launcher.doctor under srun tests names and ports"
-        ) from error
+        raise no_meeting(error, world) from error
     return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
+
+def _join(device: torch.device) -> None:
+    """Makes the process group; its store comes first, over which the ranks look at each other."""
+    store, rank, world = next(rendezvous("env://", timeout=_PATIENCE))
+    store.set_timeout(_PATIENCE)
+    ours = PrefixStore("selfdistill", store)
+    gpu = devices.uuid(device) if device.type == "cuda" else None
+    if gpu:
+        devices.claim(ours, rank, gpu)
+    network.prefer_interface(os.environ, ours)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE)
+
+
+#: How long ranks wait for each other in a collective, and for all to come at the start.
+_PATIENCE = timedelta(minutes=30)
+
+
+def _share_cores() -> None:
+    """Threads of this process: its part of the cores, where a launcher set one, or none is set.
+
+    On a CPU they compute; on a GPU DeepSpeed's CPUAdam, under offload, does.
+    """
+    told, local_world = os.environ.get("OMP_NUM_THREADS"), int(os.environ["LOCAL_WORLD_SIZE"])
+    if told is None or (told == "1" and (local_world > 1 or torch.cuda.is_available())):
+        torch.set_num_threads(cores())
+
+
+def _raise_limit() -> None:
+    """As many open files as the system allows: a thousand ranks need as many connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -159,54 +198,3 @@ def main_only(ranks: Ranks, action: Any) -> Any:
             error = describe(caught)
     agree(error)
     return broadcast(result)
-
-
-def lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone."""
-    text = str(error).lower()
-    gone = (
-        "connection closed by peer",
-        "connection reset by peer",
-        "broken pipe",
-        "timed out waiting",
-        "connection timed out",
-        "no route to host",
-        "application timeout caused pair closure",
-    )
-    return isinstance(error, dist.DistError) or any(words in text for words in gone)
-
-
-def explain(error: RuntimeError, world: int) -> str | None:
-    """A failure of the machine as one line with the cure; None for what is no such failure."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            "the GPU's memory is full: take a smaller batch, more --STAGE.accumulation, --precision"
-            " bf16, or --zero zero2, zero3 or zero3_offload"
-        )
-    if world > 1 and lost_peer(error):
-        return (
-            "another rank is gone: its message tells why; if there is none, it was killed (out of"
-            " memory?): launch again, the stage goes on from its checkpoint"
-        )
-    return None
-
-
-#: Refusals of a file system or network that may be over at the next launch.
-PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTUNREACH)
-
-
-def describe(error: OSError) -> str:
-    """An operating system's refusal as one line with the cure."""
-    cures = {
-        errno.EACCES: "change its permissions or choose another folder",
-        errno.EPERM: "change its permissions or choose another folder",
-        errno.EROFS: "the file system is read-only: choose another folder",
-        errno.ENOSPC: "the disk is full: free space or choose another disk",
-        errno.EDQUOT: "the disk quota is used up: free space or choose another disk",
-        errno.ENOENT: "it does not exist: check the path",
-        errno.ENOTDIR: "a part of the path is a file: choose another folder",
-        errno.EEXIST: "a file of that name is in the way: choose another folder",
-        errno.EISDIR: "it is a folder, not a file",
-    }
-    cure = cures.get(error.errno or 0, "check the path and the disk")
-    return f"{error.filename or 'a file'}: {error.strerror or error}: {cure}"

@@ -21,7 +21,7 @@ from data.errors import UserError
 from engine import precision, zero
 from engine.checkpoint import BEFORE, FREE
 from engine.config import Config
-from engine.distributed import Ranks, main_only
+from engine.distributed import Ranks, few_cores, main_only
 from engine.files import write_text
 from engine.preemption import Agreement, Preempted, asked
 from engine.watchdog import Watchdog
@@ -141,6 +141,8 @@ def open_run(config: Config, ranks: Ranks) -> Run:
         return path, precision.choose(config.precision, began, ranks.device)
 
     config.model.path, (config.precision, why) = main_only(ranks, enter)
+    if warning := few_cores():
+        run.say(warning)
     if why:
         run.say(f"precision {config.precision}: {why} (--precision)")
     config.zero = zero.chosen(config.zero, ranks.world, config.precision)

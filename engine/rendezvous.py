@@ -113,7 +113,8 @@ def _from_launcher(env: Mapping[str, str]) -> dict[str, str]:
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {name: env[name] for name in names} | {
         "LOCAL_RANK": env.get("LOCAL_RANK", "0"),
-        "LOCAL_WORLD_SIZE": env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"]),
+        # DeepSpeed's launcher calls it LOCAL_SIZE.
+        "LOCAL_WORLD_SIZE": env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"])),
     }
 
 

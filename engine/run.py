@@ -14,6 +14,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import logging  # noqa: E402
 import time  # noqa: E402
+import traceback  # noqa: E402
 import warnings  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -23,7 +24,7 @@ if __name__ == "__main__":
     preemption.listen()  # before anything slow: until here a signal kills
 
 from data.cli import one_line  # noqa: E402
-from data.errors import TryAgain, UserError  # noqa: E402
+from data.errors import PeerLost, TryAgain, UserError  # noqa: E402
 from engine import config as configuration  # noqa: E402
 
 
@@ -114,7 +115,8 @@ def _run(argv: list[str]) -> None:
     _quiet()
     from engine import precision
     from engine.allocator import keep_memory
-    from engine.distributed import PASSING, describe, explain, initialize, lost_peer
+    from engine.distributed import initialize
+    from engine.failures import PASSING, describe, explain
 
     precision.before_cuda(settings)
     ranks = initialize()
@@ -137,18 +139,14 @@ def _run(argv: list[str]) -> None:
             raise preemption.Preempted(f"{error} (launch without --overwrite)") from None
         raise
     except RuntimeError as error:
-        message = explain(error, ranks.world)
-        if message is None:
+        told = explain(error, ranks.world, ranks.device)
+        if told is None:
             raise
-        raise (PeerLost if lost_peer(error) else UserError)(message) from error
+        raise told from error
     except FloatingPointError as error:
         raise UserError(
             f"the loss is not finite at {error}: lower the learning rate, or use bf16 or fp32"
         ) from error
-
-
-class PeerLost(TryAgain):
-    """A collective failed because another rank is gone."""
 
 
 def _patient(seconds: float) -> bool:
@@ -174,7 +172,13 @@ def _quiet() -> None:
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except Exception:
+        # A fault of this program: told, and left at once. Python's own way out may wait in NCCL for
+        # the others, whose watchdogs would take that for a hang, and ask to be put back.
+        traceback.print_exc()
+        code = 1
     import torch.distributed
 
     if torch.distributed.is_initialized() and code == 0:

@@ -3,6 +3,9 @@
 A thread a rank looks at the time of the last beat (a step, a batch scored, a file hashed). Each
 also leaves its sign of life in the run's folder, so that the ranks which wait for one that works do
 wait, and those which wait for a stopped process or a dead host can name it.
+
+Under gloo a rank that waits stands in a collective. Under NCCL it stands wherever the program next
+reads the device, which tells nothing; but it has begun more steps than the rank it waits for.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ class Watchdog:
         self.folder, self.rank, self.world = folder, rank, world
         self.seconds, self.leave = seconds, leave
         self.where = "starting"
+        self.begun = 0  # units of work that every rank begins, steps and batches scored
         self._last = time.monotonic()
         self._main = threading.main_thread().ident
         self._over = threading.Event()
@@ -75,11 +79,12 @@ class Watchdog:
         """A sign of progress; cheap enough for every step.
 
         Args:
-            where: what goes on from here; by default what went on before.
+            where: the unit of work that begins, as on every rank; None within one.
         """
         self._last = time.monotonic()
         if where is not None:
             self.where = where
+            self.begun += 1
 
     def stop(self) -> None:
         """Ends the watch, and removes this rank's sign of life."""
@@ -100,9 +105,11 @@ class Watchdog:
             # Data may come slowly, and be asked for again and again, before that is an error.
             limit = self.seconds * (_DATA_PATIENCE if _waits_for_data(frame) else 1)
             silent = time.monotonic() - self._last
-            if silent > limit and not (_in_collective(frame) and self._someone_works()):
-                self._end(silent, frame)
-                return
+            if silent > limit:
+                pulses = self._pulses()
+                if not (self._waits(frame, pulses) and self._someone_works(pulses)):
+                    self._end(silent, frame)
+                    return
 
     def _pulsing(self) -> None:
         while not self._over.wait(self.interval):
@@ -110,19 +117,29 @@ class Watchdog:
             with contextlib.suppress(OSError):  # a full disk is told where the run writes
                 self._pulse(silent, sys._current_frames().get(self._main or 0))
 
-    def _someone_works(self) -> bool:
-        """Whether another rank makes progress, for which this one waits."""
-        found: list[bool] = []
+    def _pulses(self) -> dict[int, dict[str, Any]]:
+        """The ranks' signs of life, those that can be read in time."""
+        found: dict[int, dict[str, Any]] = {}
 
         def look() -> None:
             for rank in range(self.world):
                 with contextlib.suppress(OSError, ValueError):
-                    pulse = json.loads(self._pulse_file(rank).read_text(encoding="utf-8"))
-                    fresh = time.time() - pulse["time"] < 4 * self.interval
-                    found.append(fresh and pulse["silent"] < self.seconds / 2)
+                    found[rank] = json.loads(self._pulse_file(rank).read_text(encoding="utf-8"))
 
         _bounded(look, self.interval)
-        return any(found)
+        return dict(found)
+
+    def _waits(self, frame: FrameType | None, pulses: dict[int, dict[str, Any]]) -> bool:
+        """Whether this rank waits for others: in a collective, or since one is behind it."""
+        behind = any(pulse["begun"] < self.begun for pulse in pulses.values())
+        return behind or _in_collective(frame)
+
+    def _someone_works(self, pulses: dict[int, dict[str, Any]]) -> bool:
+        """Whether another rank makes progress, for which this one waits."""
+        return any(
+            time.time() - pulse["time"] < 4 * self.interval and pulse["silent"] < self.seconds / 2
+            for pulse in pulses.values()
+        )
 
     def _pulse(self, silent: float, frame: FrameType | None) -> None:
         file = self._pulse_file(self.rank)
@@ -134,6 +151,7 @@ class Watchdog:
             "pid": os.getpid(),
             "silent": round(silent, 1),
             "where": self.where,
+            "begun": self.begun,
             "at": _innermost(frame),
             "waits": _in_collective(frame),
         }
@@ -154,6 +172,10 @@ class Watchdog:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             lines.append(f"all threads' stacks: {dump}")
+            if trace := _last_collectives():
+                told = dump.with_name(f"hang-{self.rank:05d}-nccl.json")
+                told.write_bytes(trace)
+                lines.append(f"NCCL's last collectives: {told}")
             # Others look a little earlier or later: what they have to say must be there, and they
             # must have left theirs before this process's end takes them along.
             time.sleep(2 * self.interval)
@@ -162,18 +184,19 @@ class Watchdog:
         if not _bounded(tell, 2 * self.interval + 20):
             lines.append(f"{self.folder} cannot be written either")
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        if self.rank == 0 or not _in_collective(frame):
+        if self.rank == 0 or not self._waits(frame, self._pulses()):
             lines += [f"{line}: that is where to look" for line in hung]
             print("; ".join(lines), file=sys.stderr, flush=True)
         self.leave(AGAIN)
 
     def suspects(self) -> list[str]:
-        """The ranks that others wait for: stopped or dead ones, or those in no collective."""
-        found = []
+        """The ranks that others wait for: stopped, dead, behind the others, or in no collective."""
+        found, pulses = [], self._pulses()
+        most = max((pulse["begun"] for pulse in pulses.values()), default=0)
+        apart = any(pulse["begun"] < most for pulse in pulses.values())
         for rank in range(self.world):
-            try:
-                pulse = json.loads(self._pulse_file(rank).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+            pulse = pulses.get(rank)
+            if pulse is None:
                 found.append(f"rank {rank} left no sign of life")
                 continue
             name = f"rank {rank} on {pulse['host']} (pid {pulse['pid']})"
@@ -182,8 +205,9 @@ class Watchdog:
                 found.append(
                     f"{name} has given no sign of life for {age:.0f} s, in {pulse['where']}"
                 )
-            elif not pulse["waits"]:
-                found.append(f"{name} is at {pulse['at']}, in {pulse['where']}")
+            elif pulse["begun"] < most if apart else not pulse["waits"]:
+                behind = f", {most - pulse['begun']} behind" if apart else ""
+                found.append(f"{name} is at {pulse['at']}, in {pulse['where']}{behind}")
         return found
 
 
@@ -200,6 +224,19 @@ def _bounded(action: Callable[[], None], seconds: float) -> bool:
     thread.start()
     thread.join(seconds)
     return bool(done)
+
+
+def _last_collectives() -> bytes | None:
+    """What torch's flight recorder has of this process, JSON; None where there is no NCCL."""
+    from torch._C import _distributed_c10d as torchs
+
+    dump = getattr(torchs, "_dump_nccl_trace_json", None)
+    trace: bytes | None = None
+    if dump is not None:
+        with contextlib.suppress(RuntimeError):
+            trace = dump()
+    # Without a collective of NCCL it says no more than its version.
+    return trace if trace and b"collective_seq_id" in trace else None
 
 
 def _waits_for_data(frame: FrameType | None) -> bool:

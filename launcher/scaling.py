@@ -54,7 +54,8 @@ TREE_LINK, TREE_NETWORK = 28e-6, 50e-6
 
 #: AdamW's two groups, with and without weight decay: ZeRO 1 and 2 gather each by itself.
 GROUPS = 2
-#: The overflow and the norm of the gradient: two sums of at most 8 bytes under ZeRO 1-3.
+#: The overflow and the norm of the gradient: two sums of at most 8 bytes under ZeRO 3. Under ZeRO 1
+#: and 2 the norm is asked for where it is logged, or clips.
 SCALARS = 2
 
 #: Seconds. A step of a 12-block model is some thousand kernels of 5 to 10 microseconds at least.
@@ -167,7 +168,9 @@ def asked(
     if full:
         found.append(Collective(kind, float(times * size * early), times * full, "backward"))
     found.append(Collective(kind, float(times * size * (trained - early)), times, "alone"))
-    return [*found, Collective("all-reduce", 8.0 * SCALARS, SCALARS, "alone")]
+    if stage == 3:
+        found.append(Collective("all-reduce", 8.0 * SCALARS, SCALARS, "alone"))
+    return found
 
 
 def _gathers(values: int, bucket: int, size: int, times: int) -> list[Collective]:

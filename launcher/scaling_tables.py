@@ -8,7 +8,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from engine import zero
+from engine import preemption, zero
 from launcher import memory, scaling
 from launcher.forecast import Job, Plan
 
@@ -194,6 +194,9 @@ def _formulas(plan: Plan, shown: list[Row]) -> list[str]:
         f" Latency: NCCL's tuning model, {1e6 * scaling.RING_LINK:g} and"
         f" {1e6 * scaling.RING_NETWORK:g} µs a hop in a ring of N-1 hops, or a tree's in an"
         " all-reduce.",
+        f"on {most:,} devices the ranks agree every {preemption.interval(most)} step(s) whether one"
+        " was asked to leave: a sum on their processors,"
+        f" {1000 * preemption.seconds(most):.0f} ms beside the steps (gloo, a ring of hops of {1e6 * preemption.HOP:g} µs over TCP).",
         "exposed: what does not hide. Assumed: gathers hide behind the forward (a third of"
         " compute), sums of gradients behind the backward, up to its time; the first gather, the"
         " last bucket and all that follows the backward do not; nothing does under ZeRO 0 or"

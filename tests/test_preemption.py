@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine import preemption
+from engine.distributed import initialize
 from engine.monitor import read_metrics
 from engine.preemption import AGAIN
 from tests.helpers import COMMON, ROOT, environment, launch, make_world, metrics
@@ -67,6 +69,20 @@ def samples(stage: Path) -> dict[int, list[int]]:
 def same_weights(*stages: Path) -> bool:
     a, b = (load_file(stage / "export" / "model.safetensors") for stage in stages)
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_many_ranks_agree_every_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [preemption.interval(n) for n in (1, 2, 64, 65, 1000)] == [1, 1, 1, 2, 16]
+    # What a thousand ranks spend a step stays at what 64 spend.
+    assert preemption.seconds(1024) / preemption.interval(1024) < 1.05 * preemption.seconds(64)
+    initialize()
+    agreement = preemption.Agreement(1)
+    agreement.group, agreement.every = torch.distributed.group.WORLD, 3
+    assert not any(agreement.poll() for _ in range(6))
+    monkeypatch.setattr(preemption, "_asked", [signal.SIGTERM])
+    # At the ninth call the ranks begin to ask each other, at the twelfth they know.
+    assert [agreement.poll() for _ in range(6)] == [False] * 5 + [True]
+    assert agreement.ask()
 
 
 def test_interrupted_anywhere_it_ends_bit_for_bit_the_same(root: Path) -> None:

@@ -72,3 +72,39 @@ def test_zero_seconds_is_no_watch(tmp_path: Path) -> None:
     dog.start()
     dog.stop()
     assert not list(tmp_path.iterdir())
+
+
+def pulse(folder: Path, rank: int, begun: int, silent: float, *, waits: bool = False) -> None:
+    """What another rank left."""
+    content = {"time": time.time(), "host": "node2", "pid": 7, "silent": silent, "begun": begun}
+    content |= {"where": f"step {begun}", "at": "engine/trainer.py:1 (train)", "waits": waits}
+    (folder / ".pulse").mkdir(exist_ok=True)
+    (folder / ".pulse" / f"rank-{rank:05d}.json").write_text(json.dumps(content))
+
+
+def test_who_is_ahead_waits_and_who_is_behind_is_suspect(tmp_path: Path) -> None:
+    """Under NCCL a rank that waits stands in `.item()` or `synchronize`, in no collective."""
+    dog = Watchdog(tmp_path, 0, 3, 100.0)
+    for step in range(12):
+        dog.beat(f"step {step}")
+        dog.beat()  # within a step: not one more
+    assert dog.begun == 12
+    pulse(tmp_path, 0, 12, 150.0)
+    pulse(tmp_path, 2, 12, 150.0)
+    # Rank 1 works on the step before: 0 waits for it, and goes on waiting.
+    pulse(tmp_path, 1, 11, 1.0)
+    assert dog._waits(None, dog._pulses())
+    assert dog._someone_works(dog._pulses())
+    # It works no longer: it alone is where to look.
+    pulse(tmp_path, 1, 11, 150.0)
+    assert not dog._someone_works(dog._pulses())
+    (suspect,) = dog.suspects()
+    assert "rank 1 on node2" in suspect
+    assert "in step 11, 1 behind" in suspect
+    # All at one step: who is in a collective waits, as ever.
+    pulse(tmp_path, 0, 12, 150.0, waits=True)
+    pulse(tmp_path, 1, 12, 150.0)
+    pulse(tmp_path, 2, 12, 150.0, waits=True)
+    assert not dog._waits(None, dog._pulses())
+    (suspect,) = dog.suspects()
+    assert "rank 1" in suspect

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
 
 from data.errors import UserError
 from engine.rendezvous import in_step
+
+
+def take(env: MutableMapping[str, str]) -> torch.device:
+    """Chooses this process's device, makes it torch's, and says so in the environment.
+
+    DeepSpeed reads the number of its device from LOCAL_RANK, in three places.
+    """
+    device = choose(env)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        env["LOCAL_RANK"] = str(device.index)
+    return device
 
 
 def choose(env: Mapping[str, str]) -> torch.device:
@@ -46,7 +58,9 @@ def choose(env: Mapping[str, str]) -> torch.device:
 
 
 def uuid(device: torch.device) -> str | None:
-    """The name that a GPU has however it is numbered; None where none is told."""
+    """The name that a GPU has however it is numbered; None of a CPU, or where none is told."""
+    if device.type != "cuda":
+        return None
     told = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     return None if told is None else str(told)
 

@@ -74,11 +74,8 @@ def initialize() -> Ranks:
     """
     os.environ |= resolve()
     local_rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
-    device = devices.choose(os.environ)
+    device = devices.take(os.environ)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-        # DeepSpeed reads the number of its device there, in three places.
-        os.environ["LOCAL_RANK"] = str(device.index)
         for name in ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE"):
             os.environ.setdefault(name, "2000")  # collectives; torch renamed it
     _share_cores()
@@ -103,8 +100,7 @@ def _join(device: torch.device) -> None:
     store, rank, world = next(rendezvous("env://", timeout=_PATIENCE))
     store.set_timeout(_PATIENCE)
     ours = PrefixStore("selfdistill", store)
-    gpu = devices.uuid(device) if device.type == "cuda" else None
-    if gpu:
+    if gpu := devices.uuid(device):
         devices.claim(ours, rank, gpu)
     network.prefer_interface(os.environ, ours)
     backend = "nccl" if device.type == "cuda" else "gloo"

@@ -10,6 +10,9 @@ from typing import Any
 
 import psutil
 
+#: Names under which no other host is reached.
+_HERE = ("localhost", "127.0.0.1", "::1")
+
 
 def address_towards(host: str) -> str:
     """The own address from which a host is reached. Nothing is sent.
@@ -45,7 +48,8 @@ def prefer_interface(env: Mapping[str, str], store: Any) -> None:
     Raises:
         OSError: there is no way to the other hosts.
     """
-    if "GLOO_SOCKET_IFNAME" in env or env["LOCAL_WORLD_SIZE"] == env["WORLD_SIZE"]:
+    one_host = env["LOCAL_WORLD_SIZE"] == env["WORLD_SIZE"] or env["MASTER_ADDR"] in _HERE
+    if one_host or "GLOO_SOCKET_IFNAME" in env:
         return
     mine = address_towards(env["MASTER_ADDR"])
     if ipaddress.ip_address(mine.split("%")[0]).is_loopback:

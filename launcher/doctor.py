@@ -122,6 +122,8 @@ def main(
     # Before what may take long: others wait for this task, and importing torch holds up threads.
     report.tell(meet(me, run, timeout))
     report.tell(attempt("devices", machine.devices))
+    if me.tasks > 1:
+        report.tell(nodes.add_up(me, timeout))
     report.tell(attempt("compiler", lambda: machine.compiler(_gpus())))
     report.tell(attempt("builds", machine.builds))
     report.tell(attempt("shared memory", machine.shared_memory))

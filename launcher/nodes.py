@@ -13,7 +13,9 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
+from data import cli
 from data.errors import UserError
 from engine import rendezvous
 from launcher.checks import Line
@@ -130,7 +132,8 @@ def alone(me: Task) -> Line:
         socket.getaddrinfo(name, None)
     except OSError as error:
         found = f"{me.port} is free, but the own name {name} has no address: {error.strerror}"
-        return Line("warning", "port", found, f"add '127.0.1.1 {name}' to /etc/hosts")
+        cure = f"add its address in the network and '{name}' to /etc/hosts, as every node sees it"
+        return Line("warning", "port", found, cure)
     return Line("ok", "port", f"{me.port} is free, the own name {name} has an address")
 
 
@@ -201,3 +204,46 @@ def call(me: Task, timeout: float) -> list[Line]:
             cure = f"{_NETWORK}; MASTER_PORT chooses another port"
             return [Line("FAILED", "port", found, cure)]
         time.sleep(0.5)
+
+
+def add_up(me: Task, timeout: float) -> list[Line]:
+    """Sums one number over all tasks as the ranks of a run do: over gloo, and over NCCL with GPUs.
+
+    Args:
+        me: this task; every one calls it.
+        timeout: seconds to wait for the others.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+    from engine.network import prefer_interface
+
+    lines = []
+    patience = timedelta(seconds=timeout)
+    env = {"MASTER_ADDR": me.address, "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": str(me.tasks)}
+    for backend in ("gloo", "nccl") if torch.cuda.is_available() else ("gloo",):
+        name = f"sum over {backend}"
+        try:
+            store = TCPStore(me.address, me.port, me.tasks, me.rank == 0, patience)
+            prefer_interface(os.environ | env, store)
+            dist.init_process_group(
+                backend,
+                store=PrefixStore(backend, store),
+                rank=me.rank,
+                world_size=me.tasks,
+                timeout=patience,
+            )
+            one = torch.ones(1, device="cuda" if backend == "nccl" else "cpu")
+            dist.all_reduce(one)
+            found = f"{one.item():g} of {me.tasks} tasks"
+            good = one.item() == me.tasks
+            dist.destroy_process_group()
+        except (RuntimeError, ValueError, OSError) as error:
+            found, good = cli.one_line(error)[:200], False
+        if not good:
+            lines.append(Line("FAILED", name, found, _NETWORK))
+            break
+        if me.rank == 0:
+            lines.append(Line("ok", name, found))
+    return lines

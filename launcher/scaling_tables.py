@@ -196,7 +196,8 @@ def _formulas(plan: Plan, shown: list[Row]) -> list[str]:
         " all-reduce.",
         f"on {most:,} devices the ranks agree every {preemption.interval(most)} step(s) whether one"
         " was asked to leave: a sum on their processors,"
-        f" {1000 * preemption.seconds(most):.0f} ms beside the steps (gloo, a ring of hops of {1e6 * preemption.HOP:g} µs over TCP).",
+        f" {1000 * preemption.seconds(most):.0f} ms beside the steps (gloo, a ring of hops of"
+        f" {1e6 * preemption.HOP:g} µs over TCP).",
         "exposed: what does not hide. Assumed: gathers hide behind the forward (a third of"
         " compute), sums of gradients behind the backward, up to its time; the first gather, the"
         " last bucket and all that follows the backward do not; nothing does under ZeRO 0 or"

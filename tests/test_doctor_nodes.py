@@ -192,6 +192,7 @@ def test_two_nodes_with_one_folder(tmp_path: Path, port: int) -> None:
     assert f"ok       shared folder: {output} is one for all 2 nodes" in said
     assert "ok       versions: Python and " in said
     assert "ok       clocks: all within " in said
+    assert "ok       sum over gloo: 2 of 2 tasks" in said
     assert not re.search(" ok ", other)
     assert not (tmp_path / "runs").exists()  # nothing is left behind
 

@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
@@ -114,13 +115,19 @@ class Cluster(contextlib.AbstractContextManager["Cluster"]):
     """
 
     def __init__(
-        self, nodes: int = 2, cpus: int = 8, prefix: str = "lab", net: str = "10.77.0"
+        self,
+        nodes: int = 2,
+        cpus: int = 8,
+        gpus: int = 0,
+        prefix: str = "lab",
+        net: str = "10.77.0",
     ) -> None:
         """Starts the cluster and waits until every node is idle, about 2 s.
 
         Args:
             nodes: compute hosts.
             cpus: that each claims to have; more than the machine has is fine.
+            gpus: that each claims to have: device files that nothing answers.
             prefix: of the folder's name.
             net: first three bytes of the hosts' addresses, seen inside the cluster only.
 
@@ -133,7 +140,7 @@ class Cluster(contextlib.AbstractContextManager["Cluster"]):
         self.folder = Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir="/tmp"))
         self._hosts: dict[str, subprocess.Popen[str]] = {}
         try:
-            self._write_files(cpus)
+            self._write_files(cpus, gpus)
             for host in (LOGIN, *self.nodes):
                 self.power_on(host)
             self.until(lambda: set(self.node_states().values()) == {"idle"}, 30, "all nodes idle")
@@ -151,7 +158,7 @@ class Cluster(contextlib.AbstractContextManager["Cluster"]):
         """A host's address inside the cluster."""
         return f"{self.net}.{1 if host == LOGIN else 10 + int(host.removeprefix('node'))}"
 
-    def _write_files(self, cpus: int) -> None:
+    def _write_files(self, cpus: int, gpus: int) -> None:
         folder = self.folder
         folder.chmod(0o755)
         (folder / "state").mkdir()
@@ -160,11 +167,18 @@ class Cluster(contextlib.AbstractContextManager["Cluster"]):
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
         hosts = "".join(f"{self.address(host)} {host}\n" for host in (LOGIN, *self.nodes))
         (folder / "hosts").write_text("127.0.0.1 localhost\n" + hosts)
+        have = f"Gres=gpu:{gpus} " if gpus else ""
         lines = [
-            f"NodeName={node} NodeAddr={self.address(node)} CPUs={cpus} State=UNKNOWN\n"
+            f"NodeName={node} NodeAddr={self.address(node)} CPUs={cpus} {have}State=UNKNOWN\n"
             for node in self.nodes
         ]
         conf = SLURM_CONF.format(net=self.net, folder=folder) + "".join(lines)
+        if gpus:
+            conf += "GresTypes=gpu\n"
+            for number in range(gpus):  # 195: NVIDIA's
+                device = os.makedev(195, number)
+                os.mknod(folder / f"nvidia{number}", 0o600 | stat.S_IFCHR, device)
+            (folder / "gres.conf").write_text(f"Name=gpu File={folder}/nvidia[0-{gpus - 1}]\n")
         (folder / "slurm.conf").write_text(conf)
         key = folder / "munge.key"
         subprocess.run(["mungekey", "--create", f"--keyfile={key}"], check=True, env=self.env())

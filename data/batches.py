@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from multiprocessing import get_start_method
 from typing import Any
 
+import psutil
 import torch
 from torch.utils.data import DataLoader
 
 from data.cache import Report, as_python_warning
-from data.codec import Images
 from data.errors import UserError
 from data.manifest import Manifest
 from data.order import Ints
@@ -22,8 +22,9 @@ from data.workers import awaiting, ignore_signals, stop
 Batch = dict[str, torch.Tensor]
 
 _AHEAD = 4  # batches that a worker is asked for ahead
-# Bytes. The ring's memory stays in use; beyond it batches come and go as files in shared memory.
-_RING_LIMIT = 2**30
+# Bytes, and a share of the memory that is free. The ring's memory stays in use; beyond it batches
+# come and go as files in shared memory.
+_RING_LIMIT, _RING_SHARE = 2**32, 1 / 16
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -114,15 +115,15 @@ class Batches:
                 self.samples.ring = None
 
     def _ring(self, rows: int) -> Ring | None:
-        """The memory in which forked workers leave images, where their size is known."""
-        codec = self.samples.codec
-        side = codec.size if isinstance(codec, Images) else None
-        if not (rows and side and self._workers and get_start_method() == "fork"):
+        """The memory in which forked workers leave batches, where their size is known."""
+        nbytes = self.samples.codec.nbytes(rows) if rows and self._workers else None
+        if not nbytes or get_start_method() != "fork":
             return None
         # One more than are asked for: the next is asked for before the first is taken out.
-        slots, nbytes = self._workers * _AHEAD + 1, rows * 3 * side**2
+        slots = self._workers * _AHEAD + 1
+        limit = min(_RING_LIMIT, int(_RING_SHARE * psutil.virtual_memory().available))
         try:
-            return Ring(slots, nbytes) if slots * nbytes <= _RING_LIMIT else None
+            return Ring(slots, nbytes) if slots * nbytes <= limit else None
         except OSError:  # the system gives no more; the other way may do with less
             return None
 

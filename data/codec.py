@@ -33,6 +33,10 @@ class Codec(Protocol):
         """
         ...
 
+    def nbytes(self, rows: int) -> int | None:
+        """Memory of a batch of so many samples at most, in bytes; None where that is not known."""
+        ...
+
     def collate(
         self, arrays: list[NDArray[Any]], names: list[str], room: NDArray[np.uint8] | None = None
     ) -> dict[str, torch.Tensor]:
@@ -69,6 +73,10 @@ class Images:
         if like is not None:
             return np.zeros_like(like)
         return None if self.size is None else np.zeros((3, self.size, self.size), np.uint8)
+
+    def nbytes(self, rows: int) -> int | None:
+        """See `Codec`."""
+        return None if self.size is None else rows * 3 * self.size**2
 
     def collate(
         self, arrays: list[NDArray[Any]], names: list[str], room: NDArray[np.uint8] | None = None

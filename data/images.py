@@ -77,15 +77,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _read(content: bytes) -> Image.Image | NDArray[np.uint8]:
-    """As `read`, or an image's pixels where those are had without it."""
+def _read(content: bytes, size: int | None = None) -> Image.Image | NDArray[np.uint8]:
+    """As `read`, or an image's pixels where those are had without it.
+
+    Args:
+        content: The file's bytes.
+        size: A JPEG's sides need be no larger: it is decoded at a half, a quarter or an eighth of
+            its own where that is enough.
+    """
     try:
         if content.startswith(png.SIGNATURE):
             plain = png.plain(content)
             if plain is not None:
                 return plain
             return to_rgb(Image.open(io.BytesIO(content), formats=("PNG",)))
-        return to_rgb(Image.open(io.BytesIO(content)))
+        image = Image.open(io.BytesIO(content))
+        if size is not None:
+            image.draft(None, (size, size))  # of JPEGs; others have no such way
+        return to_rgb(image)
     except UnidentifiedImageError:
         raise ValueError("it is no image of a known kind" if content else "it is empty") from None
     except Image.DecompressionBombError:
@@ -170,7 +179,7 @@ def decode(content: bytes, size: int | None, name: str = "image") -> NDArray[np.
         BrokenData: The image is unreadable.
     """
     try:
-        found = _read(content)
+        found = _read(content, size)
     except ValueError as error:
         raise BrokenData(
             f"{name}: the image cannot be read: {error}: pack it again from a whole file, or"

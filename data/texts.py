@@ -127,6 +127,7 @@ class Texts:
         special_ids: Ids that are never masked; `pad_id` is taken as one of them.
         max_length: Tokens.
         bucket: Tokens, see above.
+        packed: Also say how the texts fill fewer rows of L tokens, several in one.
         pairs: The split has pairs (`Manifest.text`, "pairs").
         stored: Extension of the members (`Manifest.text`, "stored"); by default "json" for pairs.
     """
@@ -139,6 +140,7 @@ class Texts:
         special_ids: frozenset[int],
         max_length: int,
         bucket: int = 32,
+        packed: bool = False,
         pairs: bool = False,
         stored: Stored | None = None,
     ) -> None:
@@ -148,7 +150,7 @@ class Texts:
         self.pad_id = pad_id
         self.special_ids = np.array(sorted(special_ids | {pad_id}), dtype=np.int64)
         self.max_length = max_length
-        self.bucket = bucket
+        self.bucket, self.packed = bucket, packed
         self.stored: Stored = stored or ("json" if pairs else "txt")
 
     def decode(self, content: bytes, name: str) -> NDArray[Any]:
@@ -163,6 +165,10 @@ class Texts:
         """See `Codec`; one pad id."""
         return np.array([self.pad_id], dtype=np.int64)
 
+    def nbytes(self, rows: int) -> int:
+        """See `Codec`; its four arrays of numbers, and the masked view's."""
+        return rows * self.max_length * 8 * 6
+
     def collate(
         self, arrays: list[NDArray[Any]], names: list[str], room: NDArray[np.uint8] | None = None
     ) -> "dict[str, torch.Tensor]":
@@ -170,7 +176,10 @@ class Texts:
 
         Returns:
             input_ids int64 [b, L], `pad_id` at padding; attention_mask int64 [b, L], 0 at padding;
-            maskable bool [b, L], True at tokens that are not special.
+            maskable bool [b, L], True at tokens that are not special; and where nothing is padded
+            `unpadded`, ones [b]. If asked for, and where it spares rows, the layout of packed rows,
+            int64: packed_at [r, L], places in the flattened batch, -1 at padding, and packed_to
+            [b, L], where in the flattened rows each token went, 0 for padding.
         """
         import torch
 
@@ -182,8 +191,47 @@ class Texts:
             ids[row, : len(array)] = array
             attention[row, : len(array)] = 1
         maskable = (attention == 1) & ~np.isin(ids, self.special_ids)
-        return {
+        out = {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy(attention),
             "maskable": torch.from_numpy(maskable),
         }
+        if attention.all():
+            out["unpadded"] = torch.ones(len(arrays), dtype=torch.bool)
+        elif self.packed:
+            layout = pack_rows([len(array) for array in arrays], length)
+            if len(layout[0]) < len(arrays):
+                out["packed_at"], out["packed_to"] = map(torch.from_numpy, layout)
+        return out
+
+
+def pack_rows(lengths: list[int], width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Lays sequences into few rows: the longest first, each into the first row with room for it.
+
+    Args:
+        lengths: Tokens of each of b sequences, at most `width`.
+        width: Tokens of a row, L.
+
+    Returns:
+        [r, L], the place of each token in the padded batch [b, L], flattened, and -1 at padding;
+        and [b, L], the place of each token in the rows, flattened, and 0 for padding.
+    """
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for sequence in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, room in enumerate(free) if room >= lengths[sequence]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(width)
+        rows[row].append(sequence)
+        free[row] -= lengths[sequence]
+    at = np.full((len(rows), width), -1, dtype=np.int64)
+    to = np.zeros((len(lengths), width), dtype=np.int64)
+    for row, sequences in enumerate(rows):
+        begin = 0
+        for sequence in sequences:
+            end = begin + lengths[sequence]
+            at[row, begin:end] = sequence * width + np.arange(lengths[sequence])
+            to[sequence, : lengths[sequence]] = row * width + np.arange(begin, end)
+            begin = end
+    return at, to

@@ -53,17 +53,28 @@ class Ring:
 
         Args:
             batch: Its number in the stream.
-            entries: Tensors and others. A large one that lies in the slot already stays there; the
-                others go as `carried` has it.
+            entries: Tensors and others. A large one lies in the slot already, or is copied behind
+                what does as far as there is room; the others go as `carried` has it.
         """
-        begin, first = self.room(batch).ctypes.data, batch % self.slots * self.nbytes
+        room, first = self.room(batch), batch % self.slots * self.nbytes
+        begin = room.ctypes.data
+        large = {
+            name: value
+            for name, value in entries.items()
+            if isinstance(value, torch.Tensor) and value.nbytes > _SMALL and value.is_contiguous()
+        }
+        places = {name: value.data_ptr() - begin for name, value in large.items()}
+        there = {name: at for name, at in places.items() if 0 <= at < self.nbytes}
+        end = max((at + large[name].nbytes for name, at in there.items()), default=0)
         out = dict(entries)
-        for name, value in entries.items():
-            if isinstance(value, torch.Tensor) and value.nbytes > _SMALL:
-                at = value.data_ptr() - begin
-                if 0 <= at < self.nbytes and value.is_contiguous():
-                    shape = tuple(value.shape)
-                    out[name] = InRing(self.number, first + at, value.numpy().dtype.str, shape)
+        for name, value in large.items():
+            at = there.get(name, -(-end // 64) * 64)
+            if name not in there:
+                if value.nbytes <= _BY_PIPE or at + value.nbytes > self.nbytes:
+                    continue
+                end = at + value.nbytes
+                room[at:end] = value.numpy().reshape(-1).view(np.uint8)
+            out[name] = InRing(self.number, first + at, value.numpy().dtype.str, tuple(value.shape))
         return carried(out)
 
 

@@ -144,7 +144,7 @@ class Features:
             return
         assert self.cls is not None
         device = self.run.ranks.device
-        some = {name: batch[name][rows] for name in self.kind.full if name in batch}
+        some = self.kind.some(batch, rows)
         with autocast(device, self.run.dtype):
             tokens, _ = self.initial.encode(cls_only=True, **view(some, self.kind.full, device))
         before, after = tokens[:, 0].float(), self.cls[sent(rows, device)]

@@ -41,7 +41,7 @@ class DataSection(Section):
         "auto", description="for stages 1 and 2 (auto = unlabelled, if a local folder has it)"
     )
     workers: int | None = Field(
-        None, ge=0, description="loader processes per rank (left out: what its cores bear, 0 to 8)"
+        None, ge=0, description="loader processes per rank (left out: what its cores bear, 0 to 16)"
     )
     partitions: int = Field(1, ge=1, description="partitions of the shards (1 = full shuffle)")
     window: int = Field(0, ge=0, description="shards shuffled together (0 = chosen from the set)")
@@ -104,6 +104,9 @@ class TextSection(Section):
 
     max_length: int | None = Field(None, ge=3, description="tokens (none = the model's limit)")
     bucket: int = Field(32, ge=1, description="lengths are padded to multiples of this")
+    packed: bool | None = Field(
+        None, description="several texts in a row in place of padding (left out: on GPUs)"
+    )
 
 
 class TeacherSection(Section):

@@ -29,6 +29,9 @@ from engine.watchdog import Watchdog
 RESULT = "result.json"
 CONFIG = "config.toml"
 
+#: Loader processes of a rank on a GPU at most, by themselves: twice what an H100 can eat.
+_WORKERS = 16
+
 #: Sections of the configuration that belong to one stage.
 STAGES = ("pretrain", "distill", "finetune")
 
@@ -61,7 +64,7 @@ class Run:
         if self.config.data.workers is not None:
             return self.config.data.workers
         if self.ranks.device.type == "cuda":
-            return min(8, self.ranks.cores - 1)
+            return min(_WORKERS, max(0, self.ranks.cores - 2))
         return min(1, torch.get_num_threads() - 1)
 
     def say(self, line: str) -> None:

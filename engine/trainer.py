@@ -180,14 +180,16 @@ def train(
         )
         last = step + 1 == loop.steps
         due = (step + 1) % loop.log_every == 0 or step == 0 or last
-        losses, batch, out, norm = take_step(loop, meter, ranks, measure=due)
+        drawn = bool(loop.draw and loop.draw_every)
+        drawn = drawn and (last or (step + 1) % loop.draw_every == 0)
+        losses, batch, out, norm = take_step(loop, meter, ranks, measure=due, draw=drawn)
         state.step += 1
         state.position += plan.batch
         if due:
             state.last = _log(loop, losses, norm, monitor, meter, ranks)
         else:
             monitor.progress(state.step)
-        if loop.draw and loop.draw_every and (state.step % loop.draw_every == 0 or last):
+        if loop.draw and drawn:
             with meter.paused():
                 loop.draw(state.step, batch, out)
 
@@ -204,9 +206,16 @@ def save(loop: Loop, monitor: Monitor, checkpoints: Checkpoints) -> None:
 
 
 def take_step(
-    loop: Loop, meter: Meter, ranks: Ranks, *, measure: bool
+    loop: Loop, meter: Meter, ranks: Ranks, *, measure: bool, draw: bool = False
 ) -> tuple[dict[str, Tensor], Batch, Batch, Tensor | None]:
     """One optimiser step.
+
+    Args:
+        loop: of the stage.
+        meter: of its speed.
+        ranks: this process.
+        measure: whether the gradient's norm is wanted.
+        draw: whether what a picture shows is wanted.
 
     Returns:
         Losses summed over the micro-batches, the last micro-batch and its outputs, and the
@@ -219,16 +228,18 @@ def take_step(
         batches = [next(loop.batches) for _ in range(accumulation)]
     units, flops = (sum(part) for part in zip(*map(loop.measure, batches), strict=True))
     meter.step(units * ranks.world, flops * ranks.world)
-    weight = _weight(loop, batches, ranks)
+    more: dict[str, Any] = _weight(loop, batches, ranks)
+    if loop.draw and (draw or engine.is_compiled):  # compiled, every step is one and the same
+        more["shown"] = True
     for micro, batch in enumerate(batches):
         # Dropout's generator is keyed by step and rank: a resumed run draws the same masks.
-        draw = keyed.bits(
+        bits = keyed.bits(
             loop.seed, f"dropout {ranks.rank}", loop.state.step * accumulation + micro
         )
-        torch.manual_seed(int(draw.random_raw()) >> 1)
+        torch.manual_seed(int(bits.random_raw()) >> 1)
         if engine.is_compiled:
             torch.compiler.cudagraph_mark_step_begin()  # what a CUDA graph gave before may go
-        out = engine(**loop.inputs(batch), **weight)
+        out = engine(**loop.inputs(batch), **more)
         engine.backward(out["loss"])
         if micro == accumulation - 1:
             norm = _norm(engine, loop.plan, wanted=measure)

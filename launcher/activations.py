@@ -134,9 +134,8 @@ def whole_texts(
     blocks: Blocks, tokens: int, size: int, *, mask: int = 0, cut: Cut | None = None
 ) -> float:
     """Of a text that is encoded whole."""
-    # Embeddings: their sum, LayerNorm's output comes with the first block. Each layer keeps its own
-    # mask of padding, an fp32 value for each pair of tokens.
-    ends = tokens * blocks.width * (NORM + mask) + blocks.depth * tokens**2 * 4
+    # Embeddings: their sum, LayerNorm's output comes with the first block.
+    ends = tokens * blocks.width * (NORM + mask)
     return ends + stack_bytes(blocks, tokens, size, mask=mask, cut=cut)
 
 

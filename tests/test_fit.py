@@ -39,15 +39,15 @@ def test_workers_are_what_the_cores_bear(monkeypatch: pytest.MonkeyPatch) -> Non
     for threads, expected in ((1, 0), (2, 1), (12, 1)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert cpu.workers == expected
-    assert gpu.workers == 5
+    assert gpu.workers == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    assert gpu.workers == 8
+    assert gpu.workers == 16
     # A task of SLURM that is bound to its eight cores has them all, whoever else is on the node.
     for name, value in (("PROCID", "0"), ("STEP_ID", "0"), ("CPUS_PER_TASK", "8")):
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert gpu.ranks.cores == 8
-    assert gpu.workers == 7
+    assert gpu.workers == 6
     gpu.config.data.workers = 0
     assert gpu.workers == 0

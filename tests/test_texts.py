@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import RobertaConfig, RobertaModel
 
@@ -20,7 +20,7 @@ from data.loader import Loader, sequential
 from data.manifest import Manifest
 from data.shards import write_split
 from data.sources import Sample
-from data.texts import Text, Texts, parse
+from data.texts import Text, Texts, pack_rows, parse
 
 BOS, PAD, EOS = 0, 1, 2
 SPECIAL = frozenset({BOS, PAD, EOS})
@@ -195,3 +195,28 @@ def test_broken_texts_are_skipped_when_asked(tmp_path: Path) -> None:
 def test_texts_need_a_codec(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds text"):
         sequential(shards(tmp_path / "s", "a"), batch=1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=12))
+def test_packed_rows_hold_each_token_once(lengths: list[int]) -> None:
+    width = 20
+    at, to = pack_rows(lengths, width)
+    places = [i * width + t for i, length in enumerate(lengths) for t in range(length)]
+    assert sorted(at[at >= 0].tolist()) == places
+    assert all(at.flatten()[to.flatten()[place]] == place for place in places)
+    assert sum(lengths) / width <= len(at) <= len(lengths)
+
+
+def test_a_batch_says_how_its_texts_share_rows() -> None:
+    codec = Texts(encode, pad_id=PAD, special_ids=SPECIAL, max_length=8, bucket=4, packed=True)
+    batch = codec.collate([np.zeros(n, np.int64) for n in (8, 3, 4, 1)], list("abcd"))
+    assert batch["packed_at"].tolist() == [
+        [0, 1, 2, 3, 4, 5, 6, 7],
+        [16, 17, 18, 19, 8, 9, 10, 24],
+    ]
+    assert batch["packed_to"][3].tolist() == [15, 0, 0, 0, 0, 0, 0, 0]
+    # Where no row is spared, none is shared; where nothing is padded, it is said.
+    assert "packed_at" not in codec.collate([np.zeros(n, np.int64) for n in (8, 7)], ["a", "b"])
+    whole = codec.collate([np.zeros(8, np.int64)] * 2, ["a", "b"])
+    assert whole["unpadded"].tolist() == [True, True]

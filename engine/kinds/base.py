@@ -75,6 +75,10 @@ class Kind(Protocol):
         """Entries of two views of each sample: all first ones, then all second ones."""
         ...
 
+    def some(self, batch: Batch, rows: Tensor) -> Batch:
+        """Entries of the unmasked view of some samples, those in the rows int64 [r]."""
+        ...
+
     def autoencoder(self, base: Any, dropout: float | None = None) -> Any:
         """Encoder and decoder with the base's weights (`objectives.Reconstructs`, `.encoder`).
 

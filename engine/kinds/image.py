@@ -116,6 +116,10 @@ class ImageKind(Kind):
             "flip": torch.cat([batch["flip"], batch["other_flip"]]),
         }
 
+    def some(self, batch: Batch, rows: Tensor) -> Batch:
+        """See `Kind`."""
+        return {name: batch[name][rows] for name in self.full}
+
     def autoencoder(self, base: Pretrained, dropout: float | None = None) -> ImageAutoencoder:
         """See `Kind`; a missing decoder is new, and said so."""
         torch.manual_seed(self.config.seed)

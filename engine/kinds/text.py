@@ -53,10 +53,10 @@ class TextKind(Kind):
     """See `engine.kinds.base.Kind`."""
 
     samples, units = "texts", "tokens"
-    full: tuple[str, ...] = ("input_ids", "attention_mask")
+    rows: tuple[str, ...] = ("input_ids", "attention_mask", "unpadded")
+    full: tuple[str, ...] = (*rows, "packed_at", "packed_to")
     masked: tuple[str, ...] = (
-        "input_ids",
-        "attention_mask",
+        *full,
         "masked_ids",
         "masked_at",
         "originals",
@@ -145,6 +145,7 @@ class TextKind(Kind):
             special_ids=frozenset(tokenizer.all_special_ids),
             max_length=base.max_length,
             bucket=self.config.text.bucket,
+            packed=self._packs(base),
             stored=manifest.text.get("stored"),
         )
 
@@ -171,7 +172,26 @@ class TextKind(Kind):
 
     def paired(self, batch: Batch) -> Batch:
         """See `Kind`."""
-        return {name: torch.cat([batch[name]] * 2) for name in self.full}
+        return {name: torch.cat([batch[name]] * 2) for name in self.rows if name in batch}
+
+    def some(self, batch: Batch, rows: Tensor) -> Batch:
+        """See `Kind`."""
+        return {name: batch[name][rows] for name in self.rows if name in batch}
+
+    def _packs(self, base: Language) -> bool:
+        """Whether texts share rows: where padding costs, and the model can be told of it."""
+        asked, config = self.config.text.packed, self.config
+        possible = cuts(base.config) and config.finetune.regularizer != "r3f"
+        if asked and not possible:
+            raise UserError(
+                "--text.packed true: not with --finetune.regularizer r3f, whose noise is drawn for"
+                " padded rows, and of models not but with BERT, RoBERTa and their like: leave it"
+                " out"
+            )
+        if asked is None:
+            # Rows come in other numbers at every step, for which a compiled step compiles again.
+            return possible and self.run.ranks.device.type == "cuda" and not config.compile
+        return asked
 
     def autoencoder(self, base: Language, dropout: float | None = None) -> MaskedLanguageModel:
         """See `Kind`; a missing MLM head is new, and said so."""
@@ -215,7 +235,9 @@ class TextKind(Kind):
 
     def record(self) -> dict[str, Any]:
         """See `Kind`."""
-        return {"mlm": self.config.mlm.model_dump(), "text": self.config.text.model_dump()}
+        told = self.config
+        # How texts lie in rows changes no figure.
+        return {"mlm": told.mlm.model_dump(), "text": told.text.model_dump(exclude={"packed"})}
 
     def count(self, batch: Batch) -> int:
         """See `Kind`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class ImageEncoder(nn.Module):
         self.encoder, self.normalize = encoder, normalize
 
     def encode(
-        self, *, images: Tensor, cls_only: bool = False, **_: Tensor
+        self, *, images: Tensor, cls_only: bool = False, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
         """See `objectives.Encodes`; uint8 images [B, 3, H, W], whose tokens all count."""
         return self.encoder(self.normalize(images), cls_only=cls_only), None
@@ -79,12 +79,12 @@ class ImageAutoencoder(nn.Module):
         return self.mae.encoder
 
     def encode(
-        self, *, images: Tensor, flip: Tensor | None = None, cls_only: bool = False, **_: Tensor
+        self, *, images: Tensor, flip: Tensor | None = None, cls_only: bool = False, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
         """See `objectives.Encodes`; uint8 images [B, 3, H, W], mirrored or not."""
         return self.mae.encoder(self.normalize(mirror(images, flip)), cls_only=cls_only), None
 
-    def reconstruct(self, images: Tensor, noise: Tensor, **_: Tensor) -> dict[str, Tensor]:
+    def reconstruct(self, images: Tensor, noise: Tensor, **_: Any) -> dict[str, Tensor]:
         """The loss, and for pictures the mask and the masked patches' prediction.
 
         Args:
@@ -95,7 +95,7 @@ class ImageAutoencoder(nn.Module):
         return out | {"prediction": out["prediction"].detach()}
 
     def reconstructed(
-        self, images: Tensor, noise: Tensor, **_: Tensor
+        self, images: Tensor, noise: Tensor, **_: Any
     ) -> tuple[dict[str, Tensor], Tensor]:
         """See `objectives.Reconstructs`."""
         out: dict[str, Tensor] = self.mae(self.normalize(images), noise, whole=True)
@@ -120,7 +120,7 @@ class ImageClassifier(nn.Module):
         layer: nn.Module = self.network.encoder.patch_embed
         return layer
 
-    def classify(self, images: Tensor, flip: Tensor | None = None, **_: Tensor) -> Tensor:
+    def classify(self, images: Tensor, flip: Tensor | None = None, **_: Any) -> Tensor:
         """Logits [B, C].
 
         Args:

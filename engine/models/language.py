@@ -89,14 +89,48 @@ def segments(input_ids: Tensor, attention_mask: Tensor, separator: int) -> Tenso
 class _Inputs:
     """What a batch's ids become as arguments of a transformers model."""
 
-    def __init__(self, config: PreTrainedConfig, separator: int | None) -> None:
+    def __init__(self, encoder: Any, config: PreTrainedConfig, separator: int | None) -> None:
         segmented = (getattr(config, "type_vocab_size", 0) or 0) > 1
         self.separator = separator if segmented else None
+        self.pad = int(getattr(config, "pad_token_id", None) or 0)
+        # RoBERTa counts positions from behind that of padding, BERT from 0.
+        self.first = 0 if config.model_type == "bert" else self.pad + 1
+        # transformers asks a mask of two dimensions whether it masks anything, and so waits for the
+        # device; one that is ready it takes as it is, where attention is PyTorch's own.
+        self.ready = getattr(encoder.config, "_attn_implementation", "") == "sdpa"
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        found = {"input_ids": input_ids, "attention_mask": attention_mask}
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        unpadded: Tensor | None = None,
+        packed_at: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """The arguments.
+
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: int64 [B, T], 0 at padding.
+            unpadded: given where nothing is padded.
+            packed_at: int64 [R, T], for several texts in a row: see `data.texts.pack_rows`.
+        """
+        kinds = None
         if self.separator is not None:
-            found["token_type_ids"] = segments(input_ids, attention_mask, self.separator)
+            kinds = segments(input_ids, attention_mask, self.separator)
+        found: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self.ready:
+            whole = unpadded is not None
+            found["attention_mask"] = None if whole else attention_mask[:, None, None].bool()
+        if packed_at is not None:
+            width, empty, at = input_ids.shape[1], packed_at < 0, packed_at.clamp(min=0)
+            text = (at // width).masked_fill(empty, -1)
+            found["input_ids"] = input_ids.flatten()[at].masked_fill(empty, self.pad)
+            found["position_ids"] = at % width + self.first
+            # Each text sees itself alone; padding sees padding, since nothing is not a number.
+            found["attention_mask"] = (text[:, :, None] == text[:, None, :])[:, None]
+            kinds = None if kinds is None else kinds.flatten()[at]
+        if kinds is not None:
+            found["token_type_ids"] = kinds
         return found
 
 
@@ -133,8 +167,19 @@ class LastRows:
 
     @contextmanager
     def at(self, places: Tensor) -> Iterator[None]:
-        """Within, [B, T, D] becomes [1, n, D], the rows at int64 [n] of the flattened batch."""
-        with self._only(lambda rows: rows.flatten(0, 1).index_select(0, places)[None]):
+        """Within, [B, T, D] becomes [n, 1, D], the rows at int64 [n] of the flattened batch."""
+        with self._only(lambda rows: rows.flatten(0, 1).index_select(0, places)[:, None]):
+            yield
+
+    @contextmanager
+    def cls(self, packed_to: Tensor | None, wanted: bool = True) -> Iterator[None]:
+        """Within, [B, T, D] becomes [B, 1, D], the CLS tokens' rows, in rows of several texts, too.
+
+        Args:
+            packed_to: int64 [B, T], see `data.texts.pack_rows`; None: a text a row.
+            wanted: False: nothing is cut.
+        """
+        with self.at(packed_to[:, 0]) if wanted and packed_to is not None else self.first(wanted):
             yield
 
     @contextmanager
@@ -152,25 +197,39 @@ class TextEncoder(nn.Module):
     def __init__(self, encoder: nn.Module, config: PreTrainedConfig, separator: int | None) -> None:
         super().__init__()
         self.encoder = encoder
-        self.inputs = _Inputs(config, separator)
+        self.inputs = _Inputs(encoder, config, separator)
         self.rows = LastRows(encoder, config)
 
     def encode(
-        self, *, input_ids: Tensor, attention_mask: Tensor, cls_only: bool = False, **_: Tensor
+        self,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        unpadded: Tensor | None = None,
+        packed_at: Tensor | None = None,
+        packed_to: Tensor | None = None,
+        cls_only: bool = False,
+        **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """See `objectives.Encodes`.
 
         Args:
             input_ids: int64 [B, T].
             attention_mask: int64 [B, T], 0 at padding.
+            unpadded: given where nothing is padded.
+            packed_at: int64 [R, T], for several texts in a row: see `data.texts.pack_rows`.
+            packed_to: int64 [B, T], likewise.
             cls_only: the first token's row is enough.
 
         Returns:
             Hidden states after the last layer, [B, T, D] or [B, 1, D]; and the attention mask.
         """
-        with self.rows.first(cls_only):
-            out = self.encoder(**self.inputs(input_ids, attention_mask))
-        return out.last_hidden_state, attention_mask
+        inputs = self.inputs(input_ids, attention_mask, unpadded, packed_at)
+        with self.rows.cls(packed_to, cls_only):
+            hidden: Tensor = self.encoder(**inputs).last_hidden_state
+        if packed_to is not None and not cls_only:
+            hidden = hidden.flatten(0, 1)[packed_to]
+        return hidden, attention_mask
 
 
 class MaskedLanguageModel(nn.Module):
@@ -182,7 +241,7 @@ class MaskedLanguageModel(nn.Module):
         """Fresh weights for a config whose model_type is among `HEADS`."""
         super().__init__()
         self.network = build(AutoModelForMaskedLM, config)
-        self.inputs = _Inputs(config, separator)
+        self.inputs = _Inputs(self.encoder, config, separator)
         self.rows = LastRows(self.encoder, config)
         self.head = HEADS[config.model_type]
 
@@ -192,14 +251,25 @@ class MaskedLanguageModel(nn.Module):
         return self.network.base_model
 
     def encode(
-        self, *, input_ids: Tensor, attention_mask: Tensor, cls_only: bool = False, **_: Tensor
+        self,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        unpadded: Tensor | None = None,
+        packed_at: Tensor | None = None,
+        packed_to: Tensor | None = None,
+        cls_only: bool = False,
+        **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """See `TextEncoder`."""
-        with self.rows.first(cls_only):
-            out = self.encoder(**self.inputs(input_ids, attention_mask))
-        return out.last_hidden_state, attention_mask
+        inputs = self.inputs(input_ids, attention_mask, unpadded, packed_at)
+        with self.rows.cls(packed_to, cls_only):
+            hidden: Tensor = self.encoder(**inputs).last_hidden_state
+        if packed_to is not None and not cls_only:
+            hidden = hidden.flatten(0, 1)[packed_to]
+        return hidden, attention_mask
 
-    def reconstruct(self, **batch: Tensor) -> dict[str, Tensor]:
+    def reconstruct(self, **batch: Any) -> dict[str, Tensor]:
         """The loss, and what is predicted; the entries are those of `reconstructed`."""
         return self.reconstructed(**batch)[0]
 
@@ -210,7 +280,11 @@ class MaskedLanguageModel(nn.Module):
         masked_at: Tensor,
         originals: Tensor,
         scale: Tensor,
-        **_: Tensor,
+        unpadded: Tensor | None = None,
+        packed_at: Tensor | None = None,
+        packed_to: Tensor | None = None,
+        shown: bool = False,
+        **_: Any,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The loss, `scale` times the sum of the masked tokens' cross-entropies, and the logits.
 
@@ -223,19 +297,27 @@ class MaskedLanguageModel(nn.Module):
             masked_at: int64 [n], the masked tokens' places in the flattened batch, b T + t.
             originals: int64 [n], what stood there.
             scale: fp32 scalar.
+            unpadded: given where nothing is padded.
+            packed_at: int64 [R, T], for several texts in a row: see `data.texts.pack_rows`.
+            packed_to: int64 [B, T], likewise.
+            shown: whether the prediction is asked for.
 
         Returns:
-            `loss` and `prediction` int64 [n]; logits fp32 [n, V].
+            `loss`, and `prediction` int64 [n] if it is asked for; logits fp32 [n, V].
         """
+        if packed_to is not None:
+            masked_at = packed_to.flatten()[masked_at]
         # The head, a large part of the work, runs on the masked tokens alone.
         with self.rows.at(masked_at):
-            hidden = self.encoder(**self.inputs(masked_ids, attention_mask)).last_hidden_state
+            inputs = self.inputs(masked_ids, attention_mask, unpadded, packed_at)
+            hidden = self.encoder(**inputs).last_hidden_state
         chosen = hidden.flatten(0, 1)
         if not self.rows.cuts:
             chosen = chosen.index_select(0, masked_at)
         logits = self.head(self.network, chosen).float()
         loss = scale * F.cross_entropy(logits, originals, reduction="sum")
-        return {"loss": loss, "prediction": logits.detach().argmax(-1)}, logits
+        told = {"prediction": logits.detach().argmax(-1)} if shown else {}
+        return {"loss": loss, **told}, logits
 
 
 class TextClassifier(nn.Module):
@@ -245,7 +327,7 @@ class TextClassifier(nn.Module):
         """Fresh weights for a config with `num_labels`."""
         super().__init__()
         self.network = build(AutoModelForSequenceClassification, config)
-        self.inputs = _Inputs(config, separator)
+        self.inputs = _Inputs(self.encoder, config, separator)
         self.rows = LastRows(self.encoder, config)
 
     @property
@@ -258,10 +340,19 @@ class TextClassifier(nn.Module):
         """See `objectives.Classifies`."""
         return self.encoder.get_input_embeddings()
 
-    def classify(self, input_ids: Tensor, attention_mask: Tensor, **_: Tensor) -> Tensor:
+    def classify(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        unpadded: Tensor | None = None,
+        packed_at: Tensor | None = None,
+        packed_to: Tensor | None = None,
+        **_: Tensor,
+    ) -> Tensor:
         """Logits [B, C] of int64 [B, T] ids and attention mask."""
-        with self.rows.first():  # all that heads and poolers of the models that cut ever read
-            logits: Tensor = self.network(**self.inputs(input_ids, attention_mask)).logits
+        inputs = self.inputs(input_ids, attention_mask, unpadded, packed_at)
+        with self.rows.cls(packed_to):  # all that heads and poolers of models that cut ever read
+            logits: Tensor = self.network(**inputs).logits
         return logits
 
 

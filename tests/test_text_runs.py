@@ -119,3 +119,34 @@ def test_all_stages_and_what_they_leave(root: Path) -> None:
         f1_score(true, predicted, average="macro"), abs=1e-9
     )
     assert result["metrics"]["test_samples"] == 11
+
+
+def test_rows_of_several_texts_change_no_figure(root: Path) -> None:
+    """All stages, two ranks, two micro-batches: as padded, up to rounding; figures and scores."""
+    shared = {
+        "stage": "all",
+        "data": str(root / "shards"),
+        "model": str(root / "base"),
+        "teacher": str(root / "base"),
+        "teacher.mode": "replicated",
+        "distill.accumulation": 2,
+        "finetune.start": "model",
+    }
+    cases = [
+        shared | {"text.packed": packed, "output": str(root / "runs" / f"packed-{packed}")}
+        for packed in (False, True)
+    ]
+    run_cases(root / "packed", cases)
+    for stage, terms in (
+        ("pretrain", ("loss",)),
+        ("distill-1", ("loss", "mlm", "distill")),
+        ("finetune-model", ("loss",)),
+    ):
+        padded, packed = (
+            metrics(root / "runs" / f"packed-{packed}" / stage) for packed in (False, True)
+        )
+        for one, other in zip(padded, packed, strict=True):
+            for term in terms:
+                key = f"loss/{term}"
+                if key in one:  # not a line of scores
+                    assert other[key] == pytest.approx(one[key], rel=1e-4), (stage, key)

@@ -155,7 +155,7 @@ def main(
             number += 1
             return one(taken[(number - 1) % len(taken)])
     else:
-        step = ours.make(
+        step, _ = ours.make(
             size, stage, LR, precision, data, zero=zero, teacher=teacher, compiled=compiled
         )
     more = rounds.begin()

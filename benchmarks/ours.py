@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import tempfile
 from collections.abc import Callable
@@ -38,23 +39,23 @@ from engine.zero import chosen
 
 def _images(name: str, run: Run, stage: Stage) -> tuple[Any, Any, type[Any]]:
     """Student or classifier, teacher's encoder, and the kind."""
-    kind = ImageKind(run)
+    kind, base = ImageKind(run), _pretrained(name, 0)
+    if stage == "finetune":
+        model = kind.classifier(base, [str(c) for c in range(CLASSES)], 0)
+        last: nn.Linear = model.network.head
+        with torch.no_grad():
+            last.weight.copy_(head(last.weight.shape[1]))
+        return model, None, ImageKind
+    teacher = kind.encoder(_pretrained(name, 1)) if stage == "distill" else None
+    return kind.autoencoder(base), teacher, ImageKind
+
+
+@functools.cache  # of many steps in one process
+def _pretrained(name: str, seed: int) -> Any:
+    """The weights of a seed, as they come from transformers."""
     with tempfile.TemporaryDirectory() as folder:
-
-        def loaded(seed: int) -> Any:
-            place = Path(folder) / str(seed)
-            network(name, seed).save_pretrained(place)
-            return load_pretrained(str(place), None)
-
-        base = loaded(0)
-        if stage == "finetune":
-            model = kind.classifier(base, [str(c) for c in range(CLASSES)], 0)
-            last: nn.Linear = model.network.head
-            with torch.no_grad():
-                last.weight.copy_(head(last.weight.shape[1]))
-            return model, None, ImageKind
-        teacher = kind.encoder(loaded(1)) if stage == "distill" else None
-        return kind.autoencoder(base), teacher, ImageKind
+        network(name, seed).save_pretrained(folder)
+        return load_pretrained(folder, None)
 
 
 def _texts(name: str, stage: Stage) -> tuple[Any, Any, type[Any]]:
@@ -88,8 +89,9 @@ def make(
     zero: str,
     teacher: str,
     compiled: bool,
-) -> Callable[[], Tensor]:
-    """Our step on the batches in turn; it returns the loss.
+    compile_mode: str = "default",
+) -> tuple[Callable[[], Tensor], Any]:
+    """Our step on the batches in turn, which returns the loss; and its engine.
 
     Args:
         name: of a size.
@@ -100,6 +102,7 @@ def make(
         zero: see --zero.
         teacher: cached or replicated.
         compiled: through torch.compile.
+        compile_mode: of it.
     """
     ranks = distributed.initialize()
     if ranks.device.type == "cpu":
@@ -115,6 +118,7 @@ def make(
             "precision": precision,
             "zero": chosen(zero, 1, precision),
             "compile": compiled,
+            "compile_mode": compile_mode,
         }
     )
     if ranks.device.type == "cuda":  # as the loader gives them
@@ -161,4 +165,4 @@ def make(
         loop.state = replace(loop.state, step=loop.state.step + 1)
         return losses["loss"]
 
-    return step
+    return step, engine

@@ -69,27 +69,43 @@ def classify_loss(model: Any, batch: Batch) -> Tensor:
     return loss
 
 
-def make(name: str, stage: Stage, lr: float, device: torch.device) -> Callable[[Batch], Tensor]:
-    """One step of the plain loop on a batch; it returns the loss."""
+def make(
+    name: str, stage: Stage, lr: float, device: torch.device, *, autocast: bool = False
+) -> Callable[[Batch], Tensor]:
+    """One step of the plain loop on a batch; it returns the loss.
+
+    Args:
+        name: of a size.
+        stage: which.
+        lr: learning rate.
+        device: where it runs.
+        autocast: forward passes under torch's autocast to bf16.
+    """
     student = classifier(name) if stage == "finetune" else network(name, 0)
     student.to(device).train()
     teacher = network(name, 1).to(device).eval() if stage == "distill" else None
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01, betas=(0.9, 0.95))
 
+    def passing() -> Any:
+        return torch.autocast(device.type, torch.bfloat16, enabled=autocast)
+
     def step(batch: Batch) -> Tensor:
         batch = {k: v.to(device) for k, v in batch.items()}
         if stage == "finetune":
-            loss = classify_loss(student, batch)
+            with passing():
+                loss = classify_loss(student, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
         else:
-            loss = masked_loss(student, batch)
+            with passing():
+                loss = masked_loss(student, batch)
             loss.backward()
             if teacher is not None:
-                with torch.no_grad():
+                with torch.no_grad(), passing():
                     target = full_view(teacher, batch)
-                distance = (full_view(student, batch) - target).pow(2).sum(-1).mean()
+                with passing():
+                    distance = (full_view(student, batch) - target).pow(2).sum(-1).mean()
                 distance.backward()
                 loss = loss + distance
         optimizer.step()

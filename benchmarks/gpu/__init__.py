@@ -1,0 +1,1 @@
+"""What a GPU that is there for ten minutes is asked: `python -m benchmarks.gpu OUT`."""

@@ -1,0 +1,55 @@
+"""A checkpoint of ViT-B/16's auto-encoder, written and read."""
+
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import ours
+from benchmarks.contestant import LR
+from benchmarks.gpu.say import say
+from benchmarks.sizes import batches
+from data import cli
+from engine import distributed, training_state
+from engine.checkpoint import Checkpoints, Reader, State
+
+
+def main(tiny: bool = False) -> None:
+    """Times it.
+
+    Args:
+        tiny: the tiny size.
+    """
+    size = "tiny" if tiny else "vit_base"
+    step, engine = ours.make(
+        size, "distill", LR, "bf16", batches(size, 8), zero="auto", teacher="cached", compiled=False
+    )
+    ranks = distributed.initialize()
+    step()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "checkpoints"
+        kept = Checkpoints(folder, ranks, 2, lambda: None)
+        saved, loaded, place = [], [], None
+        for number in range(3):
+            state = State(number + 1, 0, {}, "", 1)
+            began = time.perf_counter()
+            kept.save(engine, state)
+            saved.append(time.perf_counter() - began)
+        for _ in range(3):
+            began = time.perf_counter()
+            found = kept.find({}, "")
+            assert found is not None
+            place, state = found
+            training_state.restore(engine, 0, Reader(place, state), state.optimizer)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            loaded.append(time.perf_counter() - began)
+        assert place is not None
+        gib = sum(f.stat().st_size for f in place.iterdir()) / 2**30
+        say("save", "s", saved, GiB=gib)
+        say("find, check and restore", "s", loaded, GiB=gib)
+
+
+if __name__ == "__main__":
+    cli.run(main)

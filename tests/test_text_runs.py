@@ -149,4 +149,4 @@ def test_rows_of_several_texts_change_no_figure(root: Path) -> None:
             for term in terms:
                 key = f"loss/{term}"
                 if key in one:  # not a line of scores
-                    assert other[key] == pytest.approx(one[key], rel=1e-4), (stage, key)
+                    assert other[key] == pytest.approx(one[key], rel=1e-3), (stage, key)

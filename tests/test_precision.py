@@ -116,6 +116,27 @@ def test_a_feature_leaves_its_layer_norm_unrounded() -> None:
     assert (target - whole).pow(2).sum(-1).mean() < 1e-3 * whole.pow(2).sum(-1).mean()
 
 
+def test_attention_on_a_cpu_is_in_fp32() -> None:
+    """Backward it takes a third of the time that it takes in bf16."""
+    seen: set[torch.dtype] = set()
+
+    class Kinds(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if "scaled_dot_product" in func.__name__:
+                seen.update(a.dtype for a in args if isinstance(a, Tensor))
+            return func(*args, **(kwargs or {}))
+
+    batch = {"images": torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)}
+    batch |= {"noise": torch.rand(2, 16), "target": torch.randn(2, 24)}
+    with Kinds():
+        with precision.autocast(CPU, torch.bfloat16):
+            loss = DistillObjective(autoencoder(DEEP))(**batch)["loss"]
+        loss.backward()
+    assert seen == {torch.float32}
+
+
 def test_a_frozen_module_leaves_what_embeddings_share_in_fp32() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

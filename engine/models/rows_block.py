@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -65,9 +66,21 @@ class RowsAttention(Attention):
             key, value = found[1].unflatten(2, (2, *heads)).unbind(2)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         dropout = self.attn_drop.p if self.training else 0.0
-        seen = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        seen = _attention(query, key, value, dropout)
         out: Tensor = self.proj_drop(self.proj(seen.transpose(1, 2).flatten(2)))
         return out
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """SDPA of [B, H, R, D] and [B, H, T, D]; on a CPU in fp32.
+
+    PyTorch's attention for CPUs takes three times as long backward in bf16 as in fp32.
+    """
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        with torch.autocast("cpu", enabled=False):
+            query, key, value = query.float(), key.float(), value.float()
+            return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
 
 
 class RowsBlock(Block):

@@ -78,8 +78,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Ten
     """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):
-            query, key, value = query.float(), key.float(), value.float()
-            return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+            parts = (query.float(), key.float(), value.float())
+            seen = F.scaled_dot_product_attention(*parts, dropout_p=dropout)
+        return seen.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
 
 

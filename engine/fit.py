@@ -412,7 +412,9 @@ def _device_name(device: torch.device) -> str:
 
 
 def scored_batch(run: Run) -> int:
-    """Samples that a rank scores together."""
+    """Samples that a rank scores together: on a GPU what keeps it busy, without a backward."""
+    if run.ranks.device.type == "cuda":
+        return 256
     return max(1, min(256, 4 * run.config.finetune.batch) // run.ranks.world)
 
 

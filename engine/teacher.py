@@ -205,8 +205,9 @@ def choose(mode: str, bytes_needed: int | None, config: Config, folder: Path) ->
     return "cached" if fits else "replicated"
 
 
-#: Samples of a forward pass of the table: fixed, so that the table is the same for all layouts.
-_BATCH = 64
+#: Samples of a forward pass of the table: fixed, so that the table is the same for all layouts. On
+#: a GPU more, where a part has as many.
+_BATCH, _LARGE_BATCH = 64, 256
 #: A part of the table is at most so many rows; an interrupted pass loses one part a rank.
 _PART = 4096
 
@@ -292,9 +293,12 @@ def _compute(
     """Computes the missing parts of the table. Every rank calls it."""
     config, ranks, name = run.config, run.ranks, folder.parent.name
     mine = missing[ranks.rank :: ranks.world]
+    size = _BATCH
+    if ranks.device.type == "cuda" and missing:
+        size = max(_BATCH, min(_LARGE_BATCH, missing[0][1] - missing[0][0]))
     passed = sequential(
         manifest,
-        batch=_BATCH,
+        batch=size,
         spans=mine,
         workers=run.workers,
         cache_dir=config.data.cache_dir,
@@ -320,7 +324,7 @@ def _compute(
                     rows = np.full((last - first, *shape), np.nan, np.float32)
                     found: list[Tensor] = []  # on the device, whose work the host runs ahead of
                     ids, valid = [], []
-                    for _ in range(-(-(last - first) // _BATCH)):
+                    for _ in range(-(-(last - first) // size)):
                         batch = next(batches)
                         found.append(teacher(batch))
                         ids.append(batch["ids"])

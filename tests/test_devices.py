@@ -125,6 +125,20 @@ def test_deepspeeds_launcher_tells_the_ranks_of_a_node() -> None:
     assert resolve(env | {"LOCAL_WORLD_SIZE": "4"})["LOCAL_WORLD_SIZE"] == "4"
 
 
+def test_a_launchers_one_thread_becomes_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that compute on a CPU, and on a GPU those of DeepSpeed's CPUAdam."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    for local_world, gpus, expected in (("2", 0, [3]), ("2", 2, [3]), ("1", 1, [6]), ("1", 0, [])):
+        taken.clear()
+        shown(monkeypatch, gpus)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world)
+        distributed._share_cores()
+        assert taken == expected, (local_world, gpus)
+
+
 def test_one_core_a_task_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)

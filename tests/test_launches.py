@@ -115,7 +115,14 @@ def test_settings_within_one_group(root: Path, server: str) -> None:
         "original": {"teacher.mode": "replicated", "data": str(root / "original")},
         "original-cached": {"teacher.mode": "cached", "data": str(root / "original")},
         "mean": {"distill.feature": "mean"},
-        "bf16": {"precision": "bf16", "zero": "zero2"},
+        "bf16": {"precision": "bf16", "zero": "zero2", "teacher.mode": "cached"},
+        "bf16-zero0": {"precision": "bf16", "teacher.mode": "replicated"},
+        "bf16-zero3": {
+            "precision": "bf16",
+            "zero": str(root / "zero3.json"),
+            "teacher.mode": "sharded",
+        },
+        "bf16-offload": {"precision": "bf16", "zero": "zero3_offload"},
         "offload": {"zero": "zero3_offload"},
         "http": {"data": server, "data.cache_dir": str(root / "cache"), "data.workers": 1},
         "partitions": {"data.partitions": 2},
@@ -154,9 +161,10 @@ def test_settings_within_one_group(root: Path, server: str) -> None:
         assert losses(root, "original-cached", loss) == pytest.approx(wanted, rel=1e-6), loss
     assert losses(root, "offload") == pytest.approx(local, rel=1e-5)
     # bf16 keeps 8 bits: 1e-2 on equal weights; after a few updates the weights differ as well.
-    assert losses(root, "bf16")[0] == pytest.approx(local[0], rel=1e-2)
-    assert losses(root, "bf16") == pytest.approx(local, rel=5e-2)
-    assert losses(root, "bf16") != local
+    for name in ("bf16", "bf16-zero0", "bf16-zero3", "bf16-offload"):
+        assert losses(root, name)[0] == pytest.approx(local[0], rel=1e-2), name
+        assert losses(root, name) == pytest.approx(local, rel=2e-2), name
+        assert losses(root, name) != local
     assert losses(root, "http-partitions") == losses(root, "partitions") != local
     assert losses(root, "tokens")[0] != losses(root, "mean")[0] != local[0]
     shards = {path: n for path, n in _Counting.seen.items() if path.endswith(".tar")}

@@ -191,14 +191,12 @@ class LastRows:
             self._choose = None
 
 
-class TextEncoder(nn.Module):
-    """An encoder on token ids."""
+class _Encodes(nn.Module):
+    """What encodes the unmasked view of texts; see `objectives.Encodes`."""
 
-    def __init__(self, encoder: nn.Module, config: PreTrainedConfig, separator: int | None) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.inputs = _Inputs(encoder, config, separator)
-        self.rows = LastRows(encoder, config)
+    encoder: Any
+    inputs: _Inputs
+    rows: LastRows
 
     def encode(
         self,
@@ -232,7 +230,17 @@ class TextEncoder(nn.Module):
         return hidden, attention_mask
 
 
-class MaskedLanguageModel(nn.Module):
+class TextEncoder(_Encodes):
+    """An encoder on token ids."""
+
+    def __init__(self, encoder: nn.Module, config: PreTrainedConfig, separator: int | None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.inputs = _Inputs(encoder, config, separator)
+        self.rows = LastRows(encoder, config)
+
+
+class MaskedLanguageModel(_Encodes):
     """An encoder with its MLM head."""
 
     loss_name = "mlm"
@@ -249,25 +257,6 @@ class MaskedLanguageModel(nn.Module):
     def encoder(self) -> Any:
         """f_theta."""
         return self.network.base_model
-
-    def encode(
-        self,
-        *,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        unpadded: Tensor | None = None,
-        packed_at: Tensor | None = None,
-        packed_to: Tensor | None = None,
-        cls_only: bool = False,
-        **_: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """See `TextEncoder`."""
-        inputs = self.inputs(input_ids, attention_mask, unpadded, packed_at)
-        with self.rows.cls(packed_to, cls_only):
-            hidden: Tensor = self.encoder(**inputs).last_hidden_state
-        if packed_to is not None and not cls_only:
-            hidden = hidden.flatten(0, 1)[packed_to]
-        return hidden, attention_mask
 
     def reconstruct(self, **batch: Any) -> dict[str, Tensor]:
         """The loss, and what is predicted; the entries are those of `reconstructed`."""

@@ -385,7 +385,7 @@ def record_of(
     """
     config = run.config
     elsewhere = {"seeds", "eval_every", "start", "weights", "epochs"}
-    settings = plan.model_dump(mode="json", exclude=elsewhere)
+    settings, mode = plan.model_dump(mode="json", exclude=elsewhere), config.compile_mode
     return {
         **{f"{stage}.{k}": v for k, v in settings.items()},
         f"{stage}.steps": plan.length(train.samples),
@@ -393,7 +393,8 @@ def record_of(
         "precision": config.precision,
         "zero": config.zero,
         # Another order of sums, or other products.
-        **({"compile": config.compile_mode} if config.compile else {}),
+        **({"compile": True} if config.compile else {}),
+        **({"compile_mode": mode} if config.compile and mode != "default" else {}),
         **({"deterministic": True} if config.deterministic else {}),
         **({} if config.tf32 else {"tf32": False}),
         "data.partitions": config.data.partitions,

@@ -344,3 +344,26 @@ def test_a_step_on_texts_reads_nothing_back(name: str, tmp_path: Path) -> None:
     assert "prediction" not in out
     shown = model.reconstruct(**batch, scale=torch.tensor(1.0), shown=True)
     assert shown["prediction"].shape == batch["masked_at"].shape
+
+
+def test_attention_on_a_cpu_is_in_fp32(tmp_path: Path) -> None:
+    """Backward it is faster than in bf16 (`engine.models.rows_block`)."""
+    folder = text_kit.make_language(tmp_path / "roberta")
+    kind = kind_of(folder)
+    model = kind.autoencoder(kind.load()).train()
+    batch = batch_of(AutoTokenizer.from_pretrained(folder), text_kit.SENTENCES)
+    seen: set[torch.dtype] = set()
+
+    class Kinds(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if "scaled_dot_product" in func.__name__:
+                seen.update(a.dtype for a in args[:3])
+            return func(*args, **(kwargs or {}))
+
+    with Kinds():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.reconstruct(**batch, scale=torch.tensor(1.0))["loss"]
+        loss.backward()
+    assert seen == {torch.float32}

@@ -266,6 +266,7 @@ def test_activations_of_texts(dtype: torch.dtype) -> None:
         type_vocab_size=1,
     )
     model = MaskedLanguageModel(with_dropout(config, 0.0), None)
+    model.network.set_attn_implementation("sdpa")  # as on a GPU: not in fp32
     ids = torch.randint(5, vocabulary, (batch, tokens))
     mask = torch.ones(batch, tokens, dtype=torch.int64)
     mask[0, -5:] = 0

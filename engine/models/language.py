@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from data.errors import UserError
 
@@ -71,9 +79,33 @@ def restore_dropout(config: PreTrainedConfig, original: PreTrainedConfig) -> Pre
     return copied
 
 
+#: Our name, in transformers' tables, of its SDPA attention as `_attention` calls it.
+_SDPA = "sdpa, on a CPU in fp32"
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any
+) -> tuple[Tensor, None]:
+    """Transformers' SDPA attention; on a CPU in fp32, which is faster (see `rows_block`)."""
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        with torch.autocast("cpu", enabled=False):
+            parts = (query.float(), key.float(), value.float())
+            seen, _ = sdpa_attention_forward(module, *parts, mask, **more)
+        return seen.to(query.dtype), None
+    seen, _ = sdpa_attention_forward(module, query, key, value, mask, **more)
+    return seen, None
+
+
+AttentionInterface.register(_SDPA, _attention)
+AttentionMaskInterface.register(_SDPA, sdpa_mask)
+
+
 def build(factory: Any, config: PreTrainedConfig) -> Any:
     """A fresh model in fp32, with SDPA attention where its class has it (transformers chooses)."""
-    return factory.from_config(config, dtype=torch.float32)
+    model = factory.from_config(config, dtype=torch.float32)
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(_SDPA)
+    return model
 
 
 def segments(input_ids: Tensor, attention_mask: Tensor, separator: int) -> Tensor:
@@ -97,7 +129,7 @@ class _Inputs:
         self.first = 0 if config.model_type == "bert" else self.pad + 1
         # transformers asks a mask of two dimensions whether it masks anything, and so waits for the
         # device; one that is ready it takes as it is, where attention is PyTorch's own.
-        self.ready = getattr(encoder.config, "_attn_implementation", "") == "sdpa"
+        self.ready = getattr(encoder.config, "_attn_implementation", "") == _SDPA
 
     def __call__(
         self,

@@ -1,6 +1,8 @@
 """What every test shares: gpu tests are left out, and counted, where there is no CUDA device."""
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,22 @@ def pytest_terminal_summary(
 ) -> None:
     if count := config.stash.get(_LEFT_OUT, 0):
         terminalreporter.write_line(f"gpu tests not run, no CUDA device here: {count}")
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Any]:
+    """This process as the only rank of a process group (`engine.distributed.Ranks`).
+
+    The group stays. The environment that DeepSpeed reads does not: launches of other tests would
+    take themselves for this rank.
+    """
+    from engine.distributed import initialize
+
+    before = dict(os.environ)
+    yield initialize()
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 _LEFT_OUT = pytest.StashKey[int]()

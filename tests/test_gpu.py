@@ -163,7 +163,7 @@ def test_interrupted_it_ends_in_the_same_bits(root: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("zero", ["zero1", "zero3"])
 def test_the_last_stage_needs_no_more_memory_than_the_first(
-    zero: str, root: Path, monkeypatch: pytest.MonkeyPatch
+    zero: str, root: Path, ranks: distributed.Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What CUDA's allocator holds before each engine, fine-tuning after fine-tuning."""
     before: list[int] = []
@@ -177,7 +177,7 @@ def test_the_last_stage_needs_no_more_memory_than_the_first(
     settings = COMMON | {"zero": zero, "precision": "bf16", "stage": "all", "compare": True}
     settings |= {"data": str(root / "shards"), "model": str(root / "base"), "watchdog": 0}
     settings |= {"output": str(root / "memory" / zero), "finetune.seeds": 2}
-    run = open_run(load(settings), distributed.initialize())
+    run = open_run(load(settings), ranks)
     run_stages(run)
     run.close()
     assert len(before) == 8

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import distributed, precision, training_state, zero
+from engine import precision, training_state, zero
 from engine.allocator import release
 from engine.checkpoint import State
 from engine.config import Config, load
@@ -35,11 +35,6 @@ CPU = torch.device("cpu")
 
 #: As many parameters as ViT-B's auto-encoder: 12 blocks and 8 of the decoder.
 DEEP = Shape(16, 4, 24, 12, 2, 48, 16, 8, 2, 32)
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Ranks:
-    return distributed.initialize()
 
 
 # What auto means

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 from engine import preemption
-from engine.distributed import initialize
 from engine.monitor import read_metrics
 from engine.preemption import AGAIN
 from tests.helpers import COMMON, ROOT, environment, launch, make_world, metrics
@@ -71,11 +70,11 @@ def same_weights(*stages: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.usefixtures("ranks")
 def test_many_ranks_agree_every_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [preemption.interval(n) for n in (1, 2, 64, 65, 1000)] == [1, 1, 1, 2, 16]
     # What a thousand ranks spend a step stays at what 64 spend.
     assert preemption.seconds(1024) / preemption.interval(1024) < 1.05 * preemption.seconds(64)
-    initialize()
     agreement = preemption.Agreement(1)
     agreement.group, agreement.every = torch.distributed.group.WORLD, 3
     assert not any(agreement.poll() for _ in range(6))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from engine import fit
 from engine.config import load
-from engine.distributed import initialize
+from engine.distributed import Ranks
 from engine.folder import open_run
 from engine.run import _quiet
 from engine.stages import run_stages
@@ -36,7 +36,7 @@ def held() -> int:
 
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
 def test_the_last_stage_needs_no_more_than_the_first(
-    zero: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    zero: str, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every fine-tuning of `--compare true --finetune.seeds 2`, and a teacher that is sharded."""
     root = make_world(tmp_path)
@@ -52,7 +52,7 @@ def test_the_last_stage_needs_no_more_than_the_first(
     settings = COMMON | {"zero": zero, "data": str(root / "shards"), "model": str(root / "base")}
     settings |= {"output": str(root / "run"), "stage": "all", "compare": True, "watchdog": 0}
     settings |= {"finetune.seeds": 2, "teacher.mode": "sharded", "finetune.train_scored": 0}
-    run = open_run(load(settings), initialize())
+    run = open_run(load(settings), ranks)
     run_stages(run)
     run.close()
     assert len(before) == 8, before

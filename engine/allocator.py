@@ -66,7 +66,8 @@ def _tensors(roots: list[Any]) -> Iterator[Tensor]:
         if isinstance(one, Tensor):
             yield one
             # ZeRO-3 hangs a parameter's shard onto it, ZeRO 1 and 2 the place of its master.
-            left += [one.grad, *vars(one).values()]
+            gradient = one.grad if one.is_leaf else None
+            left += [gradient, *getattr(one, "__dict__", {}).values()]
         elif isinstance(one, torch.nn.Module):
             left += [*one.parameters(), *one.buffers()]
         elif isinstance(one, dict):
@@ -76,4 +77,4 @@ def _tensors(roots: list[Any]) -> Iterator[Tensor]:
         elif isinstance(one, torch.optim.Optimizer) or type(one).__module__.startswith(
             "deepspeed.runtime"
         ):
-            left += vars(one).values()
+            left += getattr(one, "__dict__", {}).values()

@@ -82,8 +82,9 @@ def _read(content: bytes, size: int | None = None) -> Image.Image | NDArray[np.u
 
     Args:
         content: The file's bytes.
-        size: A JPEG's sides need be no larger: it is decoded at a half, a quarter or an eighth of
-            its own where that is enough.
+        size: A JPEG's sides come down to it: it is decoded at a half, a quarter or an eighth of
+            its own where half as much again is left to be resized. With less left the picture is
+            visibly sharper than `fit` makes it of the whole one (26 dB, where 35 are kept).
     """
     try:
         if content.startswith(png.SIGNATURE):
@@ -93,7 +94,8 @@ def _read(content: bytes, size: int | None = None) -> Image.Image | NDArray[np.u
             return to_rgb(Image.open(io.BytesIO(content), formats=("PNG",)))
         image = Image.open(io.BytesIO(content))
         if size is not None:
-            image.draft(None, (size, size))  # of JPEGs; others have no such way
+            least = size + size // 2
+            image.draft(None, (least, least))  # of JPEGs; others have no such way
         return to_rgb(image)
     except UnidentifiedImageError:
         raise ValueError("it is no image of a known kind" if content else "it is empty") from None

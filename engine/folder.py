@@ -64,7 +64,8 @@ class Run:
         if self.config.data.workers is not None:
             return self.config.data.workers
         if self.ranks.device.type == "cuda":
-            return min(_WORKERS, max(0, self.ranks.cores - 2))
+            cores = self.ranks.cores
+            return min(_WORKERS, max(min(1, cores - 1), cores - 2))
         return min(1, torch.get_num_threads() - 1)
 
     def say(self, line: str) -> None:

@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from data import images
 from data import png as png_files
@@ -100,6 +101,47 @@ def test_fit_takes_the_centre_of_the_short_side() -> None:
     assert (found == [0, 255, 0]).all(-1)[:, 1:-1].all()
     same = Image.fromarray(RGB)
     assert images.fit(same, 8) is same
+
+
+PHOTO = Image.fromarray(load_sample_image("china.jpg"))  # 640 x 427, much fine detail
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+
+
+@pytest.mark.parametrize("size", [40, 64, 106, 213, 400, 500])
+@pytest.mark.parametrize(
+    "content",
+    [
+        saved(PHOTO, "JPEG", quality=90),
+        saved(PHOTO, "JPEG", quality=90, progressive=True),
+        saved(PHOTO, "JPEG", quality=90, exif=TURNED),
+        saved(PHOTO.convert("L"), "JPEG", quality=90),
+        saved(PHOTO.convert("CMYK"), "JPEG", quality=90),
+        saved(PHOTO, "MPO", quality=90, save_all=True, append_images=[PHOTO]),
+    ],
+    ids=["plain", "progressive", "turned", "grey", "cmyk", "mpo"],
+)
+def test_a_jpeg_read_smaller_is_as_the_whole_one(content: bytes, size: int) -> None:
+    """As near as another filter brings it: bilinear is 38.5 to 39.5 dB from bicubic here."""
+    found = images.decode(content, size).astype(float)
+    assert found.shape == (3, size, size)
+    whole = np.asarray(images.fit(images.read(content), size).convert("RGB")).astype(float)
+    error = ((found - whole.transpose(2, 0, 1)) ** 2).mean()
+    assert error <= 255**2 / 10**3.5  # 35 dB
+    assert abs((found - whole.transpose(2, 0, 1)).mean()) < 0.5
+
+
+def test_jpegs_are_read_smaller_where_that_is_enough() -> None:
+    content = saved(PHOTO, "JPEG")
+
+    def side(size: int | None) -> int:
+        found = images._read(content, size)
+        assert isinstance(found, Image.Image)
+        return min(found.size)
+
+    assert [side(size) for size in (None, 35, 71, 142, 143)] == [427, 54, 107, 214, 427]
+    with pytest.raises(BrokenData, match="truncated"):
+        images.decode(content[: len(content) // 2], 64)
 
 
 def test_prepare_is_lossless_and_leaves_metadata_out() -> None:

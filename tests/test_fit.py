@@ -40,6 +40,9 @@ def test_workers_are_what_the_cores_bear(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert cpu.workers == expected
     assert gpu.workers == 4
+    for local_world, expected in ((24, 0), (12, 1), (8, 1), (6, 2)):  # 1, 2, 3 and 4 cores each
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world))
+        assert gpu.workers == expected
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert gpu.workers == 16
     # A task of SLURM that is bound to its eight cores has them all, whoever else is on the node.

@@ -313,3 +313,27 @@ def test_workers_ignore_signals_and_end_with_the_program(split: Manifest, end: s
     assert done.returncode == (3 if end == "raise" else 0)
     assert time.monotonic() - begin < 45
     assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
+
+
+def test_what_lies_elsewhere_is_copied_into_the_ring() -> None:
+    """Texts' arrays too large for the pipe, as far as there is room; nothing is written over."""
+    mib = 2**17  # int64 numbers
+    ring = transport.Ring(slots=3, nbytes=8 * 2**20)
+    room = ring.room(4)
+    inside = torch.from_numpy(room[: 2**20 + 1])
+    inside.fill_(7)
+    batch = {
+        "inside": inside,
+        "small": torch.arange(9),
+        "ids": torch.arange(2 * mib).reshape(2, mib),
+        "mask": torch.arange(2**21) % 3 == 0,
+        "columns": torch.arange(4 * mib).reshape(2, -1).T,  # not contiguous
+        "more": torch.arange(4 * mib),  # no room is left for it
+    }
+    sent = ring.carry(4, batch)
+    assert [isinstance(sent[name], transport.InRing) for name in batch] == [
+        *(True, False, True, True, False, False)
+    ]
+    found = transport.received(sent)
+    assert all(torch.equal(found[name], value) for name, value in batch.items())
+    assert all(found[name].dtype == value.dtype for name, value in batch.items())

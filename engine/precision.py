@@ -75,7 +75,8 @@ def set_switches(config: Config, device: torch.device) -> None:
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.tf32
     torch.use_deterministic_algorithms(config.deterministic)
-    # Else every new tensor is filled first, which makes only faulty programs repeatable.
+    # Else every new tensor is filled first, which makes only faulty programs repeatable. (torch
+    # says nothing of this attribute's type.)
     torch.utils.deterministic.fill_uninitialized_memory = not config.deterministic  # type: ignore[attr-defined]
     # Of attention's backwards flash and plain products alone have a deterministic form.
     torch.backends.cuda.enable_mem_efficient_sdp(not config.deterministic)

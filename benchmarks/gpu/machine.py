@@ -54,6 +54,7 @@ def main(tiny: bool = False) -> None:
     ):
         torch.set_float32_matmul_precision(setting)
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        # mypy does not infer the type of a lambda with defaults.
         seconds = timed(lambda a=a, b=b: a @ b, device, 5)  # type: ignore[misc]
         say(f"{side}³ product, {name}", "TFLOP/s", [2e-12 * side**3 / s for s in seconds])
 

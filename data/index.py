@@ -11,7 +11,9 @@ for fine-tuning, a class number in .cls, .txt or .json ({"label": 3}).
 
 import itertools
 import re
+import shlex
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -24,22 +26,27 @@ from rich.progress import track
 
 from data import cli, images, labels, manifest, tars
 from data.errors import UserError
+from data.strays import is_stray
 
 LABELS = ("cls", "txt", "json")
 # First bytes of what people compress tars with.
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-# As in webdataset.tariterators.
-_META = re.compile(r"__[^/]*__($|/)")
-# A label above this is a number that means something else (an id, a date).
-_MAX_CLASSES = 2**20
 
 
 class Scanned(NamedTuple):
-    """What one tar holds: int64 [n, 4] rows of members.npy, int64 [n] labels, -1 for none."""
+    """What one tar holds.
+
+    Attributes:
+        shard: Name, hash and size.
+        rows: int64 [n, 4], of members.npy.
+        labels: int64 [n], -1 for none.
+        extras: Names of the members that belong to no sample.
+    """
 
     shard: manifest.ShardInfo
     rows: NDArray[np.int64]
     labels: NDArray[np.int64]
+    extras: list[str]
 
 
 class _Sample(NamedTuple):
@@ -51,8 +58,7 @@ def _members(path: Path) -> Iterator[tuple[str, str, tars.Member]]:
     """Key, extension and place of a tar's files, less those that belong to no sample."""
     for member in tars.scan(path):
         split = tars.split_name(member.name)
-        # WebDataset's own notes, and what macOS adds to tars.
-        if split is not None and not _is_meta(member.name):
+        if split is not None and tars.of_sample(member.name):
             yield *split, member
 
 
@@ -87,13 +93,24 @@ def _apart(path: Path, key: str) -> bool:
     return [one for one, _ in runs].count(key) > 1
 
 
-def _is_meta(name: str) -> bool:
-    """Whether WebDataset skips the member (``__name__``, ``__name__/...``), or macOS added it."""
-    return _META.match(name) is not None or PurePosixPath(name).name.startswith("._")
+def _stem(extension: str) -> str:
+    """What a file's name has between key and suffix: "right" of p17.right.jpg."""
+    return extension.rpartition(".")[0]
 
 
-def _image(path: Path, sample: _Sample, wanted: str) -> tars.Member:
-    """The sample's input."""
+def _belongs(sample: _Sample, image: str, label: Sequence[str]) -> bool:
+    """Whether the files of a key are, or should be, a sample: not a README.md, say."""
+    suffixes = {extension.rpartition(".")[2] for extension in sample.members}
+    return (
+        image in sample.members
+        or any(f".{suffix}" in images.SUFFIXES for suffix in suffixes)
+        or not suffixes.isdisjoint(label)
+        or not sample.members.keys().isdisjoint(label)
+    )
+
+
+def _image(path: Path, sample: _Sample, wanted: str) -> str:
+    """Extension of the sample's input."""
     found = [
         extension
         for extension in sample.members
@@ -120,17 +137,41 @@ def _image(path: Path, sample: _Sample, wanted: str) -> tars.Member:
             f"{where}: more than one image among its files ({has}): say which (--image EXTENSION);"
             " or, if they are different samples, rename them (a key ends at the first dot)"
         )
-    return sample.members[found[0]]
+    return found[0]
 
 
-def _label(
-    path: Path, sample: _Sample, wanted: Sequence[str], file: BinaryIO
-) -> tuple[int, int, int]:
+def _label(path: Path, sample: _Sample, image: str, wanted: Sequence[str], named: bool) -> str:
+    """Extension of the sample's label; "" if it has none.
+
+    Args:
+        path: The tar.
+        sample: Of it.
+        image: Extension of the input.
+        wanted: Names of labels.
+        named: The user has named the extension of the image or of the label, and so says that all
+            files of a key are one sample, whatever stands between key and suffix.
+    """
+    found = [e for w in wanted for e in sample.members if e == w or e.endswith(f".{w}")]
+    own = [e for e in found if _stem(e) == _stem(image)]
+    exact = [e for e in wanted if e in sample.members]
+    if named and (own or exact):
+        return (own or exact)[0]
+    others = [e for e in found if e not in own]
+    if own:  # seg.json beside cls is a note; left.cls beside right.cls a label without its image
+        others = [e for e in others if e.rpartition(".")[2] == own[0].rpartition(".")[2]]
+    if others:
+        raise UserError(
+            f"shard {path}, sample {sample.key}: .{others[0]} is not the label of .{image}, for"
+            " their names differ before the last dot: give each image its own, or, if a key's files"
+            f" are one sample, say which is its label (--image {image} --label"
+            f" {(own or others)[0]})"
+        )
+    return own[0] if own else ""
+
+
+def _class(path: Path, sample: _Sample, extension: str, file: BinaryIO) -> tuple[int, int, int]:
     """Offset and length of the sample's label member, and its class number; -1 each if none."""
-    found = [e for w in wanted for e in sample.members if e == w]
-    found += [e for w in wanted for e in sample.members if e.endswith(f".{w}")]
-    extension = next(iter(found), None)
-    if extension is None:
+    if not extension:
         return -1, -1, -1
     member = sample.members[extension]
     file.seek(member.offset)
@@ -169,11 +210,18 @@ def scan(path: Path, image: str = "auto", label: str = "auto", unlabelled: bool 
     wanted = () if unlabelled else LABELS if label == "auto" else (label,)
     rows: list[tuple[int, ...]] = []
     numbers: list[int] = []
+    extras: list[str] = []
     try:
+        extras += [m.name for m in tars.scan(path) if not tars.of_sample(m.name)]
         with path.open("rb") as file:
             for sample in _samples(path):
-                picture = _image(path, sample, image)
-                *place, number = _label(path, sample, wanted, file)
+                if not _belongs(sample, image, (*LABELS, *wanted)):
+                    extras += [member.name for member in sample.members.values()]
+                    continue
+                input_ = _image(path, sample, image)
+                target = _label(path, sample, input_, wanted, (image, label) != ("auto", "auto"))
+                *place, number = _class(path, sample, target, file)
+                picture = sample.members[input_]
                 rows.append((picture.offset, picture.size, *place))
                 numbers.append(number)
     except tarfile.TarError as error:
@@ -183,6 +231,7 @@ def scan(path: Path, image: str = "auto", label: str = "auto", unlabelled: bool 
         shard,
         np.array(rows, dtype=np.int64).reshape(-1, 4),
         np.array(numbers, dtype=np.int64),
+        extras,
     )
 
 
@@ -195,22 +244,61 @@ def _groups(places: Sequence[str], split: str | None) -> dict[str, list[Path]]:
         if not path.exists():
             raise UserError(f"{path} does not exist: give tars, or the folder that holds them")
     if len(paths) == 1 and paths[0].is_dir():
-        found = sorted(paths[0].glob("*.tar"))
-        inner = {s: sorted((paths[0] / s).glob("*.tar")) for s in manifest.SPLITS}
-        if not found and split is None and any(inner.values()):
-            return {name: listed for name, listed in inner.items() if listed}
-        if not found:
-            packed = sorted(p.name for p in paths[0].glob("*.tar.*")) + sorted(
-                p.name for p in paths[0].glob("*.tgz")
+        groups = _folder(paths[0], split)
+    else:
+        groups = _tars(paths, split)
+    for path in itertools.chain(*groups.values()):
+        if not manifest.is_plain(path.name):
+            plain = re.sub(r"[^\w.+=@-]+", "_", path.name)
+            raise UserError(
+                f"{path}: a shard's name may have letters, digits and . _ + = @ - only, so that it"
+                f" is one in addresses and commands, too: rename it (mv {shlex.quote(path.name)}"
+                f" {plain})"
             )
-            hint = f"; {packed[0]} is compressed: decompress it" if packed else ""
-            raise UserError(f"{paths[0]} has no tars (*.tar), nor has a train/ in it{hint}")
-        paths = found
+    return groups
+
+
+def _folder(folder: Path, split: str | None) -> dict[str, list[Path]]:
+    """The tars of each split in a folder: of tars, or of folders of splits."""
+    inner = {name: _all_tars(folder / name) for name in manifest.SPLITS}
+    inner = {name: paths for name, paths in inner.items() if paths}
+    found = _all_tars(folder)
+    if not found and split is None and inner:
+        return inner
+    if not found:
+        raise UserError(f"{folder} has no tars (*.tar), nor has a train/ in it")
+    if inner and split is None:
+        raise UserError(
+            f"{folder} holds tars and a folder {next(iter(inner))} of tars, too: index each folder"
+            f" by itself, or move {found[0].name} to where it belongs"
+        )
+    return _tars(found, split)
+
+
+def _all_tars(folder: Path) -> list[Path]:
+    """A folder's tars; refuses compressed ones, which would be missing without a word."""
+    packed = [
+        path
+        for kind in ("*.tar.*", "*.tgz")
+        for path in folder.glob(kind)
+        if path.is_file() and not is_stray(path.name)
+    ]
+    if packed:
+        raise UserError(
+            f"{folder}: no tars (*.tar) to be read by place: {min(packed).name} is compressed:"
+            " decompress it, or name the tars to index one by one"
+        )
+    return tars.beside(folder)
+
+
+def _tars(paths: list[Path], split: str | None) -> dict[str, list[Path]]:
+    """Tars of one folder, which is called after their split where none is given."""
     if folders := [path for path in paths if path.is_dir()]:
         raise UserError(f"{folders[0]} is a folder: give one folder, or tars only")
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("a tar is given twice: name each once")
-    parents = {path.resolve().parent for path in paths}
+    # Where links lead means nothing: the caches of hubs are folders of links to files elsewhere.
+    parents = {manifest.as_typed(path).parent for path in paths}
     if len(parents) > 1:
         raise UserError(
             f"the tars lie in {len(parents)} folders, and one manifest covers one: index each"
@@ -230,11 +318,6 @@ def _class_names(path: str | None, scanned: Sequence[Scanned]) -> list[str]:
     """From the file of names, or numbers up to the greatest label."""
     greatest = max((int(s.labels.max()) for s in scanned if len(s.labels)), default=-1)
     if path is None:
-        if greatest >= _MAX_CLASSES:
-            raise UserError(
-                f"the greatest label is {greatest}: that is hardly the number of a class; if it is"
-                " another kind of number, index without labels (--unlabelled)"
-            )
         return [str(number) for number in range(greatest + 1)]
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -243,7 +326,13 @@ def _class_names(path: str | None, scanned: Sequence[Scanned]) -> list[str]:
             f"--classes {path}: no text file there: give one with a class name a line, in the order"
             " of the labels"
         ) from None
-    names = [line.strip() for line in text.splitlines() if line.strip()]
+    names = [line.strip() for line in text.rstrip().split("\n")]
+    for number, name in enumerate(names):
+        if not name or name in names[:number]:
+            wrong = f"{name} stands in line {names.index(name) + 1} too" if name else "it is empty"
+            raise UserError(
+                f"{path} line {number + 1}: {wrong}, and labels count the lines: correct the file"
+            )
     if greatest >= len(names):
         shard, row = next(
             (s, int(np.argmax(s.labels))) for s in scanned if (s.labels == greatest).any()
@@ -319,7 +408,9 @@ def _write(split: str, folder: Path, scanned: Sequence[Scanned], names: list[str
     """One split's manifest, and a line about it."""
     numbers = np.concatenate([s.labels for s in scanned])
     if len(numbers) == 0:
-        raise UserError(f"{folder}: its tars hold no samples: give tars with images")
+        others = next((s.extras[0] for s in scanned if s.extras), None)
+        only = f", only files such as {others}" if others else ""
+        raise UserError(f"{folder}: its tars hold no samples{only}: give tars with images")
     unlabelled = int((numbers < 0).sum())
     if 0 < unlabelled < len(numbers):
         shard, row = next((s, int(np.argmin(s.labels))) for s in scanned if (s.labels < 0).any())
@@ -337,8 +428,13 @@ def _write(split: str, folder: Path, scanned: Sequence[Scanned], names: list[str
         members=np.concatenate([s.rows for s in scanned]),
         image={"size": None},
     )
+    extras = [name for s in scanned for name in s.extras]
     kind = "no labels" if unlabelled else f"{len(names)} classes"
     print(f"{folder}: {split}, {len(numbers)} samples in {len(scanned)} shards, {kind}")
+    if extras:
+        suffixes = Counter(PurePosixPath(name).suffix or "no suffix" for name in extras)
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
+        print(f"note: {len(extras)} files belong to no sample ({kinds}), such as {extras[0]}")
     if empty := [name for name, count in zip(names, counts, strict=True) if count == 0]:
         print(f"note: {len(empty)} classes have no sample in {split}, the first is {empty[0]}")
     if folder.name != split:

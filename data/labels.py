@@ -1,39 +1,69 @@
 """A sample's class number, as it stands in its label member (.cls, .txt or .json)."""
 
 import json
+import re
 
 # Names under which the number may stand in a JSON object.
 JSON_KEYS = ("label", "cls", "class", "target")
+#: A number from here on means something else: an id, a date, a hash.
+MAX_CLASSES = 2**20
+
+# "3", and "3.0" as tables write it where a column has gaps.
+_NUMBER = re.compile(rb"(\d+)(?:\.0*)?")
 
 
 def parse(text: bytes) -> int:
     """Reads a class number.
 
     Args:
-        text: A decimal number, or a JSON object that has one under a name of `JSON_KEYS`.
+        text: A decimal number, or a JSON object that has one under a name of `JSON_KEYS`. "3.0" is
+            3; nothing else with a point, an exponent or a sign is a class.
 
     Returns:
-        The number, at least 0.
+        The number, at least 0 and below `MAX_CLASSES`.
 
     Raises:
         ValueError: There is none; says what stands there.
     """
     value: object = text.strip()
     if isinstance(value, bytes) and value.startswith(b"{"):
-        try:
-            found = json.loads(value)
-        except ValueError:
-            raise ValueError(f"its label {text[:40]!r} is no valid JSON") from None
-        names = [name for name in JSON_KEYS if name in found]
-        if not names:
-            raise ValueError(
-                f"its JSON label has none of the names {', '.join(JSON_KEYS)}, only"
-                f" {', '.join(map(str, list(found)[:6])) or 'nothing'}"
-            )
-        value = found[names[0]]
-        if type(value) is int and value >= 0:
-            return value
-    elif isinstance(value, bytes) and value.isdigit():
-        return int(value)
-    shown = text[:20] if isinstance(value, bytes) else value
-    raise ValueError(f"its label {shown!r} is no class number")
+        value = _from_json(value)
+        if type(value) is float and value.is_integer():
+            value = int(value)
+        number = value if type(value) is int and value >= 0 else None
+    else:
+        match = _NUMBER.fullmatch(text.strip())
+        # Python refuses to read thousands of digits.
+        number = None if match is None else int(match[1].lstrip(b"0")[:20] or b"0")
+    if number is None:
+        raise ValueError(f"its label {_shown(value)} is no class number")
+    if number >= MAX_CLASSES:
+        raise ValueError(f"its label {_shown(value)} is hardly the number of a class")
+    return number
+
+
+def _shown(value: object) -> str:
+    try:
+        shown = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        shown = "with thousands of digits"
+    return shown if len(shown) <= 40 else f"{shown[:40]}..."
+
+
+def _from_json(text: bytes) -> object:
+    """What stands under the one name, or under several that agree."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"its label {_shown(text)} is no valid JSON") from None
+    names = [name for name in JSON_KEYS if name in found]
+    if not names:
+        raise ValueError(
+            f"its JSON label has none of the names {', '.join(JSON_KEYS)}, only"
+            f" {', '.join(map(str, list(found)[:6])) or 'nothing'}"
+        )
+    numbers = {name: found[name] for name in names if type(found[name]) in (int, float)}
+    if len(set(numbers.values())) > 1:
+        told = " and ".join(f"{name} {value}" for name, value in numbers.items())
+        raise ValueError(f"its JSON label has several numbers, {told}")
+    return next(iter(numbers.values()), found[names[0]])

@@ -90,6 +90,22 @@ def join(root: str, name: str) -> str:
     return f"{root.rstrip('/')}/{name}"
 
 
+def is_plain(name: str) -> bool:
+    """Whether a shard, or a table, may be called so, in a folder or below it.
+
+    Such a name is the same in a path, a URL and a shell's command.
+    """
+    return bool(re.fullmatch(r"[\w.+=@-][\w./+=@-]*", name)) and ".." not in name.split("/")
+
+
+def as_typed(path: Path) -> Path:
+    """A path from the root on, links in it left as they are: a split is what it is called."""
+    here = os.environ.get("PWD", "")  # the shell's, which remembers links; getcwd does not
+    if not path.is_absolute() and os.path.isdir(here) and os.path.samefile(here, "."):
+        path = Path(here) / path
+    return Path(os.path.abspath(path))
+
+
 def not_packed(place: Path) -> str:
     """What to do with a folder of raw images or texts that was given in place of shards.
 
@@ -184,9 +200,7 @@ class Manifest:
         for name in [self.members_file.file, *(s.name for s in self.shards)]:
             # A manifest fetched from elsewhere must not be able to run a command here.
             own = is_remote(name) and (not name.startswith("pipe:") or not is_remote(self.root))
-            if not own and (
-                not re.fullmatch(r"[\w.+=@-][\w./+=@-]*", name) or ".." in name.split("/")
-            ):
+            if not own and not is_plain(name):
                 raise UserError(f"{self.place}: {name!r} is no plain file name: {cure}")
 
     @classmethod
@@ -360,6 +374,7 @@ def write(
         image: What is known of the images, "size" among it (None where sizes differ).
         text: What is known of the texts, see `Manifest`; for kind "text" in place of `image`.
     """
+    assert all(is_plain(shard.name) for shard in shards)  # or nothing could read what this writes
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(members, dtype=np.int64), allow_pickle=False)
     (folder / MEMBERS).write_bytes(buffer.getbuffer())

@@ -273,7 +273,7 @@ def pack(
                         classes,
                         staging,
                         split=one,
-                        name=name or out_dir.resolve().name,
+                        name=name or manifest.as_typed(out_dir).name,
                         kind=kind,
                         samples_per_shard=samples_per_shard,
                         skip_broken=skip_broken,

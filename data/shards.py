@@ -133,7 +133,7 @@ def write_split(
     total = len(samples) if isinstance(samples, Sized) else None
     if isinstance(samples, Sequence):
         samples = [samples[i] for i in keyed.permutation(0, "pack", 0, len(samples))]
-    name = re.sub(r"[^A-Za-z0-9_-]+", "_", name or out_dir.resolve().name) or "data"
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", name or manifest.as_typed(out_dir).name) or "data"
     task = progress.add_task(split, total=total) if progress is not None else None
     temporary = out_dir / f".{split}.{os.getpid()}.partial"
     make_folder(temporary)

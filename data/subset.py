@@ -117,7 +117,7 @@ def subset(shards: str, out: str, samples: int, seed: int = 0, overwrite: bool =
             train.classes,
             staging,
             kind=kind,
-            name=target.resolve().name,
+            name=manifest.as_typed(target).name,
         )
         for split in DIVIDED[1:]:
             if (source / split / manifest.FILE).exists():

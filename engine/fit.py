@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.checking import check_hashes
 from data.cli import one_line
 from data.errors import UserError
 from data.loader import Loader, sequential, tell
 from data.manifest import Manifest, is_remote
 from data.samples import Keyed
-from data.verify import check_hashes
 from engine import flops as flop_counts
 from engine import optim, training_state, zero
 from engine.allocator import release

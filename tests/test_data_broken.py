@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from data import tars
+from data.checking import check_hashes
 from data.codec import Images
 from data.errors import BrokenData, UserError
 from data.loader import Loader, sequential
 from data.manifest import Manifest
 from data.reader import Reader
-from data.verify import check_hashes
 from tests.data_kit import uneven
 
 

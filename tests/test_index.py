@@ -232,7 +232,7 @@ MISTAKES: list[tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ...]]] 
     (holding(("a.png", b""), ("a.json", b'{"label": true}')), (), ("True is no class number",)),
     (holding(("a.png", b""), ("a.json", b"{")), (), ("no valid JSON",)),
     (holding(*sample("a"), ("b.png", b"")), (), ("1 of 2 samples have no label", "sample 1")),
-    (holding(*sample("a", label=b"20260101")), (), ("greatest label is 20260101",)),
+    (holding(*sample("a", label=b"20260101")), (), ("20260101", "hardly the number")),
     (holding(*sample("a")), ("--image", "jpg"), ("no .jpg", "--image")),
     (holding(*sample("a")), ("--classes", "nowhere.txt"), ("nowhere.txt", "a class name a line")),
     (holding(*sample("a")), ("--split", "vall"), ("Did you mean val?",)),

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data.errors import UserError
-from data.layouts.base import is_stray
 from data.manifest import DIVIDED
+from data.strays import is_stray
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 
@@ -53,11 +53,26 @@ def opened(root: Path, scratch: Path) -> Iterator[Path]:
 
 def _innermost(folder: Path) -> Path:
     """The folder that an archive wraps everything in, if it does; but never a split's."""
-    inside = list(folder.iterdir())
-    while len(inside) == 1 and inside[0].is_dir() and inside[0].name.lower() not in DIVIDED:
+    while True:
+        inside = [path for path in folder.iterdir() if not is_stray(path.name)]
+        if len(inside) != 1 or not inside[0].is_dir() or inside[0].name.lower() in DIVIDED:
+            return folder
         folder = inside[0]
-        inside = list(folder.iterdir())
-    return folder
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Refuses a tar of which tarfile read a part: it ends in silence at a broken or cut header."""
+    file = tar.fileobj
+    assert file is not None
+    file.seek(tar.offset)
+    at, rest = tar.offset, file.read(tarfile.BLOCKSIZE)
+    if len(rest) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"it ends at byte {at}, within a header or without end mark")
+    while rest:
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError(f"what stands at byte {at} is no tar header")
+        at += len(rest)
+        rest = file.read(2**20)
 
 
 def _extract(path: Path, folder: Path) -> None:
@@ -69,6 +84,7 @@ def _extract(path: Path, folder: Path) -> None:
         else:
             with tarfile.open(path) as tar:
                 tar.extractall(folder, filter="data")
+                _check_end(tar)
     except tarfile.FilterError as error:
         raise UserError(f"{path} leads outside its folder ({error}): do not use it") from None
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:

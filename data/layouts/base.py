@@ -9,9 +9,6 @@ from data.errors import UserError
 from data.manifest import Metric
 from data.sources import Sample
 
-# Files that operating systems leave in archives: never part of a data set.
-STRAY = ("__MACOSX", ".DS_Store", "._", ".directory", "Thumbs.db", "desktop.ini")
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -47,11 +44,6 @@ class Options:
     fold: int = 1
     trainval: bool = False
     keep_banner: bool = False
-
-
-def is_stray(path: str) -> bool:
-    """Whether a path is an operating system's leftover (``__MACOSX/``, ``._x.jpg``, ...)."""
-    return any(part.startswith(STRAY) for part in Path(path).parts)
 
 
 def find(root: Path, places: Iterable[str], wanted: Iterable[str]) -> Path | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from data.errors import UserError
 from data.images import SUFFIXES
 from data.layouts import base
+from data.strays import is_stray
 
 NAME = "xray"
 TITLE = "chest X-ray pneumonia (Kermany)"
@@ -38,7 +39,7 @@ def read(folder: Path, options: base.Options) -> base.Layout:
             pictures = [
                 path
                 for path in found
-                if path.suffix.lower() in SUFFIXES and not base.is_stray(path.name)
+                if path.suffix.lower() in SUFFIXES and not is_stray(path.name)
             ]
             if not pictures:
                 raise UserError(

@@ -242,7 +242,7 @@ def check_shard(
         problems.append(f"shard {place}: {len(wrong) - _NAMED} more samples like these: {cure}")
     if broken and same:
         problems.append(broken)
-    if left and same:
+    if left and same and not wrong:
         problems.append(
             f"shard {place} holds {len(left)} samples that members.npy lacks, such as {left[0]}:"
             " make it anew (python -m data.index --overwrite)"

@@ -4,17 +4,20 @@ What is done, so that no mode is silently wrong: palettes are looked up; CMYK is
 grey is scaled to 8 bits (v / 257, rounded; plain Pillow clips at 255); transparent pixels are laid
 over white; grey is repeated; the camera's orientation (EXIF) is applied; of an animation the first
 frame is taken. 32-bit integers beyond 16 bits and floats are refused: their range is not known.
+What stands beside the picture (profiles, texts, EXIF) costs no picture where it cannot be read.
 """
 
+import contextlib
 import io
 import struct
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data import png
+from data import metadata, png
 from data.errors import BrokenData
 
 SUFFIXES = frozenset(
@@ -39,6 +42,17 @@ SUFFIXES = frozenset(
 )
 
 
+#: Called once for an image of which something beside the picture could not be read.
+Tell = Callable[[], object] | None
+
+# Pillow's plug-ins raise almost anything on broken files.
+_BROKEN = (
+    *(OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError),
+    *(struct.error, zlib.error, OverflowError, ZeroDivisionError, AttributeError, AssertionError),
+    *(RecursionError, NotImplementedError),
+)
+
+
 def _scaled(image: Image.Image) -> Image.Image:
     """A 16-bit grey image as 8-bit."""
     values = np.asarray(image).astype(np.int64)
@@ -47,11 +61,12 @@ def _scaled(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8), "L")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, tell: Tell = None) -> Image.Image:
     """Any image as mode L (grey) or RGB, upright.
 
     Args:
         image: As Pillow opened it.
+        tell: Called where the orientation cannot be read: then it is taken as it lies.
 
     Returns:
         The image in mode "L" or "RGB".
@@ -61,7 +76,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     image.load()
     if image.mode not in ("L", "RGB") or "exif" in image.info or "xmp" in image.info:
-        image = ImageOps.exif_transpose(image)
+        try:
+            image = ImageOps.exif_transpose(image)
+        except _BROKEN:
+            if tell is not None:
+                tell()
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image
     if image.mode == "F":
@@ -77,7 +96,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _read(content: bytes, size: int | None = None) -> Image.Image | NDArray[np.uint8]:
+def _read(
+    content: bytes, size: int | None = None, tell: Tell = None
+) -> Image.Image | NDArray[np.uint8]:
     """As `read`, or an image's pixels where those are had without it.
 
     Args:
@@ -85,40 +106,56 @@ def _read(content: bytes, size: int | None = None) -> Image.Image | NDArray[np.u
         size: A JPEG's sides come down to it: it is decoded at a half, a quarter or an eighth of
             its own where half as much again is left to be resized. With less left the picture is
             visibly sharper than `fit` makes it of the whole one (26 dB, where 35 are kept).
+        tell: See `read`.
     """
     try:
         if content.startswith(png.SIGNATURE):
             plain = png.plain(content)
             if plain is not None:
                 return plain
-            return to_rgb(Image.open(io.BytesIO(content), formats=("PNG",)))
-        image = Image.open(io.BytesIO(content))
-        if size is not None:
-            least = size + size // 2
-            image.draft(None, (least, least))  # of JPEGs; others have no such way
-        return to_rgb(image)
+        try:
+            return _by_pillow(content, size, tell)
+        except _BROKEN:
+            bare = metadata.without(content)
+            if bare is None:
+                raise
+            image = None
+            with contextlib.suppress(*_BROKEN):
+                image = _by_pillow(bare, size)
+            if image is None:
+                raise
+            if tell is not None:
+                tell()
+            return image
     except UnidentifiedImageError:
         raise ValueError("it is no image of a known kind" if content else "it is empty") from None
     except Image.DecompressionBombError:
         raise ValueError("it has too many pixels; make it smaller") from None
     except MemoryError:
         raise ValueError("it does not fit in memory; make it smaller") from None
-    # Pillow's plug-ins raise almost anything on broken files.
-    except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError) as error:
+    except _BROKEN as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
-    except (struct.error, zlib.error, OverflowError, ZeroDivisionError, AttributeError) as error:
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def _by_pillow(content: bytes, size: int | None, tell: Tell = None) -> Image.Image:
+    formats = ("PNG",) if content.startswith(png.SIGNATURE) else None
+    image = Image.open(io.BytesIO(content), formats=formats)
+    if size is not None:
+        least = size + size // 2
+        image.draft(None, (least, least))  # of JPEGs; others have no such way
+    return to_rgb(image, tell)
 
 
 def _image(found: Image.Image | NDArray[np.uint8]) -> Image.Image:
     return found if isinstance(found, Image.Image) else Image.fromarray(found)
 
 
-def read(content: bytes) -> Image.Image:
+def read(content: bytes, tell: Tell = None) -> Image.Image:
     """A whole image file as mode L or RGB.
 
     Args:
         content: The file's bytes.
+        tell: Called where something beside the picture cannot be read, and was passed over.
 
     Returns:
         The upright image.
@@ -126,7 +163,7 @@ def read(content: bytes) -> Image.Image:
     Raises:
         ValueError: It is broken or of no known kind; one line that says how.
     """
-    return _image(_read(content))
+    return _image(_read(content, tell=tell))
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
@@ -144,12 +181,13 @@ def fit(image: Image.Image, size: int) -> Image.Image:
     return ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
 
 
-def prepare(content: bytes, size: int | None) -> bytes:
+def prepare(content: bytes, size: int | None, tell: Tell = None) -> bytes:
     """An image file as it is packed: fitted to a square, PNG, without loss.
 
     Args:
         content: The file's bytes.
         size: Side of the square in pixels; None keeps the image's own.
+        tell: See `read`.
 
     Returns:
         A PNG file, grey or RGB.
@@ -157,7 +195,7 @@ def prepare(content: bytes, size: int | None) -> bytes:
     Raises:
         ValueError: See `read`.
     """
-    image = read(content)
+    image = read(content, tell)
     if size is not None:
         image = fit(image, size)
     image.info.clear()  # no colour profiles, no dates: equal pixels make equal files

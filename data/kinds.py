@@ -4,7 +4,7 @@ The other way, from what is stored to the tensors of a batch, is `data.codec`.
 """
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -60,6 +60,10 @@ class Kind(Protocol):
         """What the manifest notes of the inputs, under `name`."""
         ...
 
+    def notes(self) -> list[str]:
+        """What the user should know of the samples encoded so far, a line each."""
+        ...
+
 
 @dataclass(frozen=True)
 class ImageKind:
@@ -68,10 +72,12 @@ class ImageKind:
     Attributes:
         size: Side in pixels of the square that images are fitted to; None keeps their own.
         keep_original: Store the files as they are.
+        unreadable: Those of which something beside the picture could not be read.
     """
 
     size: int | None = DEFAULT_SIZE
     keep_original: bool = False
+    unreadable: list[str] = field(default_factory=list, compare=False)
     name: ClassVar[Literal["image", "text"]] = "image"
 
     def __post_init__(self) -> None:
@@ -81,9 +87,13 @@ class ImageKind:
     def encode(self, sample: Sample) -> tuple[str, bytes]:
         """See `Kind`; a PNG, or the file as it is."""
         content = content_of(sample)
+
+        def tell() -> None:
+            self.unreadable.append(sample.name)
+
         if not self.keep_original:
-            return "png", images.prepare(content, self.size)
-        images.read(content)  # only to see that it can be read
+            return "png", images.prepare(content, self.size, tell)
+        images.read(content, tell)  # only to see that it can be read
         if isinstance(sample.source, Path):
             return sample.source.suffix.lower().lstrip(".") or "img", content
         return suffix(content), content
@@ -96,6 +106,15 @@ class ImageKind:
             "stored": "original" if self.keep_original else "png",
             "fit": None if as_is else "short side bicubic, centre crop",
         }
+
+    def notes(self) -> list[str]:
+        """See `Kind`."""
+        if not self.unreadable:
+            return []
+        return [
+            f"note: {len(self.unreadable)} images have a profile, text or EXIF that cannot be read,"
+            f" such as {min(self.unreadable)}: their pixels are whole, and are taken as they lie"
+        ]
 
 
 def suffix(content: bytes) -> str:
@@ -143,3 +162,7 @@ class TextKind:
         """See `Kind`."""
         found: dict[str, Any] = {"pairs": self.stored == "json", "stored": self.stored}
         return found if self.metric is None else found | {"metric": self.metric}
+
+    def notes(self) -> list[str]:
+        """See `Kind`."""
+        return []

@@ -115,7 +115,7 @@ def not_packed(place: Path) -> str:
     Returns:
         The error's line; "" where it holds neither.
     """
-    from data import text_sources  # which imports this module
+    from data import sources, text_sources  # which import this module
     from data.images import SUFFIXES
 
     names = (name for _, _, files in os.walk(place) for name in files)
@@ -123,7 +123,7 @@ def not_packed(place: Path) -> str:
         holds = "is a file"
     elif any(os.path.splitext(name)[1].lower() in SUFFIXES for name in names):
         holds = "holds images"
-    elif place.is_dir() and text_sources.recognise(place, text_sources.Columns()):
+    elif place.is_dir() and text_sources.recognise(place, sources.Columns()):
         holds = "holds texts"
     else:
         return ""

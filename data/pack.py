@@ -15,26 +15,35 @@ SOURCE is one of
 OUT/{train,val,test}/ then hold shards NAME-SPLIT-000000.tar, manifest.json and members.npy.
 """
 
-import io
 import itertools
 import os
 import shutil
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data import image_sources, layouts, manifest, sources, text_sources
+from data import (
+    duplicates,
+    image_sources,
+    images,
+    label_checks,
+    layouts,
+    manifest,
+    sources,
+    text_sources,
+)
 from data.errors import UserError
 from data.kinds import DEFAULT_SIZE, MAX_WORDS, ImageKind, Kind, TextKind, content_of
 from data.manifest import DIVIDED, UNLABELLED, Metric
 from data.shards import Packed, check_replaceable, replace, write_split
-from data.sources import Sample, Samples, Splits
-from data.text_sources import Columns
+from data.sources import Columns, Sample, Samples, Splits
 from data.texts import Stored
 from data.unlabelled import join_train
+
+# Unreadable files that are named; the rest is counted.
+_NAMED = 10
 
 __all__ = ["Packed", "Sample", "choose_size", "pack", "write_split"]
 
@@ -49,15 +58,17 @@ def choose_size(splits: Splits) -> int:
         The images' own side where the first 64 of each split are squares of one size up to 224
         pixels; else 224, that of the published models.
     """
-    sizes: set[tuple[int, int]] = set()
+    side = 0
     for samples, _ in splits.values():
         for sample in itertools.islice(samples, 64):
             try:
-                sizes.add(Image.open(io.BytesIO(content_of(sample))).size)
-            except (OSError, ValueError, Image.DecompressionBombError):
+                width, height = images.read(content_of(sample)).size
+            except ValueError:
+                continue  # what cannot be read is told of when it is packed
+            if width != height or width > DEFAULT_SIZE or side not in (0, width):
                 return DEFAULT_SIZE
-    width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
-    return width if width == height <= DEFAULT_SIZE else DEFAULT_SIZE
+            side = width
+    return side or DEFAULT_SIZE
 
 
 class _Found(NamedTuple):
@@ -67,6 +78,7 @@ class _Found(NamedTuple):
     notes: list[str]
     kind: Literal["image", "text"]
     metric: Metric | None = None
+    known: bool = False
 
 
 def _find(
@@ -88,7 +100,7 @@ def _find(
             for one, samples in known.splits.items()
         }
         notes = [f"layout {known.name}", *known.notes]
-        return _Found(found, notes, known.kind, known.metric)
+        return _Found(found, notes, known.kind, known.metric, known=True)
     if options != layouts.Options():
         raise UserError(
             f"{root} is none of the known data sets ({', '.join(layouts.NAMES)}), which"
@@ -96,10 +108,14 @@ def _find(
         )
     if root.exists() and text_sources.recognise(root, columns):
         return _Found(text_sources.find(root, columns, unlabelled=unlabelled), [], "text")
-    return _Found(image_sources.find(root, unlabelled=unlabelled, split=split), [], "image")
+    notes = []
+    found = image_sources.find(
+        root, unlabelled=unlabelled, split=split, columns=columns, notes=notes
+    )
+    return _Found(found, notes, "image")
 
 
-def _extra(root: Path, found: _Found, columns: Columns) -> Samples:
+def _extra(root: Path, found: _Found, columns: Columns, notes: list[str]) -> Samples:
     """What --unlabelled PATH adds to train."""
     if "train" not in found.splits:
         raise UserError(
@@ -108,7 +124,7 @@ def _extra(root: Path, found: _Found, columns: Columns) -> Samples:
         )
     if found.kind == "text":
         return text_sources.find_extra(root, columns)
-    return image_sources.find_extra(root)
+    return image_sources.find_extra(root, notes)
 
 
 def _kind(
@@ -163,6 +179,7 @@ def pack(
     val_fraction: float = 0.0,
     keep_banner: bool = False,
     name: str | None = None,
+    path_column: str = "path",
     text_column: str = "text",
     pair_column: str = "text_pair",
     label_column: str = "label",
@@ -199,9 +216,10 @@ def pack(
         keep_banner: Keep the 20 rows of copyright notice below FGVC Aircraft's pictures, which the
             data set's authors ask to remove.
         name: First part of the shards' names; by default that of `out`.
+        path_column: Column of an image's file in a CSV.
         text_column: Column of the text.
         pair_column: Column of the second text of a pair; it need not be there.
-        label_column: Column of the label of texts.
+        label_column: Column of the label.
         metric: What texts are scored by: accuracy, macro_f1 or micro_f1; known data sets bring
             theirs, others are scored by accuracy.
         max_words: The longest text, in words; more are an error, since a model would read the
@@ -237,12 +255,12 @@ def pack(
             f"{out_dir / UNLABELLED} holds the inputs of the old train split too: make it anew"
             " (--unlabelled PATH), or remove it"
         )
-    columns = Columns(text_column, pair_column, label_column)
+    columns = Columns(path_column, text_column, pair_column, label_column)
     options = layouts.Options(fold=fold, trainval=trainval, keep_banner=keep_banner)
     with layouts.opened(root, out_dir.parent) as folder:
         found = _find(folder, layout, options, columns, unlabelled is True, split)
         inside = root.is_dir() and out_dir.resolve().is_relative_to(root.resolve())
-        if found.kind == "image" and not found.notes and inside:  # no known set: all folders count
+        if found.kind == "image" and not found.known and inside:  # all of its folders count
             raise UserError(
                 f"{out} lies in the source {source}, which would take it for a class the next time:"
                 " give a folder outside of it"
@@ -250,13 +268,16 @@ def pack(
         divided = sources.settle(found.splits, root, splits, split, seed, val_fraction)
         if split is not None:
             divided = _renumbered(divided, split, out_dir)
-        for note in found.notes:
-            console.print(note, highlight=False)
+        if not found.known:
+            found.notes.extend(label_checks.check(divided))
         if found.kind == "image" and not keep_original and size is None:
             size = choose_size(divided)
-            console.print(f"size {size} x {size} pixels (another one: --size)")
+            found.notes.append(f"size {size} x {size} pixels (another one: --size)")
         if extra is not None:
-            divided[UNLABELLED] = _extra(Path(extra), found._replace(splits=divided), columns), []
+            more = _extra(Path(extra), found._replace(splits=divided), columns, found.notes)
+            divided[UNLABELLED] = more, []
+        for note in found.notes:
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
         kind = _kind(found._replace(splits=divided), size, keep_original, metric, max_words)
         staging = out_dir.parent / f".{out_dir.name}.{os.getpid()}.partial"
         bars = (
@@ -265,6 +286,7 @@ def pack(
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
+        seen = duplicates.Inputs(next((names for _, names in divided.values() if names), []))
         try:
             with Progress(*bars, console=console) as progress:
                 done = [
@@ -278,6 +300,7 @@ def pack(
                         samples_per_shard=samples_per_shard,
                         skip_broken=skip_broken,
                         progress=progress,
+                        seen=seen,
                     )
                     for one, (samples, classes) in divided.items()
                 ]
@@ -297,6 +320,12 @@ def pack(
             f"{out_dir / p.split}: {p.samples} samples, {p.classes} classes, {p.shards} shards,"
             f" {p.bytes / 1e6:.1f} MB{skipped}"
         )
+        for line in p.left_out[:_NAMED]:
+            print(f"note: left out: {line}")
+        if p.skipped > _NAMED:
+            print(f"note: and {p.skipped - _NAMED} more")
+    for note in (*kind.notes(), *seen.notes()):
+        print(note)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import webdataset
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from data import keyed, manifest, tars
+from data import duplicates, keyed, manifest, tars
 from data.errors import UserError
 from data.kinds import ImageKind, Kind
 from data.sources import Sample
@@ -23,20 +23,19 @@ from data.sources import Sample
 
 @dataclass(frozen=True)
 class Packed:
-    """What became of one split."""
+    """What became of one split; `left_out` names the unreadable samples, and says why."""
 
     split: str
     samples: int
     classes: int
     shards: int
     bytes: int
-    skipped: int
+    left_out: list[str]
 
-
-def _name(sample: Sample) -> str:
-    if sample.where is not None:
-        return sample.where
-    return str(sample.source) if isinstance(sample.source, Path) else sample.key
+    @property
+    def skipped(self) -> int:
+        """Number of unreadable samples that were left out."""
+        return len(self.left_out)
 
 
 def _encoded(
@@ -97,6 +96,7 @@ def write_split(
     overwrite: bool = False,
     skip_broken: bool = False,
     progress: Progress | None = None,
+    seen: duplicates.Inputs | None = None,
 ) -> Packed:
     """Writes one split: its shards, members.npy and manifest.json.
 
@@ -116,6 +116,7 @@ def write_split(
         overwrite: Replace the split if it is there.
         skip_broken: Leave out unreadable samples (counted) where they would be an error.
         progress: Where to show how far it is.
+        seen: Is told of every input.
 
     Returns:
         What was written.
@@ -139,8 +140,14 @@ def write_split(
     make_folder(temporary)
     try:
         counts: Counter[int] = Counter()
-        written = skipped = 0
+        written, left_out = 0, list[str]()
+        packed: list[Sample] | None = [] if isinstance(samples, Sequence) else None
         names: list[str] = []
+        if seen is not None:
+            # A stream's samples are not kept: they may be more than memory holds.
+            seen.begin(
+                split, lambda number: packed[number].name if packed else f"sample {number + 1}"
+            )
         with webdataset.ShardWriter(
             str(temporary).replace("%", "%%") + f"/{name}-{split}-%06d.tar",
             maxcount=samples_per_shard,
@@ -158,10 +165,10 @@ def write_split(
                 except ValueError as error:
                     if not skip_broken:
                         raise UserError(
-                            f"{_name(sample)}: the {kind.name} cannot be read: {error}: mend or"
+                            f"{sample.name}: the {kind.name} cannot be read: {error}: mend or"
                             f" remove it, or leave such {kind.name}s out with --skip_broken"
                         ) from None
-                    skipped += 1
+                    left_out.append(f"{sample.name}: {error}")
                     continue
                 finally:
                     if progress is not None and task is not None:
@@ -173,11 +180,15 @@ def write_split(
                 if sample.label is not None:
                     if not 0 <= sample.label < len(classes):
                         raise UserError(
-                            f"{_name(sample)}: label {sample.label} is outside the"
+                            f"{sample.name}: label {sample.label} is outside the"
                             f" {len(classes)} classes: correct it"
                         )
                     record["cls"] = str(sample.label).encode()
                     counts[sample.label] += 1
+                if seen is not None:
+                    seen.add(duplicates.digest(content), sample.label)
+                    if packed is not None:
+                        packed.append(sample)
                 writer.write(record)
                 written += 1
         if not written:
@@ -198,7 +209,7 @@ def write_split(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     total_bytes = sum(s.bytes for s in shards)
-    return Packed(split, written, len(classes), len(shards), total_bytes, skipped)
+    return Packed(split, written, len(classes), len(shards), total_bytes, left_out)
 
 
 def make_folder(folder: Path) -> None:

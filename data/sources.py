@@ -1,7 +1,9 @@
 """Samples to pack, and their division into splits: what all sources of data share."""
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +17,30 @@ from data.texts import Text
 
 DEFAULT_SHARES = (0.8, 0.1, 0.1)
 #: What files and folders call the splits.
-ALIASES = {s: s for s in DIVIDED} | {"valid": "val", "validation": "val", "dev": "val"}
+ALIASES = {s: s for s in DIVIDED} | {
+    **dict.fromkeys(("training", "train_set", "trainset"), "train"),
+    **dict.fromkeys(("valid", "validation", "dev", "eval"), "val"),
+    **dict.fromkeys(("testing", "test_set", "testset"), "test"),
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a table's columns.
+
+    Attributes:
+        path: of an image's file.
+        text: of the text.
+        pair: of the second of a pair; it need not be there.
+        label: of the class, a name or a number.
+        key: of the samples' names; it need not be there. No two may be equal.
+    """
+
+    path: str = "path"
+    text: str = "text"
+    pair: str = "text_pair"
+    label: str = "label"
+    key: str = "id"
 
 
 class Sample(NamedTuple):
@@ -28,6 +53,13 @@ class Sample(NamedTuple):
     source: Path | bytes | Callable[[], bytes] | Text
     label: int | None
     where: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        if self.where is not None:
+            return self.where
+        return str(self.source) if isinstance(self.source, Path) else self.key
 
 
 class Stream:
@@ -109,8 +141,8 @@ def grouped(rows: list[Row]) -> Splits:
 def class_order(names: Iterable[str]) -> list[str]:
     """Class names in order: as numbers if all are, so that the classes 0..10 keep their numbers."""
     found = set(names)
-    numeric = all(n.isdecimal() for n in found)
-    return sorted(found, key=lambda n: (int(n), n) if numeric else (0, n))
+    numeric = all(re.fullmatch(r"\d{1,18}(\.0+)?", n) for n in found)
+    return sorted(found, key=lambda n: (int(n.split(".")[0]), n) if numeric else (0, n))
 
 
 def parse_shares(text: str | None) -> tuple[float, ...]:

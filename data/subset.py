@@ -44,6 +44,10 @@ class AsStored:
         """See `data.kinds.Kind`."""
         return self.told
 
+    def notes(self) -> list[str]:
+        """See `data.kinds.Kind`."""
+        return []
+
 
 class _StoredImages(AsStored):
     name: ClassVar[Literal["image", "text"]] = "image"

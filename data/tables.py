@@ -15,7 +15,8 @@ def read(path: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, str]]]]:
     """A table's header, and its rows as they are asked for.
 
     Args:
-        path: .csv (RFC 4180), or .tsv, in which quotation marks mean nothing.
+        path: .csv (RFC 4180; semicolons or tabs may stand for the commas), or .tsv, in which
+            quotation marks mean nothing.
 
     Returns:
         Names of the columns; an iterator of (number of the row's last line, fields by column).
@@ -29,14 +30,15 @@ def read(path: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, str]]]]:
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     tsv = path.suffix.lower() == ".tsv"
-    form: dict[str, Any] = (
-        {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tsv else {"strict": True}
-    )
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a long document is a long field
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
+            form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+            if not tsv:
+                form = {"delimiter": _separator(file.readline()), "strict": True}
+                file.seek(0)
             reader = csv.DictReader(file, **form)
-            header = list(reader.fieldnames or [])
+            header = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             twice = next((c for i, c in enumerate(header) if c in header[:i]), None)
             if twice is not None:
                 raise UserError(f"{path} has the column {twice!r} twice: rename one of them")
@@ -57,13 +59,9 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise UserError(f"{path} cannot be opened ({error.strerror}): check it") from None
 
 
-def separator_hint(header: list[str]) -> str:
-    """What is to be done where a header of one column is of several, with another separator."""
-    if len(header) != 1:
-        return ""
-    if ";" in header[0]:
-        return ": separated by semicolons? save it with commas"
-    return ": separated by tabs? call it .tsv" if "\t" in header[0] else ""
+def _separator(header: str) -> str:
+    """What separates a file's columns: commas; where its first line has none, ``;`` or tabs."""
+    return "," if "," in header else ";" if ";" in header else "\t" if "\t" in header else ","
 
 
 def split_of(row: dict[str, str], where: str) -> str:

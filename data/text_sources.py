@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ from data import tables
 from data.cli import nearest
 from data.errors import UserError
 from data.manifest import DIVIDED
-from data.sources import ALIASES, Row, Sample, Samples, Splits, Stream, grouped
+from data.sources import ALIASES, Columns, Row, Sample, Samples, Splits, Stream, grouped
 from data.texts import Text
 
 #: Files of texts by their extension; .csv may be a list of images as well.
@@ -19,23 +18,6 @@ SUFFIXES = (*JSONL, ".csv", ".tsv", ".txt")
 
 #: Files by which `datasets.save_to_disk` is known.
 _SAVED = ("dataset_dict.json", "state.json")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns.
-
-    Attributes:
-        text: of the text.
-        pair: of the second of a pair; it need not be there.
-        label: of the class, a name or a number.
-        key: of the samples' names; it need not be there. No two may be equal.
-    """
-
-    text: str = "text"
-    pair: str = "text_pair"
-    label: str = "label"
-    key: str = "id"
 
 
 class _Field(NamedTuple):
@@ -58,7 +40,7 @@ def recognise(root: Path, columns: Columns) -> bool:
     suffix = root.suffix.lower()
     if suffix == ".csv" and root.is_file():
         header, _ = tables.read(root)
-        return columns.text in header and ("path" not in header or columns != Columns())
+        return columns.text in header and (columns.path not in header or columns != Columns())
     return suffix in SUFFIXES and suffix != ".csv" and root.is_file()
 
 
@@ -246,8 +228,8 @@ def _value(field: _Field, column: str, option: str) -> Any:
         there = [str(name) for name in field.values]
         hint = nearest(column, there, prefix="")
         raise UserError(
-            f"{field.where} has no column {column!r} (it has {', '.join(there[:8]) or 'none'}"
-            f"{tables.separator_hint(there)}).{hint} Name yours with {option}"
+            f"{field.where} has no column {column!r} (it has {', '.join(there[:8]) or 'none'})."
+            f"{hint} Name yours with {option}"
         )
     return field.values[column]
 
@@ -274,7 +256,9 @@ def _labelled(field: _Field, columns: Columns) -> Row:
     text = _text(field, columns)
     cure = "correct it, or pack without labels (--unlabelled)"
     label = _value(field, columns.label, "--label_column")
-    if label is None or label == "":
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)  # a table's way to write a number where others are missing
+    if label is None or (isinstance(label, str) and not label.strip()):
         raise UserError(f"{field.where} has no label: {cure}")
     if isinstance(label, bool) or not isinstance(label, str | int):
         raise UserError(

@@ -288,11 +288,11 @@ LONG = " ".join(["word"] * 100_000)
         (split("dev.jsonl", {"text": "x", "label": "B"}), [], "dev.jsonl line 1: class 'B' has"),
         (rows({"sentence": "x", "label": "a"}), [], "no column 'text' .*sentence.*--text_column"),
         (lines("a.csv", "sentence,label", "x,a"), [], "--text_column"),
-        (lines("a.csv", "review;stars", "x,y;1"), [], "separated by semicolons. save it with"),
+        (lines("a.csv", "review;stars", "x,y;1"), [], "it has review, stars.*--text_column"),
         (
             lines("train.csv", "review;stars", "x;1"),
             ["--text_column", "review"],
-            "separated by semicolons. save it with",
+            "no column 'label' .*--label_column",
         ),
         (rows(GOOD), ["--text_column", "txet"], "Did you mean text"),
         (rows(GOOD), ["--pair_column", "second"], "no column 'second'.*--pair_column"),

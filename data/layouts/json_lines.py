@@ -14,7 +14,7 @@ from pathlib import Path
 from data import text_sources
 from data.layouts import base
 from data.manifest import Metric
-from data.text_sources import Columns
+from data.sources import Columns
 
 
 @dataclass(frozen=True)

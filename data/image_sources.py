@@ -1,6 +1,7 @@
 """Where images come from: class folders, split folders, CSV files."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +18,12 @@ class _Walk:
     """The images below folders, each of which is walked once, and what lies there besides.
 
     Attributes:
-        others: Files that are no images of a known kind, by their suffix.
+        others: Files that are no images of a known kind, and their suffixes.
         empty: Folders without any file.
     """
 
     def __init__(self) -> None:
-        self.others: dict[str, list[Path]] = {}
+        self.others: dict[Path, str] = {}
         self.empty: list[Path] = []
         self._found: dict[Path, list[Path]] = {}
 
@@ -65,18 +66,18 @@ class _Walk:
                 if suffix in SUFFIXES:
                     yield Path(base, file)
                 else:
-                    self.others.setdefault(suffix, []).append(Path(base, file))
+                    self.others[Path(base, file)] = suffix or "no suffix"
 
     def notes(self) -> list[str]:
         """What was passed over, a line each."""
         found = []
         if self.others:
-            number = sum(len(paths) for paths in self.others.values())
-            most = sorted(self.others.items(), key=lambda one: -len(one[1]))[:5]
-            kinds = ", ".join(f"{len(paths)} {suffix or 'no suffix'}" for suffix, paths in most)
+            kinds = Counter(self.others.values()).most_common(5)
+            told = ", ".join(f"{count} {suffix}" for suffix, count in kinds)
+            first = next(path for path, suffix in self.others.items() if suffix == kinds[0][0])
             found.append(
-                f"note: {number} files are not of a known kind of images and are left out"
-                f" ({kinds}), such as {most[0][1][0]}"
+                f"note: {len(self.others)} files are not of a known kind of images and are left out"
+                f" ({told}), such as {first}"
             )
         if self.empty:
             more = f", nor are {len(self.empty) - 1} more" if len(self.empty) > 1 else ""
@@ -126,7 +127,8 @@ def _class_names(folder: Path, walk: _Walk) -> list[str]:
             f"{folder} holds {has}: put images into one folder a class, or pack them without labels"
             " (--unlabelled)"
         )
-    if loose := [path for path in walk.images(folder) if path.parent == folder]:
+    beside = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if loose := [path for path in beside if path.is_file() and not is_stray(path.name)]:
         raise UserError(
             f"{folder} holds class folders and {len(loose)} images beside them, such as"
             f" {loose[0].name}: put each into the folder of its class"

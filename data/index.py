@@ -437,7 +437,7 @@ def _write(split: str, folder: Path, scanned: Sequence[Scanned], names: list[str
         print(f"note: {len(extras)} files belong to no sample ({kinds}), such as {extras[0]}")
     if empty := [name for name, count in zip(names, counts, strict=True) if count == 0]:
         print(f"note: {len(empty)} classes have no sample in {split}, the first is {empty[0]}")
-    if folder.name != split:
+    if manifest.as_typed(folder).name != split:
         print(f"note: training looks for DATA/{split}: call the folder {split}, or link it there")
 
 

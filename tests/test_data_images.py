@@ -1,6 +1,7 @@
 """Every kind of image becomes the RGB that it means; broken ones are named."""
 
 import io
+import struct
 import warnings
 import zlib
 
@@ -237,3 +238,91 @@ def test_bombs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(BrokenData, match="too many pixels"):
         images.decode(WHOLE, None)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    body = kind + content
+    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8))
+BIG = zlib.compress(b"a" * 2_000_000)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        chunk(b"iCCP", b"icc\0\0" + BIG),
+        chunk(b"zTXt", b"C\0\0" + BIG),
+        chunk(b"iTXt", b"C\0\1\0\0\0" + BIG),
+        b"".join(chunk(b"tEXt", b"k%d\0" % i + b"x" * 900_000) for i in range(80)),
+        chunk(b"iCCP", b"icc\0\0not compressed"),
+        chunk(b"iCCP", b""),
+        chunk(b"pHYs", b"x"),
+        chunk(b"gAMA", b""),
+        chunk(b"tEXt", b"k\0v")[:-1] + b"\0",  # a wrong checksum, of a text
+        chunk(b"eXIf", b"\0\x08\0\x02\x01\x12\0\x03"),
+        chunk(b"eXIf", b""),
+        chunk(b"eXIf", b"II*\0\xff\xff\xff\xff"),
+    ],
+    ids=lambda content: f"{content[4:8].decode()}-{len(content)}",
+)
+def test_what_stands_beside_a_png_costs_no_picture(extra: bytes) -> None:
+    whole = png(NOISE)
+    told: list[int] = []
+    image = images.read(whole[:33] + extra + whole[33:], lambda: told.append(1))
+    assert np.array_equal(np.asarray(image), np.asarray(NOISE))
+    assert len(told) <= 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "MPO"])
+def test_damaged_metadata_cost_no_picture(kind: str) -> None:
+    """Bytes of EXIF, profile, XMP and comment are changed at random; the pixels stay."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Maker"
+    exif.get_ifd(0x8769).update({0x9003: "2026:01:01 00:00:00", 0x927C: b"maker" * 20})
+    exif.get_ifd(0x8825)[2] = (1.0, 2.0, 3.0)
+    profile = np.random.default_rng(1).bytes(900)
+    options: dict[str, object] = {"exif": exif, "icc_profile": profile, "xmp": b"<x/>" * 90}
+    if kind == "JPEG":
+        options |= {"comment": b"words" * 9}
+    if kind == "MPO":
+        options = {"exif": exif, "save_all": True, "append_images": [NOISE]}
+    if kind == "PNG":
+        options.pop("xmp")
+    whole = saved(NOISE, kind, **options)
+    lying = np.asarray(Image.open(io.BytesIO(saved(NOISE, kind, **{**options, "exif": b""}))))
+    if kind == "TIFF":
+        lying = np.asarray(NOISE)
+    upright = np.rot90(lying, -1)
+    assert np.array_equal(np.asarray(images.read(whole)), upright)
+    needles = (
+        profile,
+        b"<x/>" * 90,
+        b"words" * 9,
+        b"Maker",
+        b"2026:01:01",
+        b"MPF\0",
+        b"II*\0",
+        b"MM\0*",
+    )
+    places = [(at, len(n)) for n in needles if (at := whole.find(n, 12)) > 0]
+    rng = np.random.default_rng(2)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(rng.integers(1, 9)):
+            at, size = places[rng.integers(len(places))]
+            damaged[at + rng.integers(max(size, 40))] = rng.choice([0, 255, rng.integers(256)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = np.asarray(images.read(bytes(damaged)))
+        turned = [np.rot90(lying, k) for k in range(4)]
+        turned += [np.fliplr(one) for one in turned]
+        assert any(np.array_equal(found, one) for one in turned)
+
+
+def test_the_pixels_of_a_damaged_png_are_still_refused() -> None:
+    whole = bytearray(png(NOISE))
+    whole[whole.index(b"IDAT") + 40] ^= 1
+    with pytest.raises(ValueError, match="checksum of its chunk IDAT"):
+        images.read(bytes(whole))

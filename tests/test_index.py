@@ -14,7 +14,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import images
+from data import images, labels
 from data.index import index
 from data.manifest import Manifest
 from data.reader import Reader
@@ -286,3 +286,125 @@ def test_a_label_beyond_the_names_is_named(
     tar_of(tmp_path / "train" / "a.tar", [*sample("a"), *sample("b", label=b"2")])
     assert call(index, tmp_path, "--classes", tmp_path / "names.txt") == 2
     assert "shard a.tar, sample 1: label 2 is outside the 2 classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["train (1).tar", "a b.tar", "50%.tar", "a#1.tar", "a;b.tar"])
+def test_a_name_that_could_not_be_read_is_refused_at_once(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """04. Nothing is written that no program can open afterwards."""
+    tar_of(tmp_path / "train" / name, sample("a"))
+    assert call(index, tmp_path) == 2
+    assert "rename it (mv " in capsys.readouterr().err
+    assert not (tmp_path / "train" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", ["größe.tar", "a+b=c@d.tar", "b.TAR", "-a.tar"])
+def test_every_name_that_is_taken_can_be_read(name: str, tmp_path: Path) -> None:
+    tar_of(tmp_path / "train" / name, sample("a"))
+    assert call(index, tmp_path) == 0
+    assert read(tmp_path / "train") == [(0, 0)]
+    assert call(verify, tmp_path) == 0
+
+
+def test_leavings_of_other_programs_are_no_shards(tmp_path: Path) -> None:
+    """07. Of macOS, of a download that goes on, of NAS systems; and a folder with a tar's name."""
+    tar_of(tmp_path / "train" / "a.tar", sample("a"))
+    for stray in ("._a.tar", ".a.tar.partial", ".b.tar", "a.tar.part/x", "x.tar/y"):
+        path = tmp_path / "train" / stray
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"\0\5\x16\7 no tar")
+    assert call(index, tmp_path) == 0
+    assert call(verify, tmp_path) == 0
+
+
+def test_a_compressed_tar_among_others_is_not_left_out_in_silence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar_of(tmp_path / "train" / "a.tar", sample("a"))
+    for place, name in (("train", "b.tar.gz"), ("val", "b.tgz")):
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / name).write_bytes(b"x")
+        assert call(index, tmp_path) == 2
+        assert f"{name} is compressed" in capsys.readouterr().err
+        (tmp_path / place / name).unlink()
+    # Tars in the folder itself, and in a split's: of which is the manifest to be?
+    tar_of(tmp_path / "b.tar", sample("b"))
+    assert call(index, tmp_path) == 2
+    assert "and a folder train of tars, too" in capsys.readouterr().err
+
+
+def test_a_split_is_called_what_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """08. Links to tars elsewhere, links to the folder itself, and the shell in such a folder."""
+    store = tar_of(tmp_path / "blobs" / "0f3a", sample("a"))
+    (tmp_path / "hub" / "val").mkdir(parents=True)
+    (tmp_path / "hub" / "val" / "a.tar").symlink_to(store)
+    assert call(index, tmp_path / "hub" / "val") == 0
+    assert Manifest.load_split(str(tmp_path / "hub"), "val").samples == 1
+    assert call(verify, tmp_path / "hub") == 0
+    tar_of(tmp_path / "part-3" / "a.tar", sample("a"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "test").symlink_to(tmp_path / "part-3")
+    assert call(index, tmp_path / "other" / "test") == 0
+    assert Manifest.load_split(str(tmp_path / "other"), "test").samples == 1
+    monkeypatch.chdir(tmp_path / "other" / "test")
+    monkeypatch.setenv("PWD", str(tmp_path / "other" / "test"))  # what a shell says, and getcwd not
+    for words in (["."], ["a.tar"]):
+        assert call(index, *words, "--overwrite") == 0
+        assert Manifest.load(".").split == "test"
+    assert "training looks for" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("label", "number"),
+    [
+        ("3", 3),
+        (" 3\n", 3),
+        ("003", 3),
+        ("3.0", 3),
+        ("3.", 3),
+        ('{"label": 3.0}', 3),
+        ('{"label": 3, "class": 3}', 3),
+        ('{"label": 3, "class": "dog"}', 3),
+        ("1048575", 1048575),
+    ],
+)
+def test_numbers_that_are_a_class(label: str, number: int) -> None:
+    assert labels.parse(label.encode()) == number
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        *("", "-1", "+1", "1.5", "1e3", "1 2", "0x1", "1_000", "١", "²", "NaN", "inf", "true"),
+        *("18446744073709551557", "9223372036854775808", "1048576", "9" * 5000, '"3"', "[3]"),
+        *('{"label": 18446744073709551557}', '{"label": -1}', '{"label": 1.5}', '{"label": NaN}'),
+        *('{"label": true}', '{"label": null}', '{"label": "3"}', '{"label": [3]}', "{}"),
+        *('{"label": 1, "class": 2}', '{"label": ' + "9" * 5000 + "}", "{" * 9, '{"a":' * 99_999),
+        '{"label": Infinity}',
+    ],
+)
+def test_numbers_that_are_none_are_one_line(label: str, tmp_path: Path) -> None:
+    """06."""
+    with pytest.raises(ValueError, match=r"its (JSON )?label") as caught:
+        labels.parse(label.encode())
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ant\n\ncow\n", "line 2: it is empty"),
+        ("ant\nbee\nant\n", "line 3: ant stands in line 1 too"),
+    ],
+)
+def test_a_list_of_classes_counts_its_lines(
+    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "names.txt").write_text(text)
+    tar_of(tmp_path / "train" / "a.tar", sample("a"))
+    assert call(index, tmp_path, "--classes", tmp_path / "names.txt") == 2
+    assert said in capsys.readouterr().err

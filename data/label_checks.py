@@ -34,8 +34,7 @@ def check(splits: Splits) -> list[str]:
             counts[split] = Counter(names[s.label] for s in samples if s.label is not None)
     if not classes:
         return []
-    samples = sum(counter.total() for counter in counts.values())
-    _refuse(classes, samples)
+    _refuse(classes, sum(counter.total() for counter in counts.values()))
     notes = []
     if len(classes) == 1:
         notes.append(f"note: all samples are of one class, {classes[0]!r}: nothing to tell apart")

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from data.errors import UserError
 from engine import devices, network
-from engine.failures import describe, no_meeting
+from engine.failures import describe
+from engine.meeting import PATIENCE, Meeting
 from engine.rendezvous import in_step, resolve
 
 
@@ -71,9 +70,10 @@ def initialize() -> Ranks:
     Raises:
         UserError: the environment is incomplete, or the ranks have no GPU each.
         TryAgain: the ranks do not find each other.
+        preemption.Preempted: a signal asked to leave before they had.
     """
     os.environ |= resolve()
-    local_rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ["LOCAL_RANK"])
     device = devices.take(os.environ)
     if device.type == "cuda":
         for name in ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE"):
@@ -86,29 +86,22 @@ def initialize() -> Ranks:
         # gloo carries all that the ranks say. DeepSpeed would first compile an all-reduce through
         # shared memory, which serves its inference alone: half a minute, and one build at a time.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    try:
-        if not dist.is_initialized():
-            _join(device)
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    except (dist.DistError, OSError) as error:
-        raise no_meeting(error, world) from error
+    if not dist.is_initialized():
+        Meeting(os.environ).hold(functools.partial(_join, device))
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
 
 
-def _join(device: torch.device) -> None:
-    """Makes the process group; its store comes first, over which the ranks look at each other."""
-    store, rank, world = next(rendezvous("env://", timeout=_PATIENCE))
-    store.set_timeout(_PATIENCE)
-    ours = PrefixStore("selfdistill", store)
+def _join(device: torch.device, store: Any) -> None:
+    """Makes the process group, once the ranks have looked at each other over their store."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread
     if gpu := devices.uuid(device):
-        devices.claim(ours, rank, gpu)
-    network.prefer_interface(os.environ, ours)
+        devices.claim(store, rank, gpu)
+    network.prefer_interface(os.environ, store)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE)
-
-
-#: How long ranks wait for each other in a collective, and for all to come at the start.
-_PATIENCE = timedelta(minutes=30)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
 
 
 def _share_cores() -> None:

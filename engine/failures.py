@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import socket
 
@@ -112,14 +111,3 @@ def describe(error: OSError) -> str:
     }
     cure = cures.get(error.errno or 0, "check the path and the disk")
     return f"{error.filename or 'a file'}: {error.strerror or error}: {cure}"
-
-
-def no_meeting(error: Exception, world: int) -> TryAgain:
-    """What to say where the ranks do not find each other."""
-    # DistNetworkError: the port is taken, the host is unknown or does not answer.
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    return TryAgain(
-        f"the {world} ranks cannot meet at {place}: {one_line(error)[:200]}: take a free port"
-        " (MASTER_PORT under srun; deepspeed and torchrun: --master_port); python -m"
-        " launcher.doctor under srun tests names and ports"
-    )

@@ -33,10 +33,25 @@ def resolve(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """
     env = os.environ if environment is None else environment
     if "RANK" in env:
-        return _from_launcher(env)
+        return _checked(_from_launcher(env))
     if in_step(env):
-        return from_slurm(env)
+        return _checked(from_slurm(env))
     return _alone()
+
+
+def _checked(found: dict[str, str]) -> dict[str, str]:
+    """The same; refuses what is no number, or no rank of so many, or no port."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if not re.fullmatch("[0-9]{1,9}", found[name]):
+            raise UserError(f"{name} is {found[name]!r}, no number: correct it, or unset it")
+    if int(found["RANK"]) >= int(found["WORLD_SIZE"]):
+        raise UserError(
+            f"RANK is {found['RANK']} of WORLD_SIZE {found['WORLD_SIZE']}: ranks begin at 0; start"
+            " with deepspeed, torchrun or srun, or unset both to run one process"
+        )
+    if not 0 < int(found["MASTER_PORT"]) < 2**16:
+        raise UserError(f"MASTER_PORT is {found['MASTER_PORT']}: give a port, from 1 to 65535")
+    return found
 
 
 def in_step(env: Mapping[str, str]) -> bool:

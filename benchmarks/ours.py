@@ -64,18 +64,18 @@ def _texts(name: str, stage: Stage) -> tuple[Any, Any, type[Any]]:
     if stage == "finetune":
         config.num_labels = CLASSES
         torch.manual_seed(0)
-        classifier = TextClassifier(config, None)
+        classifier = TextClassifier(config)
         classifier.encoder.load_state_dict(base.base_model.state_dict())
         last = classifier.network.classifier.out_proj
         with torch.no_grad():
             last.weight.copy_(head(last.weight.shape[1]))
             last.bias.zero_()
         return classifier, None, TextKind
-    student = MaskedLanguageModel(config, None)
+    student = MaskedLanguageModel(config)
     student.network.load_state_dict(base.state_dict())
     teacher = None
     if stage == "distill":
-        teacher = TextEncoder(network(name, 1).base_model, config, None)
+        teacher = TextEncoder(network(name, 1).base_model, config)
     return student, teacher, TextKind
 
 

@@ -169,6 +169,9 @@ def read(content: bytes, tell: Tell = None) -> Image.Image:
 def fit(image: Image.Image, size: int) -> Image.Image:
     """Short side to `size` (bicubic, antialiased), then the centre square.
 
+    To the pixel what transformers' image processors do where Pillow resizes for them, so that an
+    export sees what was scored; by torchvision they differ by one level of 255.
+
     Args:
         image: Mode L or RGB.
         size: Pixels.
@@ -178,7 +181,11 @@ def fit(image: Image.Image, size: int) -> Image.Image:
     """
     if image.size == (size, size):
         return image
-    return ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
+    short = min(image.size)
+    width, height = (int(size * side / short) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + size, top + size))
 
 
 def prepare(content: bytes, size: int | None, tell: Tell = None) -> bytes:

@@ -122,7 +122,7 @@ class Texts:
 
     Args:
         encode: Token ids of a text, or of a pair, with the special tokens, at least one of them and
-            at most `max_length`.
+            at most `max_length`; or two such rows, ids and the segment of each token.
         pad_id: The id at padding.
         special_ids: Ids that are never masked; `pad_id` is taken as one of them.
         max_length: Tokens.
@@ -134,7 +134,7 @@ class Texts:
 
     def __init__(
         self,
-        encode: Callable[[str, str | None], list[int]],
+        encode: Callable[[str, str | None], list[int] | list[list[int]]],
         *,
         pad_id: int,
         special_ids: frozenset[int],
@@ -154,11 +154,11 @@ class Texts:
         self.stored: Stored = stored or ("json" if pairs else "txt")
 
     def decode(self, content: bytes, name: str) -> NDArray[Any]:
-        """See `Codec`; int64 [n], token ids."""
+        """See `Codec`; int64 [n], token ids, or [2, n], ids and segments."""
         text = parse(content, name, self.stored)
         ids = np.asarray(self.encode(text.text, text.pair), dtype=np.int64)
-        assert ids.ndim == 1
-        assert 0 < len(ids) <= self.max_length
+        assert ids.ndim in (1, 2)
+        assert 0 < ids.shape[-1] <= self.max_length
         return ids
 
     def blank(self, like: NDArray[Any] | None) -> NDArray[Any] | None:
@@ -166,8 +166,8 @@ class Texts:
         return np.array([self.pad_id], dtype=np.int64)
 
     def nbytes(self, rows: int) -> int:
-        """See `Codec`; its four arrays of numbers, and the masked view's."""
-        return rows * self.max_length * 8 * 6
+        """See `Codec`; its five arrays of numbers, and the masked view's."""
+        return rows * self.max_length * 8 * 7
 
     def collate(
         self, arrays: list[NDArray[Any]], names: list[str], room: NDArray[np.uint8] | None = None
@@ -176,30 +176,37 @@ class Texts:
 
         Returns:
             input_ids int64 [b, L], `pad_id` at padding; attention_mask int64 [b, L], 0 at padding;
-            maskable bool [b, L], True at tokens that are not special; and where nothing is padded
-            `unpadded`, ones [b]. If asked for, and where it spares rows, the layout of packed rows,
-            int64: packed_at [r, L], places in the flattened batch, -1 at padding, and packed_to
-            [b, L], where in the flattened rows each token went, 0 for padding.
+            maskable bool [b, L], True at tokens that are not special; where a text has a second
+            segment token_type_ids int64 [b, L]; and where nothing is padded `unpadded`, ones [b].
+            If asked for, and where it spares rows, the layout of packed rows, int64: packed_at
+            [r, L], places in the flattened batch, -1 at padding, and packed_to [b, L], where in the
+            flattened rows each token went, 0 for padding.
         """
         import torch
 
-        longest = max(len(array) for array in arrays)
+        lengths = [array.shape[-1] for array in arrays]
+        longest = max(lengths)
         length = min(-(-longest // self.bucket) * self.bucket, self.max_length)
         ids = np.full((len(arrays), length), self.pad_id, dtype=np.int64)
         attention = np.zeros((len(arrays), length), dtype=np.int64)
+        kinds = np.zeros_like(ids) if any(array.ndim == 2 for array in arrays) else None
         for row, array in enumerate(arrays):
-            ids[row, : len(array)] = array
-            attention[row, : len(array)] = 1
+            ids[row, : lengths[row]] = array if array.ndim == 1 else array[0]
+            attention[row, : lengths[row]] = 1
+            if kinds is not None and array.ndim == 2:
+                kinds[row, : lengths[row]] = array[1]
         maskable = (attention == 1) & ~np.isin(ids, self.special_ids)
         out = {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy(attention),
             "maskable": torch.from_numpy(maskable),
         }
+        if kinds is not None:
+            out["token_type_ids"] = torch.from_numpy(kinds)
         if attention.all():
             out["unpadded"] = torch.ones(len(arrays), dtype=torch.bool)
         elif self.packed:
-            layout = pack_rows([len(array) for array in arrays], length)
+            layout = pack_rows(lengths, length)
             if len(layout[0]) < len(arrays):
                 out["packed_at"], out["packed_to"] = map(torch.from_numpy, layout)
         return out

@@ -216,15 +216,20 @@ def _write_hugging_face(
     _write_json(
         target / "preprocessor_config.json",
         {
-            "image_processor_type": "ViTImageProcessor",
+            # As data.images.fit does: short side, bicubic, centre square. ViTImageProcessor of
+            # transformers 4 has no crop and squashes; Bit's does the same work in all versions.
+            "image_processor_type": "BitImageProcessor",
+            "do_center_crop": True,
+            "do_convert_rgb": True,
             "do_normalize": True,
             "do_rescale": True,
             "do_resize": True,
             "image_mean": list(mean),
             "image_std": list(std),
-            "resample": 3,  # bicubic, as data.pack resizes
+            "resample": 3,  # bicubic
             "rescale_factor": 1 / 255,
-            "size": {"height": shape.image_size, "width": shape.image_size},
+            "size": {"shortest_edge": shape.image_size},
+            "crop_size": {"height": shape.image_size, "width": shape.image_size},
         },
     )
     _write_tensors(target / "model.safetensors", tensors)

@@ -81,12 +81,12 @@ class TextWork:
         config = type(self.base.config).from_dict(self.base.config.to_dict())
         if stage == "finetune":
             config.num_labels = classes
-            return count(lambda: TextClassifier(config, None))
-        return count(lambda: MaskedLanguageModel(config, None))
+            return count(lambda: TextClassifier(config))
+        return count(lambda: MaskedLanguageModel(config))
 
     def teacher(self) -> int:
         """See `Workload`."""
-        return count(lambda: MaskedLanguageModel(self.base.config, None).encoder).all
+        return count(lambda: MaskedLanguageModel(self.base.config).encoder).all
 
     def flops(self, stage: Stage, mode: TeacherMode, classes: int) -> float:
         """See `Workload`: of a text of mean length."""
@@ -178,7 +178,7 @@ def _read(path: str, run: Run) -> PreTrainedConfig:
 def _limit(config: PreTrainedConfig) -> int:
     """Longest input in tokens: RoBERTa and its like number positions from padding's id + 1."""
     with torch.device("meta"):
-        network: Any = MaskedLanguageModel(config, None).encoder
+        network: Any = MaskedLanguageModel(config).encoder
     table = getattr(network.embeddings, "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)
     return int(config.max_position_embeddings) - (0 if padding is None else int(padding) + 1)

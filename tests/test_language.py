@@ -1,5 +1,6 @@
 """Language models against transformers' own on the same weights, ids and masks."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from transformers import (
 )
 
 from data.errors import UserError
-from data.texts import pack_rows
+from data.texts import Texts, pack_rows
 from engine.config import Config
 from engine.distributed import Ranks
 from engine.export import export_transformers
 from engine.folder import Run
-from engine.kinds.text import TextKind
-from engine.models.language import HEADS, segments
+from engine.kinds.text import TextKind, _encoder
+from engine.models.language import HEADS
 from engine.models.text_weights import load_language
 from engine.views import MaskTokens
 from tests import text_kit
@@ -155,6 +156,40 @@ def refusal(source: Path, max_length: int | None = None) -> str:
     return str(caught.value)
 
 
+def test_a_model_without_a_pad_id_takes_its_tokenizers(tmp_path: Path) -> None:
+    """As some are published; positions are counted from it, so it is not to be guessed."""
+    whole = load_language(str(text_kit.make_language(tmp_path / "whole")))
+    folder = text_kit.make_language(tmp_path / "null")
+    config = json.loads((folder / "config.json").read_text())
+    for value in (None, "absent"):
+        if value is None:
+            config["pad_token_id"] = None
+        else:
+            del config["pad_token_id"]
+        (folder / "config.json").write_text(json.dumps(config))
+        found = load_language(str(folder))
+        assert found.sha256 == whole.sha256
+        assert found.max_length == whole.max_length
+        assert found.config.pad_token_id == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_position_embeddings", None),
+        ("vocab_size", None),
+        ("hidden_size", "wide"),
+        ("num_attention_heads", 5),
+        ("model_type", None),
+    ],
+)
+def test_a_config_with_a_hole_is_one_line(name: str, value: object, tmp_path: Path) -> None:
+    folder = text_kit.make_language(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: value}))
+    assert str(folder) in refusal(folder)
+
+
 def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
     tokenizer = text_kit.make_tokenizer()
     config = GPT2Config(vocab_size=300, n_embd=24, n_layer=1, n_head=2)
@@ -206,16 +241,24 @@ def test_an_encoder_alone_gets_a_new_head(
     assert "no MLM head" in capsys.readouterr().out
 
 
-def test_segments_are_those_of_the_tokenizer() -> None:
-    pairs = [("a b", "c d e"), ("a", "b")]
-    tokenizer = text_kit.make_tokenizer()
-    single = [tokenizer(a)["input_ids"] for a, _ in pairs]
-    both = [tokenizer(a, b)["input_ids"] for a, b in pairs]
-    for one, ids in zip(single, both, strict=True):
-        row = torch.tensor([ids])
-        found = segments(row, torch.ones_like(row), tokenizer.sep_token_id)[0].tolist()
-        # RoBERTa's template has two separators; BERT's counting begins after the first.
-        assert found == [0] * len(one) + [1] * (len(ids) - len(one))
+@pytest.mark.parametrize("name", ["bert", "deberta-v2", "roberta"])
+def test_segments_are_those_of_the_tokenizer(name: str) -> None:
+    """Also where a text has a separator written out; a model of one segment gets none."""
+    words = ["a", "b </s> c", "<pad> d"]
+    tokenizer = text_kit.make_tokenizer(segments=name != "roberta")
+    encode = _encoder(tokenizer, 32, 1 if name == "roberta" else 2)
+    codec = Texts(encode, pad_id=1, special_ids=frozenset({0, 2}), max_length=32, bucket=32)
+    pairs = [(a, b) for a in words for b in words]
+    arrays = [np.asarray(encode(a, b)) for a, b in pairs]
+    found = codec.collate(arrays, [""] * len(arrays))
+    theirs = tokenizer(*map(list, zip(*pairs, strict=True)), padding="max_length", max_length=32)
+    assert found["input_ids"].tolist() == theirs["input_ids"]
+    assert found["attention_mask"].tolist() == theirs["attention_mask"]
+    if name == "roberta":
+        assert "token_type_ids" not in found
+    else:
+        assert found["token_type_ids"].tolist() == theirs["token_type_ids"]
+        assert found["token_type_ids"].any()
 
 
 def test_masks_are_keyed_and_leave_special_tokens() -> None:

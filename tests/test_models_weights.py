@@ -293,6 +293,58 @@ def test_learnt_positions_are_resampled_at_another_image_size(tmp_path: Path) ->
     torch.testing.assert_close(grid, grid[:1].expand(8, -1))
 
 
+def shards_of(saved: Path, folder: Path, kind: str) -> Path:
+    """The saved model in two files with an index, as transformers leaves large ones."""
+    state = dict(load_file(saved / "model.safetensors"))
+    stem, suffix = ("model", ".safetensors") if kind == "safetensors" else ("pytorch_model", ".bin")
+    kit.write_folder(folder, config_of(saved), state)
+    (folder / "model.safetensors").unlink()
+    names = [f"{stem}-0000{i}-of-00002{suffix}" for i in (1, 2)]
+    places = {k: names[i % 2] for i, k in enumerate(state)}
+    for name in names:
+        part = {k: v for k, v in state.items() if places[k] == name}
+        save = save_file if kind == "safetensors" else torch.save
+        save(part, folder / name)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_weights_in_shards(saved: Path, tmp_path: Path, kind: str) -> None:
+    """13, and what an index may have wrong."""
+    folder = shards_of(saved, tmp_path / "whole", kind)
+    assert load_pretrained(str(folder)).sha256 == load_pretrained(str(saved)).sha256
+    (index,) = folder.glob("*.index.json")
+    content = json.loads(index.read_text())
+    first = next(iter(content["weight_map"]))
+    for wrong, said in (
+        ({}, "it has no weight_map"),
+        ({"weight_map": []}, "it has no weight_map"),
+        ({"weight_map": {}}, "it has no weight_map"),
+        ({"weight_map": content["weight_map"] | {first: "gone.bin"}}, "gone.bin, which is missing"),
+        ({"weight_map": content["weight_map"] | {first: "../x.bin"}}, "no file beside it"),
+        ({"weight_map": content["weight_map"] | {"x": content["weight_map"][first]}}, "tensor x"),
+    ):
+        index.write_text(json.dumps(wrong))
+        assert said in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["vit.pth", "vit.pth.tar", "vit.pt", "vit.ckpt", "vit.bin"])
+@pytest.mark.parametrize("wrap", ["", "state_dict", "model", "model_state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model.", "_orig_mod."])
+def test_training_checkpoints_of_others(name: str, wrap: str, prefix: str, tmp_path: Path) -> None:
+    """timm's own, Lightning's, a compiled model's: the same weights, and nothing unpickled."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    state: object = {prefix + k: v for k, v in model.state_dict().items()}
+    if wrap:
+        state = {"epoch": 3, "arch": "vit", wrap: state, "optimizer": {"state": {}}}
+    torch.save(state, tmp_path / name)
+    found = load_pretrained(str(tmp_path / name))
+    assert found.sha256 == load_pretrained(str(tmp_path / "plain.safetensors")).sha256
+
+
 def broken(saved: Path, folder: Path, fault: str) -> Path:
     """A copy of the saved model with one fault."""
     config, state = config_of(saved), dict(load_file(saved / "model.safetensors"))

@@ -265,7 +265,7 @@ def test_activations_of_texts(dtype: torch.dtype) -> None:
         max_position_embeddings=130,
         type_vocab_size=1,
     )
-    model = MaskedLanguageModel(with_dropout(config, 0.0), None)
+    model = MaskedLanguageModel(with_dropout(config, 0.0))
     model.network.set_attn_implementation("sdpa")  # as on a GPU: not in fp32
     ids = torch.randint(5, vocabulary, (batch, tokens))
     mask = torch.ones(batch, tokens, dtype=torch.int64)

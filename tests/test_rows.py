@@ -97,7 +97,7 @@ def test_dropout_of_the_row_has_its_rate() -> None:
 def test_texts(kind: str) -> None:
     torch.manual_seed(0)
     config = config_of(kind, 40)
-    model = MaskedLanguageModel(config, None).double().eval()
+    model = MaskedLanguageModel(config).double().eval()
     ids = torch.randint(5, config.vocab_size, (3, 12))
     mask = torch.ones_like(ids)
     mask[0, 7:] = 0
@@ -123,7 +123,7 @@ def test_texts(kind: str) -> None:
 
     torch.testing.assert_close(ours(), whole())
     config.num_labels = 3
-    classifier = TextClassifier(config, None).double().eval()
+    classifier = TextClassifier(config).double().eval()
     same(
         classifier,
         lambda: classifier.classify(**view),

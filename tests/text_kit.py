@@ -32,8 +32,8 @@ SENTENCES = [
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
-def make_tokenizer(*, mask: bool = True, longest: int = 62) -> Any:
-    """A byte-level BPE with RoBERTa's special tokens and template."""
+def make_tokenizer(*, mask: bool = True, longest: int = 62, segments: bool = False) -> Any:
+    """A byte-level BPE with RoBERTa's special tokens and template; with BERT's, of segments."""
     raw = Tokenizer(models.BPE(unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -46,11 +46,20 @@ def make_tokenizer(*, mask: bool = True, longest: int = 62) -> Any:
     )
     raw.train_from_iterator(SENTENCES, trainer)
     raw.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    if segments:
+        raw.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>",
+            pair="<s> $A </s> $B:1 </s>:1",
+            special_tokens=[("<s>", 0), ("</s>", 2)],
+        )
     names = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>"}
     names |= {"pad_token": "<pad>", "unk_token": "<unk>"}
     if mask:
         names["mask_token"] = "<mask>"
-    return PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=longest, **names)
+    told = ["input_ids", *(["token_type_ids"] if segments else []), "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, model_max_length=longest, model_input_names=told, **names
+    )
 
 
 def config_of(kind: str, vocabulary: int) -> PreTrainedConfig:

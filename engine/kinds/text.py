@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class TextKind(Kind):
     """See `engine.kinds.base.Kind`."""
 
     samples, units = "texts", "tokens"
-    rows: tuple[str, ...] = ("input_ids", "attention_mask", "unpadded")
+    rows: tuple[str, ...] = ("input_ids", "attention_mask", "token_type_ids", "unpadded")
     full: tuple[str, ...] = (*rows, "packed_at", "packed_to")
     masked: tuple[str, ...] = (
         *full,
@@ -88,7 +89,8 @@ class TextKind(Kind):
 
     def _counts(self, tokenizer: Any) -> NDArray[np.int64]:
         """How often each token stands in the texts, int64 [vocabulary]."""
-        ids = [i for text in self._some(COUNTED) for i in _encoder(tokenizer, None)(*text)]
+        encode = _ids(tokenizer)
+        ids = [i for text in self._some(COUNTED) for i in encode(text)]
         counts = np.bincount(np.array(ids, dtype=np.int64), minlength=len(tokenizer))
         counts[tokenizer.all_special_ids] = 0
         return counts
@@ -110,8 +112,8 @@ class TextKind(Kind):
         remote = is_remote(manifest.root) or any(is_remote(s.name) for s in manifest.shards)
         if not self.run.ranks.main or remote:  # shards would be fetched for this alone
             return
-        encode = _encoder(base.tokenizer, None)
-        lengths = np.array([len(encode(*text)) for text in self._some(LOOKED_AT)])
+        encode = _ids(base.tokenizer)
+        lengths = np.array([len(encode(text)) for text in self._some(LOOKED_AT)])
         longer = float((lengths > base.max_length).mean())
         if longer:
             self.run.say_once(
@@ -140,7 +142,9 @@ class TextKind(Kind):
         """See `Kind`."""
         tokenizer = base.tokenizer
         return Texts(
-            _encoder(tokenizer, base.max_length),
+            _encoder(
+                tokenizer, base.max_length, getattr(base.config, "type_vocab_size", None) or 0
+            ),
             pad_id=tokenizer.pad_token_id,
             special_ids=frozenset(tokenizer.all_special_ids),
             max_length=base.max_length,
@@ -197,7 +201,7 @@ class TextKind(Kind):
         """See `Kind`; a missing MLM head is new, and said so."""
         torch.manual_seed(self.config.seed)
         rate = self.config.mlm.dropout if dropout is None else dropout
-        model = MaskedLanguageModel(with_dropout(base.config, rate), base.tokenizer.sep_token_id)
+        model = MaskedLanguageModel(with_dropout(base.config, rate))
         load_encoder(model.encoder, base.encoder, base.origin)
         if base.decoder is None:
             self.run.say(
@@ -210,9 +214,9 @@ class TextKind(Kind):
 
     def encoder(self, base: Language) -> TextEncoder:
         """See `Kind`."""
-        model = MaskedLanguageModel(base.config, None)
+        model = MaskedLanguageModel(base.config)
         load_encoder(model.encoder, base.encoder, base.origin)
-        return TextEncoder(model.encoder, base.config, base.tokenizer.sep_token_id)
+        return TextEncoder(model.encoder, base.config)
 
     def classifier(self, base: Language, classes: list[str], seed: int) -> TextClassifier:
         """See `Kind`."""
@@ -221,7 +225,7 @@ class TextKind(Kind):
         config.num_labels = len(classes)
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
-        model = TextClassifier(config, base.tokenizer.sep_token_id)
+        model = TextClassifier(config)
         load_encoder(model.encoder, base.encoder, base.origin)
         return model
 
@@ -284,26 +288,45 @@ class TextKind(Kind):
     def export_classifier(
         self, folder: Path, model: TextClassifier, base: Language, classes: list[str]
     ) -> None:
-        """See `Kind`: a folder for transformers, with its tokenizer."""
-        self._export(folder, model.network, base)
+        """See `Kind`: a folder for transformers, with its tokenizer, which cuts as here."""
+        self._export(folder, model.network, base, base.max_length)
 
-    def _export(self, folder: Path, network: Any, base: Language) -> None:
+    def _export(
+        self, folder: Path, network: Any, base: Language, max_length: int | None = None
+    ) -> None:
         tensors: dict[str, Tensor] = full_state(network, keep=self.run.ranks.main)
         if self.run.ranks.main:
-            export_transformers(folder, network, tensors, base.tokenizer, base.config)
+            tokenizer = base.tokenizer
+            if max_length is not None:
+                tokenizer = copy.deepcopy(tokenizer)
+                tokenizer.model_max_length = max_length
+            export_transformers(folder, network, tensors, tokenizer, base.config)
 
 
-def _encoder(tokenizer: Any, max_length: int | None) -> Callable[[str, str | None], list[int]]:
-    """Token ids of a text or a pair, cut to a length if there is one."""
-    cut: dict[str, Any] = {"verbose": False}
-    if max_length is not None:
-        cut = {"truncation": True, "max_length": max_length}
+def _encoder(
+    tokenizer: Any, max_length: int, segments: int
+) -> Callable[[str, str | None], list[int] | list[list[int]]]:
+    """Token ids of a text or a pair.
 
-    def encode(text: str, pair: str | None) -> list[int]:
-        ids: list[int] = tokenizer(text, pair, **cut)["input_ids"]
-        return ids
+    Args:
+        tokenizer: of transformers.
+        max_length: of the result.
+        segments: that the model tells apart (BERT: 2). Where the tokenizer numbers them, and there
+            is more than one in a text, they come beside the ids.
+    """
+
+    def encode(text: str, pair: str | None) -> list[int] | list[list[int]]:
+        found = tokenizer(text, pair, truncation=True, max_length=max_length)
+        ids: list[int] = found["input_ids"]
+        kinds: list[int] = found.get("token_type_ids", []) if segments > 1 else []
+        return [ids, kinds] if any(kinds) else ids
 
     return encode
+
+
+def _ids(tokenizer: Any) -> Callable[[Text], list[int]]:
+    """Token ids of a whole text."""
+    return lambda text: list(tokenizer(*text, verbose=False)["input_ids"])
 
 
 def _shown(batch: Batch, predicted: Tensor, tokenizer: Any) -> str:

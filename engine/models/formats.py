@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 from engine.models.layout import Tensors, from_fair, from_hugging_face
-from engine.models.source import read_folder, read_json, read_safetensors, read_torch
+from engine.models.source import TORCH_FILES, read_folder, read_json, read_safetensors, read_torch
 from engine.models.vit_mae import Shape
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -62,9 +62,11 @@ def read(path: Path, origin: str) -> Found:
     if path.is_file():
         if path.suffix == ".safetensors":
             return _bare(read_safetensors(path), {}, origin)
-        if path.suffix in (".pth", ".pt", ".bin"):
+        if path.name.endswith(TORCH_FILES):
             return _bare(*read_torch(path), origin)
-        raise UserError(f"{origin} is neither .pth, .pt, .bin nor .safetensors: give one of them")
+        raise UserError(
+            f"{origin} is neither {', '.join(TORCH_FILES)} nor .safetensors: give one of them"
+        )
     # A classifier that pools by the mean is exported for timm alone.
     folder = path if (path / "config.json").exists() else path / "timm"
     if not (folder / "config.json").exists():

@@ -108,25 +108,13 @@ def build(factory: Any, config: PreTrainedConfig) -> Any:
     return model
 
 
-def segments(input_ids: Tensor, attention_mask: Tensor, separator: int) -> Tensor:
-    """Segment of each token, as BERT's tokenizer numbers them: 1 after the first separator.
-
-    Separators are never masked, so that a masked view has the same segments.
-    """
-    ends = (input_ids == separator).long()
-    before = ends.cumsum(1) - ends
-    return (before > 0).long() * attention_mask
-
-
 class _Inputs:
     """What a batch's ids become as arguments of a transformers model."""
 
-    def __init__(self, encoder: Any, config: PreTrainedConfig, separator: int | None) -> None:
-        segmented = (getattr(config, "type_vocab_size", 0) or 0) > 1
-        self.separator = separator if segmented else None
+    def __init__(self, encoder: Any, config: PreTrainedConfig) -> None:
         self.pad = int(getattr(config, "pad_token_id", None) or 0)
         # RoBERTa counts positions from behind that of padding, BERT from 0.
-        self.first = 0 if config.model_type == "bert" else self.pad + 1
+        self.counts_from_pad = config.model_type != "bert"
         # transformers asks a mask of two dimensions whether it masks anything, and so waits for the
         # device; one that is ready it takes as it is, where attention is PyTorch's own.
         self.ready = getattr(encoder.config, "_attn_implementation", "") == _SDPA
@@ -137,6 +125,7 @@ class _Inputs:
         attention_mask: Tensor,
         unpadded: Tensor | None = None,
         packed_at: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> dict[str, Any]:
         """The arguments.
 
@@ -145,10 +134,9 @@ class _Inputs:
             attention_mask: int64 [B, T], 0 at padding.
             unpadded: given where nothing is padded.
             packed_at: int64 [R, T], for several texts in a row: see `data.texts.pack_rows`.
+            token_type_ids: int64 [B, T], the segment of each token; None: all are of the first.
         """
-        kinds = None
-        if self.separator is not None:
-            kinds = segments(input_ids, attention_mask, self.separator)
+        kinds = token_type_ids
         found: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self.ready:
             whole = unpadded is not None
@@ -157,13 +145,23 @@ class _Inputs:
             width, empty, at = input_ids.shape[1], packed_at < 0, packed_at.clamp(min=0)
             text = (at // width).masked_fill(empty, -1)
             found["input_ids"] = input_ids.flatten()[at].masked_fill(empty, self.pad)
-            found["position_ids"] = at % width + self.first
+            found["position_ids"] = self._positions(input_ids).flatten()[at]
             # Each text sees itself alone; padding sees padding, since nothing is not a number.
             found["attention_mask"] = (text[:, :, None] == text[:, None, :])[:, None]
             kinds = None if kinds is None else kinds.flatten()[at]
         if kinds is not None:
             found["token_type_ids"] = kinds
         return found
+
+    def _positions(self, input_ids: Tensor) -> Tensor:
+        """The position of each token, int64 [B, T], as the model itself numbers them.
+
+        RoBERTa counts the tokens that are not padding, also where a text has "<pad>" written out.
+        """
+        if not self.counts_from_pad:
+            return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        there = (input_ids != self.pad).long()
+        return there.cumsum(1) * there + self.pad
 
 
 def cuts(config: PreTrainedConfig) -> bool:
@@ -238,6 +236,7 @@ class _Encodes(nn.Module):
         unpadded: Tensor | None = None,
         packed_at: Tensor | None = None,
         packed_to: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         cls_only: bool = False,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -249,12 +248,13 @@ class _Encodes(nn.Module):
             unpadded: given where nothing is padded.
             packed_at: int64 [R, T], for several texts in a row: see `data.texts.pack_rows`.
             packed_to: int64 [B, T], likewise.
+            token_type_ids: int64 [B, T], the segment of each token; None: all are of the first.
             cls_only: the first token's row is enough.
 
         Returns:
             Hidden states after the last layer, [B, T, D] or [B, 1, D]; and the attention mask.
         """
-        inputs = self.inputs(input_ids, attention_mask, unpadded, packed_at)
+        inputs = self.inputs(input_ids, attention_mask, unpadded, packed_at, token_type_ids)
         with self.rows.cls(packed_to, cls_only):
             hidden: Tensor = self.encoder(**inputs).last_hidden_state
         if packed_to is not None and not cls_only:
@@ -265,10 +265,10 @@ class _Encodes(nn.Module):
 class TextEncoder(_Encodes):
     """An encoder on token ids."""
 
-    def __init__(self, encoder: nn.Module, config: PreTrainedConfig, separator: int | None) -> None:
+    def __init__(self, encoder: nn.Module, config: PreTrainedConfig) -> None:
         super().__init__()
         self.encoder = encoder
-        self.inputs = _Inputs(encoder, config, separator)
+        self.inputs = _Inputs(encoder, config)
         self.rows = LastRows(encoder, config)
 
 
@@ -277,11 +277,11 @@ class MaskedLanguageModel(_Encodes):
 
     loss_name = "mlm"
 
-    def __init__(self, config: PreTrainedConfig, separator: int | None) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         """Fresh weights for a config whose model_type is among `HEADS`."""
         super().__init__()
         self.network = build(AutoModelForMaskedLM, config)
-        self.inputs = _Inputs(self.encoder, config, separator)
+        self.inputs = _Inputs(self.encoder, config)
         self.rows = LastRows(self.encoder, config)
         self.head = HEADS[config.model_type]
 
@@ -304,6 +304,7 @@ class MaskedLanguageModel(_Encodes):
         unpadded: Tensor | None = None,
         packed_at: Tensor | None = None,
         packed_to: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         shown: bool = False,
         **_: Any,
     ) -> tuple[dict[str, Tensor], Tensor]:
@@ -321,6 +322,7 @@ class MaskedLanguageModel(_Encodes):
             unpadded: given where nothing is padded.
             packed_at: int64 [R, T], for several texts in a row: see `data.texts.pack_rows`.
             packed_to: int64 [B, T], likewise.
+            token_type_ids: int64 [B, T], the segment of each token; None: all are of the first.
             shown: whether the prediction is asked for.
 
         Returns:
@@ -330,7 +332,7 @@ class MaskedLanguageModel(_Encodes):
             masked_at = packed_to.flatten()[masked_at]
         # The head, a large part of the work, runs on the masked tokens alone.
         with self.rows.at(masked_at):
-            inputs = self.inputs(masked_ids, attention_mask, unpadded, packed_at)
+            inputs = self.inputs(masked_ids, attention_mask, unpadded, packed_at, token_type_ids)
             hidden = self.encoder(**inputs).last_hidden_state
         chosen = hidden.flatten(0, 1)
         if not self.rows.cuts:
@@ -344,11 +346,11 @@ class MaskedLanguageModel(_Encodes):
 class TextClassifier(nn.Module):
     """transformers' own sequence classifier: RoBERTa's has a dense layer and tanh on `<s>`."""
 
-    def __init__(self, config: PreTrainedConfig, separator: int | None) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         """Fresh weights for a config with `num_labels`."""
         super().__init__()
         self.network = build(AutoModelForSequenceClassification, config)
-        self.inputs = _Inputs(self.encoder, config, separator)
+        self.inputs = _Inputs(self.encoder, config)
         self.rows = LastRows(self.encoder, config)
 
     @property
@@ -368,10 +370,11 @@ class TextClassifier(nn.Module):
         unpadded: Tensor | None = None,
         packed_at: Tensor | None = None,
         packed_to: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         **_: Tensor,
     ) -> Tensor:
         """Logits [B, C] of int64 [B, T] ids and attention mask."""
-        inputs = self.inputs(input_ids, attention_mask, unpadded, packed_at)
+        inputs = self.inputs(input_ids, attention_mask, unpadded, packed_at, token_type_ids)
         with self.rows.cls(packed_to):  # all that heads and poolers of models that cut ever read
             logits: Tensor = self.network(**inputs).logits
         return logits

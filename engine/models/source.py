@@ -7,7 +7,7 @@ import json
 import pickle
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,12 @@ from data.errors import UserError
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Names on the hub that have no owner, from its first days: roberta-base, bert-base-uncased.
 _BARE_NAME = re.compile(r"[\w-]+(-[\w-]+)+")
+#: Names of files as torch.save leaves them; a ".pth.tar" is no tar.
+TORCH_FILES = (".pth", ".pt", ".bin", ".ckpt", ".pth.tar", ".pt.tar")
+#: Under which of these a training checkpoint has its model's tensors: FAIR's, timm's, Lightning's.
+_STATE = ("model", "state_dict", "model_state_dict")
+#: What wrappers put before every name: DataParallel, Lightning and others, torch.compile.
+_PREFIXES = ("module.", "model.", "_orig_mod.")
 _CONFIGS = ["config.json", "preprocessor_config.json"]
 
 
@@ -49,7 +55,7 @@ def locate(
         return path
     name = source.removeprefix("hf-hub:")
     known = _HUB_NAME.fullmatch(name) or (bare and _BARE_NAME.fullmatch(name))
-    if not known or path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
+    if not known or path.name.endswith((*TORCH_FILES, ".safetensors")):
         raise UserError(
             f"no weights at {source}: give a folder, a .pth or .safetensors file, or a hub name "
             f"such as {example}"
@@ -64,7 +70,8 @@ def _fetch(name: str, configs: list[str]) -> Path:
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*configs, "model.safetensors"]))
         if not (folder / "model.safetensors").exists():
-            others = ["model-*.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+            others = ["model-*.safetensors", "model.safetensors.index.json"]
+            others += ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
             folder = Path(snapshot_download(name, allow_patterns=[*configs, *others]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         # The first sentence names the reason, the others what the hub's library advises.
@@ -88,21 +95,44 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a model's folder: safetensors, whole or in shards, else pytorch_model.bin."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        return read_safetensors(folder / "model.safetensors")
-    if index.exists():
-        tensors: dict[str, Tensor] = {}
-        for name in sorted(set(read_json(index)["weight_map"].values())):
-            tensors |= read_safetensors(folder / Path(name).name)
-        return tensors
-    if (folder / "pytorch_model.bin").exists():
-        return read_torch(folder / "pytorch_model.bin")[0]
+    """All tensors of a model's folder: safetensors, else pytorch_model.bin, whole or in shards.
+
+    Raises:
+        UserError: there are none, or a file is broken or missing.
+    """
+    readers = {"model.safetensors": read_safetensors, "pytorch_model.bin": _tensors}
+    for name, reader in readers.items():
+        if (folder / name).exists():
+            return reader(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            return _read_shards(index, reader)
     raise UserError(
         f"{folder} has a config.json but no weights: put model.safetensors or pytorch_model.bin "
         "beside it"
     )
+
+
+def _read_shards(index: Path, reader: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors that an index names, from the files beside it."""
+    places = read_json(index).get("weight_map")
+    cure = "fetch the model again, whole"
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{index} names no tensors (it has no weight_map): {cure}")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(map(str, places.values()))):
+        if name != Path(name).name:
+            raise UserError(f"{index} names {name!r}, which is no file beside it: {cure}")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index} names {name}, which is missing: {cure}")
+        tensors |= reader(index.parent / name)
+    if absent := sorted(places.keys() - tensors.keys()):
+        raise UserError(f"{index} names the tensor {absent[0]}, which no shard has: {cure}")
+    return tensors
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    return read_torch(path)[0]
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -135,8 +165,10 @@ def read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{path} is no readable torch file: fetch it again") from error
     args = content.get("args") if isinstance(content, dict) else None
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        content = content["model"]
+    for name in _STATE if isinstance(content, dict) else ():
+        if isinstance(content.get(name), dict):
+            content = content[name]
+            break
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} holds no state dict: save the model's state_dict()")
     strange = [str(k) for k, v in content.items() if not isinstance(v, Tensor)]
@@ -144,5 +176,7 @@ def read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(
             f"{path} is no state dict: {strange[0]} is no tensor; save the model's state_dict()"
         )
-    tensors = {str(k).removeprefix("module."): v for k, v in content.items()}
+    tensors = {str(k): v for k, v in content.items()}
+    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in tensors)), ""):
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
     return tensors, vars(args) if isinstance(args, argparse.Namespace) else {}

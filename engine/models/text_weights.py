@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -28,6 +31,11 @@ from engine.models.weights import fingerprint
 #: Files that a model's folder on the hub may have beside its weights.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
 
+#: What transformers raises on folders that are not as it wrote them.
+_BROKEN = (
+    *(OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError),
+    *(AssertionError, pickle.UnpicklingError, SafetensorError, StrictDataclassError),
+)
 #: Models that number positions from pad_token_id + 1.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
@@ -76,12 +84,19 @@ def load_language(source: str, max_length: int | None = None) -> Language:
             f"{source} is a model of type {kind!r}, of which masked language modelling is not known"
             f" here: take one of {', '.join(HEADS)}"
         )
+    tokenizer = load_tokenizer(str(folder), source)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if config.pad_token_id is None:  # by which positions are counted, and embeddings left out
+            config.pad_token_id = tokenizer.pad_token_id
         model, info = AutoModelForMaskedLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except _BROKEN as error:
         raise UserError(f"{source} cannot be loaded: {one_line(error)[:200]}") from error
     prefix = model.base_model_prefix + "."
     missing = sorted(info["missing_keys"])
@@ -91,7 +106,6 @@ def load_language(source: str, max_length: int | None = None) -> Language:
             f"{source}: {wrong[0]} is missing or of another shape than config.json says: fetch the"
             " model again"
         )
-    tokenizer = load_tokenizer(str(folder), source)
     return _record(config, tokenizer, model, max_length, source, headless=bool(missing))
 
 
@@ -120,7 +134,7 @@ def load_tokenizer(folder: str, source: str) -> Any:
         raise UserError(f"there is no tokenizer at {source}: give its folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _BROKEN as error:
         raise UserError(
             f"{source} has no tokenizer that can be read ({one_line(error)[:120]}): put"
             " tokenizer.json, or vocab.json and merges.txt, beside its weights"
@@ -156,7 +170,7 @@ def _record(
                 f"{origin}: {name} holds NaN or infinite values: take another checkpoint"
             )
     _fit(config, tokenizer, origin)
-    limit = _limit(config, tokenizer)
+    limit = _limit(config, tokenizer, origin)
     if max_length is not None and max_length > limit:
         raise UserError(
             f"--text.max_length {max_length}: {origin} takes {limit} tokens at most: give that or"
@@ -174,8 +188,13 @@ def _record(
     )
 
 
-def _limit(config: PreTrainedConfig, tokenizer: Any) -> int:
-    positions = int(config.max_position_embeddings)
+def _limit(config: PreTrainedConfig, tokenizer: Any, origin: str) -> int:
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        raise UserError(
+            f"{origin}: max_position_embeddings is {positions} in config.json: write the number of"
+            " positions that the model was trained with"
+        )
     if config.model_type in _OFFSET_POSITIONS:
         positions -= int(config.pad_token_id) + 1
     return min(positions, int(min(tokenizer.model_max_length, 2**31)))

@@ -57,6 +57,7 @@ class Batches:
             raise UserError(f"skip_broken is {skip_broken}: give the tolerated share, 0 to below 1")
         self.manifest = manifest
         self.broken: dict[int, str] = {}
+        self._noted = False
         self.samples = samples
         self._workers = workers
         self._pin = pin
@@ -106,6 +107,7 @@ class Batches:
                 if "error" in batch:
                     raise UserError(batch["error"])
                 self._count(batch.pop("broken"))
+                self._note(batch.pop("noted"))
                 yield received(batch)
         finally:
             self._live.discard(iterator)
@@ -133,6 +135,15 @@ class Batches:
             self.broken[sample] = broken[sample]
             self._report(f"skipped: {broken[sample]}")
             self.tolerate(len(self.broken))
+
+    def _note(self, noted: list[str]) -> None:
+        """Says once that images are read of which only the pixels can be."""
+        if noted and not self._noted:
+            self._noted = True
+            self._report(
+                f"{noted[0]}: its profile, text or EXIF cannot be read; its pixels are whole, and"
+                " are taken as they lie (said once; python -m data.verify --decode counts such)"
+            )
 
     def tolerate(self, count: int) -> None:
         """Refuses too many broken samples; a rank by itself sees no more than its own.

@@ -30,12 +30,14 @@ class Found(NamedTuple):
         problems: A line each.
         counts: int64 [C], samples of each class.
         hidden: Its sha256 is another, and no sample shows it.
+        unreadable: Images of which something beside the pixels could not be read.
         inputs: Digest and label of each sample that could be read, and the number of that sample.
     """
 
     problems: list[str]
     counts: NDArray[np.int64]
     hidden: bool = False
+    unreadable: int = 0
     inputs: Sequence[tuple[int, int, int]] = ()
 
 
@@ -123,9 +125,10 @@ def _check_samples(
     rows: NDArray[np.int64],
     names: _Names | None,
     decode: bool,
+    tell: images.Tell = None,
 ) -> Iterator[tuple[int, int, str]]:
     """Each sample's digest, label and problem; see `_check_sample`."""
-    parse: Callable[[bytes], object] = images.read
+    parse: Callable[[bytes], object] = functools.partial(images.read, tell=tell)
     if file.kind == "text":
         parse = functools.partial(texts.read, stored=file.text["stored"])
     with (
@@ -209,6 +212,7 @@ def check_shard(
     same = _sha256(path, advance) == info.sha256
     wrong: list[str] = []
     inputs: list[tuple[int, int, int]] = []
+    told: list[bool] = []
     names, broken = None, ""
     try:
         names = _Names(tars.scan(path))
@@ -217,7 +221,9 @@ def check_shard(
     left: list[str] = []
     if table is not None and size:
         rows = table[file.starts[shard] : file.starts[shard + 1]]
-        samples = _check_samples(file, shard, path, rows, names, decode or not same)
+        samples = _check_samples(
+            file, shard, path, rows, names, decode or not same, lambda: told.append(True)
+        )
         for number, (digest, label, problem) in enumerate(samples):
             if problem:
                 wrong.append(problem)
@@ -247,7 +253,7 @@ def check_shard(
             f"shard {place} holds {len(left)} samples that members.npy lacks, such as {left[0]}:"
             " make it anew (python -m data.index --overwrite)"
         )
-    return Found(problems, counts, inputs=inputs)
+    return Found(problems, counts, unreadable=len(told), inputs=inputs)
 
 
 def check_hashes(file: Manifest, shards: Sequence[int], *, hidden_only: bool = False) -> None:

@@ -10,6 +10,7 @@ import difflib
 import errno
 import functools
 import inspect
+import io
 import re
 import shutil
 import sys
@@ -239,6 +240,9 @@ def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> None
         SystemExit: 2 for a user's mistake, 130 for Ctrl-C, 0 for ``--help``.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # a file's name need not be UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = spec.name if spec else None
     try:

@@ -11,7 +11,13 @@ from data.errors import UserError
 
 
 class Codec(Protocol):
-    """Decodes samples in a loader's workers, and puts them together."""
+    """Decodes samples in a loader's workers, and puts them together.
+
+    Attributes:
+        noted: Names of samples that were decoded though something beside the input is unreadable.
+    """
+
+    noted: list[str]
 
     def decode(self, content: bytes, name: str) -> NDArray[Any]:
         """One sample's array.
@@ -63,10 +69,11 @@ class Images:
 
     def __init__(self, size: int | None = None) -> None:
         self.size = size
+        self.noted: list[str] = []
 
     def decode(self, content: bytes, name: str) -> NDArray[Any]:
         """See `Codec`; uint8 [3, H, W]."""
-        return images.decode(content, self.size, name)
+        return images.decode(content, self.size, name, lambda: self.noted.append(name))
 
     def blank(self, like: NDArray[Any] | None) -> NDArray[Any] | None:
         """See `Codec`; black."""

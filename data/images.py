@@ -211,13 +211,16 @@ def prepare(content: bytes, size: int | None, tell: Tell = None) -> bytes:
     return out.getvalue()
 
 
-def decode(content: bytes, size: int | None, name: str = "image") -> NDArray[np.uint8]:
+def decode(
+    content: bytes, size: int | None, name: str = "image", tell: Tell = None
+) -> NDArray[np.uint8]:
     """An image file as pixels.
 
     Args:
         content: The file's bytes.
         size: Images of another size are fitted to this square; None leaves them as they are.
         name: Of the sample, for errors.
+        tell: See `read`.
 
     Returns:
         uint8 [3, H, W], RGB.
@@ -226,7 +229,7 @@ def decode(content: bytes, size: int | None, name: str = "image") -> NDArray[np.
         BrokenData: The image is unreadable.
     """
     try:
-        found = _read(content, size)
+        found = _read(content, size, tell)
     except ValueError as error:
         raise BrokenData(
             f"{name}: the image cannot be read: {error}: pack it again from a whole file, or"

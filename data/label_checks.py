@@ -58,6 +58,14 @@ def check(splits: Splits) -> list[str]:
 
 
 def _refuse(classes: list[str], samples: int) -> None:
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"the name of class {name!a} is not UTF-8, so that no manifest can hold it:"
+                " rename it"
+            ) from None
     cure = "give each sample the name of its class, or pack without labels (--unlabelled)"
     if samples >= _FEW and len(classes) == 1:
         raise UserError(

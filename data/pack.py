@@ -106,9 +106,10 @@ def _find(
             f"{root} is none of the known data sets ({', '.join(layouts.NAMES)}), which"
             " --fold, --trainval and --keep_banner are for: drop them, or name it (--layout)"
         )
-    if root.exists() and text_sources.recognise(root, columns):
-        return _Found(text_sources.find(root, columns, unlabelled=unlabelled), [], "text")
     notes = []
+    if root.exists() and text_sources.recognise(root, columns):
+        found = text_sources.find(root, columns, unlabelled=unlabelled, notes=notes)
+        return _Found(found, notes, "text")
     found = image_sources.find(
         root, unlabelled=unlabelled, split=split, columns=columns, notes=notes
     )

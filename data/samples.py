@@ -45,6 +45,8 @@ class Samples(Dataset[dict[str, Any]], ABC):
             batch = self.batch(positions, self.ring.room(number) if self.ring else None)
         except UserError as error:
             return {"error": str(error)}
+        noted, self.codec.noted = self.codec.noted[:1], []
+        batch["noted"] = noted
         return self.ring.carry(number, batch) if self.ring else carried(batch)
 
     def _prefetches(self) -> bool:

@@ -10,6 +10,7 @@ from data.cli import nearest
 from data.errors import UserError
 from data.manifest import DIVIDED
 from data.sources import ALIASES, Columns, Row, Sample, Samples, Splits, Stream, grouped
+from data.strays import is_stray
 from data.texts import Text
 
 #: Files of texts by their extension; .csv may be a list of images as well.
@@ -44,13 +45,20 @@ def recognise(root: Path, columns: Columns) -> bool:
     return suffix in SUFFIXES and suffix != ".csv" and root.is_file()
 
 
-def find(root: Path, columns: Columns, *, unlabelled: bool = False) -> Splits:
+def find(
+    root: Path,
+    columns: Columns,
+    *,
+    unlabelled: bool = False,
+    notes: list[str] | None = None,
+) -> Splits:
     """The texts of a file or a folder that `recognise` knows.
 
     Args:
         root: File, folder of {train,val,test}.{jsonl,csv,tsv,txt}, or folder of `datasets`.
         columns: Names of the columns.
         unlabelled: Leave labels away; the file may then be larger than memory.
+        notes: Gets a line for each thing that was passed over.
 
     Returns:
         Per split its samples and classes; the split "" where the source is not divided.
@@ -59,6 +67,17 @@ def find(root: Path, columns: Columns, *, unlabelled: bool = False) -> Splits:
         UserError: The source cannot be read or contradicts itself.
     """
     files = _files(root)
+    if notes is not None and root.is_dir() and not _is_saved(root):
+        others = [
+            path.name
+            for path in sorted(root.iterdir())
+            if path.suffix.lower() in SUFFIXES and path not in files.values() and path.is_file()
+        ]
+        if others := [name for name in others if not is_stray(name)]:
+            notes.append(
+                f"note: {len(others)} files are not named after a split and are left out, such as"
+                f" {others[0]}"
+            )
     plain = all(path.suffix.lower() == ".txt" for path in files.values())
     if unlabelled or plain:
         return _streams(files, columns)

@@ -151,6 +151,7 @@ class Texts:
         self.special_ids = np.array(sorted(special_ids | {pad_id}), dtype=np.int64)
         self.max_length = max_length
         self.bucket, self.packed = bucket, packed
+        self.noted: list[str] = []
         self.stored: Stored = stored or ("json" if pairs else "txt")
 
     def decode(self, content: bytes, name: str) -> NDArray[Any]:

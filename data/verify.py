@@ -134,6 +134,7 @@ def verify(data: str, decode: bool = False, workers: int = 4, cache_dir: str | N
         DownloadColumn(),
         TimeRemainingColumn(),
     )
+    unreadable = 0
     seen = duplicates.Inputs(next((file.classes for file in files if file.classes), []))
     # Lines on a terminal go above the bar; lines into a file go there as they are.
     tty = sys.stdout.isatty()
@@ -156,7 +157,9 @@ def verify(data: str, decode: bool = False, workers: int = 4, cache_dir: str | N
 
         try:
             for file in files:
-                _verify_split(file, decode, pool, lambda n: progress.advance(task, n), report, seen)
+                unreadable += _verify_split(
+                    file, decode, pool, lambda n: progress.advance(task, n), report, seen
+                )
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -171,6 +174,11 @@ def verify(data: str, decode: bool = False, workers: int = 4, cache_dir: str | N
         f"hashes, headers, labels and {files[0].kind}s" if decode else "hashes, headers and labels"
     )
     print(f"{data}: {splits}: {size}: {what} are right")
+    if unreadable:
+        print(
+            f"note: {unreadable} images have a profile, text or EXIF that cannot be read: their"
+            " pixels are whole, and are taken as they lie"
+        )
     for note in seen.notes():
         print(note)
 
@@ -182,8 +190,12 @@ def _verify_split(
     advance: Callable[[int], None],
     report: Callable[[str], None],
     seen: duplicates.Inputs,
-) -> None:
-    """Checks the shards of one split in threads; tells of problems in the shards' order."""
+) -> int:
+    """Checks the shards of one split in threads; tells of problems in the shards' order.
+
+    Returns:
+        Images of which something beside the pixels could not be read.
+    """
     table: NDArray[np.int64] | None = None
     try:
         table = _table(file)
@@ -191,13 +203,14 @@ def _verify_split(
         report(str(error))
     counts = np.zeros(len(file.classes), np.int64)
     whole = table is not None
-    places = array("q")
+    places, unreadable = array("q"), 0
     jobs = pool.map(
         lambda shard: check_shard(file, shard, table, decode, advance), range(len(file.shards))
     )
     seen.begin(file.split, lambda number: _place_of(file, places, number))
     for shard, found in enumerate(jobs):
         counts += found.counts
+        unreadable += found.unreadable
         for digest, label, number in found.inputs:
             seen.add(digest, label)
             places.append(int(file.starts[shard]) + number)
@@ -211,6 +224,7 @@ def _verify_split(
             f" {file.classes[first]!r}, the shards hold {counts[first]}: make it anew"
             " (python -m data.index --overwrite)"
         )
+    return unreadable
 
 
 def _place_of(file: Manifest, ids: Sequence[int], number: int) -> str:

@@ -174,8 +174,8 @@ class Meeting:
         line = f"{come} of {self.world} ranks have come to {self.place}; waiting for rank {who}"
         if strangers:
             line += (
-                f"; rank {strangers[0]} of another launch came to this port: end that one, or start"
-                f" anew at another port ({self._port()})"
+                f"; rank {strangers[0]} of another launch came to this port: end that one, or"
+                f" {self._port()}"
             )
         elif "SLURM_PTY_PORT" in self.env and in_step(self.env):
             line += (

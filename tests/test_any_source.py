@@ -6,6 +6,8 @@ The oracle is what was put there.
 import contextlib
 import csv
 import io
+import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -259,3 +261,56 @@ def test_equal_inputs_are_told_by_pack_and_verify(
     assert call(pack, root, tmp_path / "clean") == 0
     assert call(verify, tmp_path / "clean") == 0
     assert "note" not in capsys.readouterr().out
+
+
+def test_unreadable_metadata_is_told_once_by_all_who_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from data.codec import Images
+    from data.index import index
+    from data.loader import Loader
+    from data.verify import verify
+
+    exif = b"eXIf\0\x08\0\x02\x01\x12\0\x03"
+    broken = (len(exif) - 4).to_bytes(4, "big") + exif + zlib.crc32(exif).to_bytes(4, "big")
+    for number in range(6):
+        content = png(numbered(number))
+        path = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content[:33] + (broken if number < 4 else b"") + content[33:])
+    out = tmp_path / "out"
+    options = ["--splits", "1", "--keep_original"]
+    assert call(pack, tmp_path / "images", out, *options) == 0
+    assert "note: 4 images have a profile, text or EXIF" in capsys.readouterr().out
+    assert call(verify, out, "--decode") == 0
+    assert "note: 4 images have a profile, text or EXIF" in capsys.readouterr().out
+    assert call(index, out / "train", "--overwrite") == 0
+    said: list[str] = []
+    file = Manifest.load_split(str(out), "train")
+    for workers in (0, 2):
+        loader = Loader(file, codec=Images(), batch=2, workers=workers, report=said.append)
+        for _, batch in zip(range(6), loader, strict=False):
+            assert set(batch["images"][:, 2].flatten().tolist()) == {77}
+        loader.close()
+    assert len(said) == 2
+    assert all("its profile, text or EXIF cannot be read" in line for line in said)
+
+
+def test_files_of_texts_that_are_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train.jsonl", "test.jsonl", "train-00001.jsonl", "._test.jsonl"):
+        rows = [f'{{"text": "{name} {i}", "label": "{"ab"[i % 2]}"}}\n' for i in range(4)]
+        (tmp_path / name).write_text("".join(rows))
+    assert call(pack, tmp_path, tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert "1 files are not named after a split and are left out, such as train-00001.jsonl" in said
+
+
+def test_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = os.fsencode(tree(tmp_path / "images", "a/1.png", "b/2.png"))
+    os.rename(root + b"/a/1.png", root + b"/a/caf\xe9.png")  # a file's name may be anything
+    assert call(pack, tmp_path / "images", tmp_path / "out", "--splits", "1") == 0
+    os.rename(root + b"/a", root + b"/caf\xe9")
+    assert call(pack, tmp_path / "images", tmp_path / "two") == 2
+    assert "the name of class 'caf\\udce9' is not UTF-8" in capsys.readouterr().err

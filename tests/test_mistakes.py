@@ -67,6 +67,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "file").write_text("not a folder")
     (root / "empty-class" / "a").mkdir(parents=True)
     (root / "empty-class" / "b").mkdir()
+    (root / "empty-class" / "b" / "1.heic").touch()
     Image.new("RGB", (9, 9)).save(root / "empty-class" / "a" / "1.png")
     (root / "text" / "a").mkdir(parents=True)
     (root / "text" / "a" / "1.png").write_text("no image")
@@ -252,7 +253,11 @@ def table(root: Path) -> list[tuple[str, tuple[str, list[str]], str]]:
             ("data.pack", [str(r / "images"), str(r / "shards")]),
             "--overwrite",
         ),
-        ("pack: empty class", ("data.pack", [str(r / "empty-class"), str(r / "o")]), "b"),
+        (
+            "pack: a class without images",
+            ("data.pack", [str(r / "empty-class"), str(r / "o")]),
+            "b",
+        ),
         ("pack: not an image", ("data.pack", [str(r / "text"), str(r / "o")]), "1.png"),
         ("pack: wrong columns", ("data.pack", [str(r / "wrong.csv"), str(r / "o")]), "path"),
         ("pack: unknown option", ("data.pack", ["a", "b", "--sise", "3"]), "--size"),

@@ -82,15 +82,16 @@ def test_a_name_that_nobody_knows(cluster: Cluster, root: Path) -> None:
 
 
 def test_a_task_that_dies_as_it_starts(cluster: Cluster, root: Path) -> None:
-    """Without --kill-on-bad-exit srun lets the others wait: they say for whom; Ctrl-C ends them."""
+    """Without --kill-on-bad-exit srun lets the others wait: they say for whom; SIGTERM ends them."""
     began = time.monotonic()
     die = 'if [ $SLURM_PROCID = 1 ]; then exit 9; else exec "$@"; fi'
     srun = f"srun -N2 -n2 --kill-on-bad-exit=0 bash -c '{die}' - {RUN}die"
-    command = f"timeout --signal=INT -k 20 40 {srun}"
+    command = f"timeout --signal=TERM -k 20 40 {srun}"
     code, printed = shell(cluster, root, command)
-    said = note("task 1 of 2 dies as it starts; SIGINT to srun after 40 s", printed, began, code)
+    said = note("task 1 of 2 dies as it starts; SIGTERM to srun after 40 s", printed, began, code)
     assert "waiting for rank 1" in printed, printed
     assert "rank 0 of 2, 15 s" in said
+    assert "interrupted (SIGTERM) at the start" in printed
 
 
 def test_an_interactive_shell_of_several_tasks(cluster: Cluster, root: Path) -> None:

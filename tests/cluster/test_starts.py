@@ -82,7 +82,7 @@ def test_a_name_that_nobody_knows(cluster: Cluster, root: Path) -> None:
 
 
 def test_a_task_that_dies_as_it_starts(cluster: Cluster, root: Path) -> None:
-    """Without --kill-on-bad-exit srun lets the others wait: they say for whom; SIGTERM ends them."""
+    """Without --kill-on-bad-exit srun lets the others wait: they say for whom until it is ended."""
     began = time.monotonic()
     die = 'if [ $SLURM_PROCID = 1 ]; then exit 9; else exec "$@"; fi'
     srun = f"srun -N2 -n2 --kill-on-bad-exit=0 bash -c '{die}' - {RUN}die"

@@ -23,7 +23,7 @@ from benchmarks import ours
 from benchmarks.peers import plain
 from benchmarks.sizes import Stage, batches, for_transformers
 from data import cli
-from engine import distributed
+from engine.runtime import distributed
 
 MARK = "@@ "
 

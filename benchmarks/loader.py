@@ -40,7 +40,7 @@ from benchmarks.loader_tables import (
 )
 from data import cli
 from data.errors import UserError
-from data.loader import Loader
+from data.loading.loader import Loader
 
 _TICK = os.sysconf("SC_CLK_TCK")
 _PATIENCE = 60  # seconds after which a process of the decode limit counts as dead

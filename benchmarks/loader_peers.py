@@ -26,12 +26,12 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import PILToTensor
 
 from data import pack
-from data.images import decode
-from data.kinds import ImageKind
-from data.loader import Loader
-from data.manifest import Manifest
-from data.reader import Reader
-from data.sources import Sample
+from data.formats.images import decode
+from data.loading.loader import Loader
+from data.loading.reader import Reader
+from data.shards.encoding import ImageKind
+from data.shards.manifest import Manifest
+from data.sources.samples import Sample
 
 Stored = Literal["png", "jpeg", "webp"]
 Batches = Generator[tuple[torch.Tensor, torch.Tensor], None, None]
@@ -195,7 +195,7 @@ def limit(pictures: Pictures, workers: int, epochs: int) -> Batches:
 
 
 def own_limit(pictures: Pictures, workers: int, epochs: int) -> Batches:
-    """As `limit`, decoded and checked as `data.images` does it."""
+    """As `limit`, decoded and checked as `data.formats.images` does it."""
     labels = torch.tensor(pictures.labels)
     for ids in Shuffled(len(pictures.encoded), epochs):
         arrays = [decode(pictures.encoded[i], None) for i in ids.tolist()]

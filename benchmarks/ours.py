@@ -15,26 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.sizes import CLASSES, SIZES, Batch, Stage, config_of, head, network
-from engine import distributed
-from engine.allocator import keep_memory
-from engine.checkpoint import State
-from engine.config import Config, StageSection
-from engine.fit import build_engine
-from engine.folder import Run
-from engine.kinds.image import ImageKind
-from engine.kinds.text import TextKind
+from engine.checkpoints.checkpoint import State
+from engine.checkpoints.folder import Run
+from engine.config.schema import Config, StageSection
 from engine.models.language import MaskedLanguageModel, TextClassifier, TextEncoder
 from engine.models.weights import load_pretrained
-from engine.monitor import Meter
-from engine.objectives import (
+from engine.monitoring.monitor import Meter
+from engine.runtime import distributed
+from engine.runtime.allocator import keep_memory
+from engine.runtime.zero import chosen
+from engine.training.fit import build_engine
+from engine.training.kinds.image import ImageKind
+from engine.training.kinds.text import TextKind
+from engine.training.loop import Loop, take_step
+from engine.training.objectives import (
     ClassifyObjective,
     DistillObjective,
     FeatureExtractor,
     MaskedObjective,
 )
-from engine.teacher import Cached, Replicated, Teacher, view
-from engine.trainer import Loop, take_step
-from engine.zero import chosen
+from engine.training.teacher import Cached, Replicated, Teacher, view
 
 
 def _images(name: str, run: Run, stage: Stage) -> tuple[Any, Any, type[Any]]:

@@ -45,14 +45,16 @@ def main() -> int:
 
     over("configuration's classes")
     timed(run, "_quiet", "command line, torch", "deepspeed")
-    from engine import distributed
+    from engine.runtime import distributed
 
     first = distributed.initialize
 
     def initialize() -> Any:
         ranks = first()
         over("process group")
-        from engine import fit, stages, trainer
+        from engine.stages import sequence as stages
+        from engine.training import fit
+        from engine.training import loop as trainer
 
         over("timm and other modules")
         read: str | None = "run folder, data, weights"

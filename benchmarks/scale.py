@@ -5,7 +5,7 @@ pixels), its engine built as the stage builds it, with random images and feature
 teacher. The ranks are real processes under torchrun, joined by gloo.
 
 Bytes are those of the tensors that are asked for (`benchmarks.scale_ranks`); what a rank sends
-follows by the ring's formula (`launcher.scaling.sent`), whatever gloo itself puts on the wire.
+follows by the ring's formula (`launcher.plan.scaling.sent`), whatever gloo itself puts on the wire.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from benchmarks import record, scale_model, scale_tables
 from benchmarks.scale_ranks import BASE, SETTING, SETTINGS
 from data import cli
 from data.errors import UserError
-from engine import zero
-from launcher import scaling
-from launcher.workload import Parameters, count
+from engine.runtime import zero
+from launcher.plan import scaling
+from launcher.plan.workload import Parameters, count
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Seconds after which ranks are ended, and those more for each timed step.

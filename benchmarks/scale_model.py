@@ -1,8 +1,8 @@
 """The plan's formula of a step held against real steps of ranks on this machine.
 
-`launcher.scaling.step` is given what was measured in the same round: the step of one rank by itself
-as its compute, and what collectives of gloo take. What it says is then compared with the ranks'
-steps. Nothing hides behind compute: gloo works on the cores that compute.
+`launcher.plan.scaling.step` is given what was measured in the same round: the step of one rank by
+itself as its compute, and what collectives of gloo take. What it says is then compared with the
+ranks' steps. Nothing hides behind compute: gloo works on the cores that compute.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.scale_ranks import SETTING, SETTINGS, TIMED
-from engine import zero
-from launcher import scaling
-from launcher.workload import Parameters
+from engine.runtime import zero
+from launcher.plan import scaling
+from launcher.plan.workload import Parameters
 
 #: Number of ranks -> what `scale_ranks.work` found in a round.
 Round = Mapping[int, Mapping[str, Any]]

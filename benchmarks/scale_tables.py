@@ -34,8 +34,8 @@ def text(
             "Counted: every tensor that ProcessGroup is asked to move, times 2 (N-1)/N for an"
             " all-reduce and (N-1)/N otherwise (a ring's convention, not gloo's own traffic)."
             " Textbook: 2 P under ZeRO 0, 1 and 2, 3 P under ZeRO 3, times (N-1)/N. Plan: what"
-            " launcher/scaling.py says of DeepSpeed 0.19.8. A: micro-batches a step; the textbook"
-            " takes a sum for each in ZeRO 2, and all three passes in ZeRO 3.",
+            " launcher/plan/scaling.py says of DeepSpeed 0.19.8. A: micro-batches a step; the"
+            " textbook takes a sum for each in ZeRO 2, and all three passes in ZeRO 3.",
             "",
             "ZeRO 1 and 2 all-reduce whole buckets of gradients, of which a rank keeps its part;"
             " two of their all-reduces, and those of ZeRO 3, are the overflow and the norm. ZeRO 3"
@@ -69,8 +69,8 @@ def text(
     if held:
         lines += [
             "",
-            "The plan's time of a step (launcher/scaling.py), given a step of one rank and gloo's"
-            " own times in the same round, against the ranks' steps:",
+            "The plan's time of a step (launcher/plan/scaling.py), given a step of one rank and"
+            " gloo's own times in the same round, against the ranks' steps:",
             "",
             _held_table(held),
             "",

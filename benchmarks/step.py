@@ -24,8 +24,8 @@ from benchmarks.contestant import MARK
 from benchmarks.sizes import SIZES, Stage
 from data import cli
 from data.errors import UserError
-from engine.flops import peak_flops
-from engine.zero import DTYPES
+from engine.monitoring.flops import peak_flops
+from engine.runtime.zero import DTYPES
 
 STAGES: tuple[Stage, ...] = ("pretrain", "distill", "finetune")
 

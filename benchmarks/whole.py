@@ -21,9 +21,9 @@ from rich.progress import Progress
 from benchmarks import record
 from data import cli
 from data.errors import UserError
-from data.manifest import Manifest
-from data.reader import Reader
-from engine import config as configuration
+from data.loading.reader import Reader
+from data.shards.manifest import Manifest
+from engine.config import options as configuration
 from launcher import example
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -244,7 +244,7 @@ def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> None
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    name = spec.name if spec else None
+    name = spec.name.removesuffix(".__main__") if spec else None
     try:
         if "--help" in words or "-h" in words:
             print(help_text(function, f"python -m {name}" if name else Path(sys.argv[0]).name))

@@ -12,227 +12,21 @@ for fine-tuning, a class number in .cls, .txt or .json ({"label": 3}).
 import itertools
 import re
 import shlex
-import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from data import cli, images, labels, manifest, tars
+from data import cli
 from data.errors import UserError
-from data.strays import is_stray
-
-LABELS = ("cls", "txt", "json")
-# First bytes of what people compress tars with.
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-
-
-class Scanned(NamedTuple):
-    """What one tar holds.
-
-    Attributes:
-        shard: Name, hash and size.
-        rows: int64 [n, 4], of members.npy.
-        labels: int64 [n], -1 for none.
-        extras: Names of the members that belong to no sample.
-    """
-
-    shard: manifest.ShardInfo
-    rows: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    extras: list[str]
-
-
-class _Sample(NamedTuple):
-    key: str
-    members: dict[str, tars.Member]
-
-
-def _members(path: Path) -> Iterator[tuple[str, str, tars.Member]]:
-    """Key, extension and place of a tar's files, less those that belong to no sample."""
-    for member in tars.scan(path):
-        split = tars.split_name(member.name)
-        if split is not None and tars.of_sample(member.name):
-            yield *split, member
-
-
-def _samples(path: Path) -> Iterator[_Sample]:
-    """A tar's samples: neighbouring members with one key."""
-    seen: set[str] = set()
-    sample: _Sample | None = None
-    for key, extension, member in _members(path):
-        if sample is None or key != sample.key:
-            if sample is not None:
-                yield sample
-            if key in seen:
-                raise UserError(
-                    f"shard {path}, sample {key}: the key comes twice, not side by side: give"
-                    " every sample a key of its own and keep its files together (tar --sort=name)"
-                )
-            seen.add(key)
-            sample = _Sample(key, {})
-        if extension in sample.members:
-            raise UserError(
-                f"shard {path}, sample {key}: two files .{extension}: give every sample a key of"
-                " its own (it ends at the first dot of the file's name)"
-            )
-        sample.members[extension] = member
-    if sample is not None:
-        yield sample
-
-
-def _apart(path: Path, key: str) -> bool:
-    """Whether the files of a key stand in more than one place of a tar."""
-    runs = itertools.groupby(one for one, _, _ in _members(path))
-    return [one for one, _ in runs].count(key) > 1
-
-
-def _stem(extension: str) -> str:
-    """What a file's name has between key and suffix: "right" of p17.right.jpg."""
-    return extension.rpartition(".")[0]
-
-
-def _belongs(sample: _Sample, image: str, label: Sequence[str]) -> bool:
-    """Whether the files of a key are, or should be, a sample: not a README.md, say."""
-    suffixes = {extension.rpartition(".")[2] for extension in sample.members}
-    return (
-        image in sample.members
-        or any(f".{suffix}" in images.SUFFIXES for suffix in suffixes)
-        or not suffixes.isdisjoint(label)
-        or not sample.members.keys().isdisjoint(label)
-    )
-
-
-def _image(path: Path, sample: _Sample, wanted: str) -> str:
-    """Extension of the sample's input."""
-    found = [
-        extension
-        for extension in sample.members
-        if (extension == wanted if wanted != "auto" else f".{extension}" in images.SUFFIXES)
-    ]
-    if not found and wanted == "auto":
-        # A key with dots: "a.b.jpg" is sample "a" with extension "b.jpg".
-        found = [e for e in sample.members if "." + e.rpartition(".")[2] in images.SUFFIXES]
-    where = f"shard {path}, sample {sample.key}"
-    has = ", ".join(f".{extension}" for extension in sample.members)
-    if not found and _apart(path, sample.key):
-        raise UserError(
-            f"{where}: its files do not stand together in the tar: make the tar anew, with its"
-            " files in order (tar --sort=name)"
-        )
-    if not found:
-        kind = "image" if wanted == "auto" else f".{wanted}"
-        raise UserError(
-            f"{where}: no {kind} among its files ({has}): leave the sample out of the tar, or name"
-            " the images' extension (--image EXTENSION)"
-        )
-    if len(found) > 1:
-        raise UserError(
-            f"{where}: more than one image among its files ({has}): say which (--image EXTENSION);"
-            " or, if they are different samples, rename them (a key ends at the first dot)"
-        )
-    return found[0]
-
-
-def _label(path: Path, sample: _Sample, image: str, wanted: Sequence[str], named: bool) -> str:
-    """Extension of the sample's label; "" if it has none.
-
-    Args:
-        path: The tar.
-        sample: Of it.
-        image: Extension of the input.
-        wanted: Names of labels.
-        named: The user has named the extension of the image or of the label, and so says that all
-            files of a key are one sample, whatever stands between key and suffix.
-    """
-    found = [e for w in wanted for e in sample.members if e == w or e.endswith(f".{w}")]
-    own = [e for e in found if _stem(e) == _stem(image)]
-    exact = [e for e in wanted if e in sample.members]
-    if named and (own or exact):
-        return (own or exact)[0]
-    others = [e for e in found if e not in own]
-    if own:  # seg.json beside cls is a note; left.cls beside right.cls a label without its image
-        others = [e for e in others if e.rpartition(".")[2] == own[0].rpartition(".")[2]]
-    if others:
-        raise UserError(
-            f"shard {path}, sample {sample.key}: .{others[0]} is not the label of .{image}, for"
-            " their names differ before the last dot: give each image its own, or, if a key's files"
-            f" are one sample, say which is its label (--image {image} --label"
-            f" {(own or others)[0]})"
-        )
-    return own[0] if own else ""
-
-
-def _class(path: Path, sample: _Sample, extension: str, file: BinaryIO) -> tuple[int, int, int]:
-    """Offset and length of the sample's label member, and its class number; -1 each if none."""
-    if not extension:
-        return -1, -1, -1
-    member = sample.members[extension]
-    file.seek(member.offset)
-    try:
-        return member.offset, member.size, labels.parse(file.read(member.size))
-    except ValueError as error:
-        raise UserError(
-            f"shard {path}, sample {sample.key}: {error} (.{extension}): write the number of its"
-            " class there, or name another file (--label EXTENSION), or take none (--unlabelled)"
-        ) from None
-
-
-def scan(path: Path, image: str = "auto", label: str = "auto", unlabelled: bool = False) -> Scanned:
-    """Reads one tar.
-
-    Args:
-        path: The tar.
-        image: Extension of the inputs; "auto" for any image's.
-        label: Extension of the labels; "auto" for the first of .cls, .txt, .json.
-        unlabelled: Take no labels.
-
-    Returns:
-        Its name, hash and samples.
-
-    Raises:
-        UserError: It is compressed or broken, or a sample is not as it should be.
-    """
-    with path.open("rb") as file:
-        head = file.read(8)
-    for magic, kind in _COMPRESSED.items():
-        if head.startswith(magic):
-            raise UserError(
-                f"{path} is compressed ({kind}), so its samples cannot be read by their place:"
-                " decompress it (images hardly shrink by it)"
-            )
-    wanted = () if unlabelled else LABELS if label == "auto" else (label,)
-    rows: list[tuple[int, ...]] = []
-    numbers: list[int] = []
-    extras: list[str] = []
-    try:
-        extras += [m.name for m in tars.scan(path) if not tars.of_sample(m.name)]
-        with path.open("rb") as file:
-            for sample in _samples(path):
-                if not _belongs(sample, image, (*LABELS, *wanted)):
-                    extras += [member.name for member in sample.members.values()]
-                    continue
-                input_ = _image(path, sample, image)
-                target = _label(path, sample, input_, wanted, (image, label) != ("auto", "auto"))
-                *place, number = _class(path, sample, target, file)
-                picture = sample.members[input_]
-                rows.append((picture.offset, picture.size, *place))
-                numbers.append(number)
-    except tarfile.TarError as error:
-        raise UserError(f"{path} is no whole tar ({error}): copy it again") from None
-    shard = manifest.ShardInfo(path.name, tars.sha256_of(path), path.stat().st_size, len(rows))
-    return Scanned(
-        shard,
-        np.array(rows, dtype=np.int64).reshape(-1, 4),
-        np.array(numbers, dtype=np.int64),
-        extras,
-    )
+from data.formats.strays import is_stray
+from data.shards import manifest, tars
+from data.shards.scan import Scanned, scan
+from data.splits import SPLITS, UNLABELLED
 
 
 def _groups(places: Sequence[str], split: str | None) -> dict[str, list[Path]]:
@@ -260,7 +54,7 @@ def _groups(places: Sequence[str], split: str | None) -> dict[str, list[Path]]:
 
 def _folder(folder: Path, split: str | None) -> dict[str, list[Path]]:
     """The tars of each split in a folder: of tars, or of folders of splits."""
-    inner = {name: _all_tars(folder / name) for name in manifest.SPLITS}
+    inner = {name: _all_tars(folder / name) for name in SPLITS}
     inner = {name: paths for name, paths in inner.items() if paths}
     found = _all_tars(folder)
     if not found and split is None and inner:
@@ -305,11 +99,11 @@ def _tars(paths: list[Path], split: str | None) -> dict[str, list[Path]]:
             " folder by itself, or move them together"
         )
     parent = parents.pop()
-    name = split or (parent.name if parent.name in manifest.SPLITS else "train")
-    if name not in manifest.SPLITS:
+    name = split or (parent.name if parent.name in SPLITS else "train")
+    if name not in SPLITS:
         raise UserError(
-            f"--split {name}: the splits are {', '.join(manifest.SPLITS)}."
-            + cli.nearest(name, manifest.SPLITS, prefix="")
+            f"--split {name}: the splits are {', '.join(SPLITS)}."
+            + cli.nearest(name, SPLITS, prefix="")
         )
     return {name: paths}
 
@@ -376,9 +170,7 @@ def index(
         if there.exists() and not overwrite:
             raise UserError(f"{there} is there already: use it, or replace it (--overwrite)")
     todo = [
-        (path, unlabelled or name == manifest.UNLABELLED)
-        for name, paths in groups.items()
-        for path in paths
+        (path, unlabelled or name == UNLABELLED) for name, paths in groups.items() for path in paths
     ]
     console = Console(stderr=True)
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -401,7 +193,7 @@ def index(
     for name, paths in groups.items():
         part, at = scanned[at : at + len(paths)], at + len(paths)
         # Labels of train's tars, which may be linked there, mean nothing in this split.
-        _write(name, paths[0].parent, part, [] if name == manifest.UNLABELLED else names)
+        _write(name, paths[0].parent, part, [] if name == UNLABELLED else names)
 
 
 def _write(split: str, folder: Path, scanned: Sequence[Scanned], names: list[str]) -> None:

@@ -24,23 +24,19 @@ from typing import Literal, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data import (
-    duplicates,
-    image_sources,
-    images,
-    label_checks,
-    layouts,
-    manifest,
-    sources,
-    text_sources,
-)
 from data.errors import UserError
-from data.kinds import DEFAULT_SIZE, MAX_WORDS, ImageKind, Kind, TextKind, content_of
-from data.manifest import DIVIDED, UNLABELLED, Metric
-from data.shards import Packed, check_replaceable, replace, write_split
-from data.sources import Columns, Sample, Samples, Splits
-from data.texts import Stored
-from data.unlabelled import join_train
+from data.formats import images
+from data.formats.texts import Stored
+from data.shards import duplicates, manifest
+from data.shards.encoding import DEFAULT_SIZE, MAX_WORDS, ImageKind, Kind, TextKind, content_of
+from data.shards.unlabelled import join_train
+from data.shards.writer import Packed, check_replaceable, replace, write_split
+from data.sources import images as image_sources
+from data.sources import label_checks, layouts
+from data.sources import samples as sources
+from data.sources import texts as text_sources
+from data.sources.samples import Columns, Sample, Samples, Splits
+from data.splits import DIVIDED, SPLITS, UNLABELLED, Metric
 
 # Unreadable files that are named; the rest is counted.
 _NAMED = 10
@@ -246,9 +242,7 @@ def pack(
         raise UserError(f"{out} is a file: give a folder")
     if root.exists() and out_dir.resolve() == root.resolve():
         raise UserError(f"{out} is the source itself: give another folder for the shards")
-    replaced = (
-        manifest.SPLITS if split is None else (split,) if extra is None else ("train", UNLABELLED)
-    )
+    replaced = SPLITS if split is None else (split,) if extra is None else ("train", UNLABELLED)
     for one in replaced:
         check_replaceable(out_dir / one, overwrite)
     if split == "train" and extra is None and (out_dir / UNLABELLED).exists():

@@ -13,18 +13,20 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data import keyed, manifest, tars
+from data import keyed
 from data.errors import UserError
-from data.kinds import suffix
-from data.manifest import DIVIDED, Manifest
-from data.reader import Reader
-from data.shards import check_replaceable, replace, write_split
-from data.sources import Sample
+from data.loading.reader import Reader
+from data.shards import manifest, tars
+from data.shards.encoding import suffix
+from data.shards.manifest import Manifest
+from data.shards.writer import check_replaceable, replace, write_split
+from data.sources.samples import Sample
+from data.splits import DIVIDED
 
 
 @dataclass(frozen=True)
 class AsStored:
-    """Samples that go from shard to shard as they are (a `data.kinds.Kind`).
+    """Samples that go from shard to shard as they are (a `data.shards.encoding.Kind`).
 
     Attributes:
         told: What the manifest notes of the inputs.
@@ -35,17 +37,17 @@ class AsStored:
     name: ClassVar[Literal["image", "text"]]
 
     def encode(self, sample: Sample) -> tuple[str, bytes]:
-        """See `data.kinds.Kind`."""
+        """See `data.shards.encoding.Kind`."""
         assert isinstance(sample.source, bytes)
         stored = str(self.told["stored"])
         return stored if stored != "original" else suffix(sample.source), sample.source
 
     def entry(self) -> dict[str, Any]:
-        """See `data.kinds.Kind`."""
+        """See `data.shards.encoding.Kind`."""
         return self.told
 
     def notes(self) -> list[str]:
-        """See `data.kinds.Kind`."""
+        """See `data.shards.encoding.Kind`."""
         return []
 
 

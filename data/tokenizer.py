@@ -11,12 +11,12 @@ from typing import Literal
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from data import texts
 from data.cli import run
 from data.errors import UserError
-from data.manifest import Manifest
-from data.reader import Reader
-from data.shards import make_folder
+from data.formats import texts
+from data.loading.reader import Reader
+from data.shards.manifest import Manifest
+from data.shards.writer import make_folder
 
 #: RoBERTa's special tokens; a token's place here is its id (Liu et al. 2019).
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")

@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data import duplicates, manifest, tars
-from data.checking import check_shard
 from data.errors import UserError
-from data.manifest import Manifest
-from data.tars import sha256_of
+from data.shards import duplicates, manifest, tars
+from data.shards.checking import check_shard
+from data.shards.manifest import Manifest
+from data.shards.tars import sha256_of
+from data.sources import unpacked
+from data.splits import SPLITS, UNLABELLED
 
 
 def _table(file: Manifest) -> NDArray[np.int64]:
@@ -46,10 +48,10 @@ def _table(file: Manifest) -> NDArray[np.int64]:
 def _manifests(data: str, cache_dir: str | None) -> tuple[list[Manifest], list[str]]:
     """The manifests of a data set, or of one split, and what is wrong with them."""
     if manifest.is_remote(data):
-        from data.cache import NotThere  # see `_local`
+        from data.remote.cache import NotThere  # see `_local`
 
         found = []
-        for address in [data, *(manifest.join(data, split) for split in manifest.SPLITS)]:
+        for address in [data, *(manifest.join(data, split) for split in SPLITS)]:
             with contextlib.suppress(NotThere):
                 found.append(Manifest.load(address, cache_dir))
         if not found:
@@ -58,10 +60,10 @@ def _manifests(data: str, cache_dir: str | None) -> tuple[list[Manifest], list[s
     folder = Path(data)
     if not folder.is_dir():
         raise UserError(
-            manifest.not_packed(folder)
+            unpacked.cure(folder)
             or f"no data set at {data}: pack it first (python -m data.pack SOURCE {data})"
         )
-    folders = [folder, *(folder / split for split in manifest.SPLITS)]
+    folders = [folder, *(folder / split for split in SPLITS)]
     loaded, problems = [], []
     for root in folders:
         there = [path.name for path in tars.beside(root)]
@@ -78,7 +80,7 @@ def _manifests(data: str, cache_dir: str | None) -> tuple[list[Manifest], list[s
             problems.append(str(error))
             continue
         loaded.append(file)
-        if root.name in manifest.SPLITS and file.split != root.name:
+        if root.name in SPLITS and file.split != root.name:
             problems.append(
                 f"{file.place} is of the split {file.split!r} and lies in {root.name}: put back"
                 " the one that belongs there, or make it anew (python -m data.index --overwrite)"
@@ -91,7 +93,7 @@ def _manifests(data: str, cache_dir: str | None) -> tuple[list[Manifest], list[s
             )
     if not loaded and not problems:
         raise UserError(
-            manifest.not_packed(folder)
+            unpacked.cure(folder)
             or f"no {manifest.FILE} in {data}: pack data into it (python -m data.pack SOURCE"
             f" {data})"
         )
@@ -102,7 +104,7 @@ def _manifests(data: str, cache_dir: str | None) -> tuple[list[Manifest], list[s
                 " of different data sets; put back the right one"
             )
     # Those without labels have no classes to compare.
-    divided = [file for file in loaded if file.split != manifest.UNLABELLED]
+    divided = [file for file in loaded if file.split != UNLABELLED]
     for file in divided[1:]:
         if file.classes != divided[0].classes:
             problems.append(

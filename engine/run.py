@@ -18,14 +18,14 @@ import traceback  # noqa: E402
 import warnings  # noqa: E402
 from typing import Any  # noqa: E402
 
-from engine import preemption  # noqa: E402
+from engine.runtime import preemption  # noqa: E402
 
 if __name__ == "__main__":
     preemption.listen()  # before anything slow: until here a signal kills
 
 from data.cli import one_line  # noqa: E402
 from data.errors import PeerLost, TryAgain, UserError  # noqa: E402
-from engine import config as configuration  # noqa: E402
+from engine.config import options as configuration  # noqa: E402
 
 
 def parse(argv: list[str]) -> dict[str, Any]:
@@ -113,17 +113,17 @@ def _run(argv: list[str]) -> None:
     settings = configuration.load(parse(argv))
     settings.check_warmups()
     _quiet()
-    from engine import precision
-    from engine.allocator import keep_memory
-    from engine.distributed import initialize
-    from engine.failures import PASSING, describe, explain
+    from engine.runtime import precision
+    from engine.runtime.allocator import keep_memory
+    from engine.runtime.distributed import initialize
+    from engine.runtime.failures import PASSING, describe, explain
 
     precision.before_cuda(settings)
     ranks = initialize()
     if ranks.device.type == "cpu":
         keep_memory()
-    from engine.folder import open_run
-    from engine.stages import run_stages
+    from engine.checkpoints.folder import open_run
+    from engine.stages.sequence import run_stages
 
     try:
         run = open_run(settings, ranks)

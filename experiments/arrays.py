@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from data.errors import UserError
-from engine.files import write_text
+from engine.checkpoints.files import write_text
 from experiments import state
 from experiments.plan import Plan
 

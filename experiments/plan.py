@@ -9,192 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from data import manifest
 from data.errors import UserError
-from engine import config as configuration
+from data.shards import manifest
+from engine.config import options as configuration
+from experiments.jobs import LATER, SEARCH_SEED, Choice, Job, Stage, typed
 from experiments.spec import Dataset, Method, Options, Profile, Row, Specs, Table
-
-Stage = Literal["pretrain", "distill", "finetune"]
-
-#: Sections of the configuration that only later stages look at.
-_LATER: dict[Stage, tuple[str, ...]] = {
-    "pretrain": ("distill", "teacher", "finetune", "recadam", "mars", "r3f"),
-    "distill": ("finetune", "recadam", "mars", "r3f"),
-    "finetune": (),
-}
-
-#: How engine/run.py's error begins where a loss is not finite.
-DIVERGED = "the loss is not finite"
-
-#: Seed of the runs that choose hyper-parameters: none of those that are reported.
-SEARCH_SEED = 1000
-
-
-@dataclass
-class Choice:
-    """Options to be chosen by validation score.
-
-    Attributes:
-        name: of the job whose options are chosen.
-        candidates: jobs, each with the options that it tries.
-    """
-
-    name: str
-    candidates: list[tuple[Options, Job]]
-
-    def scores(self, root: Path) -> list[tuple[Options, float | None]]:
-        """Validation score of each candidate; None where it has none yet."""
-        return [(options, job.validation(root)) for options, job in self.candidates]
-
-    def best(self, root: Path) -> Options:
-        """The candidate of the highest score, the first of equals; one that diverged loses.
-
-        Raises:
-            UserError: one has no score yet, or none will have any.
-        """
-        scored = self.scores(root)
-        left = [
-            job.name
-            for (_, job), (_, score) in zip(self.candidates, scored, strict=True)
-            if score is None and not job.diverged(root)
-        ]
-        if left:
-            raise UserError(f"{self.name} waits for {left[0]}, which has no validation score")
-        known = [(options, score) for options, score in scored if score is not None]
-        if not known:
-            raise UserError(f"{self.name}: every candidate of its search diverged: give others")
-        return max(known, key=lambda pair: pair[1])[0]
-
-
-@dataclass
-class Job:
-    """One launch of engine/run.py.
-
-    Attributes:
-        name: its own; up to a # its folder below the sweep's.
-        dataset: what it learns from.
-        stage: what it does.
-        words: options of engine/run.py without those of `choices`, --data and --output.
-        needs: jobs whose exports it starts from.
-        start: the export that it starts from, below the sweep's folder; None: the model.
-        choices: options that validation scores decide, before it starts.
-        seeds: fine-tunings in this launch.
-        rounds: of self-distillation up to which it goes.
-        said: options that no choice changes.
-    """
-
-    name: str
-    dataset: Dataset
-    stage: Stage
-    words: Options
-    needs: list[Job] = field(default_factory=list)
-    start: str | None = None
-    choices: list[Choice] = field(default_factory=list)
-    seeds: int = 1
-    rounds: int = 1
-    said: frozenset[str] = frozenset()
-
-    @property
-    def folder(self) -> str:
-        """Its run folder, below the sweep's; rounds of self-distillation share one."""
-        return self.name.partition("#")[0]
-
-    @property
-    def before(self) -> list[Job]:
-        """Jobs that must be complete before it starts."""
-        tried = [job for choice in self.choices for _, job in choice.candidates]
-        return [*self.needs, *tried]
-
-    @property
-    def leaves(self) -> str:
-        """Folder of the stage that it completes, below the sweep's."""
-        last = {"pretrain": "pretrain", "distill": f"distill-{self.rounds}"}
-        return f"{self.folder}/{last.get(self.stage, self._finetuning)}"
-
-    @property
-    def _finetuning(self) -> str:
-        return "finetune-model" if self.start is None else "finetune"
-
-    def result(self, root: Path) -> dict[str, Any] | None:
-        """What it left; None before it is complete."""
-        found = _json(root / self.leaves / "result.json")
-        if found is None or self.stage != "finetune":
-            return found
-        return found if int(found.get("n", 1)) >= self.seeds else None
-
-    def record(self, root: Path) -> Path:
-        """File of what is known of its launches (`experiments.state`)."""
-        mark = self.name.removeprefix(self.folder).replace("#", "-")
-        return root / self.folder / f"job{mark}.json"
-
-    def diverged(self, root: Path) -> bool:
-        """Whether it is a search's candidate whose loss was not finite, and would not be again."""
-        if "/search/" not in self.name or self.result(root) is not None:
-            return False
-        told = _json(self.record(root)) or {}
-        return told.get("status") == "failed" and str(told.get("message")).startswith(DIVERGED)
-
-    def validation(self, root: Path) -> float | None:
-        """Its validation score."""
-        found = self.result(root)
-        if found is None:
-            return None
-        return float(found["metrics"][f"val_{found['metric']}"])
-
-    def possible(self) -> Iterator[Options]:
-        """Its options with each combination of what may be chosen."""
-        tried = ([options for options, _ in choice.candidates] for choice in self.choices)
-        for combination in itertools.product(*tried):
-            yield self._with(combination)
-
-    def _with(self, chosen: Iterable[Options]) -> Options:
-        found = {k: v for options in chosen for k, v in options.items() if k not in self.said}
-        return self.words | found
-
-    def options(self, root: Path) -> Options:
-        """All its options, those that validation chose with them.
-
-        Raises:
-            UserError: a candidate is not complete.
-        """
-        return self._with(choice.best(root) for choice in self.choices)
-
-    def command(self, root: Path, data_root: Path) -> list[str]:
-        """Words of engine/run.py."""
-        told: Options = {
-            "stage": self.stage,
-            **self.options(root),
-            "data": str(data_root / (self.dataset.folder or self.dataset.name)),
-            "output": str(root / self.folder),
-        }
-        if self.stage == "distill":
-            told |= {"teacher": str(root / str(self.start)), "rounds": self.rounds}
-        if self.stage == "finetune":
-            told["finetune.seeds"] = self.seeds
-            if self.start is None:
-                told["finetune.start"] = "model"
-            else:
-                told["finetune.weights"] = str(root / self.start)
-        return [word for key, value in told.items() for word in (f"--{key}", typed(value))]
-
-
-def typed(value: object) -> str:
-    """A value as a command line has it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return None
 
 
 @dataclass(frozen=True)
@@ -409,7 +234,7 @@ class Plan:
         scale = self.profile.of(dataset.kind)
         told: Options = {"recipe": scale.recipe, **scale.options, **dataset.options}
         told |= self._own(dataset, method, row)
-        return {k: v for k, v in told.items() if k.partition(".")[0] not in _LATER[stage]}
+        return {k: v for k, v in told.items() if k.partition(".")[0] not in LATER[stage]}
 
     def _own(self, dataset: Dataset, method: Method, row: Row) -> Options:
         """What tells a row from the profile's defaults."""
@@ -426,7 +251,7 @@ class Plan:
 
     def _name(self, dataset: Dataset, stage: Stage, method: Method, own: Options, row: Row) -> str:
         """A job's folder: data set, stage, and what is not as usual."""
-        mine = {k: v for k, v in own.items() if k.partition(".")[0] not in _LATER[stage]}
+        mine = {k: v for k, v in own.items() if k.partition(".")[0] not in LATER[stage]}
         if stage == "finetune":
             # What a method stands for need not be told again.
             usual = self._own(dataset, method, Row(method=method.name))

@@ -13,7 +13,8 @@ import numpy as np
 from scipy import stats
 
 from experiments import state
-from experiments.plan import Cell, Job
+from experiments.jobs import Job
+from experiments.plan import Cell
 from experiments.state import Status
 
 

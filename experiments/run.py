@@ -22,13 +22,15 @@ from rich.console import Console
 
 from data import cli
 from data.errors import UserError
-from data.manifest import Manifest
-from engine import config as configuration
-from engine.preemption import AGAIN
+from data.shards.manifest import Manifest
+from engine.config import options as configuration
+from engine.config.schema import Config
 from engine.regularizers import mars, recadam
 from engine.run import parse
+from engine.runtime.preemption import AGAIN
 from experiments import state
-from experiments.plan import Job, Plan, typed
+from experiments.jobs import Job, typed
+from experiments.plan import Plan
 from experiments.spec import Specs, Table
 from experiments.state import Asked, Sweep
 
@@ -234,7 +236,7 @@ def check(root: Path, plan: Plan) -> None:
 
 
 #: What a regularizer refuses before it starts.
-_CHECKS: dict[str, Callable[[configuration.Config, int], None]] = {
+_CHECKS: dict[str, Callable[[Config, int], None]] = {
     "recadam": recadam.check,
     "mars": lambda config, _: mars.check(config),
 }

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data.errors import UserError
-from engine import config as configuration
+from engine.config import options as configuration
 
 HERE = Path(__file__).resolve().parent
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import UserError
-from data.manifest import FILE, UNLABELLED, Manifest
-from engine.files import write_text
-from experiments.plan import Job, Plan
+from data.shards.manifest import FILE, Manifest
+from data.splits import UNLABELLED
+from engine.checkpoints.files import write_text
+from experiments.jobs import Job
+from experiments.plan import Plan
 from experiments.spec import Profile, Specs
 
 SWEEP = "sweep.json"

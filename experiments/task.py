@@ -13,7 +13,7 @@ from typing import Literal
 from data import cli
 from data.errors import UserError
 from experiments import state
-from experiments.plan import Job
+from experiments.jobs import Job
 from experiments.state import Sweep
 
 

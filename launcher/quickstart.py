@@ -15,7 +15,7 @@ from rich.console import Console
 
 from data import cli
 from data.errors import UserError
-from data.manifest import Manifest
+from data.shards.manifest import Manifest
 from launcher import compare, example
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data import cli
 from data.errors import UserError
-from engine import config as configuration
+from engine.config import options as configuration
 from engine.run import parse
 from launcher import words
 

@@ -9,7 +9,7 @@ import pydantic
 
 from data import cli
 from data.errors import UserError
-from engine import config as configuration
+from engine.config import options as configuration
 
 Own = typing.TypeVar("Own", bound=pydantic.BaseModel)
 

@@ -22,10 +22,10 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from data.errors import UserError  # noqa: E402
-from engine import training_state  # noqa: E402
-from engine.checkpoint import Checkpoints, Reader, State  # noqa: E402
-from engine.distributed import Ranks, initialize  # noqa: E402
+from engine.checkpoints import training_state  # noqa: E402
+from engine.checkpoints.checkpoint import Checkpoints, Reader, State  # noqa: E402
 from engine.run import _quiet  # noqa: E402
+from engine.runtime.distributed import Ranks, initialize  # noqa: E402
 
 CONFIG = {"pretrain.lr": 0.1}
 

@@ -32,12 +32,12 @@ def pytest_terminal_summary(
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Any]:
-    """This process as the only rank of a process group (`engine.distributed.Ranks`).
+    """This process as the only rank of a process group (`engine.runtime.distributed.Ranks`).
 
     The group stays. The environment that DeepSpeed reads does not: launches of other tests would
     take themselves for this rank.
     """
-    from engine.distributed import initialize
+    from engine.runtime.distributed import initialize
 
     before = dict(os.environ)
     yield initialize()

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import manifest
-from data.manifest import Manifest
-from data.shards import index_tars
+from data.shards import manifest
+from data.shards.manifest import Manifest
+from data.shards.writer import index_tars
 
 CLASSES = ["ant", "bee", "cow"]
 

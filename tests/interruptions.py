@@ -17,12 +17,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from engine import config as configuration  # noqa: E402
-from engine import preemption, teacher  # noqa: E402
-from engine.distributed import Ranks, initialize  # noqa: E402
-from engine.folder import Run, open_run  # noqa: E402
+from engine.checkpoints.folder import Run, open_run  # noqa: E402
+from engine.config import options as configuration  # noqa: E402
 from engine.run import _quiet  # noqa: E402
-from engine.stages import run_stages  # noqa: E402
+from engine.runtime import preemption  # noqa: E402
+from engine.runtime.distributed import Ranks, initialize  # noqa: E402
+from engine.stages.sequence import run_stages  # noqa: E402
+from engine.training import teacher  # noqa: E402
 
 
 def launch(options: dict[str, object], ranks: Ranks) -> str | None:

@@ -15,8 +15,8 @@ import numpy as np
 from experiments import (
     state,
 )
-from experiments.plan import Job
-from experiments.report_blocks import Block, Code, Entry, Fold, Grid, Report, Section, Text
+from experiments.jobs import Job
+from experiments.report.blocks import Block, Code, Entry, Fold, Grid, Report, Section, Text
 from experiments.state import Asked, Sweep
 
 #: Began at this second of 2025.

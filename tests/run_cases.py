@@ -17,12 +17,12 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data.errors import UserError  # noqa: E402
-from engine import config as configuration  # noqa: E402
-from engine.distributed import initialize  # noqa: E402
-from engine.folder import Run, open_run  # noqa: E402
-from engine.preemption import Preempted  # noqa: E402
+from engine.checkpoints.folder import Run, open_run  # noqa: E402
+from engine.config import options as configuration  # noqa: E402
 from engine.run import _quiet  # noqa: E402
-from engine.stages import run_stages  # noqa: E402
+from engine.runtime.distributed import initialize  # noqa: E402
+from engine.runtime.preemption import Preempted  # noqa: E402
+from engine.stages.sequence import run_stages  # noqa: E402
 
 
 @contextmanager

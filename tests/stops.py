@@ -13,8 +13,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from engine import preemption, run  # noqa: E402
-from engine.folder import Run  # noqa: E402
+from engine import run  # noqa: E402
+from engine.checkpoints.folder import Run  # noqa: E402
+from engine.runtime import preemption  # noqa: E402
 
 
 def main() -> int:

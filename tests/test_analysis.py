@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import ViTForImageClassification, ViTMAEForPreTraining
 
-from engine.analysis import spread
-from engine.distributed import Ranks
+from engine.runtime.distributed import Ranks
+from engine.training.analysis import spread
 from tests.helpers import make_world, metrics, run_cases
 
 pytestmark = pytest.mark.multi

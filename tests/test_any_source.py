@@ -16,10 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data import images
-from data.manifest import SPLITS, Manifest
+from data.formats import images
+from data.loading.reader import Reader
 from data.pack import pack
-from data.reader import Reader
+from data.shards.manifest import Manifest
+from data.splits import SPLITS
 from tests.command import call
 from tests.data_kit import class_folders, number_of, numbered, png
 
@@ -266,9 +267,9 @@ def test_equal_inputs_are_told_by_pack_and_verify(
 def test_unreadable_metadata_is_told_once_by_all_who_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from data.codec import Images
     from data.index import index
-    from data.loader import Loader
+    from data.loading.codec import Images
+    from data.loading.loader import Loader
     from data.verify import verify
 
     exif = b"eXIf\0\x08\0\x02\x01\x12\0\x03"

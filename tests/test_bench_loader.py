@@ -17,7 +17,7 @@ from rich.progress import Progress
 from benchmarks import loader, loader_peers, loader_tables
 from benchmarks.loader_peers import CONTESTANTS, Batches, Pictures
 from data.errors import UserError
-from data.reader import Reader
+from data.loading.reader import Reader
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ def test_ranks_that_are_not_done_are_ended(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.multi
 def test_two_real_ranks_send_what_the_plan_says() -> None:
-    """The formula of launcher/scaling.py, which the plan uses, against DeepSpeed on gloo."""
+    """The formula of launcher/plan/scaling.py, which the plan uses, against DeepSpeed on gloo."""
     cases = [case for case in scale.CASES if case.name in EXPECTED]
     found = scale.measure(2, cases, steps=2)
     assert len(found["rates"]["zero1"]) == 2

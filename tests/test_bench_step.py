@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import plain
 from benchmarks.sizes import SIZES, batches, for_transformers
-from engine import flops
 from engine.models.vit_mae import Shape
 from engine.models.weights import load_pretrained
+from engine.monitoring import flops
 
 ROOT = Path(__file__).resolve().parent.parent
 

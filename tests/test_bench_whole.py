@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import startup, whole
-from data.manifest import Manifest
-from engine import config as configuration
+from data.shards.manifest import Manifest
+from engine.config import options as configuration
 from launcher import example
 
 

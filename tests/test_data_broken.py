@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import tars
-from data.checking import check_hashes
-from data.codec import Images
 from data.errors import BrokenData, UserError
-from data.loader import Loader, sequential
-from data.manifest import Manifest
-from data.reader import Reader
+from data.loading.codec import Images
+from data.loading.loader import Loader, sequential
+from data.loading.reader import Reader
+from data.shards import tars
+from data.shards.checking import check_hashes
+from data.shards.manifest import Manifest
 from tests.data_kit import uneven
 
 

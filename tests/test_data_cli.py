@@ -11,7 +11,7 @@ import pytest
 
 from data.cli import columns, help_text, nearest, run
 from data.errors import UserError
-from engine import config as configuration
+from engine.config import options as configuration
 from engine.run import parse
 from tests.helpers import ROOT
 

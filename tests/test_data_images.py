@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from data import images
-from data import png as png_files
 from data.errors import BrokenData
+from data.formats import images
+from data.formats import png as png_files
 from tests.data_kit import png
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4

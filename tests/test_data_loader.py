@@ -15,12 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import batches as streams
-from data import keyed, pack, transport
-from data.codec import Images
+from data import keyed, pack
 from data.errors import UserError
-from data.loader import Loader, sequential
-from data.manifest import Manifest
+from data.loading import batches as streams
+from data.loading import transport
+from data.loading.codec import Images
+from data.loading.loader import Loader, sequential
+from data.shards.manifest import Manifest
 from tests.data_kit import number_of, uneven
 from tests.helpers import make_images
 
@@ -183,8 +184,8 @@ def test_entering_reads_few_shards(
     shards: int,
 ) -> None:
     """Only the current window's shards of a rank's own partition are opened, wherever it enters."""
-    monkeypatch.setattr("data.order.FULL_SHUFFLE", full_shuffle)
-    monkeypatch.setattr("data.order.WINDOW_SAMPLES", 20)
+    monkeypatch.setattr("data.loading.order.FULL_SHUFFLE", full_shuffle)
+    monkeypatch.setattr("data.loading.order.WINDOW_SAMPLES", 20)
     each, most = 3, 0
     for step in range(10**12, 10**12 + 40):
         read = []
@@ -276,8 +277,8 @@ def test_labels_can_be_demanded(tmp_path: Path) -> None:
 
 SCRIPT = """
 import gc, os, signal, sys, time
-from data.manifest import Manifest
-from data.loader import Loader
+from data.shards.manifest import Manifest
+from data.loading.loader import Loader
 stream = iter(Loader(Manifest.load(sys.argv[1]), batch=4, workers=1))
 next(stream)
 for pid in open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read().split():

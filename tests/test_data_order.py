@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data import keyed
 from data.errors import UserError
-from data.order import Order
+from data.loading.order import Order
 
 COUNTS = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
 SEEDS = st.integers(0, 2**40)

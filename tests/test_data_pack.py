@@ -14,13 +14,13 @@ import webdataset
 from PIL import Image
 
 from data.cli import run
-from data.codec import Images
 from data.errors import UserError
-from data.kinds import ImageKind
-from data.loader import sequential
-from data.manifest import Manifest
+from data.loading.codec import Images
+from data.loading.loader import sequential
 from data.pack import pack, write_split
-from data.sources import Sample, divide
+from data.shards.encoding import ImageKind
+from data.shards.manifest import Manifest
+from data.sources.samples import Sample, divide
 from data.verify import verify
 from tests.data_kit import class_folders, number_of, numbered, png
 

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import webdataset
 
-from data import fetch, tars
-from data.cache import NotThere, ShardCache, default_folder, fetch_bytes
 from data.errors import BrokenData, UserError
-from data.loader import Loader, sequential
-from data.manifest import Manifest
-from data.reader import Reader
+from data.loading.loader import Loader, sequential
+from data.loading.reader import Reader
+from data.remote import fetch
+from data.remote.cache import NotThere, ShardCache, default_folder, fetch_bytes
+from data.shards import tars
+from data.shards.manifest import Manifest
 from tests.data_kit import uneven
 
 COUNTS = [4, 6, 5, 3]

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from data.errors import UserError
-from engine import devices, distributed, network
-from engine.rendezvous import resolve
+from engine.runtime import devices, distributed, network
+from engine.runtime.rendezvous import resolve
 
 STEP = {
     "SLURM_JOB_ID": "1",

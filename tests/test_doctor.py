@@ -18,7 +18,8 @@ import torch
 from safetensors.numpy import save_file
 
 from data.errors import UserError
-from launcher import checks, doctor, machine, storage
+from launcher.doctor import __main__ as doctor
+from launcher.doctor import checks, machine, storage
 from tests.command import call
 from tests.data_kit import uneven
 
@@ -207,7 +208,7 @@ def test_builds_need_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 _SMALL = """
 import sys
 from pathlib import Path
-from launcher import machine, storage
+from launcher.doctor import machine, storage
 disk, large = Path(sys.argv[1]), sys.argv[2]
 print(machine.open_files())
 print(machine.shared_memory(disk))

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from data.errors import UserError
-from engine import rendezvous
-from launcher import nodes, shared
-from launcher.nodes import Task
+from engine.runtime import rendezvous
+from launcher.doctor import nodes, shared
+from launcher.doctor.nodes import Task
 
 ROOT = Path(__file__).resolve().parent.parent
 

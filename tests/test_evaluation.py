@@ -11,7 +11,7 @@ import torch
 from sklearn import metrics
 from torch.nn import functional as F
 
-from engine.evaluation import Scores, Tally
+from engine.training.evaluation import Scores, Tally
 
 CLASSES, SAMPLES = 7, 203
 

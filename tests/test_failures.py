@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from data.errors import PeerLost, TryAgain, UserError
-from engine.failures import explain
+from engine.runtime.failures import explain
 from tests.helpers import ROOT, environment, free_port
 
 GPU = torch.device("cuda", 1)
@@ -85,13 +85,13 @@ FAULT = """
 import os, runpy, sys, threading, time
 sys.argv = ["engine/run.py", "--output", sys.argv[1]]
 sys.path.insert(0, os.getcwd())
-import engine.stages
+import engine.stages.sequence
 def wrong(run):
     threading.Thread(target=time.sleep, args=(60,)).start()
     if run.ranks.rank == 1:
         raise LookupError("a fault of ours")
     run.boundary("waits for the other", wait=True)
-engine.stages.run_stages = wrong
+engine.stages.sequence.run_stages = wrong
 runpy.run_path("engine/run.py", run_name="__main__")
 """
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.config import Config
-from engine.distributed import Ranks
-from engine.folder import Run
-from engine.kinds.image import ImageKind
+from engine.checkpoints.folder import Run
+from engine.config.schema import Config
 from engine.models.vit_mae import Shape, ViTMAE
 from engine.models.weights import Pretrained
+from engine.runtime.distributed import Ranks
+from engine.training.kinds.image import ImageKind
 
 
 def test_dropout_of_the_plan_is_live() -> None:

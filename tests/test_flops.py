@@ -6,8 +6,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine import flops
 from engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE, random_mask
+from engine.monitoring import flops
 
 SMALL = Shape(64, 8, 192, 6, 3, 768, 96, 2, 3, 384)
 # Another patch size, mask ratio, and MLP widths that are no multiples of the widths.

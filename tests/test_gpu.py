@@ -10,16 +10,17 @@ import torch
 from safetensors.torch import load_file
 
 from data import pack
-from data.loader import Loader
-from data.manifest import Manifest
-from engine import distributed, fit
-from engine.config import load
-from engine.folder import open_run
+from data.loading.loader import Loader
+from data.shards.manifest import Manifest
+from engine.checkpoints.folder import open_run
+from engine.config.options import load
 from engine.models.image import ImageAutoencoder, Normalize
 from engine.models.vit_mae import ViTMAE
 from engine.models.weights import load_pretrained
-from engine.objectives import EXTRAS, DistillObjective
-from engine.stages import run_stages
+from engine.runtime import distributed
+from engine.stages.sequence import run_stages
+from engine.training import fit
+from engine.training.objectives import EXTRAS, DistillObjective
 from tests.helpers import COMMON, ROOT, launch, make_images, make_world, metrics, run_cases
 
 pytestmark = pytest.mark.gpu

@@ -23,12 +23,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data import fetch
-from data.cache import ShardCache
 from data.errors import BrokenData, UserError
-from data.fetch import NotThere, fetch_bytes
-from data.loader import Loader, sequential
-from data.manifest import Manifest
+from data.loading.loader import Loader, sequential
+from data.remote import fetch
+from data.remote.cache import ShardCache
+from data.remote.fetch import NotThere, fetch_bytes
+from data.shards.manifest import Manifest
 from tests.data_kit import uneven
 from tests.helpers import COMMON, ROOT, environment, launch, make_world
 
@@ -157,7 +157,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SELFDISTILL_FETCH_TIMEOUT", "1")
 
 
-@pytest.mark.filterwarnings("ignore::data.fetch.Retrying")
+@pytest.mark.filterwarnings("ignore::data.remote.fetch.Retrying")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_batch_is_the_local_one(
     split: Manifest, server: Faulty, tmp_path: Path, workers: int
@@ -391,10 +391,10 @@ def test_a_local_shard_vanishes(split: Manifest, workers: int) -> None:
 FULL = """
 import sys
 from pathlib import Path
-from data.cache import ShardCache
+from data.remote.cache import ShardCache
 from data.errors import UserError
-from data.loader import sequential
-from data.manifest import Manifest
+from data.loading.loader import sequential
+from data.shards.manifest import Manifest
 
 root, disk = sys.argv[1:]
 split = Manifest.load(f"pipe:cat {root}")
@@ -475,7 +475,7 @@ def test_curl_dies_with_its_process(split: Manifest, server: Faulty, tmp_path: P
     info = split.shards[0]
     words = f"ShardCache({str(tmp_path / 'cache')!r}).path("
     words += f"'{server.url}/train/{info.name}', {info.sha256!r}, {info.bytes})"
-    script = f"from data.cache import ShardCache; {words}"
+    script = f"from data.remote.cache import ShardCache; {words}"
     reader = subprocess.Popen(
         [sys.executable, "-c", script], env=environment(PYTHONPATH=str(ROOT)), cwd=ROOT
     )

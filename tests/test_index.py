@@ -14,10 +14,10 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import images, labels
+from data.formats import images, labels
 from data.index import index
-from data.manifest import Manifest
-from data.reader import Reader
+from data.loading.reader import Reader
+from data.shards.manifest import Manifest
 from data.verify import verify
 from tests.command import call
 from tests.data_kit import number_of, numbered, png

@@ -19,15 +19,15 @@ from transformers import (
 )
 
 from data.errors import UserError
-from data.texts import Texts, pack_rows
-from engine.config import Config
-from engine.distributed import Ranks
-from engine.export import export_transformers
-from engine.folder import Run
-from engine.kinds.text import TextKind, _encoder
+from data.formats.texts import Texts, pack_rows
+from engine.checkpoints.export import export_transformers
+from engine.checkpoints.folder import Run
+from engine.config.schema import Config
 from engine.models.language import HEADS
 from engine.models.text_weights import load_language
-from engine.views import MaskTokens
+from engine.runtime.distributed import Ranks
+from engine.training.kinds.text import TextKind, _encoder
+from engine.training.views import MaskTokens
 from tests import text_kit
 
 

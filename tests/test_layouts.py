@@ -13,10 +13,11 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from data import images, layouts
-from data.manifest import Manifest
+from data.formats import images
+from data.loading.reader import Reader
 from data.pack import pack
-from data.reader import Reader
+from data.shards.manifest import Manifest
+from data.sources import layouts
 from tests.command import call
 from tests.data_kit import number_of, numbered
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from data.errors import UserError
-from engine.export import export_classifier, export_mae
+from engine.checkpoints.export import export_classifier, export_mae
 from engine.models.layout import to_hugging_face
 from engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
 from engine.models.weights import Pretrained, load_pretrained
@@ -187,7 +187,7 @@ def test_full_disk_is_one_line_and_leaves_the_old_export(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("engine.export.save_file", full)
+    monkeypatch.setattr("engine.checkpoints.export.save_file", full)
     with pytest.raises(UserError, match=r"No space left on device.*free some space"):
         export_mae(
             tmp_path / "mae",
@@ -209,7 +209,7 @@ def test_an_unknown_tensor_is_never_left_out_silently() -> None:
 def test_images_start_without_transformers() -> None:
     """Its import takes a tenth of the time to the first step, and texts alone need it."""
     code = (
-        "import sys, engine.run, engine.stages, engine.kinds.image, engine.trainer;"
+        "import sys, engine.run, engine.stages.sequence, engine.training.kinds.image;"
         " sys.exit('transformers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
 from data.errors import UserError
-from engine.monitor import METRICS, Meter, Monitor, cut_metrics, read_metrics
+from engine.monitoring.monitor import METRICS, Meter, Monitor, cut_metrics, read_metrics
 from launcher import compare, quickstart
 
 

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from data.errors import UserError
-from engine import pictures
 from engine.models.vit_mae import Shape
-from engine.monitor import Monitor
+from engine.monitoring import pictures
+from engine.monitoring.monitor import Monitor
 from launcher import screenshot
 
 SCALARS = ("loss/mae", "optimizer/learning_rate", "speed/images_per_second")

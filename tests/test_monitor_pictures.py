@@ -10,10 +10,10 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from engine import pictures
-from engine.kinds import text as text_kind
 from engine.models.patches import patchify
 from engine.models.vit_mae import Shape
+from engine.monitoring import pictures
+from engine.training.kinds import text as text_kind
 from tests import text_kit
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

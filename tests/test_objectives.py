@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from data.errors import UserError
-from engine.config import Config
-from engine.objectives import distance, pick
-from engine.teacher import choose
+from engine.config.schema import Config
+from engine.training.objectives import distance, pick
+from engine.training.teacher import choose
 
 TOKENS = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
 COUNTS = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])

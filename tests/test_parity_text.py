@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import RobertaForMaskedLM, RobertaForSequenceClassification
 
-from data.loader import Loader
-from data.manifest import Manifest
-from engine.config import Config
-from engine.distributed import Ranks
-from engine.folder import Run
-from engine.kinds.text import TextKind
+from data.loading.loader import Loader
+from data.shards.manifest import Manifest
+from engine.checkpoints.folder import Run
+from engine.config.schema import Config
+from engine.runtime.distributed import Ranks
+from engine.training.kinds.text import TextKind
 from tests import text_kit
 from tests.plain_loop import (
     BATCH,

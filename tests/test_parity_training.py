@@ -9,9 +9,9 @@ import torch
 from transformers import ViTForImageClassification, ViTMAEForPreTraining
 
 from data import pack
-from data.loader import Loader
-from data.manifest import Manifest
-from engine.views import Flips, MaskNoise
+from data.loading.loader import Loader
+from data.shards.manifest import Manifest
+from engine.training.views import Flips, MaskNoise
 from tests.helpers import make_base, make_images
 from tests.plain_loop import (
     BATCH,
@@ -83,11 +83,11 @@ def oracle_mae(root: Path, *, teacher: Path | None) -> dict[str, torch.Tensor]:
 
 
 def oracle_finetune(root: Path, start: Path, exported: Path) -> dict[str, torch.Tensor]:
-    from engine.config import Config
-    from engine.distributed import Ranks
-    from engine.folder import Run
-    from engine.kinds.image import ImageKind
+    from engine.checkpoints.folder import Run
+    from engine.config.schema import Config
     from engine.models.weights import load_pretrained
+    from engine.runtime.distributed import Ranks
+    from engine.training.kinds.image import ImageKind
 
     model = ViTForImageClassification.from_pretrained(
         start, num_labels=3, ignore_mismatched_sizes=True, hidden_dropout_prob=0.0

@@ -17,14 +17,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from data.errors import UserError
-from engine import optim, zero
-from engine.config import PretrainSection, load
+from engine.config.options import load
+from engine.config.schema import PretrainSection
 from engine.models import rows_block
 from engine.models.language import MaskedLanguageModel, with_dropout
 from engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
-from engine.precision import autocast
-from launcher import memory, plan
-from launcher.activations import (
+from engine.runtime import zero
+from engine.runtime.precision import autocast
+from engine.training import optimizer as optim
+from launcher.doctor.devices import find
+from launcher.plan import __main__ as plan
+from launcher.plan import memory
+from launcher.plan.activations import (
     CLS_ROW,
     Blocks,
     masked_images,
@@ -32,9 +36,8 @@ from launcher.activations import (
     whole_images,
     whole_texts,
 )
-from launcher.devices import find
-from launcher.forecast import Options, Plan, prepare
-from launcher.workload import Parameters
+from launcher.plan.forecast import Options, Plan, prepare
+from launcher.plan.workload import Parameters
 from tests.data_kit import uneven
 from tests.helpers import launch
 
@@ -346,7 +349,7 @@ def test_the_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
 
 
 def fits(**words: Any) -> list[bool]:
-    from launcher.plan_tables import need
+    from launcher.plan.tables import need
 
     options = {"tokens": 200, "device": words.pop("device")}
     found = made(options, recipe="roberta_base", **words)
@@ -411,7 +414,7 @@ BUCKET = 1_000_003
 
 def count_engines(out: Path) -> None:
     """Writes [setting, bytes of a product, configuration, parameters, counts] of each engine."""
-    from engine.distributed import initialize
+    from engine.runtime.distributed import initialize
 
     ranks = initialize()
     rows = []

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 
-from engine import zero
-from engine.config import load
-from launcher import plan, scaling, scaling_tables
-from launcher.forecast import Options, Plan, prepare
-from launcher.scaling import Collective, Links, Step
-from launcher.workload import Parameters
+from engine.config.options import load
+from engine.runtime import zero
+from launcher.plan import __main__ as plan
+from launcher.plan import scaling, scaling_tables
+from launcher.plan.forecast import Options, Plan, prepare
+from launcher.plan.scaling import Collective, Links, Step
+from launcher.plan.workload import Parameters
 
 #: 100 million trained parameters, half a million frozen ones; one of 5 million is the largest.
 MODEL = Parameters(100_000_000, 500_000, 5_000_000)

@@ -13,21 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import precision, training_state, zero
-from engine.allocator import release
-from engine.checkpoint import State
-from engine.config import Config, load
-from engine.distributed import Ranks
-from engine.fit import build_engine
-from engine.folder import CONFIG, Run, open_run
-from engine.kinds.image import ImageKind
+from engine.checkpoints import training_state
+from engine.checkpoints.checkpoint import State
+from engine.checkpoints.folder import CONFIG, Run, open_run
+from engine.config.options import load
+from engine.config.schema import Config
 from engine.models.image import ImageAutoencoder, Normalize
 from engine.models.vit_mae import Shape, ViTMAE
 from engine.models.weights import Pretrained, load_pretrained
-from engine.monitor import Meter
-from engine.objectives import ClassifyObjective, DistillObjective, FeatureExtractor
-from engine.teacher import frozen
-from engine.trainer import Loop, take_step
+from engine.monitoring.monitor import Meter
+from engine.runtime import precision, zero
+from engine.runtime.allocator import release
+from engine.runtime.distributed import Ranks
+from engine.training.fit import build_engine
+from engine.training.kinds.image import ImageKind
+from engine.training.loop import Loop, take_step
+from engine.training.objectives import ClassifyObjective, DistillObjective, FeatureExtractor
+from engine.training.teacher import frozen
 from launcher import example
 from tests.helpers import ROOT, metrics, run_cases
 

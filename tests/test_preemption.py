@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import preemption
-from engine.monitor import read_metrics
-from engine.preemption import AGAIN
+from engine.monitoring.monitor import read_metrics
+from engine.runtime import preemption
+from engine.runtime.preemption import AGAIN
 from tests.helpers import COMMON, ROOT, environment, launch, make_world, metrics
 
 pytestmark = pytest.mark.multi

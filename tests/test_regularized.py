@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import ViTForImageClassification
 
-from engine.views import Flips
-from launcher import memory
+from engine.training.views import Flips
+from launcher.plan import memory
 from tests import text_kit
 from tests.helpers import make_world, metrics, run_cases
 from tests.plain_loop import RATE, STEPS, ZERO3, finetuning_rates, largest_difference
@@ -162,11 +162,11 @@ def test_strength_0_is_plain_fine_tuning_bit_for_bit(root: Path) -> None:
 
 def oracle_recadam(root: Path) -> dict[str, torch.Tensor]:
     """transformers' classifier, its own loop, and RecAdam's update written out."""
-    from engine.config import Config
-    from engine.distributed import Ranks
-    from engine.folder import Run
-    from engine.kinds.image import ImageKind
+    from engine.checkpoints.folder import Run
+    from engine.config.schema import Config
     from engine.models.weights import load_pretrained
+    from engine.runtime.distributed import Ranks
+    from engine.training.kinds.image import ImageKind
 
     model = ViTForImageClassification.from_pretrained(
         root / "base", num_labels=3, ignore_mismatched_sizes=True, hidden_dropout_prob=0.0

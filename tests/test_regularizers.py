@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from data.errors import UserError
-from engine import matching
-from engine.config import Config, R3FSection, RecAdamSection
-from engine.regularizers import mars, r3f, recadam, supcon
+from engine.config.schema import Config, R3FSection, RecAdamSection
+from engine.regularizers import mars, matching, r3f, recadam, supcon
 
 
 def test_annealing_never_overflows() -> None:

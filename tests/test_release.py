@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import fit
-from engine.config import load
-from engine.distributed import Ranks
-from engine.folder import open_run
+from engine.checkpoints.folder import open_run
+from engine.config.options import load
 from engine.run import _quiet
-from engine.stages import run_stages
+from engine.runtime.distributed import Ranks
+from engine.stages.sequence import run_stages
+from engine.training import fit
 from tests.helpers import COMMON, make_world
 
 

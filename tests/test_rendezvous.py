@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from data.errors import UserError
-from engine.rendezvous import first_host, from_slurm, in_step, resolve, slurm_port
+from engine.runtime.rendezvous import first_host, from_slurm, in_step, resolve, slurm_port
 
 #: As srun sets them for the fourth of five tasks on three nodes.
 TASK = {

@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import (
-    report,
-    report_differences,
-    report_sweep,
-    results,
-)
-from experiments.report_blocks import Code, Fold, Report, Section
-from experiments.report_sweep import Contents
+from experiments import results
+from experiments.report import __main__ as report
+from experiments.report import differences as report_differences
+from experiments.report import sweep as report_sweep
+from experiments.report.blocks import Code, Fold, Report, Section
+from experiments.report.sweep import Contents
 from experiments.state import Asked, Sweep
 from tests.report_kit import (
     example,

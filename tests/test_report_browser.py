@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from data import cli
-from experiments import report
+from experiments.report import __main__ as report
 from launcher.chromium import Page
 from tests.report_kit import example
 

@@ -11,16 +11,14 @@ import pytest
 from markdown_it import MarkdownIt
 
 from data import cli
-from experiments import (
-    report,
-    report_html,
-    report_markdown,
-    report_numbers,
-    report_sweep,
-    results,
-)
-from experiments.report_blocks import Entry, Grid, Line, Report, Section, Text
-from experiments.report_sweep import Contents
+from experiments import results
+from experiments.report import __main__ as report
+from experiments.report import html as report_html
+from experiments.report import markdown as report_markdown
+from experiments.report import numbers as report_numbers
+from experiments.report import sweep as report_sweep
+from experiments.report.blocks import Entry, Grid, Line, Report, Section, Text
+from experiments.report.sweep import Contents
 from experiments.state import Asked, Sweep
 from tests.report_kit import (
     Tags,

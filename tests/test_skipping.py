@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from data import pack
-from data.manifest import Manifest
-from data.order import Order
-from data.reader import Reader
+from data.loading.order import Order
+from data.loading.reader import Reader
+from data.shards.manifest import Manifest
 from tests.helpers import make_world, metrics, run_cases
 
 pytestmark = pytest.mark.multi

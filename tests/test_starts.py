@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from data import pack
-from engine.preemption import AGAIN
+from engine.runtime.preemption import AGAIN
 from tests.helpers import ROOT, environment, free_port, make_base, make_images
 
 pytestmark = pytest.mark.multi

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import UserError
-from data.manifest import Manifest
-from data.reader import Reader
+from data.loading.reader import Reader
+from data.shards.manifest import Manifest
 from data.subset import choose, subset
 from data.verify import verify
 from tests.helpers import make_images

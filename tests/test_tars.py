@@ -15,12 +15,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from data import index as indexing
-from data import tars
 from data.errors import UserError
 from data.index import index
-from data.manifest import Manifest
-from data.reader import Reader
+from data.loading.reader import Reader
+from data.shards import scan as scanning
+from data.shards import tars
+from data.shards.manifest import Manifest
 from data.verify import verify
 from tests.command import call
 from tests.data_kit import numbered, png
@@ -134,7 +134,7 @@ def test_any_whole_tar_is_what_was_put_in(
         wanted = [*wanted[:cut], *rest]
         write(root / "b.tar", rest, form, data)
         path.write_bytes(path.read_bytes() + (root / "b.tar").read_bytes())
-    scanned = indexing.scan(path)
+    scanned = scanning.scan(path)
     assert found_in(path, scanned.rows, scanned.labels) == truth(wanted)
     assert by_gnu_tar(path, root / "unpacked") == truth(wanted)
     assert call(index, path.parent) == 0
@@ -174,7 +174,7 @@ def test_no_damage_loses_a_sample_in_silence(
     else:
         path.write_bytes(whole[:at] + bytes([whole[at] ^ xor]) + whole[at + 1 :])
     try:
-        scanned = indexing.scan(path)
+        scanned = scanning.scan(path)
     except UserError:
         return
     now = found_in(path, scanned.rows, scanned.labels)
@@ -221,7 +221,7 @@ def member(name: str, type_: bytes = tarfile.REGTYPE, target: str = "") -> tarfi
 
 def refusal(path: Path) -> str:
     with pytest.raises(UserError) as caught:
-        indexing.scan(path)
+        scanning.scan(path)
     return str(caught.value)
 
 
@@ -245,7 +245,7 @@ def test_a_tar_that_broke_off_is_refused_wherever_it_did(tmp_path: Path) -> None
         (tmp_path / "a.tar").write_bytes(whole[:at])
         assert f"ends at byte {at}" in refusal(tmp_path / "a.tar")
     (tmp_path / "a.tar").write_bytes(whole[: end + 512])  # with its end mark, short as it may be
-    assert len(indexing.scan(tmp_path / "a.tar").rows) == 3
+    assert len(scanning.scan(tmp_path / "a.tar").rows) == 3
 
 
 def test_zeros_within_a_tar_and_what_comes_after_its_end(tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_verify_tells_of_samples_that_an_index_lacks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As an older index of a tar with links, or with a header broken, was written."""
-    from data import manifest
+    from data.shards import manifest
 
     train = tmp_path / "train"
     three(train / "a.tar")

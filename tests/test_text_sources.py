@@ -8,11 +8,11 @@ from pathlib import Path
 import datasets
 import pytest
 
-from data import texts
-from data.manifest import Manifest
+from data.formats import texts
+from data.formats.texts import Text
+from data.loading.reader import Reader
 from data.pack import pack
-from data.reader import Reader
-from data.texts import Text
+from data.shards.manifest import Manifest
 from data.verify import verify
 from tests.command import call
 from tests.data_kit import numbered, png

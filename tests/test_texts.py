@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import RobertaConfig, RobertaModel
 
-from data import texts
-from data.codec import Codec
 from data.errors import BrokenData, UserError
-from data.kinds import TextKind
-from data.loader import Loader, sequential
-from data.manifest import Manifest
-from data.shards import write_split
-from data.sources import Sample
-from data.texts import Text, Texts, pack_rows, parse
+from data.formats import texts
+from data.formats.texts import Text, Texts, pack_rows, parse
+from data.loading.codec import Codec
+from data.loading.loader import Loader, sequential
+from data.shards.encoding import TextKind
+from data.shards.manifest import Manifest
+from data.shards.writer import write_split
+from data.sources.samples import Sample
 
 BOS, PAD, EOS = 0, 1, 2
 SPECIAL = frozenset({BOS, PAD, EOS})

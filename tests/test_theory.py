@@ -13,10 +13,10 @@ from PIL import Image
 from scipy.linalg import expm
 
 from data.errors import UserError
-from experiments import theory, theory_checks
-from experiments import theory_closed as closed
-from experiments import theory_oracles as oracles
-from experiments.theory_problems import LABELS, STARTS, TIMES, Problem, Sizes, draw
+from experiments.theory import __main__ as theory
+from experiments.theory import checks as theory_checks
+from experiments.theory import closed, oracles
+from experiments.theory.problems import LABELS, STARTS, TIMES, Problem, Sizes, draw
 from tests.command import call
 
 ROUNDS = 4

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from data.index import index
-from data.loader import sequential
-from data.manifest import Manifest
+from data.loading.loader import sequential
 from data.pack import pack
+from data.shards.manifest import Manifest
 from data.verify import verify
 from tests.command import call
 from tests.data_kit import class_folders, number_of, numbered, png

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import manifest, tars
 from data.index import index
-from data.manifest import Manifest
 from data.pack import pack
+from data.shards import manifest, tars
+from data.shards.manifest import Manifest
 from data.verify import verify
 from tests.command import call
 from tests.data_kit import CLASSES, class_folders, uneven

@@ -6,15 +6,15 @@ import sys
 import time
 from pathlib import Path
 
-from engine.preemption import AGAIN
-from engine.watchdog import Watchdog
+from engine.runtime.preemption import AGAIN
+from engine.runtime.watchdog import Watchdog
 from tests.helpers import ROOT, environment
 
 #: Works for a while, then hangs in a function of its own.
 HANGS = """
 import sys, time
 from pathlib import Path
-from engine.watchdog import Watchdog
+from engine.runtime.watchdog import Watchdog
 dog = Watchdog(Path(sys.argv[1]), 0, 2, 2.0)
 dog.start()
 for step in range(20):
@@ -77,7 +77,7 @@ def test_zero_seconds_is_no_watch(tmp_path: Path) -> None:
 def pulse(folder: Path, rank: int, begun: int, silent: float, *, waits: bool = False) -> None:
     """What another rank left."""
     content = {"time": time.time(), "host": "node2", "pid": 7, "silent": silent, "begun": begun}
-    content |= {"where": f"step {begun}", "at": "engine/trainer.py:1 (train)", "waits": waits}
+    content |= {"where": f"step {begun}", "at": "engine/training/loop.py:1 (train)", "waits": waits}
     (folder / ".pulse").mkdir(exist_ok=True)
     (folder / ".pulse" / f"rank-{rank:05d}.json").write_text(json.dumps(content))
 

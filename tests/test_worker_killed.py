@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.codec import Images
 from data.errors import WorkerLost
-from data.loader import Loader, sequential
-from data.manifest import Manifest
+from data.loading.codec import Images
+from data.loading.loader import Loader, sequential
+from data.shards.manifest import Manifest
 from tests.data_kit import uneven
 from tests.helpers import BIN, COMMON, ROOT, environment, make_world
 

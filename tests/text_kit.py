@@ -19,9 +19,9 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from data.kinds import TextKind
-from data.shards import write_split
-from data.sources import Sample
+from data.shards.encoding import TextKind
+from data.shards.writer import write_split
+from data.sources.samples import Sample
 
 SENTENCES = [
     "the cell divides and the protein binds",

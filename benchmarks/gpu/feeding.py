@@ -16,8 +16,8 @@ from PIL import Image
 
 from benchmarks.gpu.say import failed, say
 from data import cli, pack
-from data.loader import Loader
-from data.manifest import Manifest
+from data.loading.loader import Loader
+from data.shards.manifest import Manifest
 
 
 def pictures(folder: Path, number: int, width: int, height: int) -> None:
@@ -36,7 +36,7 @@ def pictures(folder: Path, number: int, width: int, height: int) -> None:
 
 def rate(shards: Path, side: int, batch: int, workers: int, seconds: float) -> list[float]:
     """Images a second of four rounds, after the queues are full."""
-    from data.codec import Images
+    from data.loading.codec import Images
 
     split = Manifest.load_split(str(shards), "train")
     loader = Loader(split, batch=batch, workers=workers, codec=Images(side))

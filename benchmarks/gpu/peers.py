@@ -67,7 +67,7 @@ def _cycled(one: Callable[[Batch], Tensor], data: list[Batch]) -> Callable[[], T
 def _trainer(title: str, size: str, stage: Stage, data: list[Batch], seconds: float) -> None:
     """The Trainer has its own loop: it is told after each step, and stopped when time is up."""
     from benchmarks.peers import trainer
-    from engine import distributed
+    from engine.runtime import distributed
 
     distributed.initialize()  # where no launcher is, accelerate looks for MPI
     samples, marks = len(data[0]["labels"]), list[float]()

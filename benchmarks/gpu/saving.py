@@ -11,8 +11,9 @@ from benchmarks.contestant import LR
 from benchmarks.gpu.say import say
 from benchmarks.sizes import batches
 from data import cli
-from engine import distributed, training_state
-from engine.checkpoint import Checkpoints, Reader, State
+from engine.checkpoints import training_state
+from engine.checkpoints.checkpoint import Checkpoints, Reader, State
+from engine.runtime import distributed
 
 
 def main(tiny: bool = False) -> None:

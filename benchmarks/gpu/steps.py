@@ -13,11 +13,12 @@ from benchmarks.gpu.counted import tell
 from benchmarks.gpu.say import failed
 from benchmarks.sizes import Stage, batches
 from data import cli
-from engine import flops, precision
-from engine.allocator import release
-from engine.config import Config
+from engine.config.schema import Config
 from engine.models.vit_mae import Shape
-from engine.zero import DTYPES
+from engine.monitoring import flops
+from engine.runtime import precision
+from engine.runtime.allocator import release
+from engine.runtime.zero import DTYPES
 
 #: ViT-B/16, of which MFU is told.
 BASE = Shape(224, 16, 768, 12, 12, 3072)

@@ -11,9 +11,9 @@ from benchmarks.gpu.counted import tell
 from benchmarks.gpu.say import failed
 from benchmarks.sizes import Batch, config_of
 from data import cli
-from data.texts import Texts
-from engine.allocator import release
-from engine.views import MaskTokens
+from data.formats.texts import Texts
+from engine.runtime.allocator import release
+from engine.training.views import MaskTokens
 
 
 def mixed(size: str, batch: int, longest: int, *, packed: bool) -> list[Batch]:

@@ -133,7 +133,7 @@ class _Inputs:
             input_ids: int64 [B, T].
             attention_mask: int64 [B, T], 0 at padding.
             unpadded: given where nothing is padded.
-            packed_at: int64 [R, T], for several texts in a row: see `data.texts.pack_rows`.
+            packed_at: int64 [R, T], for several texts in a row: see `data.formats.texts.pack_rows`.
             token_type_ids: int64 [B, T], the segment of each token; None: all are of the first.
         """
         kinds = token_type_ids
@@ -206,7 +206,7 @@ class LastRows:
         """Within, [B, T, D] becomes [B, 1, D], the CLS tokens' rows, in rows of several texts, too.
 
         Args:
-            packed_to: int64 [B, T], see `data.texts.pack_rows`; None: a text a row.
+            packed_to: int64 [B, T], see `data.formats.texts.pack_rows`; None: a text a row.
             wanted: False: nothing is cut.
         """
         with self.at(packed_to[:, 0]) if wanted and packed_to is not None else self.first(wanted):
@@ -246,7 +246,7 @@ class _Encodes(nn.Module):
             input_ids: int64 [B, T].
             attention_mask: int64 [B, T], 0 at padding.
             unpadded: given where nothing is padded.
-            packed_at: int64 [R, T], for several texts in a row: see `data.texts.pack_rows`.
+            packed_at: int64 [R, T], for several texts in a row: see `data.formats.texts.pack_rows`.
             packed_to: int64 [B, T], likewise.
             token_type_ids: int64 [B, T], the segment of each token; None: all are of the first.
             cls_only: the first token's row is enough.
@@ -320,7 +320,7 @@ class MaskedLanguageModel(_Encodes):
             originals: int64 [n], what stood there.
             scale: fp32 scalar.
             unpadded: given where nothing is padded.
-            packed_at: int64 [R, T], for several texts in a row: see `data.texts.pack_rows`.
+            packed_at: int64 [R, T], for several texts in a row: see `data.formats.texts.pack_rows`.
             packed_to: int64 [B, T], likewise.
             token_type_ids: int64 [B, T], the segment of each token; None: all are of the first.
             shown: whether the prediction is asked for.

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from data.samples import Keyed
-from engine.config import Config
-from engine.folder import Run
-from engine.kinds.base import Kind
-from engine.objectives import ClassifyObjective
+from data.loading.samples import Keyed
+from engine.checkpoints.folder import Run
+from engine.config.schema import Config
 from engine.regularizers import mars, r3f, recadam
-from engine.views import NoiseKeys, Together
+from engine.training.kinds.base import Kind
+from engine.training.objectives import ClassifyObjective
+from engine.training.views import NoiseKeys, Together
 
 
 @dataclass

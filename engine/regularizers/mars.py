@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import UserError
-from engine import training_state, zero
-from engine.config import Config, MarsSection
-from engine.distributed import Ranks
+from engine.checkpoints import training_state
+from engine.config.schema import Config, MarsSection
+from engine.runtime import zero
+from engine.runtime.distributed import Ranks
 
 
 def project(weight: Tensor, start: Tensor | None, radius: float) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from data.errors import UserError
-from engine import optim, zero
-from engine.config import Config, FinetuneSection, RecAdamSection
-from engine.training_state import MOMENTS
+from engine.checkpoints.training_state import MOMENTS
+from engine.config.schema import Config, FinetuneSection, RecAdamSection
+from engine.runtime import zero
+from engine.training import optimizer as optim
 
 ANCHOR = "anchor"
 

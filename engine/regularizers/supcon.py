@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.errors import UserError
-from data.manifest import Manifest
-from engine.config import Config, SupConSection
-from engine.objectives import Reconstructs, freeze_decoder
+from data.shards.manifest import Manifest
+from engine.config.schema import Config, SupConSection
+from engine.training.objectives import Reconstructs, freeze_decoder
 
 
 class _Gather(torch.autograd.Function):

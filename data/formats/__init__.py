@@ -1,0 +1,1 @@
+"""What one file holds, read and checked: images, texts, labels."""

@@ -1,0 +1,164 @@
+"""What every stream of batches has: workers, errors, and the count of what was skipped."""
+
+import atexit
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from multiprocessing import get_start_method
+from typing import Any
+
+import psutil
+import torch
+from torch.utils.data import DataLoader
+
+from data.errors import UserError
+from data.loading.order import Ints
+from data.loading.samples import Samples
+from data.loading.transport import Ring, received
+from data.loading.workers import awaiting, ignore_signals, stop
+from data.remote.cache import Report, as_python_warning
+from data.shards.manifest import Manifest
+
+Batch = dict[str, torch.Tensor]
+
+_AHEAD = 4  # batches that a worker is asked for ahead
+# Bytes, and a share of the memory that is free. The ring's memory stays in use; beyond it batches
+# come and go as files in shared memory.
+_RING_LIMIT, _RING_SHARE = 2**32, 1 / 16
+
+
+def _as_it_is(batch: Any) -> Any:
+    """In place of torch's default, which would make tensors of arrays again."""
+    return batch
+
+
+class Batches:
+    """The part that `Loader` and `Sequential` share: workers, errors, what was skipped.
+
+    Attributes:
+        manifest: The split.
+        samples: What the workers run.
+        broken: Samples skipped so far by this rank: id -> what is wrong. What the others skipped
+            may be added: it is then counted, and not reported again.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        samples: Samples,
+        workers: int,
+        pin: bool,
+        skip_broken: float,
+        report: Report | None,
+    ) -> None:
+        if workers < 0:
+            raise UserError(f"workers is {workers}: give 0 or more")
+        if not 0 <= skip_broken < 1:
+            raise UserError(f"skip_broken is {skip_broken}: give the tolerated share, 0 to below 1")
+        self.manifest = manifest
+        self.broken: dict[int, str] = {}
+        self._noted = False
+        self.samples = samples
+        self._workers = workers
+        self._pin = pin
+        self._skip_broken = skip_broken
+        self._report = report or as_python_warning
+        self._pid = os.getpid()
+        self._live: weakref.WeakSet[Any] = weakref.WeakSet()
+        # Workers ignore SIGTERM, with which Python would end them at exit and then wait for ever.
+        close = weakref.WeakMethod(self.close)
+        atexit.register(lambda: (method := close()) and method())
+
+    def close(self) -> None:
+        """Ends the workers."""
+        # A worker forked later holds a copy of this object: it must not stop its siblings.
+        if os.getpid() != self._pid:
+            return
+        for iterator in list(self._live):
+            stop(iterator)
+
+    def _run(self, arrays: Callable[[], Iterator[Ints]]) -> Iterator[Batch]:
+        """Yields the batch of each array."""
+
+        class Numbered:
+            def __iter__(self) -> Iterator[tuple[int, Ints]]:
+                return enumerate(arrays())
+
+        # Held here too: another iterator of the same loader has a ring of its own.
+        ring = self.samples.ring = self._ring(len(next(arrays(), ())))
+        loader = DataLoader(
+            self.samples,
+            sampler=Numbered(),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=self._workers,
+            pin_memory=self._pin,
+            prefetch_factor=_AHEAD if self._workers else None,
+            worker_init_fn=ignore_signals if self._workers else None,
+        )
+        iterator = iter(loader)
+        self._live.add(iterator)
+        try:
+            while True:
+                with awaiting(iterator):
+                    batch = next(iterator, None)
+                if batch is None:
+                    return
+                if "error" in batch:
+                    raise UserError(batch["error"])
+                self._count(batch.pop("broken"))
+                self._note(batch.pop("noted"))
+                yield received(batch)
+        finally:
+            self._live.discard(iterator)
+            if os.getpid() == self._pid:
+                stop(iterator)
+            if self.samples.ring is ring:
+                self.samples.ring = None
+
+    def _ring(self, rows: int) -> Ring | None:
+        """The memory in which forked workers leave batches, where their size is known."""
+        nbytes = self.samples.codec.nbytes(rows) if rows and self._workers else None
+        if not nbytes or get_start_method() != "fork":
+            return None
+        # One more than are asked for: the next is asked for before the first is taken out.
+        slots = self._workers * _AHEAD + 1
+        limit = min(_RING_LIMIT, int(_RING_SHARE * psutil.virtual_memory().available))
+        try:
+            return Ring(slots, nbytes) if slots * nbytes <= limit else None
+        except OSError:  # the system gives no more; the other way may do with less
+            return None
+
+    def _count(self, broken: dict[int, str]) -> None:
+        """Notes skipped samples; too many are an error."""
+        for sample in sorted(broken.keys() - self.broken.keys()):
+            self.broken[sample] = broken[sample]
+            self._report(f"skipped: {broken[sample]}")
+            self.tolerate(len(self.broken))
+
+    def _note(self, noted: list[str]) -> None:
+        """Says once that images are read of which only the pixels can be."""
+        if noted and not self._noted:
+            self._noted = True
+            self._report(
+                f"{noted[0]}: its profile, text or EXIF cannot be read; its pixels are whole, and"
+                " are taken as they lie (said once; python -m data.verify --decode counts such)"
+            )
+
+    def tolerate(self, count: int) -> None:
+        """Refuses too many broken samples; a rank by itself sees no more than its own.
+
+        Args:
+            count: Of distinct samples, on all ranks together.
+
+        Raises:
+            UserError: They are more than the tolerated share of the whole split.
+        """
+        if count > self._skip_broken * self.manifest.samples:
+            last = f"; the last: {list(self.broken.values())[-1]}" if self.broken else ""
+            raise UserError(
+                f"{self.manifest.root}: {count} broken samples are more than the tolerated share"
+                f" {self._skip_broken:g} of {self.manifest.samples}: mend the data"
+                " (python -m data.verify names what is broken), or tolerate more"
+                f" (--data.skip_broken){last}"
+            )

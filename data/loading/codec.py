@@ -1,0 +1,103 @@
+"""What one kind of input is to a loader: stored bytes -> an array -> the tensors of a batch."""
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.errors import UserError
+from data.formats import images
+
+
+class Codec(Protocol):
+    """Decodes samples in a loader's workers, and puts them together.
+
+    Attributes:
+        noted: Names of samples that were decoded though something beside the input is unreadable.
+    """
+
+    noted: list[str]
+
+    def decode(self, content: bytes, name: str) -> NDArray[Any]:
+        """One sample's array.
+
+        Args:
+            content: The input member as it is stored.
+            name: Of the sample, for messages.
+
+        Raises:
+            BrokenData: The content is not of this kind.
+        """
+        ...
+
+    def blank(self, like: NDArray[Any] | None) -> NDArray[Any] | None:
+        """The array of a padding row; None if it cannot be told without another sample.
+
+        Args:
+            like: A sample of the same batch, if there is any.
+        """
+        ...
+
+    def nbytes(self, rows: int) -> int | None:
+        """Memory of a batch of so many samples at most, in bytes; None where that is not known."""
+        ...
+
+    def collate(
+        self, arrays: list[NDArray[Any]], names: list[str], room: NDArray[np.uint8] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of a batch of b samples, each with b rows.
+
+        Args:
+            arrays: What `decode` and `blank` gave.
+            names: Of the samples, for messages.
+            room: Memory that may be taken for the largest of them, if it is enough.
+
+        Raises:
+            UserError: They do not fit together.
+        """
+        ...
+
+
+class Images:
+    """Images as uint8 [b, 3, H, W] under the name `images`.
+
+    Args:
+        size: Side in pixels to which images of another size are fitted; None leaves them, and then
+            those of a batch must be of one size.
+    """
+
+    def __init__(self, size: int | None = None) -> None:
+        self.size = size
+        self.noted: list[str] = []
+
+    def decode(self, content: bytes, name: str) -> NDArray[Any]:
+        """See `Codec`; uint8 [3, H, W]."""
+        return images.decode(content, self.size, name, lambda: self.noted.append(name))
+
+    def blank(self, like: NDArray[Any] | None) -> NDArray[Any] | None:
+        """See `Codec`; black."""
+        if like is not None:
+            return np.zeros_like(like)
+        return None if self.size is None else np.zeros((3, self.size, self.size), np.uint8)
+
+    def nbytes(self, rows: int) -> int | None:
+        """See `Codec`."""
+        return None if self.size is None else rows * 3 * self.size**2
+
+    def collate(
+        self, arrays: list[NDArray[Any]], names: list[str], room: NDArray[np.uint8] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """See `Codec`."""
+        first, size = arrays[0].shape, len(arrays) * arrays[0].size
+        if room is None or room.size < size:
+            room = np.empty(size, dtype=np.uint8)
+        out = room[:size].reshape(len(arrays), *first)
+        for row, array, name in zip(out, arrays, names, strict=True):
+            if array.shape != first:
+                raise UserError(
+                    f"{name} has {array.shape[2]}x{array.shape[1]} pixels, {names[0]}"
+                    f" {first[2]}x{first[1]}: give the size to fit them to, or pack with --size"
+                )
+            row[:] = array
+        return {"images": torch.from_numpy(out)}

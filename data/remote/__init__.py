@@ -1,0 +1,1 @@
+"""Shards behind addresses: fetched once a node, and kept."""

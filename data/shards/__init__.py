@@ -1,0 +1,1 @@
+"""Tars with an index: written, checked, read by place."""

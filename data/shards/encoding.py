@@ -1,0 +1,168 @@
+"""What the packer has to know of one kind of input: how a sample is stored, and what to note of it.
+
+The other way, from what is stored to the tensors of a batch, is `data.loading.codec`.
+"""
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+from PIL import Image
+
+from data.errors import UserError
+from data.formats import images, texts
+from data.sources.samples import Sample
+from data.splits import Metric
+
+# The size of the published ViT-MAE models.
+DEFAULT_SIZE = 224
+
+# A long paper has 10,000; models read 512 tokens.
+MAX_WORDS = 20_000
+
+
+def content_of(sample: Sample) -> bytes:
+    """The sample's file.
+
+    Raises:
+        ValueError: It cannot be opened.
+    """
+    if isinstance(sample.source, Path):
+        try:
+            return sample.source.read_bytes()
+        except OSError as error:
+            raise ValueError(f"it cannot be opened ({error.strerror})") from None
+    if isinstance(sample.source, bytes):
+        return sample.source
+    assert not isinstance(sample.source, texts.Text)  # texts have no file of their own
+    return sample.source()
+
+
+class Kind(Protocol):
+    """One kind of input, as it is packed.
+
+    Attributes:
+        name: As it stands in the manifest, and the word for one sample in messages.
+    """
+
+    name: ClassVar[Literal["image", "text"]]
+
+    def encode(self, sample: Sample) -> tuple[str, bytes]:
+        """Extension and bytes of the sample's member.
+
+        Raises:
+            ValueError: The sample is unreadable; one line that says how.
+        """
+        ...
+
+    def entry(self) -> dict[str, Any]:
+        """What the manifest notes of the inputs, under `name`."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What the user should know of the samples encoded so far, a line each."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageKind:
+    """Images.
+
+    Attributes:
+        size: Side in pixels of the square that images are fitted to; None keeps their own.
+        keep_original: Store the files as they are.
+        unreadable: Those of which something beside the picture could not be read.
+    """
+
+    size: int | None = DEFAULT_SIZE
+    keep_original: bool = False
+    unreadable: list[str] = field(default_factory=list, compare=False)
+    name: ClassVar[Literal["image", "text"]] = "image"
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise UserError(f"size is {self.size} pixels: give 1 or more")
+
+    def encode(self, sample: Sample) -> tuple[str, bytes]:
+        """See `Kind`; a PNG, or the file as it is."""
+        content = content_of(sample)
+
+        def tell() -> None:
+            self.unreadable.append(sample.name)
+
+        if not self.keep_original:
+            return "png", images.prepare(content, self.size, tell)
+        images.read(content, tell)  # only to see that it can be read
+        if isinstance(sample.source, Path):
+            return sample.source.suffix.lower().lstrip(".") or "img", content
+        return suffix(content), content
+
+    def entry(self) -> dict[str, Any]:
+        """See `Kind`."""
+        as_is = self.keep_original or self.size is None
+        return {
+            "size": None if self.keep_original else self.size,
+            "stored": "original" if self.keep_original else "png",
+            "fit": None if as_is else "short side bicubic, centre crop",
+        }
+
+    def notes(self) -> list[str]:
+        """See `Kind`."""
+        if not self.unreadable:
+            return []
+        return [
+            f"note: {len(self.unreadable)} images have a profile, text or EXIF that cannot be read,"
+            f" such as {min(self.unreadable)}: their pixels are whole, and are taken as they lie"
+        ]
+
+
+def suffix(content: bytes) -> str:
+    """The extension of an image file that has no name."""
+    kind = (Image.open(io.BytesIO(content)).format or "img").lower()
+    return {"jpeg": "jpg"}.get(kind, kind)
+
+
+@dataclass(frozen=True)
+class TextKind:
+    """Texts.
+
+    Attributes:
+        stored: Extension of the members: "txt" for single texts, "json" where there are pairs.
+        metric: How they are scored, where it is known.
+        max_words: The longest text in words; a longer one is taken for many that lost their
+            borders, of which a model would read the first few hundred tokens.
+    """
+
+    stored: texts.Stored = "txt"
+    metric: Metric | None = None
+    max_words: int = MAX_WORDS
+    name: ClassVar[Literal["image", "text"]] = "text"
+
+    def __post_init__(self) -> None:
+        if self.max_words < 1:
+            raise UserError(f"max_words is {self.max_words}: give 1 or more")
+
+    def encode(self, sample: Sample) -> tuple[str, bytes]:
+        """See `Kind`; the text as it is."""
+        if isinstance(sample.source, texts.Text):
+            content = texts.store(*sample.source, self.stored)
+        else:
+            content = content_of(sample)
+        found = texts.read(content, self.stored)
+        words = max(len(part.split()) for part in (found.text, found.pair or ""))
+        if words > self.max_words:
+            raise ValueError(
+                f"it has {words:,} words, of which a model reads the first few hundred tokens:"
+                f" divide it into texts, or allow so many (--max_words {words})"
+            )
+        return self.stored, content
+
+    def entry(self) -> dict[str, Any]:
+        """See `Kind`."""
+        found: dict[str, Any] = {"pairs": self.stored == "json", "stored": self.stored}
+        return found if self.metric is None else found | {"metric": self.metric}
+
+    def notes(self) -> list[str]:
+        """See `Kind`."""
+        return []

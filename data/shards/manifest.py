@@ -1,0 +1,364 @@
+"""The index of one split: which shards there are, and where each sample's bytes lie in them.
+
+A split's folder holds ``manifest.json``, ``members.npy`` and the shards. The table of members is a
+file of its own beside the JSON because it is memory-mapped: a hundred million samples cost a
+process no parsing and no memory. Its sha256 stands in ``manifest.json``, so the hash of that one
+file stands for all of the data.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pydantic
+from numpy.typing import NDArray
+
+from data.errors import UserError
+from data.sources import unpacked
+from data.splits import SPLITS, UNLABELLED, Metric
+
+FORMAT = "selfdistill-shards"
+FILE = "manifest.json"
+MEMBERS = "members.npy"
+# The hash of a table up to this size is checked at every start (0.1 s); beyond, by data.verify.
+_HASHED_BYTES = 64 * 2**20
+
+
+class ShardInfo(NamedTuple):
+    """One tar: file name (or a URL of its own), sha256 in hex, size in bytes, number of samples."""
+
+    name: str
+    sha256: str
+    bytes: int
+    samples: int
+
+
+class _Shard(pydantic.BaseModel):
+    name: str
+    sha256: str
+    bytes: int = pydantic.Field(ge=0)
+    samples: int = pydantic.Field(ge=0)
+
+
+class _Members(pydantic.BaseModel):
+    file: str
+    sha256: str
+
+
+class _Text(pydantic.BaseModel):
+    pairs: bool
+    stored: Literal["txt", "json"]
+    metric: Metric | None = None
+
+
+class _File(pydantic.BaseModel):
+    """manifest.json, format version 1."""
+
+    format: Literal["selfdistill-shards"]
+    version: Literal[1]
+    kind: Literal["image", "text"]
+    split: str
+    classes: list[str]
+    class_counts: list[int]
+    samples: int
+    image: dict[str, Any] | None = None
+    text: _Text | None = None
+    columns: list[str] = ["input", "label"]
+    members: _Members
+    shards: list[_Shard]
+
+
+def is_remote(place: str) -> bool:
+    """Whether a place is a URL or a ``pipe:`` command and not a local path."""
+    return place.startswith("pipe:") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
+
+
+def join(root: str, name: str) -> str:
+    """The place of a file in a folder: a path, a URL, or a ``pipe:`` command that ends in one."""
+    return f"{root.rstrip('/')}/{name}"
+
+
+def is_plain(name: str) -> bool:
+    """Whether a shard, or a table, may be called so, in a folder or below it.
+
+    Such a name is the same in a path, a URL and a shell's command.
+    """
+    return bool(re.fullmatch(r"[\w.+=@-][\w./+=@-]*", name)) and ".." not in name.split("/")
+
+
+def as_typed(path: Path) -> Path:
+    """A path from the root on, links in it left as they are: a split is what it is called."""
+    here = os.environ.get("PWD", "")  # the shell's, which remembers links; getcwd does not
+    if not path.is_absolute() and os.path.isdir(here) and os.path.samefile(here, "."):
+        path = Path(here) / path
+    return Path(os.path.abspath(path))
+
+
+class Manifest:
+    """The index of one split, read-only.
+
+    Args:
+        content: The bytes of manifest.json.
+        root: The split's folder: a path or a URL prefix.
+        cache_dir: Where the tables and shards of a remote root are kept on this node; None for the
+            default of `data.remote.cache`.
+
+    Attributes:
+        root: As given.
+        kind: "image" or "text".
+        split: "train", "val", "test" or "unlabelled".
+        classes: Names of the classes; labels are their numbers.
+        class_counts: Samples of each class.
+        samples: Number of samples N; their ids are 0..N-1, the rows of `members`.
+        image: What is known of the images, e.g. {"size": 64}; empty for other kinds.
+        text: What is known of the texts, e.g. {"pairs": False, "stored": "txt"}, and where it is
+            known how they are scored "metric", one of `METRICS`; empty for other kinds.
+        shards: The tars, in the order of the ids.
+        hash: sha256 of manifest.json in hex: the identity of the data.
+
+    Raises:
+        UserError: Not a manifest of ours, or one that contradicts itself.
+    """
+
+    def __init__(self, content: bytes, root: str, cache_dir: str | None = None) -> None:
+        self.root = root
+        self.cache_dir = cache_dir
+        self.place = join(root, FILE)
+        self.hash = hashlib.sha256(content).hexdigest()
+        try:
+            file = _File.model_validate_json(content)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise UserError(
+                f"{self.place} is no manifest of this program: {where}: {first['msg']}:"
+                " pack the data anew (python -m data.pack) or index the tars (python -m data.index)"
+            ) from None
+        self.kind = file.kind
+        self.split = file.split
+        self.classes = file.classes
+        self.class_counts = file.class_counts
+        self.samples = file.samples
+        self.image = file.image or {}
+        self.text = file.text.model_dump(exclude_none=True) if file.text else {}
+        self.columns = file.columns
+        self.members_file = file.members
+        self.shards = [ShardInfo(s.name, s.sha256, s.bytes, s.samples) for s in file.shards]
+        self._check()
+
+    def _check(self) -> None:
+        """The parts of the file agree, and no name leads out of the folder."""
+        cure = "pack the data anew (python -m data.pack) or fetch the right manifest.json"
+        if self.kind == "text" and not self.text:
+            raise UserError(f"{self.place}: kind is text, and the entry text is missing: {cure}")
+        if sum(s.samples for s in self.shards) != self.samples:
+            raise UserError(
+                f"{self.place}: its shards do not add up to {self.samples} samples: {cure}"
+            )
+        if len(self.class_counts) != len(self.classes):
+            raise UserError(f"{self.place}: class_counts and classes differ in length: {cure}")
+        for name in [self.members_file.file, *(s.name for s in self.shards)]:
+            # A manifest fetched from elsewhere must not be able to run a command here.
+            own = is_remote(name) and (not name.startswith("pipe:") or not is_remote(self.root))
+            if not own and not is_plain(name):
+                raise UserError(f"{self.place}: {name!r} is no plain file name: {cure}")
+
+    @classmethod
+    def load(cls, root: str, cache_dir: str | None = None) -> "Manifest":
+        """Reads the manifest of one split.
+
+        Args:
+            root: The split's folder, or its URL prefix (``http://host/cub/train``,
+                ``pipe:ssh host cat /data/cub/train``).
+            cache_dir: See `Manifest`.
+
+        Returns:
+            The manifest; its table of members is opened at first use.
+
+        Raises:
+            UserError: There is none, or it is broken.
+        """
+        root = str(root)
+        place = join(root, FILE)
+        if is_remote(root):
+            from data.remote.cache import fetch_bytes
+
+            return cls(fetch_bytes(place), root, cache_dir)
+        try:
+            content = Path(place).read_bytes()
+        except FileNotFoundError:
+            raise UserError(
+                f"no {FILE} in {root}: pack the data first (python -m data.pack SOURCE SHARDS),"
+                " or index tars made elsewhere (python -m data.index)"
+            ) from None
+        except NotADirectoryError:
+            raise UserError(f"{root} is a file: give the folder of the shards") from None
+        except OSError as error:
+            raise UserError(
+                f"cannot read {place}: {error.strerror}: check its permissions"
+            ) from None
+        return cls(content, root, cache_dir)
+
+    @classmethod
+    def load_split(cls, data: str, split: str, cache_dir: str | None = None) -> "Manifest":
+        """Reads the manifest of a split of a data set.
+
+        Args:
+            data: The data set's folder or URL prefix.
+            split: "train", "val", "test" or "unlabelled".
+            cache_dir: See `Manifest`.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            UserError: The data set is missing, or has no such split, or another one in its place.
+        """
+        data = str(data)
+        if not is_remote(data):
+            folder = Path(data)
+            if not folder.is_dir():
+                raise UserError(
+                    unpacked.cure(folder)
+                    or f"no data set at {data}: pack it first (python -m data.pack SOURCE {data})"
+                )
+            there = [s for s in SPLITS if (folder / s / FILE).is_file()]
+            if not there and (raw := unpacked.cure(folder)):
+                raise UserError(raw)
+            if split not in there:
+                has = f"it has {', '.join(there)}" if there else "it has no split with a manifest"
+                option = "--unlabelled PATH" if split == UNLABELLED else f"--split {split}"
+                raise UserError(
+                    f"{data} has no split {split!r} ({has}): pack one into it"
+                    f" (python -m data.pack SOURCE {data} {option})"
+                )
+        found = cls.load(join(data, split), cache_dir)
+        if found.split != split:
+            raise UserError(
+                f"{found.root} holds the split {found.split!r}, not {split!r}: put each split into"
+                " the folder of its name, or pack the data anew"
+            )
+        return found
+
+    def shard_place(self, shard: int) -> str:
+        """Path or URL of a shard."""
+        name = self.shards[shard].name
+        return name if is_remote(name) else join(self.root, name)
+
+    @functools.cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """int64 [S], samples in each shard."""
+        return np.array([s.samples for s in self.shards], dtype=np.int64)
+
+    @functools.cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """int64 [S + 1], the id of each shard's first sample, and N."""
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts)])
+
+    @functools.cached_property
+    def members(self) -> NDArray[np.int64]:
+        """int64 [N, 4], memory-mapped: offset and length of input and label in the shard's tar.
+
+        A sample without a label has -1, -1.
+
+        Raises:
+            UserError: The table is missing, or is not the one that the manifest names.
+        """
+        place = join(self.root, self.members_file.file)
+        held = None
+        if is_remote(self.root):
+            from data.remote.cache import ShardCache
+
+            # By its descriptor: another process may drop the file to make room for a shard.
+            held = ShardCache(self.cache_dir).open(place, self.members_file.sha256, None)
+            path = Path(f"/proc/self/fd/{held}")
+        else:
+            path = Path(place)
+        cure = "fetch it anew, or make it anew (python -m data.pack or python -m data.index)"
+        try:
+            table: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False)
+            if path.stat().st_size <= _HASHED_BYTES:
+                with path.open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                if found != self.members_file.sha256:
+                    raise UserError(
+                        f"{place} is not the table that {self.place} names (its sha256 differs):"
+                        f" {cure}"
+                    )
+        except FileNotFoundError:
+            raise UserError(f"{place} is missing beside {FILE}: {cure}") from None
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{place} cannot be read as a table ({error}): {cure}") from None
+        finally:
+            if held is not None:
+                os.close(held)
+        if table.shape != (self.samples, 4) or table.dtype != np.int64:
+            raise UserError(
+                f"{place} is {table.dtype} {list(table.shape)} where {self.place} wants"
+                f" int64 [{self.samples}, 4]: {cure}"
+            )
+        return table
+
+    @property
+    def labelled(self) -> int:
+        """Number of samples that have a label."""
+        return sum(self.class_counts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the table: pickled, a memory map would become an array of all samples."""
+        return {k: v for k, v in self.__dict__.items() if k != "members"}
+
+
+def write(
+    folder: Path,
+    *,
+    split: str,
+    classes: list[str],
+    class_counts: list[int],
+    shards: list[ShardInfo],
+    members: NDArray[np.int64],
+    kind: Literal["image", "text"] = "image",
+    image: dict[str, Any] | None = None,
+    text: dict[str, Any] | None = None,
+) -> None:
+    """Writes manifest.json and members.npy.
+
+    Args:
+        folder: The split's folder, which holds the shards.
+        split: Its name.
+        classes: Names of the classes.
+        class_counts: Samples of each.
+        shards: The tars in order.
+        members: int64 [N, 4], see `Manifest.members`.
+        kind: Kind of the inputs.
+        image: What is known of the images, "size" among it (None where sizes differ).
+        text: What is known of the texts, see `Manifest`; for kind "text" in place of `image`.
+    """
+    assert all(is_plain(shard.name) for shard in shards)  # or nothing could read what this writes
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(members, dtype=np.int64), allow_pickle=False)
+    (folder / MEMBERS).write_bytes(buffer.getbuffer())
+    content = {
+        "format": FORMAT,
+        "version": 1,
+        "kind": kind,
+        "split": split,
+        "classes": classes,
+        "class_counts": class_counts,
+        "samples": len(members),
+        kind: image if kind == "image" else text,
+        "columns": ["input", "label"],
+        "members": {
+            "file": MEMBERS,
+            "sha256": hashlib.sha256(buffer.getbuffer()).hexdigest(),
+        },
+        "shards": [s._asdict() for s in shards],
+    }
+    written = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    (folder / FILE).write_text(written, encoding="utf-8")

@@ -1,0 +1,1 @@
+"""What users have: folders, tables, texts, archives, known data sets."""

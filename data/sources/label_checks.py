@@ -1,0 +1,100 @@
+"""Labels that can hardly be what was meant: refused, or told before anything is trained on them."""
+
+import re
+from collections import Counter
+
+from data.errors import UserError
+from data.sources.samples import Splits
+from data.splits import DIVIDED, UNLABELLED
+
+# With fewer samples somebody tries things out.
+_FEW = 20
+_BETWEEN = re.compile(r"\s*[|;,]\s*")
+_FRACTION = re.compile(r"[-+]?\d*\.\d*[1-9]\d*(e[-+]?\d+)?|[-+]?\d+e[-+]?\d+", re.IGNORECASE)
+
+
+def check(splits: Splits) -> list[str]:
+    """Looks at the labels of a source's splits.
+
+    Args:
+        splits: As they are to be packed.
+
+    Returns:
+        What the user should know, a line each.
+
+    Raises:
+        UserError: One class only, about as many classes as samples, numbers that are measured, or
+            labels of several classes at once.
+    """
+    counts: dict[str, Counter[str]] = {}
+    classes: list[str] = []
+    for split, (samples, names) in splits.items():
+        if names and split != UNLABELLED:
+            classes = names
+            counts[split] = Counter(names[s.label] for s in samples if s.label is not None)
+    if not classes:
+        return []
+    _refuse(classes, sum(counter.total() for counter in counts.values()))
+    notes = []
+    if len(classes) == 1:
+        notes.append(f"note: all samples are of one class, {classes[0]!r}: nothing to tell apart")
+    folded: dict[str, str] = {}
+    for name in classes:
+        other = folded.setdefault(_folded(name), name)
+        if other != name:
+            notes.append(
+                f"note: classes {other!r} and {name!r} differ in case, spaces or zeros alone: if"
+                " they are one, name them alike and pack again"
+            )
+    for split in DIVIDED[1:]:
+        absent = [name for name in classes if split in counts and not counts[split][name]]
+        if absent:
+            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+            has = sum(counter[absent[0]] for counter in counts.values())
+            notes.append(
+                f"note: class {absent[0]!r} ({has} samples in all){more} has no sample in {split}"
+            )
+    return notes
+
+
+def _refuse(classes: list[str], samples: int) -> None:
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"the name of class {name!a} is not UTF-8, so that no manifest can hold it:"
+                " rename it"
+            ) from None
+    cure = "give each sample the name of its class, or pack without labels (--unlabelled)"
+    if samples >= _FEW and len(classes) == 1:
+        raise UserError(
+            f"all samples are of one class, {classes[0]!r}: there is nothing to tell apart: {cure}"
+        )
+    measured = [name for name in classes if _FRACTION.fullmatch(name)]
+    if len(measured) > len(classes) / 2 and len(classes) > _FEW / 2:
+        raise UserError(
+            f"the labels are {len(classes)} different numbers such as {measured[0]}: these are"
+            f" measured values, and this program tells classes apart: {cure}"
+        )
+    if samples >= _FEW and len(classes) > samples / 2:
+        raise UserError(
+            f"{samples} samples have {len(classes)} different labels, such as {classes[0]!r}:"
+            f" these are hardly classes: {cure}"
+        )
+    known = set(classes)
+    for name in classes:
+        parts = [part for part in _BETWEEN.split(name) if part]
+        if len(parts) > 1 and known.issuperset(parts):
+            raise UserError(
+                f"the label {name!r} is of several classes ({', '.join(parts)}), and a sample has"
+                f" one here: {cure}"
+            )
+
+
+def _folded(name: str) -> str:
+    """A class name as it would be typed carelessly: " 01" and "1.0" are 1, "Cat " is cat."""
+    plain = " ".join(re.split(r"[\s_-]+", name.strip().casefold()))
+    if re.fullmatch(r"\d+(\.0*)?", plain):
+        return plain.split(".")[0].lstrip("0") or "0"
+    return plain

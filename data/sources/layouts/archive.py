@@ -1,0 +1,93 @@
+"""The official archive file itself in place of the folder it extracts to."""
+
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data.errors import UserError
+from data.formats.strays import is_stray
+from data.splits import DIVIDED
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a path is a file with an archive's name."""
+    return path.is_file() and path.name.lower().endswith(SUFFIXES)
+
+
+@contextmanager
+def opened(root: Path, scratch: Path) -> Iterator[Path]:
+    """The folder to read: `root` itself, or a temporary one with the archive's files.
+
+    Nothing is written outside the temporary folder, whatever the names in the archive (PEP 706's
+    ``data`` filter for tars; zipfile drops ``..`` and leading slashes itself). It is removed in
+    the end.
+
+    Args:
+        root: A folder or an archive file.
+        scratch: Where the temporary folder is made: on the disk of the output, which has to hold a
+            data set anyway, and not in a ``/tmp`` that may be memory.
+
+    Yields:
+        The folder.
+
+    Raises:
+        UserError: The archive is broken or holds a path that leads outside.
+    """
+    if not is_archive(root):
+        yield root
+        return
+    scratch.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".extracted-", dir=scratch))
+    try:
+        _extract(root, folder)
+        yield _innermost(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _innermost(folder: Path) -> Path:
+    """The folder that an archive wraps everything in, if it does; but never a split's."""
+    while True:
+        inside = [path for path in folder.iterdir() if not is_stray(path.name)]
+        if len(inside) != 1 or not inside[0].is_dir() or inside[0].name.lower() in DIVIDED:
+            return folder
+        folder = inside[0]
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Refuses a tar of which tarfile read a part: it ends in silence at a broken or cut header."""
+    file = tar.fileobj
+    assert file is not None
+    file.seek(tar.offset)
+    at, rest = tar.offset, file.read(tarfile.BLOCKSIZE)
+    if len(rest) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"it ends at byte {at}, within a header or without end mark")
+    while rest:
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError(f"what stands at byte {at} is no tar header")
+        at += len(rest)
+        rest = file.read(2**20)
+
+
+def _extract(path: Path, folder: Path) -> None:
+    try:
+        if path.name.lower().endswith(".zip"):
+            with zipfile.ZipFile(path) as archive:
+                names = [name for name in archive.namelist() if not is_stray(name)]
+                archive.extractall(folder, members=names)
+        else:
+            with tarfile.open(path) as tar:
+                tar.extractall(folder, filter="data")
+                _check_end(tar)
+    except tarfile.FilterError as error:
+        raise UserError(f"{path} leads outside its folder ({error}): do not use it") from None
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        raise UserError(
+            f"{path} is broken or cut short ({error}): take the official archive again"
+        ) from None

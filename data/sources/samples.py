@@ -1,0 +1,272 @@
+"""Samples to pack, and their division into splits: what all sources of data share."""
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data import keyed
+from data.errors import UserError
+from data.formats.texts import Text
+from data.splits import DIVIDED
+
+DEFAULT_SHARES = (0.8, 0.1, 0.1)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a table's columns.
+
+    Attributes:
+        path: of an image's file.
+        text: of the text.
+        pair: of the second of a pair; it need not be there.
+        label: of the class, a name or a number.
+        key: of the samples' names; it need not be there. No two may be equal.
+    """
+
+    path: str = "path"
+    text: str = "text"
+    pair: str = "text_pair"
+    label: str = "label"
+    key: str = "id"
+
+
+class Sample(NamedTuple):
+    """One sample to pack: key, what it is, its class number (None: unlabelled).
+
+    `where` names it in messages; by default its file, or the key.
+    """
+
+    key: str
+    source: Path | bytes | Callable[[], bytes] | Text
+    label: int | None
+    where: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        if self.where is not None:
+            return self.where
+        return str(self.source) if isinstance(self.source, Path) else self.key
+
+
+class Stream:
+    """Samples without labels, made anew at each pass: they may be more than memory holds.
+
+    Args:
+        samples: Starts a pass over all of them.
+        length: Their number.
+        taken: bool [length], which of them belong to this stream; None for all.
+    """
+
+    def __init__(
+        self,
+        samples: Callable[[], Iterator[Sample]],
+        length: int,
+        taken: NDArray[np.bool_] | None = None,
+    ) -> None:
+        self._samples = samples
+        self._taken = np.ones(length, dtype=bool) if taken is None else taken
+
+    def __len__(self) -> int:
+        return int(self._taken.sum())
+
+    def __iter__(self) -> Iterator[Sample]:
+        return itertools.compress(self._samples(), self._taken)
+
+    def take(self, rows: NDArray[np.bool_]) -> "Stream":
+        """Those of this stream that are True in `rows`, bool [len(self)]."""
+        taken = np.zeros_like(self._taken)
+        taken[np.flatnonzero(self._taken)[rows]] = True
+        return Stream(self._samples, len(taken), taken)
+
+
+Samples = list[Sample] | Stream
+# Per split its samples and the names of the classes.
+Splits = dict[str, tuple[Samples, list[str]]]
+
+
+class Row(NamedTuple):
+    """A sample in a list of them: its split ("" where the list is not divided), its label's name.
+
+    `where` names it in messages.
+    """
+
+    split: str
+    where: str
+    key: str
+    source: Path | Text
+    label: str | None
+
+
+def grouped(rows: list[Row]) -> Splits:
+    """Samples by split, their labels numbered.
+
+    Raises:
+        UserError: there is a split train, and it lacks a class that another split has.
+    """
+    classes = class_order(row.label for row in rows if row.label is not None)
+    number = {name: i for i, name in enumerate(classes)}
+    taught = {row.label for row in rows if row.split == "train"}
+    for row in rows:
+        if taught and row.label not in taught:
+            raise UserError(
+                f"{row.where}: class {row.label!r} has no row in split train: add some, correct"
+                " its name, or drop it"
+            )
+    found: Splits = {}
+    for split in (*DIVIDED, ""):
+        samples = [
+            Sample(r.key, r.source, None if r.label is None else number[r.label], r.where)
+            for r in rows
+            if r.split == split
+        ]
+        if samples:
+            found[split] = (samples, classes)
+    return found
+
+
+def class_order(names: Iterable[str]) -> list[str]:
+    """Class names in order: as numbers if all are, so that the classes 0..10 keep their numbers."""
+    found = set(names)
+    numeric = all(re.fullmatch(r"\d{1,18}(\.0+)?", n) for n in found)
+    return sorted(found, key=lambda n: (int(n.split(".")[0]), n) if numeric else (0, n))
+
+
+def parse_shares(text: str | None) -> tuple[float, ...]:
+    """Shares of train, val and test from e.g. "0.8,0.1,0.1"."""
+    if text is None:
+        return DEFAULT_SHARES
+    try:
+        shares = tuple(float(part) for part in text.strip("()[] ").split(","))
+    except ValueError:
+        shares = ()
+    if (
+        not 1 <= len(shares) <= 3
+        or min(shares) < 0
+        or shares[0] == 0
+        or abs(sum(shares) - 1) > 1e-6
+    ):
+        raise UserError(
+            f"--splits {text}: give shares of train, val and test that add up to 1,"
+            " e.g. 0.8,0.1,0.1"
+        )
+    return shares
+
+
+def _take(samples: Samples, rows: NDArray[np.bool_]) -> Samples:
+    """Those that are True in `rows`, bool [n]."""
+    if isinstance(samples, Stream):
+        return samples.take(rows)
+    return list(itertools.compress(samples, rows))
+
+
+def divide(samples: Samples, shares: tuple[float, ...], seed: int) -> dict[str, Samples]:
+    """Divides samples at random into splits, class by class.
+
+    Args:
+        samples: All of them.
+        shares: Of train, val and test.
+        seed: Another seed, another division.
+
+    Returns:
+        Per split its samples in their old order. A class of n gives each split its share of n
+        rounded (boundaries are rounded, so nothing is lost); train gets at least one of each.
+    """
+    if isinstance(samples, Stream):
+        labels = np.full(len(samples), -1)
+    else:
+        labels = np.array([-1 if s.label is None else s.label for s in samples])
+    owner = np.zeros(len(samples), dtype=np.int64)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        rows = rows[keyed.permutation(seed, f"split {label}", 0, len(rows))]
+        bounds = np.rint(np.cumsum(shares) * len(rows)).astype(int)
+        bounds = np.maximum(bounds, max(1, bounds[0]))
+        for i in range(1, len(shares)):
+            owner[rows[bounds[i - 1] : bounds[i]]] = i
+    found: dict[str, Samples] = {}
+    for i, split in enumerate(DIVIDED):
+        rows = owner == i
+        if rows.any():
+            found[split] = _take(samples, rows)
+    return found
+
+
+def hold_out(found: Splits, fraction: float, seed: int) -> Splits:
+    """Sets part of train aside as val, of each class the same fraction, where there is no val.
+
+    Args:
+        found: A source's own splits.
+        fraction: Between 0 and 1.
+        seed: Another seed, another choice.
+
+    Returns:
+        The splits, with a val.
+
+    Raises:
+        UserError: The fraction is out of range, there is nothing to divide, or a val already.
+    """
+    cure = ""
+    if not 0 < fraction < 1:
+        cure = "give a number between 0 and 1, such as 0.1"
+    elif "" in found:
+        cure = "it is for sources with splits of their own; divide this one with --splits"
+    elif "val" in found:
+        cure = "the source has a val split; drop the option, or join val to train (--trainval)"
+    elif "train" not in found:
+        cure = f"the source has no train split, only {', '.join(found)}; drop the option"
+    if cure:
+        raise UserError(f"--val_fraction {fraction}: {cure}")
+    samples, classes = found["train"]
+    parts = divide(samples, (1 - fraction, fraction), seed)
+    return {**found, **{split: (part, classes) for split, part in parts.items()}}
+
+
+def settle(
+    found: Splits,
+    root: Path,
+    shares: str | None,
+    split: str | None,
+    seed: int,
+    val_fraction: float = 0.0,
+) -> Splits:
+    """Divides what is not divided yet, or takes one split.
+
+    Args:
+        found: From `find` or a layout.
+        root: Where it is from, for messages.
+        shares: Text of --splits.
+        split: Take everything as this split, or this one of several.
+        seed: Of the division.
+        val_fraction: Part of train to set aside as val; 0 for none.
+
+    Returns:
+        Per split its samples and classes.
+
+    Raises:
+        UserError: The options contradict the source or each other.
+    """
+    if shares is not None and split is not None:
+        raise UserError("--splits divides, --split packs everything as one: give one of them")
+    parsed = parse_shares(shares)
+    if shares is not None and "" not in found:
+        has = ", ".join(found)
+        raise UserError(f"{root} has splits of its own ({has}): leave --splits out")
+    if val_fraction:
+        found = hold_out(found, val_fraction, seed)
+    if split is not None:
+        if "" not in found and split not in found:
+            has = ", ".join(found)
+            raise UserError(f"{root} has no split {split!r}, it has {has}: give one of these")
+        return {split: found.get(split) or found[""]}
+    if "" not in found:
+        return found
+    samples, classes = found[""]
+    return {s: (part, classes) for s, part in divide(samples, parsed, seed).items()}

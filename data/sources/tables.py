@@ -1,0 +1,79 @@
+"""CSV and TSV files with a header."""
+
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from data.splits import ALIASES, DIVIDED
+
+
+def read(path: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, str]]]]:
+    """A table's header, and its rows as they are asked for.
+
+    Args:
+        path: .csv (RFC 4180; semicolons or tabs may stand for the commas), or .tsv, in which
+            quotation marks mean nothing.
+
+    Returns:
+        Names of the columns; an iterator of (number of the row's last line, fields by column).
+
+    Raises:
+        UserError: It cannot be opened, is not UTF-8, or a row has another number of fields.
+    """
+    rows = _rows(path)
+    return list(next(rows)[1]), rows
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    tsv = path.suffix.lower() == ".tsv"
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a long document is a long field
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+            if not tsv:
+                form = {"delimiter": _separator(file.readline()), "strict": True}
+                file.seek(0)
+            reader = csv.DictReader(file, **form)
+            header = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+            twice = next((c for i, c in enumerate(header) if c in header[:i]), None)
+            if twice is not None:
+                raise UserError(f"{path} has the column {twice!r} twice: rename one of them")
+            yield 1, dict.fromkeys(header, "")
+            for row in reader:
+                if None in row or None in row.values():
+                    raise UserError(
+                        f"{path} line {reader.line_num} has not as many fields as the header:"
+                        " correct the file"
+                    )
+                yield reader.line_num, row
+    except UnicodeDecodeError:
+        kind = "TSV" if tsv else "CSV"
+        raise UserError(f"{path} is not text in UTF-8: save it as {kind} in UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"{path}: {error}: correct the file") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened ({error.strerror}): check it") from None
+
+
+def _separator(header: str) -> str:
+    """What separates a file's columns: commas; where its first line has none, ``;`` or tabs."""
+    return "," if "," in header else ";" if ";" in header else "\t" if "\t" in header else ","
+
+
+def split_of(row: dict[str, str], where: str) -> str:
+    """The split that a row names in its column `split`; "" without such a column.
+
+    Raises:
+        UserError: It names none of the splits.
+    """
+    if "split" not in row:
+        return ""
+    split = row["split"].strip().lower()
+    if split not in ALIASES:
+        raise UserError(
+            f"{where}: split {split!r} is none of {', '.join(DIVIDED)}: correct the file"
+        )
+    return ALIASES[split]

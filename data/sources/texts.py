@@ -1,0 +1,301 @@
+"""Where texts come from: JSON Lines, CSV, TSV, plain lines, a saved folder of `datasets`."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data.cli import nearest
+from data.errors import UserError
+from data.formats.strays import is_stray
+from data.formats.texts import Text
+from data.sources import tables
+from data.sources.samples import Columns, Row, Sample, Samples, Splits, Stream, grouped
+from data.splits import ALIASES, DIVIDED
+
+#: Files of texts by their extension; .csv may be a list of images as well.
+JSONL = (".jsonl", ".ndjson")
+SUFFIXES = (*JSONL, ".csv", ".tsv", ".txt")
+
+#: Files by which `datasets.save_to_disk` is known.
+_SAVED = ("dataset_dict.json", "state.json")
+
+
+class _Field(NamedTuple):
+    """A row as it was read: where it stands, its values by column, the split of its file."""
+
+    where: str
+    values: dict[str, Any]
+    split: str
+
+
+def recognise(root: Path, columns: Columns) -> bool:
+    """Whether a source holds texts.
+
+    Args:
+        root: What the user named.
+        columns: Names of the columns.
+    """
+    if root.is_dir():
+        return _is_saved(root) or bool(_split_files(root))
+    suffix = root.suffix.lower()
+    if suffix == ".csv" and root.is_file():
+        header, _ = tables.read(root)
+        return columns.text in header and (columns.path not in header or columns != Columns())
+    return suffix in SUFFIXES and suffix != ".csv" and root.is_file()
+
+
+def find(
+    root: Path,
+    columns: Columns,
+    *,
+    unlabelled: bool = False,
+    notes: list[str] | None = None,
+) -> Splits:
+    """The texts of a file or a folder that `recognise` knows.
+
+    Args:
+        root: File, folder of {train,val,test}.{jsonl,csv,tsv,txt}, or folder of `datasets`.
+        columns: Names of the columns.
+        unlabelled: Leave labels away; the file may then be larger than memory.
+        notes: Gets a line for each thing that was passed over.
+
+    Returns:
+        Per split its samples and classes; the split "" where the source is not divided.
+
+    Raises:
+        UserError: The source cannot be read or contradicts itself.
+    """
+    files = _files(root)
+    if notes is not None and root.is_dir() and not _is_saved(root):
+        others = [
+            path.name
+            for path in sorted(root.iterdir())
+            if path.suffix.lower() in SUFFIXES and path not in files.values() and path.is_file()
+        ]
+        if others := [name for name in others if not is_stray(name)]:
+            notes.append(
+                f"note: {len(others)} files are not named after a split and are left out, such as"
+                f" {others[0]}"
+            )
+    plain = all(path.suffix.lower() == ".txt" for path in files.values())
+    if unlabelled or plain:
+        return _streams(files, columns)
+    rows = [
+        _labelled(field, columns)
+        for split, path in files.items()
+        for field in _fields(path, split, columns)
+    ]
+    if not rows:
+        raise UserError(f"{root} has no texts: add some")
+    _refuse_twins(rows)
+    return grouped(rows)
+
+
+def find_extra(root: Path, columns: Columns) -> Samples:
+    """All texts of a file or folder, without labels.
+
+    Raises:
+        UserError: There are none.
+    """
+    if not root.exists():
+        raise UserError(f"--unlabelled {root} does not exist: give a file of texts")
+    if not recognise(root, columns):
+        raise UserError(
+            f"--unlabelled {root} holds no texts, as the source does: give a file"
+            f" ({', '.join(SUFFIXES)}) with a column {columns.text!r}, or a folder of such"
+        )
+    found = _streams(
+        {"": root} if root.is_file() or _is_saved(root) else _split_files(root), columns
+    )
+    streams = [samples for samples, _ in found.values()]
+    lengths = sum(len(samples) for samples in streams)
+    return Stream(lambda: (sample for stream in streams for sample in stream), lengths)
+
+
+def has_pairs(splits: Splits) -> bool:
+    """Whether any text is one of a pair."""
+    return any(
+        isinstance(sample.source, Text) and sample.source.pair is not None
+        for samples, _ in splits.values()
+        for sample in samples
+    )
+
+
+def _files(root: Path) -> dict[str, Path]:
+    """What is read, by split; "" where it is not divided, or says so itself."""
+    return {"": root} if root.is_file() or _is_saved(root) else _split_files(root)
+
+
+def _is_saved(root: Path) -> bool:
+    return root.is_dir() and any((root / name).is_file() for name in _SAVED)
+
+
+def _split_files(root: Path) -> dict[str, Path]:
+    """The files of a folder that are named after splits."""
+    found: dict[str, Path] = {}
+    for path in sorted(root.iterdir()):
+        split = ALIASES.get(path.stem.lower())
+        if path.suffix.lower() not in SUFFIXES or not path.is_file() or split is None:
+            continue
+        if split in found:
+            raise UserError(f"{found[split]} and {path} are both the split {split!r}: remove one")
+        found[split] = path
+    return {s: found[s] for s in DIVIDED if s in found}
+
+
+def _streams(files: dict[str, Path], columns: Columns) -> Splits:
+    """Texts without labels, read anew at each pass."""
+
+    def pass_over(path: Path, split: str) -> Callable[[], Iterator[Sample]]:
+        def samples() -> Iterator[Sample]:
+            for number, field in enumerate(_fields(path, split, columns)):
+                key = _key(field, columns, number)
+                yield Sample(key, _text(field, columns), None, field.where)
+
+        return samples
+
+    found: Splits = {}
+    for split, path in files.items():
+        samples = pass_over(path, split)
+        length = sum(1 for _ in samples())
+        if not length:
+            raise UserError(f"{path} has no texts: add some")
+        found[split] = Stream(samples, length), []
+    return found
+
+
+def _fields(path: Path, split: str, columns: Columns) -> Iterator[_Field]:
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        yield from _saved(path, columns)
+    elif suffix in JSONL:
+        yield from _json_lines(path, split)
+    elif suffix == ".txt":
+        for number, line in _lines(path):
+            if line.strip():
+                yield _Field(f"{path} line {number}", {columns.text: line}, split)
+    else:
+        _, rows = tables.read(path)
+        for number, row in rows:
+            where = f"{path} line {number}"
+            yield _Field(where, row, split or tables.split_of(row, where))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines, numbered from 1; only a newline ends one, as in JSON Lines."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{path} line {number} is not UTF-8 (byte {error.start + 1} of the line):"
+                        " save the file in UTF-8"
+                    ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened ({error.strerror}): check it") from None
+
+
+def _json_lines(path: Path, split: str) -> Iterator[_Field]:
+    for number, line in _lines(path):
+        where = f"{path} line {number}"
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{where} is no valid JSON ({error}): JSON Lines have one object a line"
+            ) from None
+        if not isinstance(values, dict):
+            raise UserError(f"{where} is no JSON object: JSON Lines have one object a line")
+        given = values.get("split")
+        own = split or (tables.split_of({"split": given}, where) if isinstance(given, str) else "")
+        yield _Field(where, values, own)
+
+
+def _saved(path: Path, columns: Columns) -> Iterator[_Field]:
+    """Rows of what `datasets.save_to_disk` wrote; class numbers become names."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{path} is a folder of the library datasets, which is not installed here:"
+            " pip install datasets, or write it as JSON Lines (to_json)"
+        ) from None
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from None
+    parts = loaded if isinstance(loaded, dict) else {"": loaded}
+    for name, part in parts.items():
+        split = ALIASES.get(name.lower(), "")
+        if name and not split:
+            raise UserError(f"{path}: split {name!r} is none of {', '.join(DIVIDED)}: rename it")
+        names = getattr(part.features.get(columns.label), "names", None)
+        for number, row in enumerate(part):
+            label = row.get(columns.label)
+            if names is not None and isinstance(label, int) and 0 <= label < len(names):
+                row = row | {columns.label: names[label]}
+            yield _Field(f"{path}{f' {name}' if name else ''} row {number}", row, split)
+
+
+def _value(field: _Field, column: str, option: str) -> Any:
+    if column not in field.values:
+        there = [str(name) for name in field.values]
+        hint = nearest(column, there, prefix="")
+        raise UserError(
+            f"{field.where} has no column {column!r} (it has {', '.join(there[:8]) or 'none'})."
+            f"{hint} Name yours with {option}"
+        )
+    return field.values[column]
+
+
+def _text(field: _Field, columns: Columns) -> Text:
+    text = _value(field, columns.text, "--text_column")
+    pair = field.values.get(columns.pair)
+    if columns.pair != Columns().pair:
+        pair = _value(field, columns.pair, "--pair_column")
+    for column, value in ((columns.text, text), (columns.pair, pair)):
+        if not isinstance(value, str) and not (value is None and column == columns.pair):
+            raise UserError(
+                f"{field.where}: {column!r} is {type(value).__name__}, no text: correct it"
+            )
+    return Text(text, pair)
+
+
+def _key(field: _Field, columns: Columns, number: int) -> str:
+    value = field.values.get(columns.key)
+    return str(number) if value is None else str(value)
+
+
+def _labelled(field: _Field, columns: Columns) -> Row:
+    text = _text(field, columns)
+    cure = "correct it, or pack without labels (--unlabelled)"
+    label = _value(field, columns.label, "--label_column")
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)  # a table's way to write a number where others are missing
+    if label is None or (isinstance(label, str) and not label.strip()):
+        raise UserError(f"{field.where} has no label: {cure}")
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise UserError(
+            f"{field.where}: its label is {type(label).__name__}, neither a name nor a number:"
+            f" {cure}"
+        )
+    if isinstance(label, int) and label < 0:
+        raise UserError(f"{field.where}: its label {label} stands for none: {cure}")
+    key = field.values.get(columns.key)
+    return Row(field.split, field.where, "" if key is None else str(key), text, str(label).strip())
+
+
+def _refuse_twins(rows: list[Row]) -> None:
+    seen: dict[tuple[str, str], str] = {}
+    for row in rows:
+        if row.key and (row.split, row.key) in seen:
+            raise UserError(
+                f"{row.where}: the id {row.key!r} stands in {seen[row.split, row.key]} too:"
+                " correct the file"
+            )
+        seen[row.split, row.key] = row.where

@@ -1,0 +1,299 @@
+"""Checkpoints of a stage: whole tensors, atomic, verified, the last k kept, for any layout.
+
+`checkpoints/step-00001000/` holds `part-00000-of-00004.safetensors` and so on, the shares of the
+ranks that wrote it (see `training_state`), and `state.json`, which names each file's size and
+sha256. It is written as `.draft-...`, forced to the disk and renamed; `latest` comes last and is
+for people: what counts is the newest folder whose files are what was written. Nothing in it is
+unpickled: safetensors and JSON hold data alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.cli import one_line
+from data.errors import TryAgain, UserError
+from engine.checkpoints import training_state
+from engine.checkpoints.files import fsync, sha256, write_text
+from engine.runtime.distributed import Ranks, broadcast, main_only
+
+VERSION = 2
+
+#: What may differ at resume, and when a complete stage is met again: the layout, not the figures.
+FREE = ("zero", "accumulation")
+
+#: What was done before there were these options: records of then do not name them.
+BEFORE = {
+    "pretrain.objective": "mae",
+    "distill.match": "feature",
+    "finetune.test": True,
+    "finetune.train_scored": 10_000,
+    "finetune.regularizer": "none",
+}
+
+
+@dataclass
+class State:
+    """All that a resumed stage must know beside the engine's tensors. A plain record.
+
+    Attributes:
+        step: optimiser steps taken; the stream position is `step * batch`.
+        position: stream position of the next sample.
+        config: what must be equal at resume (`engine.training.fit.record_of`).
+        manifest: hash of the train split's manifest.
+        world: number of ranks that wrote it.
+        version: of this format.
+        files: name -> [size, sha256].
+        optimizer: numbers of the optimiser (`training_state.numbers`).
+        scored: the step after which the validation data were scored last.
+        last: scalars of the last log step.
+        seconds: spent on the stage so far, over all launches.
+    """
+
+    step: int
+    position: int
+    config: dict[str, Any]
+    manifest: str
+    world: int
+    version: int = VERSION
+    files: dict[str, list[Any]] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scored: int = 0
+    last: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    digest: str = ""
+
+    def content_digest(self) -> str:
+        """sha256 of all other fields, as `state.json` keeps it in `digest`."""
+        content = asdict(self) | {"digest": ""}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of one stage.
+
+    Args:
+        folder: made when the first one is saved.
+        ranks: who takes part; every one makes the same calls.
+        keep: how many are kept.
+        beat: called while long work goes on.
+    """
+
+    def __init__(
+        self, folder: Path, ranks: Ranks, keep: int = 2, beat: Callable[[], None] = lambda: None
+    ) -> None:
+        self.folder, self.ranks, self.keep, self.beat = folder, ranks, keep, beat
+        self._saved = 0
+
+    def names(self) -> list[str]:
+        """Names of the saved steps, oldest first."""
+        found = [p.name for p in self.folder.glob("step-*") if p.is_dir()]
+        return sorted(
+            (n for n in found if n.removeprefix("step-").isdigit()),
+            key=lambda n: int(n.removeprefix("step-")),
+        )
+
+    def save(self, engine: Any, state: State) -> None:
+        """Saves engine and state as `step-N`. Every rank calls it; a step is saved once.
+
+        Raises:
+            UserError: the disk refuses; the checkpoints before stay as they are.
+        """
+        if state.step in (0, self._saved):
+            return
+        name = f"step-{state.step:08d}"
+        draft = self.folder / f".draft-{name}"
+
+        def clear() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(".draft-*"):
+                shutil.rmtree(left)
+            draft.mkdir()
+
+        main_only(self.ranks, clear)
+        rank, world = self.ranks.rank, self.ranks.world
+        tensors = training_state.collect(engine, rank, world, self.beat)
+        part, error = draft / f"part-{rank:05d}-of-{world:05d}.safetensors", None
+        written: list[Any] = []
+        try:
+            save_file(tensors, part)
+            fsync(part)
+            written = [part.name, part.stat().st_size, sha256(part)]
+        except (OSError, SafetensorError) as caught:
+            reason = one_line(caught).rsplit("error: ", 1)[-1]  # safetensors names two layers
+            error = f"{draft}: checkpoint not saved: {reason}; free space, or give it back its"
+            error += " permissions, then launch again: it goes on from the one before"
+        del tensors
+        self.beat()
+        written_by = gather((written, error))
+        errors = [e for _, e in written_by if e]
+        if errors:
+            if self.ranks.main:
+                shutil.rmtree(draft, ignore_errors=True)
+            raise UserError(errors[0])
+        state.files = {file: [size, digest] for (file, size, digest), _ in written_by}
+        state.world = world
+        state.optimizer = training_state.numbers(engine, rank)
+        main_only(self.ranks, lambda: self._publish(draft, name, state))
+        self._saved = state.step
+
+    def _publish(self, draft: Path, name: str, state: State) -> None:
+        state.digest = state.content_digest()
+        write_text(draft / "state.json", json.dumps(asdict(state), indent=1))
+        final = self.folder / name
+        # Of this step or later ones there are at most broken ones, or they would have been resumed.
+        for old in self.names():
+            if int(old.removeprefix("step-")) >= state.step:
+                aside = self.folder / f"broken-{old}"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(self.folder / old, aside)
+        os.replace(draft, final)
+        fsync(self.folder)
+        write_text(self.folder / "latest", name)
+        for old in self.names()[: -self.keep]:
+            shutil.rmtree(self.folder / old)
+        for left in self.folder.glob(".draft-*"):
+            shutil.rmtree(left)
+
+    def _read_state(self, name: str) -> tuple[State | None, str]:
+        """The record of a saved step, or None and what is wrong with it."""
+        try:
+            content = json.loads((self.folder / name / "state.json").read_text(encoding="utf-8"))
+            if content["version"] == VERSION:
+                state = State(**content)
+                whole = state.digest == state.content_digest() and name == f"step-{state.step:08d}"
+                return (state, "") if whole else (None, "state.json is not what was written")
+        except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError) as error:
+            return None, f"state.json: {one_line(error)}"
+        raise UserError(
+            f"{self.folder / name} has format version {content['version']}, this program reads"
+            f" {VERSION}: go on with the program that wrote it, or --overwrite starts it anew"
+        )
+
+    def _fault(self, name: str, state: State) -> str:
+        """What is wrong with the files; each rank hashes its share. Every rank calls it."""
+        fault, failure = "", ""
+        for number, (file, (size, digest)) in enumerate(sorted(state.files.items())):
+            if number % self.ranks.world != self.ranks.rank:
+                continue
+            path = self.folder / name / file
+            try:
+                if path.stat().st_size != size or sha256(path) != digest:
+                    fault = f"{file} is not what was written"
+            except FileNotFoundError:
+                fault = f"{file} is missing"
+            except OSError as error:  # of the file system, not of the checkpoint
+                failure = f"{path}: {error.strerror}"
+            self.beat()
+        found = gather((fault, failure))
+        for _, failure in found:
+            if failure:
+                raise TryAgain(f"a checkpoint cannot be read: {failure}: launch again")
+        return next((fault for fault, _ in found if fault), "")
+
+    def newest(self) -> tuple[Path, State] | None:
+        """The newest whole checkpoint; broken ones are passed over with a warning.
+
+        Raises:
+            UserError: there are some, and none is whole; one is of another format.
+            TryAgain: the file system fails.
+        """
+        names: list[str] = broadcast(self.names() if self.ranks.main else None)
+        for name in reversed(names):
+            state, fault = main_only(self.ranks, functools.partial(self._read_state, name))
+            if state is not None:
+                fault = self._fault(name, state)
+            if state is not None and not fault:
+                return self.folder / name, state
+            if self.ranks.main:
+                print(f"warning: {self.folder / name}: {fault}; skipped", file=sys.stderr)
+        if names:
+            raise UserError(
+                f"{self.folder}: none of {len(names)} checkpoints is whole: put one back, or"
+                " --overwrite starts the stage again"
+            )
+        return None
+
+    def find(self, config: Mapping[str, Any], manifest: str) -> tuple[Path, State] | None:
+        """The checkpoint to go on from, if there is one. Every rank calls it.
+
+        Args:
+            config: what must be equal to the checkpoint's; number of ranks, ZeRO stage and
+                accumulation may differ.
+            manifest: hash of the train split now.
+
+        Raises:
+            UserError: it belongs to another configuration or data set.
+        """
+        found = self.newest()
+        if found is None:
+            return None
+        where, state = found
+        cure = "give the same options, or --overwrite to start the stage again"
+        for key in sorted(state.config.keys() | config.keys()):
+            old, new = state.config.get(key, BEFORE.get(key)), config.get(key)
+            if old != new and key.rsplit(".", 1)[-1] not in FREE:
+                raise UserError(f"{where} was made with {key} = {old}, now it is {new}: {cure}")
+        if state.manifest != manifest:
+            raise UserError(f"{where} was made on other data (its manifest's hash differs): {cure}")
+        self._saved = state.step
+        return found
+
+
+class Reader:
+    """Gives the tensors of a checkpoint by name, each read when it is asked for.
+
+    Args:
+        folder: of the checkpoint.
+        state: its record.
+
+    Raises:
+        UserError: a file is not safetensors.
+    """
+
+    def __init__(self, folder: Path, state: State) -> None:
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        try:
+            for file in state.files:
+                opened = safe_open(folder / file, framework="pt")
+                self._files |= dict.fromkeys(opened.keys(), opened)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder}: {one_line(error)}: delete this checkpoint") from error
+
+    def __call__(self, name: str) -> Tensor:
+        """The whole tensor "KEY/NAME", on the CPU.
+
+        Raises:
+            UserError: the checkpoint does not have it.
+        """
+        if name not in self._files:
+            raise UserError(
+                f"{self.folder} has no {name}: it belongs to another model: --overwrite starts the"
+                " stage again"
+            )
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    if dist.get_world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box

@@ -1,0 +1,272 @@
+"""Leaves trained weights as folders that transformers and timm load as they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.errors import UserError
+from engine.models.layout import to_hugging_face
+from engine.models.vit_mae import Shape
+
+if TYPE_CHECKING:  # images need none of it: a tenth of a start
+    from transformers import PreTrainedConfig
+
+
+def export_mae(
+    folder: str | Path,
+    shape: Shape,
+    encoder: Mapping[str, Tensor],
+    decoder: Mapping[str, Tensor],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    """Writes a folder for transformers' ``ViTMAEForPreTraining``, ``ViTMAEModel`` and ``ViTModel``.
+
+    Args:
+        folder: to be made; an export that stands there is replaced.
+        shape: the model's shape.
+        encoder: state dict of `ViTEncoder`.
+        decoder: state dict of `MAEDecoder`.
+        mean: mean of each channel that the images were normalised by.
+        std: standard deviation of each channel.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
+    """
+
+    def write(target: Path) -> None:
+        config = _config(shape) | {
+            "architectures": ["ViTMAEForPreTraining"],
+            "model_type": "vit_mae",
+            "decoder_hidden_size": shape.decoder_width,
+            "decoder_num_hidden_layers": shape.decoder_depth,
+            "decoder_num_attention_heads": shape.decoder_heads,
+            "decoder_intermediate_size": shape.decoder_mlp_width,
+            "mask_ratio": shape.mask_ratio,
+            "norm_pix_loss": shape.normalize_pixels,
+        }
+        _write_hugging_face(target, config, to_hugging_face(encoder, decoder), shape, mean, std)
+
+    _replace(Path(folder), write)
+
+
+def export_classifier(
+    folder: str | Path,
+    shape: Shape,
+    encoder: Mapping[str, Tensor],
+    head: Mapping[str, Tensor],
+    classes: Sequence[str],
+    pool: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    """Writes a classifier for transformers' ``ViTForImageClassification``, and for timm in timm/.
+
+    transformers' class knows the CLS vector alone, so a classifier with ``pool="mean"`` is written
+    for timm only.
+
+    Args:
+        folder: to be made; an export that stands there is replaced.
+        shape: the model's shape.
+        encoder: state dict of `ViTEncoder`.
+        head: ``weight`` [classes, D] and ``bias`` [classes].
+        classes: names, in order of the head's rows.
+        pool: ``cls`` or ``mean``, as in `ViTClassifier`.
+        mean: mean of each channel that the images were normalised by.
+        std: standard deviation of each channel.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
+    """
+
+    def write(target: Path) -> None:
+        if pool == "cls":
+            config = _config(shape) | {
+                "architectures": ["ViTForImageClassification"],
+                "model_type": "vit",
+                "id2label": {str(i): name for i, name in enumerate(classes)},
+                "label2id": {name: i for i, name in enumerate(classes)},
+            }
+            tensors = to_hugging_face(encoder, None)
+            tensors |= {f"classifier.{k}": v for k, v in head.items()}
+            _write_hugging_face(target, config, tensors, shape, mean, std)
+        (target / "timm").mkdir()
+        _write_json(target / "timm" / "config.json", _timm_config(shape, classes, pool, mean, std))
+        tensors = dict(encoder) | {f"head.{k}": v for k, v in head.items()}
+        _write_tensors(target / "timm" / "model.safetensors", tensors)
+
+    _replace(Path(folder), write)
+
+
+def export_transformers(
+    folder: str | Path,
+    network: Any,
+    tensors: Mapping[str, Tensor],
+    tokenizer: Any,
+    original: PreTrainedConfig,
+) -> None:
+    """Writes one of transformers' own models with its tokenizer.
+
+    Args:
+        folder: to be made; an export that stands there is replaced.
+        network: the model; its class and configuration are written.
+        tensors: its parameters, whole; of tied ones the first.
+        tokenizer: transformers' tokenizer.
+        original: the configuration whose dropout rates are written.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
+    """
+    from engine.models.language import restore_dropout
+
+    def write(target: Path) -> None:
+        config = restore_dropout(network.config, original)
+        whole = type(network)(config)
+        missing, strange = whole.load_state_dict(tensors, strict=False)
+        named = dict(whole.named_parameters(remove_duplicate=False))
+        given = {id(named[name]) for name in tensors}
+        left = [name for name in missing if id(named.get(name)) not in given]  # but tied ones
+        assert not strange, strange
+        assert not left, left
+        whole.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        for path in target.iterdir():
+            _sync(path)
+
+    _replace(Path(folder), write)
+
+
+def _config(shape: Shape) -> dict[str, Any]:
+    return {
+        "attention_probs_dropout_prob": 0.0,
+        "dtype": "float32",
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "hidden_size": shape.width,
+        "image_size": shape.image_size,
+        "initializer_range": 0.02,
+        "intermediate_size": shape.mlp_width,
+        "layer_norm_eps": shape.norm_eps,
+        "num_attention_heads": shape.heads,
+        "num_channels": shape.channels,
+        "num_hidden_layers": shape.depth,
+        "patch_size": shape.patch_size,
+        "qkv_bias": True,
+    }
+
+
+def _timm_config(
+    shape: Shape, classes: Sequence[str], pool: str, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    """What ``timm.create_model("local-dir:...")`` reads: an architecture with all it overrides."""
+    return {
+        "architecture": "vit_base_patch16_224",
+        "num_classes": len(classes),
+        "num_features": shape.width,
+        "label_names": list(classes),
+        "model_args": {
+            "img_size": shape.image_size,
+            "patch_size": shape.patch_size,
+            "in_chans": shape.channels,
+            "num_classes": len(classes),
+            "embed_dim": shape.width,
+            "depth": shape.depth,
+            "num_heads": shape.heads,
+            # timm takes int(width * ratio): the half keeps rounding from losing a unit.
+            "mlp_ratio": (shape.mlp_width + 0.5) / shape.width,
+            "global_pool": "token" if pool == "cls" else "avg",
+            "fc_norm": False,
+        },
+        "pretrained_cfg": {
+            "input_size": [shape.channels, shape.image_size, shape.image_size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": list(mean),
+            "std": list(std),
+            "num_classes": len(classes),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+        "norm_eps": shape.norm_eps,
+        "norm_eps_note": "timm's LayerNorm takes 1e-6 unless told: for the exact outputs give "
+        f"create_model norm_layer=functools.partial(torch.nn.LayerNorm, eps={shape.norm_eps})",
+    }
+
+
+def _write_hugging_face(
+    target: Path,
+    config: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    shape: Shape,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    _write_json(target / "config.json", config)
+    _write_json(
+        target / "preprocessor_config.json",
+        {
+            # As data/formats/images.py fits: short side, bicubic, centre square. ViTImageProcessor
+            # of transformers 4 has no crop and squashes; Bit's does the same work in all versions.
+            "image_processor_type": "BitImageProcessor",
+            "do_center_crop": True,
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": list(mean),
+            "image_std": list(std),
+            "resample": 3,  # bicubic
+            "rescale_factor": 1 / 255,
+            "size": {"shortest_edge": shape.image_size},
+            "crop_size": {"height": shape.image_size, "width": shape.image_size},
+        },
+    )
+    _write_tensors(target / "model.safetensors", tensors)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # Rows of a fused qkv share its memory, which safetensors refuses: each is made whole.
+    whole = {k: v.detach().float().cpu().clone().contiguous() for k, v in tensors.items()}
+    save_file(whole, path, metadata={"format": "pt"})
+    _sync(path)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _replace(folder: Path, write: Callable[[Path], None]) -> None:
+    """Writes into a temporary folder beside `folder` and renames it, so none is ever half there."""
+    ours = ("config.json", "timm")
+    if folder.exists() and any(folder.iterdir()) and not any((folder / n).exists() for n in ours):
+        raise UserError(f"{folder} holds something else than an export: name another folder")
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"cannot write {folder} ({error}): free some space, or mend its permissions, and start "
+            "again with the same command"
+        ) from error

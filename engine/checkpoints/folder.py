@@ -1,0 +1,311 @@
+"""The folder of a run: who uses it, which stages it holds, what each left behind."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import tomli_w
+import torch
+
+from data.errors import UserError
+from engine.checkpoints.checkpoint import BEFORE, FREE
+from engine.checkpoints.files import write_text
+from engine.config.schema import Config
+from engine.runtime import precision, zero
+from engine.runtime.distributed import Ranks, few_cores, main_only
+from engine.runtime.preemption import Agreement, Preempted, asked
+from engine.runtime.watchdog import Watchdog
+
+RESULT = "result.json"
+CONFIG = "config.toml"
+
+#: Loader processes of a rank on a GPU at most, by themselves: twice what an H100 can eat.
+_WORKERS = 16
+
+#: Sections of the configuration that belong to one stage.
+STAGES = ("pretrain", "distill", "finetune")
+
+
+@dataclass
+class Run:
+    """One launch: its configuration, its processes, its folder."""
+
+    config: Config
+    ranks: Ranks
+    folder: Path
+    lock: IO[str] | None = None
+    agreement: Agreement = field(init=False)
+    watchdog: Watchdog = field(init=False)
+    _said: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        ranks = self.ranks
+        self.agreement = Agreement(ranks.world)
+        self.watchdog = Watchdog(self.folder, ranks.rank, ranks.world, self.config.watchdog)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the matrix products."""
+        return zero.DTYPES[self.config.precision]
+
+    @property
+    def workers(self) -> int:
+        """Loader processes of this rank: as asked for, or what its cores bear beside a step."""
+        if self.config.data.workers is not None:
+            return self.config.data.workers
+        if self.ranks.device.type == "cuda":
+            cores = self.ranks.cores
+            return min(_WORKERS, max(min(1, cores - 1), cores - 2))
+        return min(1, torch.get_num_threads() - 1)
+
+    def say(self, line: str) -> None:
+        """Prints a line on rank 0."""
+        if self.ranks.main:
+            print(line, flush=True)
+
+    def say_once(self, line: str) -> None:
+        """Prints a line on rank 0, however many stages have it to say."""
+        if line not in self._said:
+            self._said.add(line)
+            self.say(line)
+
+    def boundary(self, where: str, *, wait: bool = False) -> None:
+        """Between two units of work: a sign of life, and the place to leave. Every rank calls it.
+
+        Args:
+            where: what comes next.
+            wait: for all ranks' answer of now; else it is that of the call before, which came while
+                they worked.
+
+        Raises:
+            Preempted: a rank was asked to leave.
+        """
+        self.watchdog.beat(where)
+        if self.agreement.ask() if wait else self.agreement.poll():
+            raise Preempted(where)
+
+    def close(self) -> None:
+        """Lets another launch use the folder."""
+        self.watchdog.stop()
+        if self.lock:
+            self.lock.close()
+
+    def shared_result(self, stage: str) -> dict[str, Any] | None:
+        """`result` as rank 0 reads it: other hosts' file systems may be behind. All call it."""
+        found: dict[str, Any] | None = main_only(self.ranks, lambda: self.result(stage))
+        return found
+
+    def result(self, stage: str) -> dict[str, Any] | None:
+        """What a complete stage left as result.json, or None."""
+        path = self.folder / stage / RESULT
+        if not path.is_file():
+            return None
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise UserError(
+                f"{path}: not valid JSON ({error}): delete it to redo the stage"
+            ) from error
+
+
+def _restarted() -> bool:
+    """Whether SLURM has put this job back into the queue."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+
+
+def open_run(config: Config, ranks: Ranks) -> Run:
+    """Makes or enters a run folder and locks it against a second launch.
+
+    Raises:
+        UserError: no --output, no permission, or another launch is using it.
+    """
+    if not config.output:
+        raise UserError("--output is missing: name the run folder, such as --output runs/first")
+    precision.set_switches(config, ranks.device)
+    run = Run(config, ranks, Path(config.output))
+
+    def enter() -> tuple[str | None, tuple[str, str]]:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run.lock = _lock(run.folder / ".lock", _patience(config.watchdog))
+        before = _read_toml(run.folder / CONFIG)
+        known, path = before.get("model", {}).get("path"), config.model.path
+        if known is not None and not config.told("model"):
+            path = known  # the run's own model, whatever the recipe's is
+        began = before.get("precision")
+        return path, precision.choose(config.precision, began, ranks.device)
+
+    config.model.path, (config.precision, why) = main_only(ranks, enter)
+    if warning := few_cores():
+        run.say(warning)
+    if why:
+        run.say(f"precision {config.precision}: {why} (--precision)")
+    config.zero = zero.chosen(config.zero, ranks.world, config.precision)
+    run.watchdog.start()
+    return run
+
+
+def _patience(watchdog: float) -> float:
+    """Seconds to wait for a folder that is in use.
+
+    A job that SLURM put back after a host was cut off may start while that host's ranks still wait
+    for the others, until their watchdog ends them.
+    """
+    return min(watchdog + 120, 1500) if _restarted() else 0  # the other ranks wait 30 minutes
+
+
+def _lock(path: Path, patience: float) -> IO[str]:
+    """Holds a file until the process ends; in it stands who does.
+
+    Raises:
+        UserError: another process holds it, and still does after `patience` seconds.
+    """
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  held till exit
+    end, told = time.monotonic() + patience, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read().strip()
+            by = f" ({who})" if who else ""
+            if time.monotonic() > end or asked():
+                file.close()
+                raise UserError(
+                    f"{path.parent} is in use by another launch{by}: wait for it, or take another"
+                    " --output"
+                ) from None
+            if not told:
+                told = True
+                print(
+                    f"{path.parent} is still in use{by}: waiting at most {patience:.0f} s",
+                    flush=True,
+                )
+            time.sleep(1)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            print(
+                f"warning: {path.parent}: its file system has no locks: see to it that no second"
+                " launch uses this folder",
+                flush=True,
+            )
+            break
+    file.truncate(0)
+    job = os.environ.get("SLURM_JOB_ID")
+    file.write(f"{socket.gethostname()}, pid {os.getpid()}{f', job {job}' if job else ''}\n")
+    file.flush()
+    return file
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    """A configuration that an earlier launch left; empty if there is none."""
+    if not path.exists():
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML ({error}): mend it, or delete it") from error
+
+
+def _check_complete(
+    folder: Path, result: dict[str, Any], record: dict[str, Any], data: str
+) -> None:
+    """Refuses to take a complete stage for another one than it is."""
+    made, record = (
+        result.get("record", record) | {"data": result["manifest"]},
+        record | {"data": data},
+    )
+    stage = next(key.split(".")[0] for key in record if key.endswith(".steps"))
+    for key in sorted(made.keys() | record.keys()):
+        old, new = made.get(key, BEFORE.get(key)), record.get(key)
+        if old == new or key.rsplit(".", 1)[-1] in FREE:
+            continue
+        cure = (
+            "give the same, take another --output, or do the stage again with --overwrite true"
+            f" --stage {stage}"
+        )
+        if isinstance(old, str) and len(old) == len(str(new)) == 64:
+            raise UserError(f"{folder} is complete, and was made with another {key}: {cure}")
+        raise UserError(f"{folder} is complete, made with {key} = {old}, now it is {new}: {cure}")
+
+
+def open_stage(run: Run, stage: str, record: dict[str, Any], data: str) -> bool:
+    """Prepares the folder of a stage; says whether there is work to do.
+
+    A complete stage is left alone. An incomplete one with checkpoints is continued under
+    `--resume auto`. `--overwrite` deletes it first.
+
+    Args:
+        run: The launch.
+        stage: Name of its folder.
+        record: What its figures depend on (`engine.training.fit.record_of`).
+        data: Hash of the manifest that it learns from.
+
+    Raises:
+        UserError: something is there and may be neither continued nor deleted, or a complete stage
+            was made with other settings, data or weights.
+    """
+    folder, config = run.folder / stage, run.config
+
+    mark, job = folder / ".job", os.environ.get("SLURM_JOB_ID", "")
+
+    def prepare() -> bool:
+        # What this job began before it was put back into the queue is its own to go on with.
+        own = bool(job) and _restarted() and mark.exists() and mark.read_text() == job
+        overwrite, resume = config.overwrite and not own, "auto" if own else config.resume
+        if overwrite and folder.exists():
+            print(f"{stage}: deleting {folder} (--overwrite)", flush=True)
+            shutil.rmtree(folder)
+        done = run.result(stage)
+        if done is not None:
+            if resume == "never":
+                raise UserError(
+                    f"{folder} is complete: --overwrite does it again, or take another --output"
+                )
+            _check_complete(folder, done, record, data)
+            print(f"{stage}: complete, skipped ({folder / RESULT}; --overwrite does it again)")
+            return False
+        left = [p.name for p in folder.iterdir()] if folder.exists() else []
+        if left and resume == "never":
+            raise UserError(
+                f"{folder} holds an unfinished stage: --resume auto continues it, "
+                "--overwrite deletes it"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CONFIG, config.toml())
+        if job:
+            write_text(mark, job)
+        write_text(run.folder / CONFIG, _joined(run.folder / CONFIG, config, stage))
+        return True
+
+    return bool(main_only(run.ranks, prepare))
+
+
+def _joined(path: Path, config: Config, stage: str) -> str:
+    """The run's configuration: this launch's, with the sections of stages that it did not do."""
+    before, now = _read_toml(path), tomllib.loads(config.toml())
+    for section in STAGES:
+        if section in before and not stage.startswith(section):
+            now[section] = before[section]
+    return tomli_w.dumps(now)
+
+
+def write_result(run: Run, stage: str, content: dict[str, Any]) -> None:
+    """Marks a stage complete."""
+
+    def write() -> None:
+        (run.folder / stage).mkdir(parents=True, exist_ok=True)
+        write_text(run.folder / stage / RESULT, json.dumps(content, indent=1) + "\n")
+
+    main_only(run.ranks, write)

@@ -1,0 +1,1 @@
+"""Options: their schema, recipes and help."""

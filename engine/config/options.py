@@ -1,0 +1,158 @@
+"""From a recipe and a command line to the configuration; what --help says of its options."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from data import cli
+from data.errors import UserError
+from engine.config.schema import ROOT, Config, Section
+
+RECIPES = ROOT / "recipes"
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+@functools.cache
+def options(section: type[Section] = Config, prefix: str = "") -> dict[str, Any]:
+    """Every option's dotted name and pydantic field; a section's name stands for its path."""
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        inner = _section(field.annotation)
+        if inner is None:
+            found[prefix + name] = field
+        else:
+            if "path" in inner.model_fields:
+                found[prefix + name] = inner.model_fields["path"]
+            found |= options(inner, f"{prefix}{name}.")
+    return found
+
+
+def nearest_option(name: str) -> str:
+    """A hint naming the known option nearest to `name`, or nothing."""
+    known = list(options())
+    leaves = [o for o in known if o.rsplit(".", 1)[-1] == name]
+    close = leaves or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {' or '.join('--' + c for c in close)}?" if close else ""
+
+
+def _insert(tree: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    if dotted not in options():
+        raise UserError(f"{where}: unknown option {dotted!r}{nearest_option(dotted)}")
+    keys = dotted.split(".")
+    node: dict[str, Any] = tree
+    section: type[Section] = Config
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+        inner = _section(section.model_fields[key].annotation)
+        assert inner is not None, "only sections have dotted names below them"
+        section = inner
+    if _section(section.model_fields[keys[-1]].annotation):
+        node.setdefault(keys[-1], {})["path"] = value
+    else:
+        node[keys[-1]] = value
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def recipe_file(name: str) -> Path:
+    """The TOML file of a recipe given by name or by path.
+
+    Raises:
+        UserError: there is none.
+    """
+    known = sorted(p.stem for p in RECIPES.glob("*.toml"))
+    for path in (RECIPES / f"{name}.toml", Path(name)):
+        if path.is_file():
+            return path
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise UserError(f"--recipe {name}: no such recipe or file; there are {', '.join(known)}{hint}")
+
+
+#: Options of a recipe that may name something beside its file.
+_PLACES = ("model.path", "model.tokenizer")
+
+
+def load(overrides: dict[str, Any]) -> Config:
+    """Resolves defaults < recipe < `overrides` (dotted names) into one configuration.
+
+    Raises:
+        UserError: an unknown option, a wrong type or value, an unreadable recipe.
+    """
+    tree: dict[str, Any] = {}
+    given: dict[str, str] = {}
+    if overrides.get("recipe"):
+        path = recipe_file(str(overrides["recipe"]))
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"recipe {path}: not valid TOML: {error}") from error
+        for name, value in _flatten(content).items():
+            if name in _PLACES and (path.parent / str(value)).exists():
+                value = str(path.parent / str(value))  # what lies beside its recipe
+            _insert(tree, name, value, f"recipe {path.name}")
+            given[name] = f"recipe {path.name}"
+    for name, value in overrides.items():
+        _insert(tree, name, value, "command line")
+        given[name] = "command line"
+        for length, other in (("steps", "epochs"), ("epochs", "steps")):
+            # A length on the command line replaces the recipe's, in whichever unit that was.
+            stage, _, leaf = name.rpartition(".")
+            if leaf == length and f"{stage}.{other}" not in overrides:
+                tree[stage][other] = None
+    for stage in ("pretrain", "distill", "finetune"):
+        if tree.get(stage, {}).get("epochs") is not None and "steps" not in tree[stage]:
+            tree[stage]["steps"] = None  # the default length gives way, too
+    try:
+        config = Config(**tree)
+        config._told = frozenset(overrides)
+        return config
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(p) for p in first["loc"])
+        value = first["input"]
+        told = "" if isinstance(value, dict) else f" {value}"
+        source = given.get(name, "command line")
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{source}: --{name}{told}: {message}") from error
+
+
+def kind_of(field: Any) -> str:
+    """A short name of what an option takes, for the help page."""
+    return cli.kind_of(field.annotation)
+
+
+def help_text() -> str:
+    """The options page of `engine/run.py --help`."""
+    rows = []
+    for name, field in options().items():
+        if name.endswith(".path") or name == "local_rank":
+            continue
+        default = cli.default_of(field.get_default(call_default_factory=True))
+        rows.append((f"--{name}", kind_of(field), f"{field.description or ''}{default}".strip()))
+    return "\n".join(
+        [
+            "deepspeed engine/run.py --stage STAGE --recipe NAME --data DIR --output DIR",
+            "",
+            *cli.columns(rows),
+            "",
+            "recipes: " + ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml"))),
+        ]
+    )

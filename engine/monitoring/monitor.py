@@ -1,0 +1,398 @@
+"""What a run shows while it goes on: TensorBoard, `metrics.jsonl`, one live line on the terminal.
+
+Rank 0 writes; on every other rank a `Monitor` does nothing. `Meter` measures the speed of the loop.
+"""
+
+import contextlib
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Self, SupportsFloat
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from engine.monitoring import pictures
+
+METRICS = "metrics.jsonl"
+GIB = 2**30
+
+
+class Monitor:
+    """Writes one stage's scalars, pictures and texts, and keeps its line on the terminal.
+
+    Steps count finished optimiser steps: the first step of a run is 1, and 0 is "before training".
+    A resumed run (`start` > 0) continues the files of the folder: what they hold of later steps,
+    from a launch that died after its last checkpoint, is cut, so that each step stands there once.
+
+    Attributes:
+        first: The first step that belongs to this launch; texts stand at it.
+
+    Args:
+        folder: The stage's folder, made if missing; gets TensorBoard's events and `metrics.jsonl`.
+        enabled: True on rank 0 only.
+        stage: Shown on the terminal: "pretrain", "distill-1", "finetune".
+        steps: Steps in the whole stage.
+        start: Steps already done by earlier launches, as the checkpoint says.
+        scored: The step after which the last evaluation was logged; one of a later step is done
+            again, and its line is cut.
+        samples_per_step: Global batch, for the rate on the terminal.
+        log_every: A plain line every so many steps where stdout is no terminal.
+        quiet: Nothing on the terminal; the files are written as ever.
+        unit: What a sample is called on the terminal.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        enabled: bool,
+        stage: str,
+        steps: int,
+        start: int = 0,
+        scored: int | None = None,
+        samples_per_step: int,
+        log_every: int,
+        quiet: bool = False,
+        unit: str = "images",
+    ) -> None:
+        self.enabled = enabled
+        self.first = start + 1 if start else 0
+        self.steps = steps
+        if not enabled:
+            return
+        # Here, since it takes a second to import and the other ranks have no use for it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        cut_metrics(folder / METRICS, self.first, scored)
+        self._metrics = (folder / METRICS).open("a", encoding="utf-8")
+        # TensorBoard drops all that earlier event files of the folder hold from this step on.
+        self._writer = SummaryWriter(str(folder), purge_step=self.first)
+        self._latest: dict[str, int] = {}  # tag -> last step
+        self._line = (
+            None if quiet else _Line(stage, steps, start, samples_per_step, log_every, unit)
+        )
+
+    def log(self, step: int, scalars: Mapping[str, SupportsFloat]) -> None:
+        """Write scalars to TensorBoard and as one line of `metrics.jsonl`.
+
+        Args:
+            step: Finished optimiser steps.
+            scalars: Tag -> value, "loss/mae" say. NaN and infinity are null in the (strict) JSON.
+        """
+        if not self.enabled:
+            return
+        values = {tag: float(value) for tag, value in scalars.items()}
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+            self._latest[tag] = step
+        finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+        record = {"step": step, "time": round(time.time(), 3), **finite}
+        self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
+        # Into the files now: a run killed the next second has lost nothing that a resume needs.
+        self._metrics.flush()
+        self._writer.flush()
+
+    def image(self, step: int, tag: str, picture: np.ndarray | torch.Tensor) -> None:
+        """Write a picture to TensorBoard.
+
+        Args:
+            step: Finished optimiser steps.
+            tag: Its name, "reconstruction" say.
+            picture: uint8 [3, H, W].
+        """
+        if self.enabled:
+            self._writer.add_image(tag, picture, step)
+            self._writer.flush()
+
+    def text(self, tag: str, markdown: str, step: int | None = None) -> None:
+        """Write a text to TensorBoard.
+
+        Args:
+            tag: Its name, "config" say.
+            markdown: What TensorBoard shows.
+            step: Finished optimiser steps; by default the first step of this launch.
+        """
+        if self.enabled:
+            self._writer.add_text(tag, markdown, self.first if step is None else step)
+            self._writer.flush()
+
+    def confusion(self, step: int, matrix: np.ndarray, classes: Sequence[str]) -> None:
+        """Draw a confusion matrix and write it to TensorBoard.
+
+        Args:
+            step: Finished optimiser steps.
+            matrix: int64 [C, C], rows true, columns predicted.
+            classes: The C names.
+        """
+        if self.enabled:
+            self.image(step, "confusion", pictures.confusion(matrix, classes))
+
+    def hparams(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Fill TensorBoard's HParams tab with this run.
+
+        `SummaryWriter.add_hparams` writes into a sub-run named by the time, and with it an
+        "experiment" record. TensorBoard takes the first such record that it finds for the columns
+        of all runs, so that other stages' options vanish; without one it forms the union.
+
+        Args:
+            config: The resolved config; nested tables become dotted names.
+            metrics: Final figures, "test/accuracy" say; they stand at the stage's last step.
+        """
+        if not self.enabled:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        # A figure that is not known, as after a resume with no step left, is left out.
+        metrics = {tag: value for tag, value in metrics.items() if math.isfinite(value)}
+        _, begin, end = hparams(_flat(config), metrics)
+        writer = self._writer._get_file_writer()
+        for summary in (begin, end):
+            writer.add_summary(summary, self.steps)
+        for tag, value in metrics.items():
+            if self._latest.get(tag) != self.steps:  # the tab shows scalars; logged ones are there
+                self._writer.add_scalar(tag, value, self.steps)
+        self._writer.flush()
+
+    def progress(self, step: int, losses: Mapping[str, float] | None = None) -> None:
+        """Move the line on the terminal.
+
+        Args:
+            step: Finished optimiser steps.
+            losses: Name -> value; None keeps those shown last, so that a step which logs nothing
+                need not read losses back from the device.
+        """
+        if self.enabled and self._line is not None:
+            self._line.update(step, losses)
+
+    def sync(self) -> None:
+        """Force `metrics.jsonl` to the disk: a newer checkpoint would lose lines."""
+        if self.enabled:
+            os.fsync(self._metrics.fileno())
+
+    def close(self) -> None:
+        """Finish the line and the files. More calls do nothing."""
+        if not self.enabled:
+            return
+        self.enabled = False
+        if self._line is not None:
+            self._line.close()
+        self._writer.close()
+        self._metrics.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Meter:
+    """Measures the training loop: step time, rate, time spent waiting for data, MFU, memory.
+
+    Steps on a GPU are queued, not awaited: read `rates` only after the losses were read back
+    (`.item()`), which waits for the device, or the interval ends too early.
+
+    Args:
+        unit: What is counted, in the rate's tag: images, tokens.
+        peak_flops: FLOP/s of all devices of the run together; None where not known: no MFU.
+    """
+
+    def __init__(self, *, unit: str = "images", peak_flops: float | None = None) -> None:
+        self.unit = unit
+        self.peak_flops = peak_flops
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new interval now."""
+        self._steps = 0
+        self._units = self._flops = 0.0
+        self._waited = 0.0
+        self._paused = 0.0
+        self._began = time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count this block as waiting for data: `with meter.waiting(): batch = next(it)`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of this block out: an evaluation, a checkpoint."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - began
+
+    def step(self, units: float, flops: float = 0.0) -> None:
+        """Count one finished optimiser step.
+
+        Args:
+            units: Images or tokens of all ranks.
+            flops: FLOPs of all ranks, forward and backward (`engine.monitoring.flops`).
+        """
+        self._steps += 1
+        self._units += units
+        self._flops += flops
+
+    def rates(self) -> dict[str, float]:
+        """Figures of the interval since the last call; begins a new one.
+
+        Returns:
+            `speed/step_seconds`, `speed/images_per_second` (all ranks together; or tokens),
+            `speed/data_wait_percent`, `speed/mfu_percent` (where the peak is known), and
+            `memory/cuda_peak_gib` or, without CUDA, `memory/rss_gib`, both of this rank. Without a
+            finished step only the memory.
+        """
+        figures = memory()
+        elapsed = time.perf_counter() - self._began - self._paused
+        if self._steps and elapsed > 0:
+            figures["speed/step_seconds"] = elapsed / self._steps
+            figures[f"speed/{self.unit}_per_second"] = self._units / elapsed
+            figures["speed/data_wait_percent"] = 100 * self._waited / elapsed
+            if self._flops and self.peak_flops:
+                figures["speed/mfu_percent"] = 100 * self._flops / elapsed / self.peak_flops
+        self.reset()
+        return figures
+
+
+def memory() -> dict[str, float]:
+    """Memory of this process in GiB: peak of CUDA's allocator, or without CUDA the resident set."""
+    if torch.cuda.is_available():
+        return {"memory/cuda_peak_gib": torch.cuda.max_memory_allocated() / GIB}
+    # proc_pid_statm(5): the second figure is the resident set, in pages.
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {"memory/rss_gib": pages * resource.getpagesize() / GIB}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Records of a `metrics.jsonl`, up to a line that a crash cut off or left as zeros."""
+    if not path.exists():
+        return []
+    # A line counts once its newline is there: the writer adds both in one write.
+    return json_lines(path)
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines, up to the first that is none."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            break
+    return found
+
+
+def cut_metrics(path: Path, first: int, scored: int | None = None) -> None:
+    """Drop the lines of step `first` and later, and one that a crash left unfinished.
+
+    Args:
+        path: A `metrics.jsonl`; may be missing.
+        first: The first step that is to be written anew.
+        scored: The step of the last evaluation that stays; None for all before `first`.
+    """
+    if not path.exists():
+        return
+    kept = [
+        record
+        for record in read_metrics(path)
+        if record["step"] < first
+        and (
+            scored is None
+            or record["step"] <= scored
+            or not any(tag.startswith(("val/", "test/")) for tag in record)
+        )
+    ]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(r, allow_nan=False) + "\n" for r in kept))
+    os.replace(temporary, path)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str]:
+    """Nested tables as dotted names; truth values, lists and None as words."""
+    flat: dict[str, int | float | str] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= _flat(value, name + ".")
+        elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            flat[name] = value
+        else:  # torch's writer would make 1.0 of True
+            flat[name] = str(value).lower() if isinstance(value, bool | None) else str(value)
+    return flat
+
+
+class _Line:
+    """The live line; plain lines where stdout is no terminal (a log file, sbatch).
+
+    Drawn by the training loop itself, at most five times a second, not by rich's thread: loader
+    workers are forked, and a fork while that thread holds its lock leaves it locked in them.
+    """
+
+    def __init__(
+        self, stage: str, steps: int, start: int, samples_per_step: int, log_every: int, unit: str
+    ) -> None:
+        self.stage, self.steps, self.unit = stage, steps, unit
+        self.samples_per_step, self.log_every = samples_per_step, log_every
+        self.losses = ""
+        # (time, step) of late, for rate and time left: a slow start is soon forgotten.
+        self.window = deque([(time.perf_counter(), start)], maxlen=200)
+        self.drawn = 0.0
+        self.progress: Progress | None = None
+        if sys.stdout.isatty():
+            self.progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[state]}", markup=False),
+                console=Console(file=sys.stdout),
+                auto_refresh=False,
+            )
+            self.task = self.progress.add_task(stage, total=steps, completed=start, state="")
+            self.progress.start()
+
+    def update(self, step: int, losses: Mapping[str, float] | None) -> None:
+        """Show this step, if it is time to."""
+        now = time.perf_counter()
+        self.window.append((now, step))
+        if losses is not None:
+            self.losses = " ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        last = step >= self.steps
+        if self.progress is None:
+            if step % self.log_every == 0 or last or len(self.window) == 2:
+                print(f"{self.stage} {self.state(step)}", flush=True)
+        elif last or now - self.drawn > 0.2:
+            self.drawn = now
+            self.progress.update(self.task, completed=step, state=self.state(step), refresh=True)
+
+    def state(self, step: int) -> str:
+        """Step, percent, losses, rate, time left."""
+        (began, first), (now, latest) = self.window[0], self.window[-1]
+        parts = [f"{step}/{self.steps}", f"{100 * step / max(self.steps, 1):.1f}%"]
+        if self.losses:
+            parts.append(self.losses)
+        if latest > first and now > began:
+            pace = (latest - first) / (now - began)
+            left = timedelta(seconds=round((self.steps - step) / pace))
+            parts += [f"{pace * self.samples_per_step:.4g} {self.unit}/s", f"{left} left"]
+        return "  ".join(parts)
+
+    def close(self) -> None:
+        """Leave the line as it stands and give the terminal back."""
+        if self.progress is not None:
+            self.progress.stop()

@@ -1,0 +1,1 @@
+"""The ranks, their devices and their process group."""

@@ -1,0 +1,1 @@
+"""One stage: its model, objective, loop and scores."""

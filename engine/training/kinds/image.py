@@ -1,0 +1,213 @@
+"""Images: a ViT-MAE."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.errors import UserError
+from data.loading.codec import Images
+from data.shards.manifest import Manifest
+from engine.checkpoints.export import export_classifier, export_mae
+from engine.checkpoints.folder import Run
+from engine.models.image import ImageAutoencoder, ImageClassifier, ImageEncoder, Normalize
+from engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
+from engine.models.weights import Pretrained, load_pretrained
+from engine.monitoring import flops, pictures
+from engine.monitoring.monitor import Monitor
+from engine.runtime.zero import full_state
+from engine.training.kinds.base import Batch, Kind, Stage, TeacherMode
+from engine.training.objectives import Feature
+from engine.training.views import Flips, MaskNoise, TwoFlips
+
+#: Images in a picture of reconstructions.
+PICTURES = 8
+
+
+class ImageKind(Kind):
+    """See `engine.training.kinds.base.Kind`."""
+
+    samples = units = "images"
+    full: tuple[str, ...] = ("images",)
+    masked: tuple[str, ...] = ("images", "noise")
+    labelled: tuple[str, ...] = ("images", "flip")
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.config = run, run.config
+
+    def load(self, source: str | None = None) -> Pretrained:
+        """See `Kind`."""
+        config = self.config
+        path = source or config.model.path
+        if path is None:
+            raise UserError(
+                "--model is missing: a hub name (facebook/vit-mae-base), a folder, a .pth, or"
+                " scratch"
+            )
+        if path != "scratch":
+            loaded = load_pretrained(path, config.model.image_size)
+            for note in loaded.notes:
+                self.run.say(f"{path}: {note}")
+            return replace(loaded, shape=self._masked(loaded.shape))
+        told = config.model.shape
+        shape = Shape(
+            image_size=told.image_size,
+            patch_size=told.patch_size,
+            width=told.width,
+            depth=told.depth,
+            heads=told.heads,
+            mlp_width=4 * told.width,
+            decoder_width=told.decoder_width,
+            decoder_depth=told.decoder_depth,
+            decoder_heads=told.decoder_heads,
+            decoder_mlp_width=4 * told.decoder_width,
+        )
+        torch.manual_seed(config.seed)
+        return Pretrained.fresh(ViTMAE(self._masked(shape)))
+
+    def _masked(self, shape: Shape) -> Shape:
+        told = self.config.mae
+        return replace(shape, mask_ratio=told.ratio, normalize_pixels=told.normalize_pixels)
+
+    def check(self, manifest: Manifest, base: Pretrained) -> None:
+        """See `Kind`."""
+        packed, side = manifest.image.get("size"), base.shape.image_size
+        if packed is not None and packed != side:
+            raise UserError(
+                f"{manifest.root} holds {packed}x{packed} images, the model takes {side}: "
+                f"pack with --size {side}, or give --model.image_size {packed}"
+            )
+
+    def same_architecture(self, taught: Pretrained, base: Pretrained) -> None:
+        """See `Kind`."""
+        for field in ("image_size", "patch_size", "width", "depth", "heads", "mlp_width"):
+            theirs, ours = getattr(taught.shape, field), getattr(base.shape, field)
+            if theirs != ours:
+                raise UserError(
+                    f"teacher {taught.origin} has another architecture ({field} {theirs}) than"
+                    f" model {base.origin} ({ours}): give the --model that the teacher was trained"
+                    " from"
+                )
+
+    def codec(self, base: Pretrained, manifest: Manifest) -> Images:
+        """See `Kind`."""
+        return Images(base.shape.image_size)
+
+    def mask(self, base: Pretrained) -> MaskNoise:
+        """See `Kind`."""
+        return MaskNoise(self.config.seed, base.shape.patches)
+
+    def augment(self, seed: int) -> Flips | None:
+        """See `Kind`."""
+        return Flips(seed) if self.config.finetune.flip else None
+
+    def pairs(self, seed: int) -> TwoFlips:
+        """See `Kind`: each view is mirrored or not."""
+        return TwoFlips(seed)
+
+    def paired(self, batch: Batch) -> Batch:
+        """See `Kind`."""
+        return {
+            "images": torch.cat([batch["images"]] * 2),
+            "flip": torch.cat([batch["flip"], batch["other_flip"]]),
+        }
+
+    def some(self, batch: Batch, rows: Tensor) -> Batch:
+        """See `Kind`."""
+        return {name: batch[name][rows] for name in self.full}
+
+    def autoencoder(self, base: Pretrained, dropout: float | None = None) -> ImageAutoencoder:
+        """See `Kind`; a missing decoder is new, and said so."""
+        torch.manual_seed(self.config.seed)
+        model = ViTMAE(base.shape)
+        if dropout:
+            model.encoder = ViTEncoder(base.shape, dropout)
+        model.encoder.load_state_dict(base.encoder)
+        if base.decoder is None:
+            self.run.say(
+                f"warning: {base.origin} has no decoder: a new, random one takes its place; "
+                "weights with their decoder (facebook/vit-mae-base) start better"
+            )
+        else:
+            model.decoder.load_state_dict(base.decoder)
+        return ImageAutoencoder(model, Normalize(base.mean, base.std))
+
+    def encoder(self, base: Pretrained) -> ImageEncoder:
+        """See `Kind`."""
+        encoder = ViTEncoder(base.shape)
+        encoder.load_state_dict(base.encoder)
+        return ImageEncoder(encoder, Normalize(base.mean, base.std))
+
+    def classifier(self, base: Pretrained, classes: list[str], seed: int) -> ImageClassifier:
+        """See `Kind`; the position embedding is trained from here on."""
+        torch.manual_seed(seed)
+        plan = self.config.finetune
+        encoder = ViTEncoder(base.shape, dropout=plan.dropout)
+        encoder.load_state_dict(base.encoder)
+        network = ViTClassifier(encoder, len(classes), pool=plan.pool)
+        return ImageClassifier(network, Normalize(base.mean, base.std))
+
+    def feature_shape(self, base: Pretrained, feature: Feature) -> tuple[int, ...]:
+        """See `Kind`."""
+        width = base.shape.width
+        return (base.shape.patches + 1, width) if feature == "tokens" else (width,)
+
+    def view(self, base: Pretrained) -> str:
+        """See `Kind`."""
+        return f"full {base.shape.image_size}, mean {base.mean}, std {base.std}"
+
+    def record(self) -> dict[str, Any]:
+        """See `Kind`."""
+        return {"mae": self.config.mae.model_dump()}
+
+    def count(self, batch: Batch) -> None:
+        """See `Kind`: every image has as many masked patches."""
+        return
+
+    def size(self, batch: Batch) -> int:
+        """See `Kind`."""
+        return len(batch["images"])
+
+    def flops(
+        self, base: Pretrained, stage: Stage, mode: TeacherMode, classes: int, batch: Batch
+    ) -> float:
+        """See `Kind`."""
+        told = self.config.finetune.pool if stage == "finetune" else self.config.distill.feature
+        one = flops.step_flops(
+            base.shape, stage, teacher=mode, classes=classes, cls_only=told == "cls"
+        )
+        return one * len(batch["images"])
+
+    def draw(self, monitor: Monitor, step: int, batch: Batch, out: Batch, base: Pretrained) -> None:
+        """See `Kind`: original, masked input and reconstruction."""
+        picture = pictures.reconstruction(
+            batch["images"][:PICTURES].cpu(),
+            out["prediction"][:PICTURES].float().cpu(),
+            out["mask"][:PICTURES].cpu(),
+            base.shape,
+            base.mean,
+            base.std,
+        )
+        monitor.image(step, "reconstruction", picture)
+
+    def export_autoencoder(self, folder: Path, model: ImageAutoencoder, base: Pretrained) -> None:
+        """See `Kind`: a folder for transformers' ViTMAE."""
+        encoder, decoder = (self._whole(m) for m in (model.mae.encoder, model.mae.decoder))
+        if self.run.ranks.main:
+            export_mae(folder, base.shape, encoder, decoder, base.mean, base.std)
+
+    def export_classifier(
+        self, folder: Path, model: ImageClassifier, base: Pretrained, classes: list[str]
+    ) -> None:
+        """See `Kind`: a folder for transformers' and timm's ViT."""
+        encoder, head = (self._whole(m) for m in (model.network.encoder, model.network.head))
+        if self.run.ranks.main:
+            pool = self.config.finetune.pool
+            export_classifier(folder, base.shape, encoder, head, classes, pool, base.mean, base.std)
+
+    def _whole(self, module: torch.nn.Module) -> dict[str, Tensor]:
+        return full_state(module, keep=self.run.ranks.main)

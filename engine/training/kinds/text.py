@@ -1,0 +1,390 @@
+"""Text: a masked language model of transformers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data.errors import BrokenData, UserError
+from data.formats.texts import Text, Texts, parse
+from data.loading.reader import Reader
+from data.shards.manifest import Manifest, is_remote
+from engine.checkpoints.export import export_transformers
+from engine.checkpoints.folder import Run
+from engine.models.fresh import small_config
+from engine.models.language import (
+    MaskedLanguageModel,
+    TextClassifier,
+    TextEncoder,
+    cuts,
+    load_encoder,
+    with_dropout,
+)
+from engine.models.text_weights import (
+    Language,
+    fresh_language,
+    load_language,
+    load_tokenizer,
+)
+from engine.monitoring import flops
+from engine.monitoring.monitor import Monitor
+from engine.runtime.zero import full_state
+from engine.training.kinds.base import Batch, Kind, Stage, TeacherMode
+from engine.training.objectives import Feature
+from engine.training.views import MaskTokens
+
+#: Texts shown with their masked tokens, and tokens shown of each.
+SHOWN, LENGTH = 4, 64
+
+#: Texts by which the share of those that are too long is estimated.
+LOOKED_AT = 256
+
+#: Texts by which a model from scratch learns how frequent its tokens are.
+COUNTED = 20_000
+
+
+class TextKind(Kind):
+    """See `engine.training.kinds.base.Kind`."""
+
+    samples, units = "texts", "tokens"
+    rows: tuple[str, ...] = ("input_ids", "attention_mask", "token_type_ids", "unpadded")
+    full: tuple[str, ...] = (*rows, "packed_at", "packed_to")
+    masked: tuple[str, ...] = (
+        *full,
+        "masked_ids",
+        "masked_at",
+        "originals",
+    )
+    labelled: tuple[str, ...] = full
+
+    def __init__(self, run: Run, manifest: Manifest) -> None:
+        self.run, self.config, self.manifest = run, run.config, manifest
+
+    def load(self, source: str | None = None) -> Language:
+        """See `Kind`."""
+        config = self.config
+        path = source or config.model.path
+        if path is None:
+            raise UserError(
+                "--model is missing: a hub name (FacebookAI/roberta-base), a folder, or scratch"
+            )
+        if path != "scratch":
+            return load_language(path, config.text.max_length)
+        if config.model.tokenizer is None:
+            raise UserError(
+                "--model scratch needs --model.tokenizer: a folder made by python -m data.tokenizer"
+            )
+        tokenizer = load_tokenizer(config.model.tokenizer, config.model.tokenizer)
+        told, longest = config.model.shape, config.text.max_length or 512
+        shape = small_config(tokenizer, told.width, told.depth, told.heads, longest)
+        torch.manual_seed(config.seed)
+        return fresh_language(shape, tokenizer, longest, self._counts(tokenizer))
+
+    def _counts(self, tokenizer: Any) -> NDArray[np.int64]:
+        """How often each token stands in the texts, int64 [vocabulary]."""
+        encode = _ids(tokenizer)
+        ids = [i for text in self._some(COUNTED) for i in encode(text)]
+        counts = np.bincount(np.array(ids, dtype=np.int64), minlength=len(tokenizer))
+        counts[tokenizer.all_special_ids] = 0
+        return counts
+
+    def _some(self, number: int) -> Iterator[Text]:
+        """So many texts from all over the set; those that are broken are the loader's to report."""
+        reader = Reader(self.manifest, self.config.data.cache_dir, self.config.data.cache_gb)
+        last = self.manifest.samples - 1
+        for sample in np.unique(np.linspace(0, last, number).astype(np.int64)).tolist():
+            try:
+                record = reader.record(sample)
+                yield parse(record.input, record.name, self.manifest.text["stored"])
+            except BrokenData:
+                continue
+        reader.close()
+
+    def check(self, manifest: Manifest, base: Language) -> None:
+        """See `Kind`; says how many texts are longer than what is read of them."""
+        remote = is_remote(manifest.root) or any(is_remote(s.name) for s in manifest.shards)
+        if not self.run.ranks.main or remote:  # shards would be fetched for this alone
+            return
+        encode = _ids(base.tokenizer)
+        lengths = np.array([len(encode(text)) for text in self._some(LOOKED_AT)])
+        longer = float((lengths > base.max_length).mean())
+        if longer:
+            self.run.say_once(
+                f"{manifest.root}: about {100 * longer:.1f}% of the texts are longer than"
+                f" {base.max_length} tokens (looked at {len(lengths)}): only their beginnings"
+                " are read"
+            )
+
+    def same_architecture(self, taught: Language, base: Language) -> None:
+        """See `Kind`."""
+        for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+            theirs, ours = getattr(taught.config, name), getattr(base.config, name)
+            if theirs != ours:
+                raise UserError(
+                    f"teacher {taught.origin} has another architecture ({name} {theirs}) than"
+                    f" model {base.origin} ({ours}): give the --model that the teacher was trained"
+                    " from"
+                )
+        if taught.tokenizer.get_vocab() != base.tokenizer.get_vocab():
+            raise UserError(
+                f"teacher {taught.origin} has another vocabulary than model {base.origin}: give the"
+                " --model that the teacher was trained from"
+            )
+
+    def codec(self, base: Language, manifest: Manifest) -> Texts:
+        """See `Kind`."""
+        tokenizer = base.tokenizer
+        return Texts(
+            _encoder(
+                tokenizer, base.max_length, getattr(base.config, "type_vocab_size", None) or 0
+            ),
+            pad_id=tokenizer.pad_token_id,
+            special_ids=frozenset(tokenizer.all_special_ids),
+            max_length=base.max_length,
+            bucket=self.config.text.bucket,
+            packed=self._packs(base),
+            stored=manifest.text.get("stored"),
+        )
+
+    def mask(self, base: Language) -> MaskTokens:
+        """See `Kind`."""
+        mask_id = base.tokenizer.mask_token_id
+        if mask_id is None:
+            raise UserError(
+                f"the tokenizer of {base.origin} has no mask token: masked language modelling needs"
+                " one; take the tokenizer of a masked language model"
+            )
+        told = self.config.mlm
+        return MaskTokens(
+            self.config.seed, told.ratio, told.policy, int(mask_id), len(base.tokenizer)
+        )
+
+    def augment(self, seed: int) -> None:
+        """See `Kind`: none."""
+        return
+
+    def pairs(self, seed: int) -> None:
+        """See `Kind`: dropout alone makes views differ."""
+        return
+
+    def paired(self, batch: Batch) -> Batch:
+        """See `Kind`."""
+        return {name: torch.cat([batch[name]] * 2) for name in self.rows if name in batch}
+
+    def some(self, batch: Batch, rows: Tensor) -> Batch:
+        """See `Kind`."""
+        return {name: batch[name][rows] for name in self.rows if name in batch}
+
+    def _packs(self, base: Language) -> bool:
+        """Whether texts share rows: where padding costs, and the model can be told of it."""
+        asked, config = self.config.text.packed, self.config
+        possible = cuts(base.config) and config.finetune.regularizer != "r3f"
+        if asked and not possible:
+            raise UserError(
+                "--text.packed true: not with --finetune.regularizer r3f, whose noise is drawn for"
+                " padded rows, and of models not but with BERT, RoBERTa and their like: leave it"
+                " out"
+            )
+        if asked is None:
+            # Rows come in other numbers at every step, for which a compiled step compiles again.
+            return possible and self.run.ranks.device.type == "cuda" and not config.compile
+        return asked
+
+    def autoencoder(self, base: Language, dropout: float | None = None) -> MaskedLanguageModel:
+        """See `Kind`; a missing MLM head is new, and said so."""
+        torch.manual_seed(self.config.seed)
+        rate = self.config.mlm.dropout if dropout is None else dropout
+        model = MaskedLanguageModel(with_dropout(base.config, rate))
+        load_encoder(model.encoder, base.encoder, base.origin)
+        if base.decoder is None:
+            self.run.say(
+                f"warning: {base.origin} has no MLM head: a new, random one takes its place; "
+                "weights with their head start better"
+            )
+        else:
+            model.network.load_state_dict(base.decoder, strict=False)
+        return model
+
+    def encoder(self, base: Language) -> TextEncoder:
+        """See `Kind`."""
+        model = MaskedLanguageModel(base.config)
+        load_encoder(model.encoder, base.encoder, base.origin)
+        return TextEncoder(model.encoder, base.config)
+
+    def classifier(self, base: Language, classes: list[str], seed: int) -> TextClassifier:
+        """See `Kind`."""
+        torch.manual_seed(seed)
+        config = with_dropout(base.config, self.config.finetune.dropout)
+        config.num_labels = len(classes)
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {name: i for i, name in enumerate(classes)}
+        model = TextClassifier(config)
+        load_encoder(model.encoder, base.encoder, base.origin)
+        return model
+
+    def feature_shape(self, base: Language, feature: Feature) -> tuple[int, ...] | None:
+        """See `Kind`; texts differ in length."""
+        return None if feature == "tokens" else (base.config.hidden_size,)
+
+    def view(self, base: Language) -> str:
+        """See `Kind`."""
+        return f"first {base.max_length} tokens"
+
+    def record(self) -> dict[str, Any]:
+        """See `Kind`."""
+        told = self.config
+        # How texts lie in rows changes no figure.
+        return {"mlm": told.mlm.model_dump(), "text": told.text.model_dump(exclude={"packed"})}
+
+    def count(self, batch: Batch) -> int:
+        """See `Kind`."""
+        return len(batch["masked_at"])
+
+    def size(self, batch: Batch) -> int:
+        """See `Kind`; padding does not count."""
+        return int(batch["attention_mask"].sum())
+
+    def flops(
+        self, base: Language, stage: Stage, mode: TeacherMode, classes: int, batch: Batch
+    ) -> float:
+        """See `Kind`; padding does not count."""
+        config = base.config
+        width = int(config.hidden_size)
+        mlp = int(getattr(config, "intermediate_size", 0) or config.hidden_dim)
+        lengths = batch["attention_mask"].sum(1).tolist()
+
+        def encoder(rows: float | None) -> float:
+            """With so many rows of a text read after the last layer; None: all."""
+            whole = sum(flops.block_flops(length, width, mlp) for length in lengths)
+            if rows is None or not cuts(config):
+                return int(config.num_hidden_layers) * whole
+            last = sum(flops.rows_block_flops(length, rows, width, mlp) for length in lengths)
+            return (int(config.num_hidden_layers) - 1) * whole + last
+
+        if stage == "finetune":
+            return 3 * (encoder(1) + len(lengths) * 2 * width * (width + classes))
+        masked = len(batch["masked_at"])
+        mlm = encoder(masked / len(lengths)) + masked * 2 * width * (width + int(config.vocab_size))
+        if stage == "pretrain":
+            return 3 * mlm
+        full = encoder(1 if self.config.distill.feature == "cls" else None)
+        return 3 * (mlm + full) + (0 if mode == "cached" else full)
+
+    def draw(self, monitor: Monitor, step: int, batch: Batch, out: Batch, base: Language) -> None:
+        """See `Kind`: some texts, and what is predicted for their masked tokens."""
+        monitor.text("reconstruction", _shown(batch, out["prediction"].cpu(), base.tokenizer), step)
+
+    def export_autoencoder(self, folder: Path, model: MaskedLanguageModel, base: Language) -> None:
+        """See `Kind`: a folder for transformers, with its tokenizer."""
+        self._export(folder, model.network, base)
+
+    def export_classifier(
+        self, folder: Path, model: TextClassifier, base: Language, classes: list[str]
+    ) -> None:
+        """See `Kind`: a folder for transformers, with its tokenizer, which cuts as here."""
+        self._export(folder, model.network, base, base.max_length)
+
+    def _export(
+        self, folder: Path, network: Any, base: Language, max_length: int | None = None
+    ) -> None:
+        tensors: dict[str, Tensor] = full_state(network, keep=self.run.ranks.main)
+        if self.run.ranks.main:
+            tokenizer = base.tokenizer
+            if max_length is not None:
+                tokenizer = copy.deepcopy(tokenizer)
+                tokenizer.model_max_length = max_length
+            export_transformers(folder, network, tensors, tokenizer, base.config)
+
+
+def _encoder(
+    tokenizer: Any, max_length: int, segments: int
+) -> Callable[[str, str | None], list[int] | list[list[int]]]:
+    """Token ids of a text or a pair.
+
+    Args:
+        tokenizer: of transformers.
+        max_length: of the result.
+        segments: that the model tells apart (BERT: 2). Where the tokenizer numbers them, and there
+            is more than one in a text, they come beside the ids.
+    """
+
+    def encode(text: str, pair: str | None) -> list[int] | list[list[int]]:
+        found = tokenizer(text, pair, truncation=True, max_length=max_length)
+        ids: list[int] = found["input_ids"]
+        kinds: list[int] = found.get("token_type_ids", []) if segments > 1 else []
+        return [ids, kinds] if any(kinds) else ids
+
+    return encode
+
+
+def _ids(tokenizer: Any) -> Callable[[Text], list[int]]:
+    """Token ids of a whole text."""
+    return lambda text: list(tokenizer(*text, verbose=False)["input_ids"])
+
+
+def _shown(batch: Batch, predicted: Tensor, tokenizer: Any) -> str:
+    """A table in Markdown: each text with what stood at its masked places and what is predicted.
+
+    Texts with a masked token among the tokens shown come first. Tokens that only frame a text are
+    left out; "|" stands between the texts of a pair.
+    """
+    length = batch["input_ids"].shape[1]
+    guess = dict(zip(batch["masked_at"].tolist(), predicted.tolist(), strict=True))
+    frame = {
+        tokenizer.convert_tokens_to_ids(token)
+        for name, token in tokenizer.special_tokens_map.items()
+        if name in ("bos_token", "eos_token", "cls_token", "sep_token", "pad_token")
+    }
+    lines = batch["input_ids"].tolist()
+    masked = [{at % length for at in guess if at // length == row} for row in range(len(lines))]
+    order = sorted(range(len(lines)), key=lambda row: min(masked[row], default=LENGTH) >= LENGTH)
+    rows = ["| masked text: original → prediction |", "|---|"]
+    for row in order[:SHOWN]:
+        parts: list[str] = []
+        words = ""
+        run: list[int] = []  # unmasked tokens that are decoded together
+        before: list[int] = []  # the token before them, which says whether a space is between
+        for column, token in enumerate(lines[row][:LENGTH]):
+            if column not in masked[row] and token not in frame:
+                run.append(token)
+                continue
+            words += _plain(_continued(tokenizer, before, run))
+            before, run = run[-1:] or before, []
+            if column in masked[row]:
+                old, new = (
+                    _continued(tokenizer, before, [one])
+                    for one in (token, guess[row * length + column])
+                )
+                space = " " if old[:1].isspace() else ""
+                words += f"{space}<strong>[{_named(old)} → {_named(new)}]</strong>"
+                before = [token]
+            else:
+                parts, words, before = [*parts, words], "", []
+        parts.append(words + _plain(_continued(tokenizer, before, run)))
+        texts = (" ".join(part.split()) for part in parts)
+        rows.append("| " + " &#124; ".join(text for text in texts if text) + " |")
+    return "\n".join(rows)
+
+
+def _continued(tokenizer: Any, before: list[int], ids: list[int]) -> str:
+    """The text of some tokens that follow another, with the space between if there is one."""
+    head: str = tokenizer.decode(before)
+    both: str = tokenizer.decode(before + ids)
+    return both.removeprefix(head) if both.startswith(head) else str(tokenizer.decode(ids))
+
+
+def _named(token: str) -> str:
+    """A token's text, or a sign where that is white space or a part of a character."""
+    return _plain(token.strip() or ("␣" if token else "�"))
+
+
+def _plain(text: str) -> str:
+    """A text in which neither Markdown nor HTML finds a sign of its own."""
+    return "".join(c if c.isalnum() or c.isspace() else f"&#{ord(c)};" for c in text)

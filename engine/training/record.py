@@ -1,0 +1,56 @@
+"""What a stage's result and checkpoints say of how they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from data.shards.manifest import Manifest
+from engine.checkpoints.folder import Run
+from engine.config.schema import StageSection
+from engine.training.kinds.base import Stage
+
+
+def record_of(
+    run: Run, stage: Stage, plan: StageSection, train: Manifest, more: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    """What the figures of a stage depend on: equal when it is resumed, or skipped as complete.
+
+    Args:
+        run: The launch.
+        stage: pretrain | distill | finetune.
+        plan: Its settings.
+        train: What it learns from.
+        more: Hashes of the weights it starts from, settings of its view.
+        seed: Of order, head and dropout.
+    """
+    config = run.config
+    elsewhere = {"seeds", "eval_every", "start", "weights", "epochs"}
+    settings, mode = plan.model_dump(mode="json", exclude=elsewhere), config.compile_mode
+    return {
+        **{f"{stage}.{k}": v for k, v in settings.items()},
+        f"{stage}.steps": plan.length(train.samples),
+        "seed": seed,
+        "precision": config.precision,
+        "zero": config.zero,
+        # Another order of sums, or other products.
+        **({"compile": True} if config.compile else {}),
+        **({"compile_mode": mode} if config.compile and mode != "default" else {}),
+        **({"deterministic": True} if config.deterministic else {}),
+        **({} if config.tf32 else {"tf32": False}),
+        "data.partitions": config.data.partitions,
+        "data.window": config.data.window,
+        **more,
+    }
+
+
+def scalars(analysis: Mapping[str, Any]) -> dict[str, float]:
+    """The single numbers of an analysis."""
+    return {k: float(v) for k, v in analysis.items() if isinstance(v, int | float)}
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is, as a record and the table of peak FLOPs call it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,386 @@
+"""The frozen teacher: replicated, sharded, or cached as a table of its features."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.errors import UserError
+from data.loading.codec import Codec
+from data.loading.loader import sequential, tell
+from data.shards.manifest import Manifest
+from engine.checkpoints.checkpoint import gather
+from engine.checkpoints.files import fsync, write_text
+from engine.checkpoints.folder import Run
+from engine.config.schema import Config
+from engine.runtime.allocator import release
+from engine.runtime.distributed import Ranks, main_only, sent, total
+from engine.runtime.precision import autocast
+from engine.runtime.zero import inference_config
+from engine.training.objectives import FeatureExtractor
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Teacher(Protocol):
+    """Gives the features of a batch."""
+
+    mode: Literal["replicated", "sharded", "cached"]
+
+    def close(self) -> None:
+        """Gives its memory back."""
+        ...
+
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        """Features fp32 [B, D] or [B, 1+K, D] of a loader's batch, on the device."""
+        ...
+
+
+class Replicated:
+    """A whole frozen copy on each rank."""
+
+    mode: Literal["replicated", "sharded", "cached"] = "replicated"
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        names: tuple[str, ...],
+        ranks: Ranks,
+        dtype: torch.dtype,
+    ) -> None:
+        self.extractor = frozen(extractor, ranks.device, dtype)
+        self.names, self.device, self.dtype = names, ranks.device, dtype
+
+    @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        """See `Teacher`."""
+        with autocast(self.device, self.dtype):
+            features: Tensor = self.extractor(**view(batch, self.names, self.device))
+        return features
+
+    def close(self) -> None:
+        """See `Teacher`: it goes with its last reference."""
+
+
+class Sharded:
+    """A ZeRO-3 inference engine: each rank holds a part of every parameter."""
+
+    mode: Literal["replicated", "sharded", "cached"] = "sharded"
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        names: tuple[str, ...],
+        ranks: Ranks,
+        precision: str,
+    ) -> None:
+        import deepspeed
+
+        self.engine, *_ = deepspeed.initialize(
+            model=extractor, config=inference_config(ranks.world, precision)
+        )
+        self.engine.eval()
+        self.names, self.device = names, ranks.device
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        """See `Teacher`."""
+        features: Tensor = self.engine(**view(batch, self.names, self.device))
+        return features
+
+    def close(self) -> None:
+        """See `Teacher`."""
+        release(self.engine)
+
+
+class Cached:
+    """A table of the features of every sample, computed once before step 0.
+
+    Exact, because stage 2's full view is deterministic (no augmentation). The table is a plain
+    float32 `.npy`, memory-mapped; row = sample id of the manifest. The row of a sample that was
+    skipped as broken is NaN: training skips that sample as well.
+    """
+
+    mode: Literal["replicated", "sharded", "cached"] = "cached"
+
+    def __init__(self, table: np.ndarray, device: torch.device, folder: Path) -> None:
+        self.table, self.device, self.folder = table, device, folder
+
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        """See `Teacher`.
+
+        Raises:
+            UserError: a sample was broken when the table was made and is not any more.
+        """
+        rows = torch.from_numpy(np.ascontiguousarray(self.table[batch["ids"].numpy()]))
+        missing = rows.flatten(1).isnan().all(dim=1)
+        if missing.any():
+            sample = int(batch["ids"][missing][0])
+            raise UserError(
+                f"sample {sample} can be read now and has no features in {self.folder}, where it"
+                " was skipped as broken: delete that folder to compute them anew"
+            )
+        return sent(rows, self.device)
+
+    def close(self) -> None:
+        """See `Teacher`: a file's pages are the system's."""
+
+
+def frozen(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
+    """A module for forward passes alone, in the numbers of a student's pass.
+
+    What autocast would round at each pass, weights of linear and convolutional layers, is rounded
+    once; under fp16 all is, as DeepSpeed has it.
+
+    Args:
+        module: in fp32; changed in place.
+        device: where it goes.
+        dtype: of its matrix products.
+    """
+    module.to(device).eval().requires_grad_(False)
+    if dtype == torch.float16:
+        return module.half()
+    embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    tied = {weight for part in embeddings for weight in part.parameters()}  # a head may share it
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d) and part.weight not in tied:
+            part.to(dtype)
+    return module
+
+
+def view(
+    batch: dict[str, Tensor], names: tuple[str, ...], device: torch.device
+) -> dict[str, Tensor]:
+    """Some entries of a batch, on the device; those that it lacks are left out."""
+    return {k: sent(batch[k], device) for k in names if k in batch}
+
+
+def table_bytes(samples: int, shape: tuple[int, ...]) -> int:
+    """Size of the feature table in bytes (fp32)."""
+    return 4 * samples * int(np.prod(shape))
+
+
+def choose(mode: str, bytes_needed: int | None, config: Config, folder: Path) -> str:
+    """Resolves `auto`: cached if the table fits the limit and half the free disk, else replicated.
+
+    Stage 2 has no random view, so that a table is always exact.
+
+    Args:
+        mode: auto, replicated, sharded or cached.
+        bytes_needed: size of the table; None where features differ in size between samples.
+        config: of the run.
+        folder: of the table.
+
+    Raises:
+        UserError: `cached` was asked for and the disk has no room, or there can be no table.
+    """
+    if bytes_needed is None:
+        if mode == "cached":
+            raise UserError(
+                "--teacher.mode cached: all tokens of texts, which differ in length, make no table:"
+                " take --teacher.mode replicated, or --distill.feature cls or mean"
+            )
+        return "replicated" if mode == "auto" else mode
+    if mode == "auto" and ((folder / "table.json").exists() or (folder / "parts.json").exists()):
+        return "cached"  # as it began: the table itself takes the room that is looked for below
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if mode == "cached" and bytes_needed > free and not (folder / "table.json").exists():
+        raise UserError(
+            f"{folder}: the feature table needs {bytes_needed / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free: free space, or --teacher.mode replicated"
+        )
+    if mode != "auto":
+        return mode
+    fits = bytes_needed <= config.teacher.table_gb * 2**30 and bytes_needed <= free / 2
+    return "cached" if fits else "replicated"
+
+
+#: Samples of a forward pass of the table: fixed, so that the table is the same for all layouts. On
+#: a GPU more, where a part has as many.
+_BATCH, _LARGE_BATCH = 64, 256
+#: A part of the table is at most so many rows; an interrupted pass loses one part a rank.
+_PART = 4096
+
+
+def build_table(
+    run: Run,
+    folder: Path,
+    key: dict[str, Any],
+    manifest: Manifest,
+    codec: Codec,
+    teacher: Callable[[dict[str, Tensor]], Tensor],
+    shape: tuple[int, ...],
+) -> Cached:
+    """Opens the table of `key`, computing it first if it is not there.
+
+    The set is cut into parts that do not depend on the number of ranks. A rank computes every
+    world-th of those that are missing, each into a file of its own; rank 0 joins them, fsyncs and
+    renames. `table.json` holds the key (manifest, teacher, view) and comes last. A pass that was
+    interrupted goes on, on any number of ranks.
+
+    Raises:
+        UserError: a table is there but belongs to another teacher, data set or view; broken data.
+        Preempted: the ranks leave between two parts.
+    """
+    file, ranks = folder / "features.npy", run.ranks
+    state = main_only(ranks, lambda: _read_key(folder / "table.json"))
+    if state is not None:
+        wrong = [k for k in key if state.get(k) != key[k]]
+        if wrong or not file.exists():
+            names = {"manifest": "data set"}
+            what = names.get(wrong[0], wrong[0]) if wrong else "file"
+            raise UserError(
+                f"{folder}: the cached features were made with another {what}: delete that folder "
+                "to compute them anew, or give the teacher and data they were made with"
+            )
+        return Cached(_open(file, manifest.samples, shape), ranks.device, folder)
+
+    row = table_bytes(1, shape)
+    size = max(1, min(_PART, 2**26 // row, max(_BATCH // 2, -(-manifest.samples // 64))))
+    spans = [(a, min(a + size, manifest.samples)) for a in range(0, manifest.samples, size)]
+    missing = main_only(ranks, lambda: _prepare(folder, key, spans))
+    _compute(run, folder, manifest, codec, teacher, shape, missing)
+    main_only(ranks, lambda: _join(run, folder, key, manifest, spans, shape))
+    return Cached(_open(file, manifest.samples, shape), ranks.device, folder)
+
+
+def _read_key(path: Path) -> dict[str, Any] | None:
+    """A key that was written; None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError:
+        return {"unreadable": True}
+
+
+def _part(folder: Path, span: tuple[int, int]) -> Path:
+    return folder / f"rows-{span[0]}-{span[1]}.npy"
+
+
+def _prepare(
+    folder: Path, key: dict[str, Any], spans: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Keeps the parts that an interrupted pass of this key left; says which are missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    known = _read_key(folder / "parts.json")
+    if known != key:
+        for left in folder.glob("*rows-*"):
+            left.unlink()
+        write_text(folder / "parts.json", json.dumps(key, indent=1))
+    return [span for span in spans if not _part(folder, span).exists()]
+
+
+def _compute(
+    run: Run,
+    folder: Path,
+    manifest: Manifest,
+    codec: Codec,
+    teacher: Callable[[dict[str, Tensor]], Tensor],
+    shape: tuple[int, ...],
+    missing: list[tuple[int, int]],
+) -> None:
+    """Computes the missing parts of the table. Every rank calls it."""
+    config, ranks, name = run.config, run.ranks, folder.parent.name
+    mine = missing[ranks.rank :: ranks.world]
+    size = _BATCH
+    if ranks.device.type == "cuda" and missing:
+        size = max(_BATCH, min(_LARGE_BATCH, missing[0][1] - missing[0][0]))
+    passed = sequential(
+        manifest,
+        batch=size,
+        spans=mine,
+        workers=run.workers,
+        cache_dir=config.data.cache_dir,
+        cache_gb=config.data.cache_gb,
+        skip_broken=config.data.skip_broken,
+        report=tell,
+        codec=codec,
+        pin=ranks.device.type == "cuda",
+    )
+    batches, told = iter(passed), time.monotonic()
+    rounds = -(-len(missing) // ranks.world)
+    try:
+        for number in range(rounds):
+            run.boundary(f"{name}: teacher features, part {number + 1} of {rounds}", wait=True)
+            if time.monotonic() - told > 10:
+                run.say(f"{name}: teacher features {100 * number // rounds}%")
+                told = time.monotonic()
+            error = None
+            try:
+                if number < len(mine):
+                    first, last = mine[number]
+                    # The row of a broken sample stays NaN.
+                    rows = np.full((last - first, *shape), np.nan, np.float32)
+                    found: list[Tensor] = []  # on the device, whose work the host runs ahead of
+                    ids, valid = [], []
+                    for _ in range(-(-(last - first) // size)):
+                        batch = next(batches)
+                        found.append(teacher(batch))
+                        ids.append(batch["ids"])
+                        valid.append(batch["valid"])
+                        run.watchdog.beat()
+                    counts = torch.cat(valid)
+                    places = torch.cat(ids)[counts].numpy() - first
+                    rows[places] = torch.cat(found).cpu().numpy()[counts.numpy()]
+                    _save_part(_part(folder, mine[number]), rows)
+            except UserError as caught:
+                error = caught
+            # What one rank meets, all leave for: the others would wait for it.
+            for met in gather(error):
+                if met is not None:
+                    raise met
+    finally:
+        passed.close()
+    passed.tolerate(int(total(torch.tensor(len(passed.broken), device=ranks.device))))
+
+
+def _save_part(part: Path, rows: np.ndarray) -> None:
+    draft = part.with_name(f".{part.name}.tmp")
+    with open(draft, "wb") as file:
+        np.save(file, rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, part)
+
+
+def _join(
+    run: Run,
+    folder: Path,
+    key: dict[str, Any],
+    manifest: Manifest,
+    spans: list[tuple[int, int]],
+    shape: tuple[int, ...],
+) -> None:
+    draft = folder / ".features.npy.tmp"
+    table = np.lib.format.open_memmap(draft, "w+", np.float32, (manifest.samples, *shape))
+    for first, last in spans:
+        table[first:last] = np.load(_part(folder, (first, last)), allow_pickle=False)
+        run.watchdog.beat()
+    table.flush()
+    del table
+    fsync(draft)
+    os.replace(draft, folder / "features.npy")
+    write_text(folder / "table.json", json.dumps(key, indent=1))
+    for left in (*(_part(folder, span) for span in spans), folder / "parts.json"):
+        left.unlink(missing_ok=True)
+
+
+def _open(file: Path, samples: int, shape: tuple[int, ...]) -> np.ndarray:
+    table: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
+    if table.shape != (samples, *shape) or table.dtype != np.float32:
+        raise UserError(
+            f"{file}: shape {table.shape} is not {(samples, *shape)}: delete its folder to "
+            "compute the features anew"
+        )
+    return table

@@ -1,0 +1,133 @@
+"""Views of the data: the random numbers of masks and flips, keyed by position in the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from data import keyed
+from data.loading.samples import Keyed
+
+
+@dataclass(frozen=True)
+class MaskNoise:
+    """Noise whose ranks choose the visible patches; `noise` fp32 [b, patches]."""
+
+    seed: int
+    patches: int
+
+    def __call__(self, positions: np.ndarray, _: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Noise of the given stream positions, int64 [b]."""
+        return {"noise": keyed.uniform(self.seed, "mask", positions, self.patches)}
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Horizontal flips with probability 1/2; `flip` bool [b]."""
+
+    seed: int
+
+    def __call__(self, positions: np.ndarray, _: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Flips of the given stream positions, int64 [b]."""
+        return {"flip": keyed.uniform(self.seed, "flip", positions, 1)[:, 0] < 0.5}
+
+
+@dataclass(frozen=True)
+class TwoFlips:
+    """Independent horizontal flips of two views; `flip` and `other_flip` bool [b]."""
+
+    seed: int
+
+    def __call__(self, positions: np.ndarray, _: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Flips of the given stream positions, int64 [b]."""
+        chosen = keyed.uniform(self.seed, "two flips", positions, 2) < 0.5
+        return {"flip": chosen[:, 0], "other_flip": chosen[:, 1]}
+
+
+@dataclass(frozen=True)
+class NoiseKeys:
+    """Seeds of noise that the device draws; `noise_key` int64 [b].
+
+    Of texts also `noise_length` int64 [b], the tokens of each: how far they are padded depends on
+    the batch.
+    """
+
+    seed: int
+
+    def __call__(self, positions: np.ndarray, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Seeds of the given stream positions, int64 [b]."""
+        raw = [int(keyed.bits(self.seed, "noise", int(p)).random_raw()) >> 1 for p in positions]
+        found = {"noise_key": np.array(raw, dtype=np.int64)}
+        if "attention_mask" in batch:
+            found["noise_length"] = batch["attention_mask"].sum(1).numpy()
+        return found
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several views' numbers, under their own names."""
+
+    parts: tuple[Keyed, ...]
+
+    def __call__(self, positions: np.ndarray, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """The numbers of all parts."""
+        found: dict[str, np.ndarray] = {}
+        for part in self.parts:
+            found |= part(positions, dict(batch))
+        return found
+
+
+@dataclass(frozen=True)
+class MaskTokens:
+    """Masked tokens of a text batch, chosen with one probability (0.15 in BERT and RoBERTa).
+
+    Special tokens and padding, which the batch's `maskable` names, are never chosen. A text may
+    have none chosen. Policy `mask` puts the mask token everywhere, as the paper states; `bert` puts
+    it in 8 of 10 places, a random token in 1, and leaves 1 as it is (Devlin et al. 2019).
+
+    Attributes:
+        seed: of the run.
+        ratio: the probability.
+        policy: mask or bert.
+        mask_id: id of the mask token.
+        vocabulary: ids from which random tokens are drawn, 0 to this.
+    """
+
+    seed: int
+    ratio: float
+    policy: Literal["mask", "bert"]
+    mask_id: int
+    vocabulary: int
+
+    def __call__(self, positions: np.ndarray, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """The masked view of a batch.
+
+        Args:
+            positions: int64 [b], in the stream.
+            batch: `input_ids` int64 [b, T], `maskable` bool [b, T].
+
+        Returns:
+            masked_ids int64 [b, T]; masked_at int64 [n], places in the flattened batch; originals
+            int64 [n], the ids there.
+        """
+        ids, maskable = batch["input_ids"].numpy(), batch["maskable"].numpy()
+        noise = keyed.uniform(self.seed, "mask", positions, ids.shape[1])
+        chosen = (noise < self.ratio) & maskable
+        masked = np.where(chosen, self.mask_id, ids)
+        if self.policy == "bert":
+            # Below the ratio the noise is uniform too: its place there says what is done.
+            share = noise / self.ratio
+            draws = keyed.uniform(self.seed, "random token", positions, ids.shape[1])
+            random = (draws * self.vocabulary).astype(np.int64)
+            masked = np.where(chosen & (share >= 0.8), random, masked)
+            masked = np.where(chosen & (share >= 0.9), ids, masked)
+        places = np.flatnonzero(chosen)
+        return {
+            "masked_ids": masked.astype(np.int64),
+            "masked_at": places,
+            "originals": ids.reshape(-1)[places],
+        }

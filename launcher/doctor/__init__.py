@@ -1,0 +1,1 @@
+"""Whether machines can do a run."""

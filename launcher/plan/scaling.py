@@ -1,0 +1,297 @@
+"""A step at scale, in closed form: what the ranks send each other, how long that takes, what hides.
+
+Bytes. Of a payload of S bytes each of N ranks in a ring sends 2 (N-1)/N x S in an all-reduce, and
+(N-1)/N x S in an all-gather, reduce-scatter, reduce or broadcast (there the mean over the ranks).
+With P trained and F frozen parameters of e bytes and A micro-batches a step, DeepSpeed 0.19.8 asks
+for
+
+    ZeRO 0   all-reduce e P after the backward
+    ZeRO 1   all-reduce e P in the last backward, all-gather e P after the step
+    ZeRO 2   all-reduce e P in each of A backwards, all-gather e P after the step
+    ZeRO 3   A times: all-gather e (P + F - S) in the forward, reduce-scatter e P in the backward;
+             all-gather e S after the step, parameter by parameter
+
+of which S are in parameters up to stage3_param_persistence_threshold, as counted in real steps:
+`python -m benchmarks.scale`. The textbook (Rajbhandari et al. 2020, ZeRO, section 7) has a
+reduce-scatter in place of the all-reduce of ZeRO 1 and 2, and two all-gathers in ZeRO 3. DeepSpeed
+sums the gradients of all ranks' parts in one bucket, of which each rank keeps its part
+(`use_multi_rank_bucket_allreduce`); and ZeRO 3 keeps what was gathered until the backward, where
+all parameters together are below stage3_max_live_parameters and stage3_max_reuse_distance. Where
+they are not, it gathers again in the backward.
+
+Time of a collective: calls x latency + bytes / bandwidth. Inside a node the bandwidth is the
+link's; across nodes the lesser of the link's and the whole node's network: NCCL lays one ring
+through each network card, and together they cross the border of a node once. Latencies are those of
+NCCL's tuning model for its Simple protocol (src/graph/tuning.cc): a ring makes N-1 hops, twice that
+in an all-reduce, of which one less than nodes (twice that) are through the network; an all-reduce
+takes a tree where that is shorter.
+
+Time of a step: compute = FLOPs / (peak x MFU), of which a third is the forward. Gathers of ZeRO 3
+hide behind the forward and sums of gradients behind the backward (ZeRO 1: behind the last one), up
+to its time; the rest is added. So is what has nothing to hide behind: the first gather of a forward
+(stage3_prefetch_bucket_size), the last bucket of a backward (reduce_bucket_size), and all that
+comes after it. Nothing hides under ZeRO 0 or without overlap_comm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from engine.runtime.zero import stage_of
+from launcher.plan import memory
+from launcher.plan.workload import Parameters
+
+Collected = Literal["all-reduce", "all-gather", "reduce-scatter", "reduce", "broadcast"]
+When = Literal["forward", "backward", "alone"]
+
+#: Seconds of NCCL's tuning model, protocol Simple: to start a ring; a hop over NVLink, and through
+#: the network, in a ring; the same in a tree.
+START, RING_LINK, RING_NETWORK = 8.4e-6, 3.4e-6, 9.6e-6
+TREE_LINK, TREE_NETWORK = 28e-6, 50e-6
+
+#: AdamW's two groups, with and without weight decay: ZeRO 1 and 2 gather each by itself.
+GROUPS = 2
+#: The overflow and the norm of the gradient: two sums of at most 8 bytes under ZeRO 3. Under ZeRO 1
+#: and 2 the norm is asked for where it is logged, or clips.
+SCALARS = 2
+
+#: Seconds. A step of a 12-block model is some thousand kernels of 5 to 10 microseconds at least.
+SHORT_STEP = 0.01
+
+
+def sent(kind: Collected, payload: float, world: int) -> float:
+    """Bytes that a rank sends in a ring, the mean over the ranks.
+
+    Args:
+        kind: of the collective.
+        payload: bytes of the whole tensor: the output of a gather, the input of a reduction.
+        world: number of ranks, N.
+    """
+    return (2 if kind == "all-reduce" else 1) * payload * (world - 1) / world
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind in a step.
+
+    Attributes:
+        kind: what is done.
+        payload: bytes of their tensors, all calls together.
+        calls: their number.
+        when: the part of the step that may hide them; alone: none does.
+    """
+
+    kind: Collected
+    payload: float
+    calls: int
+    when: When
+
+
+def textbook(stage: int, trained: int, *, size: int, accumulation: int = 1) -> list[Collective]:
+    """What a step takes by the ZeRO paper, each as one call; see the module's text.
+
+    Args:
+        stage: of ZeRO.
+        trained: parameters with a gradient, P.
+        size: bytes of a value, e.
+        accumulation: micro-batches of a step, A.
+    """
+    whole = float(size * trained)
+    if stage == 0:
+        return [Collective("all-reduce", whole, 1, "backward")]
+    times = 1 if stage == 1 else accumulation
+    sums = Collective("reduce-scatter", times * whole, times, "backward")
+    if stage < 3:
+        return [sums, Collective("all-gather", whole, 1, "alone")]
+    return [
+        Collective("all-gather", times * whole, times, "forward"),
+        Collective("all-gather", times * whole, times, "backward"),
+        sums,
+    ]
+
+
+def asked(
+    content: Mapping[str, Any],
+    parameters: Parameters,
+    *,
+    size: int,
+    accumulation: int = 1,
+    sharded: int = 0,
+) -> list[Collective]:
+    """What DeepSpeed 0.19.8 asks for in a step, once ZeRO-3 knows the order of its modules.
+
+    Not counted: padding; a second pass of the encoder, for which ZeRO-3 gathers again where it
+    keeps nothing, and its calls there, one a parameter; without use_multi_rank_bucket_allreduce one
+    call of each bucket for each rank that owns a part, of which one is counted.
+
+    Args:
+        content: DeepSpeed's configuration.
+        parameters: P trained ones, and F frozen ones.
+        size: bytes of a value in a forward pass, e; gradients have the same.
+        accumulation: micro-batches of a step, A.
+        sharded: parameters of a teacher whose weights are gathered for each micro-batch.
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    stage = stage_of(content)
+    zero = DeepSpeedZeroConfig(**content.get("zero_optimization", {}))
+    trained, whole = parameters.trained, float(size * parameters.trained)
+    found: list[Collective] = []
+    if sharded:
+        found += _gathers(sharded, memory.PREFETCH, size, accumulation)
+    if stage == 0:
+        calls = math.ceil(trained / memory.ALL_REDUCE)
+        return [*found, Collective("all-reduce", whole, calls, "alone")]
+    kind: Collected = "reduce-scatter"
+    if stage < 3:
+        apart = zero.reduce_scatter and not zero.use_multi_rank_bucket_allreduce
+        kind = "reduce" if apart else "all-reduce"
+        found.append(Collective("all-gather", whole, GROUPS, "alone"))
+    else:
+        # A module is gathered whole, however small the bucket.
+        bucket = max(zero.prefetch_bucket_size, parameters.largest)
+        small = parameters.persistent(zero.param_persistence_threshold)
+        cut = parameters.all - sum(small)
+        found += _gathers(cut, bucket, size, accumulation)
+        if parameters.all > min(zero.max_live_parameters, zero.max_reuse_distance):
+            calls = accumulation * math.ceil(cut / bucket)
+            every = float(accumulation * size * cut)
+            found.append(Collective("all-gather", every, calls, "backward"))
+        if small:
+            found.append(Collective("all-gather", float(size * sum(small)), len(small), "alone"))
+    times = 1 if stage == 1 else accumulation
+    full = math.ceil(trained / zero.reduce_bucket_size) - 1
+    early = full * zero.reduce_bucket_size
+    if full:
+        found.append(Collective(kind, float(times * size * early), times * full, "backward"))
+    found.append(Collective(kind, float(times * size * (trained - early)), times, "alone"))
+    if stage == 3:
+        found.append(Collective("all-reduce", 8.0 * SCALARS, SCALARS, "alone"))
+    return found
+
+
+def _gathers(values: int, bucket: int, size: int, times: int) -> list[Collective]:
+    """All-gathers of a forward's weights, bucket by bucket; the first hides behind nothing."""
+    first = min(values, bucket)
+    found = [Collective("all-gather", float(times * size * first), times, "alone")]
+    if values > first:
+        calls = times * math.ceil((values - first) / bucket)
+        found.append(
+            Collective("all-gather", float(times * size * (values - first)), calls, "forward")
+        )
+    return found
+
+
+def volume(collectives: Iterable[Collective], world: int) -> float:
+    """Bytes that a rank sends in a step."""
+    return sum(sent(c.kind, c.payload, world) for c in collectives)
+
+
+@dataclass(frozen=True)
+class Links:
+    """What joins the devices.
+
+    Attributes:
+        link: bytes a second that a GPU sends to others of its node.
+        network: bytes a second that a node sends, all its cards together.
+        per_node: GPUs of a node.
+    """
+
+    link: float
+    network: float
+    per_node: int
+
+    def nodes(self, world: int) -> int:
+        """Nodes that so many devices fill."""
+        return math.ceil(world / self.per_node)
+
+    def bandwidth(self, world: int) -> float:
+        """Bytes a second that a rank sends in a ring over so many devices."""
+        return self.link if world <= self.per_node else min(self.link, self.network)
+
+    def latency(self, kind: Collected, world: int) -> float:
+        """Seconds of a collective of no bytes."""
+        if world == 1:
+            return 0.0
+        nodes = self.nodes(world)
+        times = 2 if kind == "all-reduce" else 1
+        # Hops between nodes are one less than nodes, and all hops one less than ranks.
+        ring = START + times * ((world - nodes) * RING_LINK + (nodes - 1) * RING_NETWORK)
+        if kind != "all-reduce":
+            return ring
+        local = math.ceil(world / nodes)
+        tree = 2 * ((local - 1) * TREE_LINK + math.log2(nodes) * TREE_NETWORK)
+        return min(ring, tree)
+
+    def seconds(self, collective: Collective, world: int) -> float:
+        """Time of collectives that nothing hides."""
+        if world == 1:
+            return 0.0
+        moved = sent(collective.kind, collective.payload, world) / self.bandwidth(world)
+        return collective.calls * self.latency(collective.kind, world) + moved
+
+
+@dataclass(frozen=True)
+class Step:
+    """Times of one optimiser step, in seconds.
+
+    Attributes:
+        compute: FLOPs at the stated MFU.
+        communication: all collectives, one after the other.
+        exposed: of that, what hides behind nothing.
+    """
+
+    compute: float
+    communication: float
+    exposed: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step, without checkpoints."""
+        return self.compute + self.exposed
+
+
+def step(
+    collectives: Iterable[Collective],
+    links: Links,
+    world: int,
+    compute: float,
+    *,
+    overlap: bool = True,
+    backwards: float = 1.0,
+) -> Step:
+    """The time of a step.
+
+    Args:
+        collectives: of the step.
+        links: between the devices.
+        world: number of devices.
+        compute: seconds of a device's FLOPs.
+        overlap: whether anything hides.
+        backwards: share of the step's backwards in which gradients are summed (ZeRO 1: one of A).
+    """
+    spent: dict[When, float] = {"forward": 0.0, "backward": 0.0, "alone": 0.0}
+    for collective in collectives:
+        spent[collective.when] += links.seconds(collective, world)
+    together = sum(spent.values())
+    if not overlap:
+        return Step(compute, together, together)
+    behind = max(0.0, spent["forward"] - compute / 3)
+    behind += max(0.0, spent["backward"] - backwards * compute * 2 / 3)
+    return Step(compute, together, behind + spent["alone"])
+
+
+def overlaps(content: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed communicates while it computes: overlap_comm, from ZeRO 1 on."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero = DeepSpeedZeroConfig(**content.get("zero_optimization", {}))
+    return stage_of(content) > 0 and bool(zero.overlap_comm)
+
+
+def share_of_saving(seconds: float, step_seconds: float, every: int) -> float:
+    """Share of the time that goes into checkpoints; every: steps between them, 0 for none."""
+    return seconds / (every * step_seconds + seconds) if every else 0.0

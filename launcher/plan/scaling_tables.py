@@ -1,0 +1,245 @@
+"""The tables of `python -m launcher.plan` on scale: a step, its input, its checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from engine.runtime import preemption, zero
+from launcher.plan import memory, scaling
+from launcher.plan.forecast import Job, Plan
+
+#: Numbers of devices that are set beside the one that is asked for.
+DEVICES = (8, 64, 1024)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stage on so many devices.
+
+    Attributes:
+        job: the stage.
+        devices: their number.
+        strong: whether the global batch is the recipe's; else the micro-batch is.
+        micro: samples of a device's micro-batch.
+        batch: samples of a step on all devices.
+        sent: bytes that a rank sends in a step.
+        step: its times.
+        checkpoint: seconds of one checkpoint; 0 where none are saved.
+        rate: samples a second, checkpoints included.
+        efficiency: that, over as many times the rate of one device with the same work.
+        saving: share of the time that goes into checkpoints.
+    """
+
+    job: Job
+    devices: int
+    strong: bool
+    micro: int
+    batch: int
+    sent: float
+    step: scaling.Step
+    checkpoint: float
+    rate: float
+    efficiency: float
+    saving: float
+
+
+def links(plan: Plan) -> scaling.Links:
+    """What joins the devices, by the options."""
+    options = plan.options
+    return scaling.Links(options.link_gbs * 1e9, options.network_gbs * 1e9, options.per_node)
+
+
+def rows(plan: Plan) -> list[Row]:
+    """Every stage on 8, 64, 1,024 and the asked number of devices."""
+    return [found for job in plan.jobs for found in stage_rows(plan, job)]
+
+
+def stage_rows(plan: Plan, job: Job) -> list[Row]:
+    """A stage by number of devices: the recipe's batch where it can be cut, else its micro-batch.
+
+    One device with the same work does the step's batch alone (strong), or one device's part of it
+    (weak): at the same MFU both make as many samples a second, but for checkpoints.
+    """
+    config, options = plan.config, plan.options
+    content, accumulation = zero.read(config.zero), job.section.accumulation
+    parameters = plan.work.parameters(job.stage, plan.classes)
+    shared = job.stage == "distill" and plan.mode == "sharded"
+    collectives = scaling.asked(
+        content,
+        parameters,
+        size=plan.size,
+        accumulation=accumulation,
+        sharded=plan.work.teacher() if shared else 0,
+    )
+    # Seconds of a sample on a device, and of a checkpoint.
+    one = plan.work.flops(job.stage, plan.mode, plan.classes) / (plan.device.peak * options.mfu)
+    every = config.save_every
+    saved = memory.checkpoint_bytes(parameters) / (options.storage_gbs * 1e9) if every else 0.0
+    found = []
+    for devices in sorted({*DEVICES, options.devices}):
+        micro, rest = divmod(job.section.batch, devices * accumulation)
+        micro = job.micro if rest else micro
+        batch = micro * devices * accumulation
+        step = scaling.step(
+            collectives,
+            links(plan),
+            devices,
+            micro * accumulation * one,
+            overlap=scaling.overlaps(content),
+            backwards=1 / accumulation if zero.stage_of(content) == 1 else 1.0,
+        )
+        share = scaling.share_of_saving(saved, step.seconds, every)
+        alone = (micro * accumulation if rest else batch) * one
+        single = (1 - scaling.share_of_saving(saved, alone, every)) / one
+        rate = batch / step.seconds * (1 - share)
+        found.append(
+            Row(
+                job=job,
+                devices=devices,
+                strong=not rest,
+                micro=micro,
+                batch=batch,
+                sent=scaling.volume(collectives, devices),
+                step=step,
+                checkpoint=saved,
+                rate=rate,
+                efficiency=rate / (devices * single),
+                saving=share,
+            )
+        )
+    return found
+
+
+def scaling_table(plan: Plan, shown: list[Row]) -> tuple[Table, list[str]]:
+    """Time of a step by the number of devices, from `rows`."""
+    options, setting = plan.options, Path(plan.config.zero).stem
+    table = Table(
+        title=f"a step at scale, ms: {setting}, {100 * options.mfu:g}% MFU",
+        title_justify="left",
+        box=box.SIMPLE,
+        padding=0,
+    )
+    table.add_column("stage", no_wrap=True)
+    for name in ("devices", "batch", "each", "compute", "comm.", "exposed", "step"):
+        table.add_column(name, justify="right")
+    for name in (f"{plan.work.samples}/s", "effic."):
+        table.add_column(name, justify="right")
+    weak: dict[str, int] = {}
+    short = False
+    for found in shown:
+        step = found.step
+        if not found.strong:
+            weak[found.job.name] = found.micro
+        short = short or step.compute < scaling.SHORT_STEP
+        asked = found.devices == options.devices
+        table.add_row(
+            found.job.name,
+            f"{found.devices:,}{' *' if asked else ''}",
+            f"{found.batch:,}{'' if found.strong else ' w'}",
+            f"{found.micro:,}",
+            *(f"{1000 * t:.2f}" for t in (step.compute, step.communication, step.exposed)),
+            f"{1000 * step.seconds:.2f}",
+            f"{found.rate:,.0f}",
+            f"{100 * found.efficiency:.0f}%",
+            style="bold" if asked else "",
+        )
+    notes = ["* as asked for; each: of a device's micro-batch"]
+    if weak:
+        names = ", ".join(f"{name} {micro} {plan.work.samples}" for name, micro in weak.items())
+        notes.append(
+            "w: the recipe's batch cannot be cut over so many devices: weak scaling, with the"
+            f" micro-batch that a device has on {options.devices} ({names}), and so a larger batch"
+            " than the recipe's, which trains otherwise. All other rows keep the recipe's batch:"
+            " strong scaling"
+        )
+    if short:
+        notes.append(
+            f"compute below {1000 * scaling.SHORT_STEP:g} ms is bound by launching kernels, and its"
+            " real MFU is far lower"
+        )
+    return table, [*notes, *_formulas(plan, shown)]
+
+
+def _formulas(plan: Plan, shown: list[Row]) -> list[str]:
+    """What is behind the figures, in words."""
+    options, content = plan.options, zero.read(plan.config.zero)
+    stage, size = zero.stage_of(content), plan.size
+    sums = {
+        0: f"all-reduce {size} P",
+        1: f"all-reduce {size} P + all-gather {size} P",
+        2: f"A x all-reduce {size} P + all-gather {size} P",
+        3: f"A x (all-gather {size} (P + frozen - S) + reduce-scatter {size} P) + all-gather"
+        f" {size} S",
+    }
+    lines = [
+        f"comm.: {sums[stage]}, A micro-batches a step; a rank sends 2 (N-1)/N bytes of each in an"
+        " all-reduce, (N-1)/N otherwise. That is what DeepSpeed 0.19.8 asks for (python -m"
+        " benchmarks.scale counts it); the textbook has reduce-scatters in ZeRO 1 and 2, and two"
+        " all-gathers in ZeRO 3."
+    ]
+    most = max(found.devices for found in shown)
+    lines += [
+        f"{found.job.name}: a rank sends {found.sent / 1e6:,.1f} MB a step on {most:,} devices"
+        for found in shown
+        if found.devices == most
+    ]
+    lines += [
+        f"comm. = bytes / bandwidth + calls x latency: {options.link_gbs:g} GB/s a GPU in its node"
+        f" (--link_gbs), min({options.link_gbs:g}, {options.network_gbs:g}) GB/s across nodes"
+        f" (--network_gbs, of a node: one ring a network card). Defaults are a DGX H100's."
+        f" Latency: NCCL's tuning model, {1e6 * scaling.RING_LINK:g} and"
+        f" {1e6 * scaling.RING_NETWORK:g} µs a hop in a ring of N-1 hops, or a tree's in an"
+        " all-reduce.",
+        f"on {most:,} devices the ranks agree every {preemption.interval(most)} step(s) whether one"
+        " was asked to leave: a sum on their processors,"
+        f" {1000 * preemption.seconds(most):.0f} ms beside the steps (gloo, a ring of hops of"
+        f" {1e6 * preemption.HOP:g} µs over TCP).",
+        "exposed: what does not hide. Assumed: gathers hide behind the forward (a third of"
+        " compute), sums of gradients behind the backward, up to its time; the first gather, the"
+        " last bucket and all that follows the backward do not; nothing does under ZeRO 0 or"
+        " without overlap_comm. step = compute + exposed.",
+    ]
+    if stage == 3:
+        lines.append(
+            "S: in parameters up to stage3_param_persistence_threshold, gathered after a step one"
+            " by one, each with its own latency; set it to 0 on many nodes"
+        )
+    return lines
+
+
+def feed_table(plan: Plan, shown: list[Row]) -> tuple[Table, list[str]]:
+    """What the nodes read and save at scale, from `rows`."""
+    options, every = plan.options, plan.config.save_every
+    table = Table(title="input and checkpoints at scale", title_justify="left", box=box.SIMPLE)
+    table.add_column("stage", no_wrap=True)
+    for name in ("devices", "nodes", "MB/s a node", "MB/s in all", "checkpoint, s", "of the time"):
+        table.add_column(name, justify="right")
+    stored = True
+    for found in shown:
+        size = found.job.sample_bytes
+        stored = stored and size is not None
+        flow = found.rate * (plan.work.input_bytes() if size is None else size) / 1e6
+        nodes = links(plan).nodes(found.devices)
+        asked = found.devices == options.devices
+        table.add_row(
+            found.job.name,
+            f"{found.devices:,}{' *' if asked else ''}",
+            f"{nodes:,}",
+            f"{flow / nodes:,.1f}",
+            f"{flow:,.1f}",
+            f"{found.checkpoint:.2f}" if every else "none",
+            f"{100 * found.saving:.1f}%" if every else "none",
+            style="bold" if asked else "",
+        )
+    notes = [
+        f"MB/s = {plan.work.samples}/s x bytes each"
+        + (" in the shards" if stored else " on the device (no data given)"),
+        f"checkpoint = 12 B x P / {options.storage_gbs:g} GB/s that the shared storage writes for"
+        " all nodes together (--storage_gbs), all ranks waiting; of the time: checkpoint /"
+        f" ({every} steps + checkpoint)",
+    ]
+    return table, notes if every else notes[:1]

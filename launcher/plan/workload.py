@@ -1,0 +1,206 @@
+"""What a plan must know of a model: parameters, FLOPs and activations. No weights are read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from data.errors import UserError
+from engine.checkpoints.folder import Run
+from engine.models import formats
+from engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
+from engine.models.weights import Pretrained
+from engine.monitoring.flops import Stage, TeacherMode
+from engine.training.kinds.image import ImageKind
+from engine.training.objectives import Feature
+from launcher.plan.activations import masked_images, whole_images
+
+#: Hub names whose shape is known without the network: (width, depth, heads, patch size).
+IMAGES = {
+    "facebook/vit-mae-base": (768, 12, 12, 16),
+    "facebook/vit-mae-large": (1024, 24, 16, 16),
+    "facebook/vit-mae-huge": (1280, 32, 16, 14),
+}
+#: The same of language models: (width, depth, heads); all with RoBERTa's vocabulary.
+TEXTS = {
+    "FacebookAI/roberta-base": (768, 12, 12),
+    "roberta-base": (768, 12, 12),
+    "FacebookAI/roberta-large": (1024, 24, 16),
+    "roberta-large": (1024, 24, 16),
+}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters.
+
+    Attributes:
+        trained: those with a gradient.
+        frozen: the others (a ViT-MAE's fixed position embeddings).
+        largest: of the module with most of its own, which ZeRO-3 gathers at once.
+        sizes: values of each parameter; empty where they are not known.
+    """
+
+    trained: int
+    frozen: int
+    largest: int
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def all(self) -> int:
+        """Trained and frozen ones."""
+        return self.trained + self.frozen
+
+    def persistent(self, threshold: int) -> list[int]:
+        """Sizes of those that ZeRO-3 keeps whole, of at most so many values each."""
+        return [values for values in self.sizes if values <= threshold]
+
+
+class Workload(Protocol):
+    """A model at work on samples of one kind.
+
+    Attributes:
+        samples: what a sample is called, in the plural.
+        origin: the model's name or folder, and its shape in words.
+    """
+
+    samples: str
+    origin: str
+
+    def parameters(self, stage: Stage, classes: int) -> Parameters:
+        """Of the network that a stage trains."""
+        ...
+
+    def teacher(self) -> int:
+        """Parameters of the frozen encoder."""
+        ...
+
+    def flops(self, stage: Stage, mode: TeacherMode, classes: int) -> float:
+        """FLOPs of a sample in one step: the engine's own count."""
+        ...
+
+    def encode_flops(self) -> float:
+        """FLOPs of one forward of the encoder on an unmasked sample."""
+        ...
+
+    def activations(self, stage: Stage, size: int) -> float:
+        """Bytes that a sample's forward leaves for its backward.
+
+        Args:
+            stage: of the three.
+            size: bytes of a value, 4 or 2.
+        """
+        ...
+
+    def feature(self, feature: Feature) -> tuple[int, ...] | None:
+        """Shape of a sample's distilled feature; None where it differs between samples."""
+        ...
+
+    def input_bytes(self) -> int:
+        """Bytes of a sample as it goes to the device."""
+        ...
+
+
+def count(build: Callable[[], nn.Module]) -> Parameters:
+    """Counts a network's parameters on the meta device: no memory, tied ones once."""
+    with torch.device("meta"):
+        network = build()
+    own = [sum(p.numel() for p in m.parameters(recurse=False)) for m in network.modules()]
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    sizes = tuple(p.numel() for p in network.parameters())
+    return Parameters(trained, sum(sizes) - trained, max(own), sizes)
+
+
+def unknown(path: str) -> UserError:
+    """What to say of a model that is neither a folder nor a known name."""
+    known = [*IMAGES, *TEXTS]
+    close = difflib.get_close_matches(path, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return UserError(
+        f"--model {path}: no such folder or file, and plan downloads nothing: fetch the model and"
+        f" give its folder, or one of {', '.join(known)}{hint}"
+    )
+
+
+class ImageWork:
+    """A ViT-MAE on images."""
+
+    samples = "images"
+
+    def __init__(self, run: Run) -> None:
+        self.config, self.kind = run.config, ImageKind(run)
+        path = run.config.model.path
+        if path is None or path == "scratch":
+            base = self.kind.load()
+        else:
+            base = _weightless(self._shape(path), path)
+        told = run.config.mae
+        shape = replace(base.shape, mask_ratio=told.ratio, normalize_pixels=told.normalize_pixels)
+        self.base, self.shape = replace(base, shape=shape), shape
+        self.origin = (
+            f"{path}: ViT-MAE, {shape.image_size} pixels, patches of {shape.patch_size}, encoder"
+            f" {shape.width} x {shape.depth}, decoder {shape.decoder_width} x"
+            f" {shape.decoder_depth}"
+        )
+
+    def _shape(self, path: str) -> Shape:
+        if path in IMAGES and not Path(path).exists():
+            width, depth, heads, patch = IMAGES[path]
+            shape = Shape(224, patch, width, depth, heads, 4 * width)
+        elif Path(path).exists():
+            shape = formats.read(Path(path), path).shape
+        else:
+            raise unknown(path)
+        return replace(shape, image_size=self.config.model.image_size or shape.image_size)
+
+    def parameters(self, stage: Stage, classes: int) -> Parameters:
+        """See `Workload`."""
+        if stage == "finetune":
+            return count(lambda: ViTClassifier(ViTEncoder(self.shape), classes))
+        return count(lambda: ViTMAE(self.shape))
+
+    def teacher(self) -> int:
+        """See `Workload`."""
+        return count(lambda: ViTEncoder(self.shape)).all
+
+    def flops(self, stage: Stage, mode: TeacherMode, classes: int) -> float:
+        """See `Workload`."""
+        one = {"images": torch.empty(1, device="meta")}
+        return self.kind.flops(self.base, stage, mode, classes, one)
+
+    def encode_flops(self) -> float:
+        """See `Workload`."""
+        return self.flops("distill", "replicated", 0) - self.flops("distill", "cached", 0)
+
+    def activations(self, stage: Stage, size: int) -> float:
+        """See `Workload`."""
+        if stage == "finetune":
+            told = self.config.finetune
+            mask = int(told.dropout > 0)
+            return whole_images(self.shape, size, mask=mask, cls_only=told.pool == "cls")
+        masked = masked_images(self.shape, size)
+        if stage == "pretrain":
+            return masked
+        cls_only = self.config.distill.feature == "cls"
+        return masked + whole_images(self.shape, size, cls_only=cls_only)
+
+    def feature(self, feature: Feature) -> tuple[int, ...] | None:
+        """See `Workload`."""
+        return self.kind.feature_shape(self.base, feature)
+
+    def input_bytes(self) -> int:
+        """See `Workload`: uint8 pixels."""
+        return self.shape.channels * self.shape.image_size**2
+
+
+def _weightless(shape: Shape, origin: str) -> Pretrained:
+    """A record of a model of which only the shape is known."""
+    return Pretrained(
+        shape, {}, None, formats.IMAGENET_MEAN, formats.IMAGENET_STD, origin, sha256=""
+    )

@@ -1,0 +1,191 @@
+"""A masked language model at work on texts, for a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, RobertaConfig
+
+from data.cli import one_line
+from data.errors import UserError
+from data.shards.manifest import Manifest
+from engine.checkpoints.folder import Run
+from engine.models.fresh import small_config
+from engine.models.language import HEADS, MaskedLanguageModel, TextClassifier, cuts
+from engine.models.text_weights import Language, load_tokenizer
+from engine.monitoring.flops import Stage, TeacherMode
+from engine.training.kinds.text import TextKind
+from engine.training.objectives import Feature
+from launcher.plan.activations import CLS_ROW, Blocks, masked_texts, whole_texts
+from launcher.plan.workload import TEXTS, Parameters, count, unknown
+
+#: Bytes of English that make one token of RoBERTa's, roughly; special tokens of a text.
+BYTES_PER_TOKEN, SPECIAL = 4.2, 2
+
+
+class TextWork:
+    """See `launcher.plan.workload.Workload`.
+
+    Attributes:
+        longest: tokens to which a text is cut, padded: memory is planned for batches of such.
+        tokens: mean tokens of a text, padding left out: FLOPs are counted for these.
+
+    Args:
+        run: the configuration.
+        tokens: as the attribute; None derives it from the data.
+        manifest: of the data, or None.
+
+    Raises:
+        UserError: an unknown model, or neither tokens nor data.
+    """
+
+    samples = "texts"
+
+    def __init__(self, run: Run, tokens: float | None, manifest: Manifest | None) -> None:
+        self.config = run.config
+        path = run.config.model.path
+        if path is None:
+            raise UserError(
+                "--model is missing: a hub name (FacebookAI/roberta-base), a folder, or scratch"
+            )
+        config = _read(path, run)
+        self.limit = _limit(config)
+        told = run.config.text.max_length
+        if told is not None and told > self.limit:
+            raise UserError(
+                f"--text.max_length {told}: {path} takes {self.limit} tokens at most: give that or"
+                " less"
+            )
+        longest, bucket = told or self.limit, run.config.text.bucket
+        self.longest = min(longest, -(-longest // bucket) * bucket)
+        self.tokens = min(float(longest), _mean(manifest) if tokens is None else tokens)
+        self.base = Language(config, None, longest, {}, None, path, "")
+        # There may be no data: TextKind looks at them to load weights, which a plan never does.
+        self.kind = TextKind(run, manifest)  # type: ignore[arg-type]
+        mlp = int(getattr(config, "intermediate_size", 0) or config.hidden_dim)
+        self.blocks = Blocks(
+            int(config.num_hidden_layers),
+            int(config.hidden_size),
+            mlp,
+            int(config.num_attention_heads),
+        )
+        self.origin = (
+            f"{path}: {config.model_type} {self.blocks.width} x {self.blocks.depth},"
+            f" {config.vocab_size} entries, up to {longest} tokens, {self.tokens:.0f} on average"
+        )
+
+    def parameters(self, stage: Stage, classes: int) -> Parameters:
+        """See `Workload`."""
+        config = type(self.base.config).from_dict(self.base.config.to_dict())
+        if stage == "finetune":
+            config.num_labels = classes
+            return count(lambda: TextClassifier(config))
+        return count(lambda: MaskedLanguageModel(config))
+
+    def teacher(self) -> int:
+        """See `Workload`."""
+        return count(lambda: MaskedLanguageModel(self.base.config).encoder).all
+
+    def flops(self, stage: Stage, mode: TeacherMode, classes: int) -> float:
+        """See `Workload`: of a text of mean length."""
+        texts, length = 100, max(1, round(self.tokens))
+        batch = {
+            "attention_mask": torch.ones(texts, length, dtype=torch.int64),
+            "masked_at": torch.zeros(round(texts * self._masked(length)), dtype=torch.int64),
+        }
+        return self.kind.flops(self.base, stage, mode, classes, batch) / texts
+
+    def encode_flops(self) -> float:
+        """See `Workload`."""
+        return self.flops("distill", "replicated", 0) - self.flops("distill", "cached", 0)
+
+    def _masked(self, tokens: float) -> float:
+        """Masked tokens of a text; special ones never are."""
+        return self.config.mlm.ratio * max(0.0, tokens - SPECIAL)
+
+    def activations(self, stage: Stage, size: int) -> float:
+        """See `Workload`: of a text of the greatest length."""
+        config, length = self.base.config, self.longest
+        first = CLS_ROW if cuts(config) else None
+        own = float(getattr(config, "hidden_dropout_prob", getattr(config, "dropout", 0.1)))
+        if stage == "finetune":
+            rate = self.config.finetune.dropout
+            return whole_texts(self.blocks, length, size, mask=int(rate > 0), cut=first)
+        rate = own if self.config.mlm.dropout is None else self.config.mlm.dropout
+        masked = masked_texts(
+            self.blocks,
+            length,
+            self._masked(length),
+            int(config.vocab_size),
+            size,
+            mask=int(rate > 0),
+            cuts=cuts(config),
+        )
+        if stage == "pretrain":
+            return masked
+        if self.config.distill.feature != "cls":
+            first = None
+        return masked + whole_texts(self.blocks, length, size, mask=int(rate > 0), cut=first)
+
+    def feature(self, feature: Feature) -> tuple[int, ...] | None:
+        """See `Workload`."""
+        return self.kind.feature_shape(self.base, feature)
+
+    def input_bytes(self) -> int:
+        """See `Workload`: int64 ids and attention mask of a text of mean length."""
+        return 2 * 8 * max(1, round(self.tokens))
+
+
+def _read(path: str, run: Run) -> PreTrainedConfig:
+    """Configuration of a model in transformers' form; its weights are not read."""
+    if path == "scratch":
+        place = run.config.model.tokenizer
+        if place is None:
+            raise UserError(
+                "--model scratch needs --model.tokenizer: a folder made by python -m data.tokenizer"
+            )
+        told = run.config.model.shape
+        longest = run.config.text.max_length or 512
+        tokenizer = load_tokenizer(place, place)
+        return small_config(tokenizer, told.width, told.depth, told.heads, longest)
+    if not Path(path).exists():
+        if path not in TEXTS:
+            raise unknown(path)
+        width, depth, heads = TEXTS[path]
+        return RobertaConfig(
+            vocab_size=50_265,
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+            max_position_embeddings=514,
+            type_vocab_size=1,
+        )
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be loaded: {one_line(error)[:200]}") from error
+    if config.model_type not in HEADS:
+        raise UserError(
+            f"{path} is a model of type {config.model_type!r}, of which masked language modelling"
+            f" is not known here: take one of {', '.join(HEADS)}"
+        )
+    return config
+
+
+def _limit(config: PreTrainedConfig) -> int:
+    """Longest input in tokens: RoBERTa and its like number positions from padding's id + 1."""
+    with torch.device("meta"):
+        network: Any = MaskedLanguageModel(config).encoder
+    table = getattr(network.embeddings, "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return int(config.max_position_embeddings) - (0 if padding is None else int(padding) + 1)
+
+
+def _mean(manifest: Manifest | None) -> float:
+    """Mean tokens of a text, from its bytes."""
+    if manifest is None:
+        raise UserError("--tokens is missing: the mean length of a text, or give --data")
+    return float(manifest.members[:, 1].mean()) / BYTES_PER_TOKEN + SPECIAL

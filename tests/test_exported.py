@@ -171,9 +171,7 @@ def test_an_image_classifier_in_timm(root: Path, pool: str) -> None:
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, norm_layer=norm).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     paths, labels = pictures(root)
-    # timm's centre is half a pixel beside where the difference is odd: of those that need no crop.
-    square = [i for i, path in enumerate(paths) if len(set(Image.open(path).size)) == 1]
-    assert len(square) > 5
+    # Near, not equal: timm's centre is half a pixel beside where the difference of sides is odd.
     with torch.no_grad():
         ours = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
         logits = model(ours)

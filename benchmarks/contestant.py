@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import ours
 from benchmarks.peers import plain
 from benchmarks.sizes import Stage, batches, for_transformers
-from data import cli
-from engine.runtime import distributed
+from selfdistill.data import cli
+from selfdistill.engine.runtime import distributed
 
 MARK = "@@ "
 

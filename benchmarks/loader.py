@@ -38,9 +38,9 @@ from benchmarks.loader_tables import (
     text_of,
     throughput_rows,
 )
-from data import cli
-from data.errors import UserError
-from data.loading.loader import Loader
+from selfdistill.data import cli
+from selfdistill.data.errors import UserError
+from selfdistill.data.loading.loader import Loader
 
 _TICK = os.sysconf("SC_CLK_TCK")
 _PATIENCE = 60  # seconds after which a process of the decode limit counts as dead

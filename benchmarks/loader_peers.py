@@ -25,13 +25,13 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import PILToTensor
 
-from data import pack
-from data.formats.images import decode
-from data.loading.loader import Loader
-from data.loading.reader import Reader
-from data.shards.encoding import ImageKind
-from data.shards.manifest import Manifest
-from data.sources.samples import Sample
+from selfdistill.data import pack
+from selfdistill.data.formats.images import decode
+from selfdistill.data.loading.loader import Loader
+from selfdistill.data.loading.reader import Reader
+from selfdistill.data.shards.encoding import ImageKind
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.data.sources.samples import Sample
 
 Stored = Literal["png", "jpeg", "webp"]
 Batches = Generator[tuple[torch.Tensor, torch.Tensor], None, None]

@@ -15,26 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.sizes import CLASSES, SIZES, Batch, Stage, config_of, head, network
-from engine.checkpoints.checkpoint import State
-from engine.checkpoints.folder import Run
-from engine.config.schema import Config, StageSection
-from engine.models.language import MaskedLanguageModel, TextClassifier, TextEncoder
-from engine.models.weights import load_pretrained
-from engine.monitoring.monitor import Meter
-from engine.runtime import distributed
-from engine.runtime.allocator import keep_memory
-from engine.runtime.zero import chosen
-from engine.training.fit import build_engine
-from engine.training.kinds.image import ImageKind
-from engine.training.kinds.text import TextKind
-from engine.training.loop import Loop, take_step
-from engine.training.objectives import (
+from selfdistill.engine.checkpoints.checkpoint import State
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.config.schema import Config, StageSection
+from selfdistill.engine.models.language import MaskedLanguageModel, TextClassifier, TextEncoder
+from selfdistill.engine.models.weights import load_pretrained
+from selfdistill.engine.monitoring.monitor import Meter
+from selfdistill.engine.runtime import distributed
+from selfdistill.engine.runtime.allocator import keep_memory
+from selfdistill.engine.runtime.zero import chosen
+from selfdistill.engine.training.fit import build_engine
+from selfdistill.engine.training.kinds.image import ImageKind
+from selfdistill.engine.training.kinds.text import TextKind
+from selfdistill.engine.training.loop import Loop, take_step
+from selfdistill.engine.training.objectives import (
     ClassifyObjective,
     DistillObjective,
     FeatureExtractor,
     MaskedObjective,
 )
-from engine.training.teacher import Cached, Replicated, Teacher, view
+from selfdistill.engine.training.teacher import Cached, Replicated, Teacher, view
 
 
 def _images(name: str, run: Run, stage: Stage) -> tuple[Any, Any, type[Any]]:

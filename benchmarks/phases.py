@@ -41,20 +41,20 @@ def main() -> int:
     """Runs the engine until its end."""
     over("launcher and interpreter")
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from engine import run
+    from selfdistill.engine import run
 
     over("configuration's classes")
     timed(run, "_quiet", "command line, torch", "deepspeed")
-    from engine.runtime import distributed
+    from selfdistill.engine.runtime import distributed
 
     first = distributed.initialize
 
     def initialize() -> Any:
         ranks = first()
         over("process group")
-        from engine.stages import sequence as stages
-        from engine.training import fit
-        from engine.training import loop as trainer
+        from selfdistill.engine.stages import sequence as stages
+        from selfdistill.engine.training import fit
+        from selfdistill.engine.training import loop as trainer
 
         over("timm and other modules")
         read: str | None = "run folder, data, weights"

@@ -28,11 +28,11 @@ from rich.progress import Progress
 
 from benchmarks import record, scale_model, scale_tables
 from benchmarks.scale_ranks import BASE, SETTING, SETTINGS
-from data import cli
-from data.errors import UserError
-from engine.runtime import zero
-from launcher.plan import scaling
-from launcher.plan.workload import Parameters, count
+from selfdistill.data import cli
+from selfdistill.data.errors import UserError
+from selfdistill.engine.runtime import zero
+from selfdistill.launcher.plan import scaling
+from selfdistill.launcher.plan.workload import Parameters, count
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Seconds after which ranks are ended, and those more for each timed step.
@@ -88,8 +88,8 @@ STAGES = 4
 
 def parameters() -> Parameters:
     """Those of the model that is distilled."""
-    from engine.models.vit_mae import ViTMAE
-    from engine.models.weights import load_pretrained
+    from selfdistill.engine.models.vit_mae import ViTMAE
+    from selfdistill.engine.models.weights import load_pretrained
 
     shape = load_pretrained(str(BASE)).shape
     return count(lambda: ViTMAE(shape))

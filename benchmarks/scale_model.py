@@ -14,9 +14,9 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.scale_ranks import SETTING, SETTINGS, TIMED
-from engine.runtime import zero
-from launcher.plan import scaling
-from launcher.plan.workload import Parameters
+from selfdistill.engine.runtime import zero
+from selfdistill.launcher.plan import scaling
+from selfdistill.launcher.plan.workload import Parameters
 
 #: Number of ranks -> what `scale_ranks.work` found in a round.
 Round = Mapping[int, Mapping[str, Any]]

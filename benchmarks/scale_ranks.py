@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher.plan import scaling
+from selfdistill.launcher.plan import scaling
 
 BASE = Path(__file__).resolve().parent.parent / "recipes" / "vit_small"
 
@@ -99,8 +99,8 @@ def work(file: str) -> None:
         file: JSON with `cases` (name, zero: a file, accumulation), and of the timed steps
             `settings` and `steps`; `values` of the largest collectives.
     """
-    from engine.runtime.allocator import keep_memory
-    from engine.runtime.distributed import initialize
+    from selfdistill.engine.runtime.allocator import keep_memory
+    from selfdistill.engine.runtime.distributed import initialize
 
     ranks = initialize()
     keep_memory()
@@ -127,13 +127,13 @@ class _Stepper:
     """One optimiser step of the stage, on random images."""
 
     def __init__(self, setting: str, accumulation: int, micro: int, ranks: Any) -> None:
-        from engine.checkpoints.folder import Run
-        from engine.config import options as configuration
-        from engine.models.image import ImageAutoencoder, Normalize
-        from engine.models.vit_mae import ViTMAE
-        from engine.models.weights import load_pretrained
-        from engine.training.fit import build_engine
-        from engine.training.objectives import DistillObjective
+        from selfdistill.engine.checkpoints.folder import Run
+        from selfdistill.engine.config import options as configuration
+        from selfdistill.engine.models.image import ImageAutoencoder, Normalize
+        from selfdistill.engine.models.vit_mae import ViTMAE
+        from selfdistill.engine.models.weights import load_pretrained
+        from selfdistill.engine.training.fit import build_engine
+        from selfdistill.engine.training.objectives import DistillObjective
 
         config = configuration.load(
             {

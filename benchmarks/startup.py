@@ -17,9 +17,9 @@ from typing import Any
 from rich.progress import Progress
 
 from benchmarks import record
-from data import cli
-from data.errors import UserError
-from launcher import example
+from selfdistill.data import cli
+from selfdistill.data.errors import UserError
+from selfdistill.launcher.examples import __main__ as example
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "@@ "

@@ -22,10 +22,10 @@ from rich.progress import Progress
 from benchmarks import record
 from benchmarks.contestant import MARK
 from benchmarks.sizes import SIZES, Stage
-from data import cli
-from data.errors import UserError
-from engine.monitoring.flops import peak_flops
-from engine.runtime.zero import DTYPES
+from selfdistill.data import cli
+from selfdistill.data.errors import UserError
+from selfdistill.engine.monitoring.flops import peak_flops
+from selfdistill.engine.runtime.zero import DTYPES
 
 STAGES: tuple[Stage, ...] = ("pretrain", "distill", "finetune")
 

@@ -19,12 +19,12 @@ from typing import Any
 from rich.progress import Progress
 
 from benchmarks import record
-from data import cli
-from data.errors import UserError
-from data.loading.reader import Reader
-from data.shards.manifest import Manifest
-from engine.config import options as configuration
-from launcher import example
+from selfdistill.data import cli
+from selfdistill.data.errors import UserError
+from selfdistill.data.loading.reader import Reader
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.config import options as configuration
+from selfdistill.launcher.examples import __main__ as example
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("pretrain", "distill", "finetune")

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import fire
 import pydantic
 
-from data.errors import UserError
+from selfdistill.data.errors import UserError
 
 # Failures of the machine that the user, not we, can mend.
 _USER_ERRNO = {

@@ -21,12 +21,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from data import cli
-from data.errors import UserError
-from data.formats.strays import is_stray
-from data.shards import manifest, tars
-from data.shards.scan import Scanned, scan
-from data.splits import SPLITS, UNLABELLED
+from selfdistill.data import cli
+from selfdistill.data.errors import UserError
+from selfdistill.data.formats.strays import is_stray
+from selfdistill.data.shards import manifest, tars
+from selfdistill.data.shards.scan import Scanned, scan
+from selfdistill.data.splits import SPLITS, UNLABELLED
 
 
 def _groups(places: Sequence[str], split: str | None) -> dict[str, list[Path]]:

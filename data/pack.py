@@ -24,19 +24,26 @@ from typing import Literal, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.errors import UserError
-from data.formats import images
-from data.formats.texts import Stored
-from data.shards import duplicates, manifest
-from data.shards.encoding import DEFAULT_SIZE, MAX_WORDS, ImageKind, Kind, TextKind, content_of
-from data.shards.unlabelled import join_train
-from data.shards.writer import Packed, check_replaceable, replace, write_split
-from data.sources import images as image_sources
-from data.sources import label_checks, layouts
-from data.sources import samples as sources
-from data.sources import texts as text_sources
-from data.sources.samples import Columns, Sample, Samples, Splits
-from data.splits import DIVIDED, SPLITS, UNLABELLED, Metric
+from selfdistill.data.errors import UserError
+from selfdistill.data.formats import images
+from selfdistill.data.formats.texts import Stored
+from selfdistill.data.shards import duplicates, manifest
+from selfdistill.data.shards.encoding import (
+    DEFAULT_SIZE,
+    MAX_WORDS,
+    ImageKind,
+    Kind,
+    TextKind,
+    content_of,
+)
+from selfdistill.data.shards.unlabelled import join_train
+from selfdistill.data.shards.writer import Packed, check_replaceable, replace, write_split
+from selfdistill.data.sources import images as image_sources
+from selfdistill.data.sources import label_checks, layouts
+from selfdistill.data.sources import samples as sources
+from selfdistill.data.sources import texts as text_sources
+from selfdistill.data.sources.samples import Columns, Sample, Samples, Splits
+from selfdistill.data.splits import DIVIDED, SPLITS, UNLABELLED, Metric
 
 # Unreadable files that are named; the rest is counted.
 _NAMED = 10
@@ -324,6 +331,6 @@ def pack(
 
 
 if __name__ == "__main__":
-    from data.cli import run
+    from selfdistill.data.cli import run
 
     run(pack)

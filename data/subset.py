@@ -13,15 +13,15 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data import keyed
-from data.errors import UserError
-from data.loading.reader import Reader
-from data.shards import manifest, tars
-from data.shards.encoding import suffix
-from data.shards.manifest import Manifest
-from data.shards.writer import check_replaceable, replace, write_split
-from data.sources.samples import Sample
-from data.splits import DIVIDED
+from selfdistill.data import keyed
+from selfdistill.data.errors import UserError
+from selfdistill.data.loading.reader import Reader
+from selfdistill.data.shards import manifest, tars
+from selfdistill.data.shards.encoding import suffix
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.data.shards.writer import check_replaceable, replace, write_split
+from selfdistill.data.sources.samples import Sample
+from selfdistill.data.splits import DIVIDED
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,6 @@ def label_of(reader: Reader, number: int) -> int:
 
 
 if __name__ == "__main__":
-    from data.cli import run
+    from selfdistill.data.cli import run
 
     run(subset)

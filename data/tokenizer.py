@@ -11,12 +11,12 @@ from typing import Literal
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from data.cli import run
-from data.errors import UserError
-from data.formats import texts
-from data.loading.reader import Reader
-from data.shards.manifest import Manifest
-from data.shards.writer import make_folder
+from selfdistill.data.cli import run
+from selfdistill.data.errors import UserError
+from selfdistill.data.formats import texts
+from selfdistill.data.loading.reader import Reader
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.data.shards.writer import make_folder
 
 #: RoBERTa's special tokens; a token's place here is its id (Liu et al. 2019).
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")

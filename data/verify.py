@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.errors import UserError
-from data.shards import duplicates, manifest, tars
-from data.shards.checking import check_shard
-from data.shards.manifest import Manifest
-from data.shards.tars import sha256_of
-from data.sources import unpacked
-from data.splits import SPLITS, UNLABELLED
+from selfdistill.data.errors import UserError
+from selfdistill.data.shards import duplicates, manifest, tars
+from selfdistill.data.shards.checking import check_shard
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.data.shards.tars import sha256_of
+from selfdistill.data.sources import unpacked
+from selfdistill.data.splits import SPLITS, UNLABELLED
 
 
 def _table(file: Manifest) -> NDArray[np.int64]:
@@ -48,7 +48,7 @@ def _table(file: Manifest) -> NDArray[np.int64]:
 def _manifests(data: str, cache_dir: str | None) -> tuple[list[Manifest], list[str]]:
     """The manifests of a data set, or of one split, and what is wrong with them."""
     if manifest.is_remote(data):
-        from data.remote.cache import NotThere  # see `_local`
+        from selfdistill.data.remote.cache import NotThere
 
         found = []
         for address in [data, *(manifest.join(data, split) for split in SPLITS)]:
@@ -236,6 +236,6 @@ def _place_of(file: Manifest, ids: Sequence[int], number: int) -> str:
 
 
 if __name__ == "__main__":
-    from data.cli import run
+    from selfdistill.data.cli import run
 
     run(verify)

@@ -9,23 +9,23 @@ import os
 import sys
 from pathlib import Path
 
-# Run as a script, sys.path[0] is engine/: the packages lie one folder up.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if not __package__:  # run as a script, sys.path[0] is engine/: the package lies one folder up
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import logging  # noqa: E402
-import time  # noqa: E402
-import traceback  # noqa: E402
-import warnings  # noqa: E402
-from typing import Any  # noqa: E402
+import logging
+import time
+import traceback
+import warnings
+from typing import Any
 
-from engine.runtime import preemption  # noqa: E402
+from selfdistill.engine.runtime import preemption
 
 if __name__ == "__main__":
     preemption.listen()  # before anything slow: until here a signal kills
 
-from data.cli import one_line  # noqa: E402
-from data.errors import PeerLost, TryAgain, UserError  # noqa: E402
-from engine.config import options as configuration  # noqa: E402
+from selfdistill.data.cli import one_line
+from selfdistill.data.errors import PeerLost, TryAgain, UserError
+from selfdistill.engine.config import options as configuration
 
 
 def parse(argv: list[str]) -> dict[str, Any]:
@@ -113,17 +113,17 @@ def _run(argv: list[str]) -> None:
     settings = configuration.load(parse(argv))
     settings.check_warmups()
     _quiet()
-    from engine.runtime import precision
-    from engine.runtime.allocator import keep_memory
-    from engine.runtime.distributed import initialize
-    from engine.runtime.failures import PASSING, describe, explain
+    from selfdistill.engine.runtime import precision
+    from selfdistill.engine.runtime.allocator import keep_memory
+    from selfdistill.engine.runtime.distributed import initialize
+    from selfdistill.engine.runtime.failures import PASSING, describe, explain
 
     precision.before_cuda(settings)
     ranks = initialize()
     if ranks.device.type == "cpu":
         keep_memory()
-    from engine.checkpoints.folder import open_run
-    from engine.stages.sequence import run_stages
+    from selfdistill.engine.checkpoints.folder import open_run
+    from selfdistill.engine.stages.sequence import run_stages
 
     try:
         run = open_run(settings, ranks)

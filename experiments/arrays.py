@@ -12,10 +12,10 @@ import subprocess
 import time
 from pathlib import Path
 
-from data.errors import UserError
-from engine.checkpoints.files import write_text
-from experiments import state
-from experiments.plan import Plan
+from selfdistill.data.errors import UserError
+from selfdistill.engine.checkpoints.files import write_text
+from selfdistill.experiments import state
+from selfdistill.experiments.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Ids of the arrays that were queued last.

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data.errors import UserError
-from experiments.spec import Dataset, Options
+from selfdistill.data.errors import UserError
+from selfdistill.experiments.spec import Dataset, Options
 
 Stage = Literal["pretrain", "distill", "finetune"]
 

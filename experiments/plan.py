@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
-from data.shards import manifest
-from engine.config import options as configuration
-from experiments.jobs import LATER, SEARCH_SEED, Choice, Job, Stage, typed
-from experiments.spec import Dataset, Method, Options, Profile, Row, Specs, Table
+from selfdistill.data.errors import UserError
+from selfdistill.data.shards import manifest
+from selfdistill.engine.config import options as configuration
+from selfdistill.experiments.jobs import LATER, SEARCH_SEED, Choice, Job, Stage, typed
+from selfdistill.experiments.spec import Dataset, Method, Options, Profile, Row, Specs, Table
 
 
 @dataclass(frozen=True)

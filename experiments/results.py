@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from experiments import state
-from experiments.jobs import Job
-from experiments.plan import Cell
-from experiments.state import Status
+from selfdistill.experiments import state
+from selfdistill.experiments.jobs import Job
+from selfdistill.experiments.plan import Cell
+from selfdistill.experiments.state import Status
 
 
 @dataclass(frozen=True)

@@ -20,19 +20,19 @@ from typing import IO
 
 from rich.console import Console
 
-from data import cli
-from data.errors import UserError
-from data.shards.manifest import Manifest
-from engine.config import options as configuration
-from engine.config.schema import Config
-from engine.regularizers import mars, recadam
-from engine.run import parse
-from engine.runtime.preemption import AGAIN
-from experiments import state
-from experiments.jobs import Job, typed
-from experiments.plan import Plan
-from experiments.spec import Specs, Table
-from experiments.state import Asked, Sweep
+from selfdistill.data import cli
+from selfdistill.data.errors import UserError
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.config import options as configuration
+from selfdistill.engine.config.schema import Config
+from selfdistill.engine.regularizers import mars, recadam
+from selfdistill.engine.run import parse
+from selfdistill.engine.runtime.preemption import AGAIN
+from selfdistill.experiments import state
+from selfdistill.experiments.jobs import Job, typed
+from selfdistill.experiments.plan import Plan
+from selfdistill.experiments.spec import Specs, Table
+from selfdistill.experiments.state import Asked, Sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -370,7 +370,7 @@ def main(
         sweep.ask(asked)
         sweep.save()
         if slurm:
-            from experiments import arrays
+            from selfdistill.experiments import arrays
 
             arrays.submit(root, plan)
             return

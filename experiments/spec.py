@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from data.errors import UserError
-from engine.config import options as configuration
+from selfdistill.data.errors import UserError
+from selfdistill.engine.config import options as configuration
 
 HERE = Path(__file__).resolve().parent
 

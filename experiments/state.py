@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from data.errors import UserError
-from data.shards.manifest import FILE, Manifest
-from data.splits import UNLABELLED
-from engine.checkpoints.files import write_text
-from experiments.jobs import Job
-from experiments.plan import Plan
-from experiments.spec import Profile, Specs
+from selfdistill.data.errors import UserError
+from selfdistill.data.shards.manifest import FILE, Manifest
+from selfdistill.data.splits import UNLABELLED
+from selfdistill.engine.checkpoints.files import write_text
+from selfdistill.experiments.jobs import Job
+from selfdistill.experiments.plan import Plan
+from selfdistill.experiments.spec import Profile, Specs
 
 SWEEP = "sweep.json"
 

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from data import cli
-from data.errors import UserError
-from experiments import state
-from experiments.jobs import Job
-from experiments.state import Sweep
+from selfdistill.data import cli
+from selfdistill.data.errors import UserError
+from selfdistill.experiments import state
+from selfdistill.experiments.jobs import Job
+from selfdistill.experiments.state import Sweep
 
 
 def find(root: Path, levels: Path, level: int, index: int) -> tuple[Sweep, Job]:

@@ -4,4 +4,4 @@ import sys
 
 # Looks for the packages, which the commands import first; doctor has a line of its own for it.
 if "launcher.doctor" not in sys.orig_argv:
-    import data  # noqa: F401
+    import selfdistill.data  # noqa: F401

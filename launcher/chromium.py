@@ -20,7 +20,7 @@ import tempfile
 import time
 from typing import Any, Self
 
-from data.errors import UserError
+from selfdistill.data.errors import UserError
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (

@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data import cli
-from data.errors import UserError
+from selfdistill.data import cli
+from selfdistill.data.errors import UserError
 
 #: Method, its fine-tuning, and the stages whose time it needs as well.
 METHODS = (

@@ -13,10 +13,11 @@ from typing import Literal
 
 from rich.console import Console
 
-from data import cli
-from data.errors import UserError
-from data.shards.manifest import Manifest
-from launcher import compare, example
+from selfdistill.data import cli
+from selfdistill.data.errors import UserError
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.launcher import compare
+from selfdistill.launcher.examples import __main__ as example
 
 ROOT = Path(__file__).resolve().parent.parent
 

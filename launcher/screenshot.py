@@ -16,9 +16,9 @@ from urllib.parse import quote
 
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
-from data import cli
-from data.errors import UserError
-from launcher.chromium import Page
+from selfdistill.data import cli
+from selfdistill.data.errors import UserError
+from selfdistill.launcher.chromium import Page
 
 Tab = Literal["timeseries", "scalars", "images", "text", "hparams"]
 

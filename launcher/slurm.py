@@ -17,11 +17,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from data import cli
-from data.errors import UserError
-from engine.config import options as configuration
-from engine.run import parse
-from launcher import words
+from selfdistill.data import cli
+from selfdistill.data.errors import UserError
+from selfdistill.engine.config import options as configuration
+from selfdistill.engine.run import parse
+from selfdistill.launcher import words
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("pretrain", "distill", "finetune")

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import pydantic
 
-from data import cli
-from data.errors import UserError
-from engine.config import options as configuration
+from selfdistill.data import cli
+from selfdistill.data.errors import UserError
+from selfdistill.engine.config import options as configuration
 
 Own = typing.TypeVar("Own", bound=pydantic.BaseModel)
 

@@ -21,7 +21,7 @@ if [ -z "${DATA:-}${DATASETS:-}" ]; then
     case $RECIPE in quickstart) kind=images ;; quickstart_text) kind=text ;; *) kind= ;; esac
     if [ -n "$kind" ]; then
         DATA=$(dirname "$OUTPUT")/example-$kind
-        PYTHONPATH=$ROOT python -m launcher.example "$kind" "$DATA" || exit
+        PYTHONPATH=$ROOT python -m launcher.examples "$kind" "$DATA" || exit
     fi
 fi
 

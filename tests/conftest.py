@@ -37,7 +37,7 @@ def ranks() -> Iterator[Any]:
     The group stays. The environment that DeepSpeed reads does not: launches of other tests would
     take themselves for this rank.
     """
-    from engine.runtime.distributed import initialize
+    from selfdistill.engine.runtime.distributed import initialize
 
     before = dict(os.environ)
     yield initialize()

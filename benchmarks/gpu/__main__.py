@@ -24,8 +24,8 @@ from typing import IO, Any
 from benchmarks.gpu.parts import FIRST, LONG, Part
 from benchmarks.gpu.say import MARK
 from benchmarks.gpu.table import table
-from data import cli
-from data.errors import UserError
+from selfdistill.data import cli
+from selfdistill.data.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 #: Seconds that a part has to end after it was asked to.

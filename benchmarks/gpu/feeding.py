@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.gpu.say import failed, say
-from data import cli, pack
-from data.loading.loader import Loader
-from data.shards.manifest import Manifest
+from selfdistill.data import cli, pack
+from selfdistill.data.loading.loader import Loader
+from selfdistill.data.shards.manifest import Manifest
 
 
 def pictures(folder: Path, number: int, width: int, height: int) -> None:
@@ -36,7 +36,7 @@ def pictures(folder: Path, number: int, width: int, height: int) -> None:
 
 def rate(shards: Path, side: int, batch: int, workers: int, seconds: float) -> list[float]:
     """Images a second of four rounds, after the queues are full."""
-    from data.loading.codec import Images
+    from selfdistill.data.loading.codec import Images
 
     split = Manifest.load_split(str(shards), "train")
     loader = Loader(split, batch=batch, workers=workers, codec=Images(side))

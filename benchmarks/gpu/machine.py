@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu.say import say
 from benchmarks.record import machine
-from data import cli
+from selfdistill.data import cli
 
 
 def timed(action: Callable[[], object], device: torch.device, rounds: int) -> list[float]:

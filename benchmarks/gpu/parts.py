@@ -29,6 +29,10 @@ class Part:
         return [sys.executable, *(self.tiny if tiny and self.tiny else self.words)]
 
 
+#: Needs a GPU.
+GPU_TESTS = "tests/engine/runtime/test_gpu.py"
+
+
 def _work(module: str, *words: str) -> tuple[str, ...]:
     return ("-m", f"benchmarks.gpu.{module}", *words)
 
@@ -40,7 +44,12 @@ def _both(module: str, *words: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 #: Some 540 seconds, starts of Python (10 to 15 s each) included.
 LONG = (
     Part("machine", "versions, bandwidth, ceiling", 25, *_both("machine")),
-    Part("tests", "pytest -m gpu", 95, ("-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py")),
+    Part(
+        "tests",
+        "pytest -m gpu",
+        95,
+        ("-m", "pytest", "-q", "-m", "gpu", GPU_TESTS),
+    ),
     Part("distill", "ViT-B/16 distillation", 90, *_both("steps", "--what=distill")),
     Part("deterministic", "ViT-B/16, deterministic", 20, *_both("steps", "--what=deterministic")),
     Part("pretrain", "ViT-B/16 further pre-training", 55, *_both("steps", "--what=pretrain")),
@@ -61,6 +70,15 @@ FIRST = (
         "tests",
         "two tests",
         20,
-        ("-m", "pytest", "-q", "-m", "gpu", "-k", "objective or page_locked", "tests/test_gpu.py"),
+        (
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "gpu",
+            "-k",
+            "objective or page_locked",
+            GPU_TESTS,
+        ),
     ),
 )

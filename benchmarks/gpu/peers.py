@@ -13,7 +13,7 @@ from benchmarks.gpu.counted import tell
 from benchmarks.gpu.say import failed, say
 from benchmarks.peers import plain
 from benchmarks.sizes import Batch, Stage, batches, for_transformers
-from data import cli
+from selfdistill.data import cli
 
 PRECISIONS = {"fp32": ("highest", False), "TF32": ("high", False), "bf16": ("highest", True)}
 
@@ -67,7 +67,7 @@ def _cycled(one: Callable[[Batch], Tensor], data: list[Batch]) -> Callable[[], T
 def _trainer(title: str, size: str, stage: Stage, data: list[Batch], seconds: float) -> None:
     """The Trainer has its own loop: it is told after each step, and stopped when time is up."""
     from benchmarks.peers import trainer
-    from engine.runtime import distributed
+    from selfdistill.engine.runtime import distributed
 
     distributed.initialize()  # where no launcher is, accelerate looks for MPI
     samples, marks = len(data[0]["labels"]), list[float]()

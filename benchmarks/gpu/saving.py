@@ -10,10 +10,10 @@ from benchmarks import ours
 from benchmarks.contestant import LR
 from benchmarks.gpu.say import say
 from benchmarks.sizes import batches
-from data import cli
-from engine.checkpoints import training_state
-from engine.checkpoints.checkpoint import Checkpoints, Reader, State
-from engine.runtime import distributed
+from selfdistill.data import cli
+from selfdistill.engine.checkpoints import training_state
+from selfdistill.engine.checkpoints.checkpoint import Checkpoints, Reader, State
+from selfdistill.engine.runtime import distributed
 
 
 def main(tiny: bool = False) -> None:

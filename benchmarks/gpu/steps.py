@@ -12,13 +12,13 @@ from benchmarks.contestant import LR
 from benchmarks.gpu.counted import tell
 from benchmarks.gpu.say import failed
 from benchmarks.sizes import Stage, batches
-from data import cli
-from engine.config.schema import Config
-from engine.models.vit_mae import Shape
-from engine.monitoring import flops
-from engine.runtime import precision
-from engine.runtime.allocator import release
-from engine.runtime.zero import DTYPES
+from selfdistill.data import cli
+from selfdistill.engine.config.schema import Config
+from selfdistill.engine.models.vit_mae import Shape
+from selfdistill.engine.monitoring import flops
+from selfdistill.engine.runtime import precision
+from selfdistill.engine.runtime.allocator import release
+from selfdistill.engine.runtime.zero import DTYPES
 
 #: ViT-B/16, of which MFU is told.
 BASE = Shape(224, 16, 768, 12, 12, 3072)

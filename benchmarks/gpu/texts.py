@@ -10,10 +10,10 @@ from benchmarks.contestant import LR
 from benchmarks.gpu.counted import tell
 from benchmarks.gpu.say import failed
 from benchmarks.sizes import Batch, config_of
-from data import cli
-from data.formats.texts import Texts
-from engine.runtime.allocator import release
-from engine.training.views import MaskTokens
+from selfdistill.data import cli
+from selfdistill.data.formats.texts import Texts
+from selfdistill.engine.runtime.allocator import release
+from selfdistill.engine.training.views import MaskTokens
 
 
 def mixed(size: str, batch: int, longest: int, *, packed: bool) -> list[Batch]:

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from benchmarks.peers.plain import full_view
-from data import cli
-from engine.models.formats import IMAGENET_MEAN, IMAGENET_STD
+from selfdistill.data import cli
+from selfdistill.engine.models.formats import IMAGENET_MEAN, IMAGENET_STD
 
 
 def endless(batches: Any) -> Iterator[tuple[Tensor, Tensor]]:

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data.errors import BrokenData
-from data.formats import metadata, png
+from selfdistill.data.errors import BrokenData
+from selfdistill.data.formats import metadata, png
 
 SUFFIXES = frozenset(
     f".{kind}"

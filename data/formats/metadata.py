@@ -8,7 +8,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 
-from data.formats.png import METADATA, SIGNATURE
+from selfdistill.data.formats.png import METADATA, SIGNATURE
 
 _WEBP = {b"ICCP", b"XMP "}
 # TIFF: what pixels and orientation hang on (TIFF 6.0, and JPEG's technical note 2).

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import BrokenData
+from selfdistill.data.errors import BrokenData
 
 if TYPE_CHECKING:  # packing and checking parse texts and need no torch: seconds to import
     import torch

@@ -11,13 +11,13 @@ import psutil
 import torch
 from torch.utils.data import DataLoader
 
-from data.errors import UserError
-from data.loading.order import Ints
-from data.loading.samples import Samples
-from data.loading.transport import Ring, received
-from data.loading.workers import awaiting, ignore_signals, stop
-from data.remote.cache import Report, as_python_warning
-from data.shards.manifest import Manifest
+from selfdistill.data.errors import UserError
+from selfdistill.data.loading.order import Ints
+from selfdistill.data.loading.samples import Samples
+from selfdistill.data.loading.transport import Ring, received
+from selfdistill.data.loading.workers import awaiting, ignore_signals, stop
+from selfdistill.data.remote.cache import Report, as_python_warning
+from selfdistill.data.shards.manifest import Manifest
 
 Batch = dict[str, torch.Tensor]
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.errors import UserError
-from data.formats import images
+from selfdistill.data.errors import UserError
+from selfdistill.data.formats import images
 
 
 class Codec(Protocol):

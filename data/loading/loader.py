@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import UserError
-from data.loading.batches import Batch, Batches
-from data.loading.codec import Codec, Images
-from data.loading.order import Ints, Order
-from data.loading.reader import Reader
-from data.loading.samples import Keyed, Rows, Stream
-from data.remote.cache import Report
-from data.shards.manifest import Manifest
+from selfdistill.data.errors import UserError
+from selfdistill.data.loading.batches import Batch, Batches
+from selfdistill.data.loading.codec import Codec, Images
+from selfdistill.data.loading.order import Ints, Order
+from selfdistill.data.loading.reader import Reader
+from selfdistill.data.loading.samples import Keyed, Rows, Stream
+from selfdistill.data.remote.cache import Report
+from selfdistill.data.shards.manifest import Manifest
 
 
 @functools.cache  # an evaluation meets the same broken samples every time

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from data import keyed
-from data.errors import UserError
+from selfdistill.data import keyed
+from selfdistill.data.errors import UserError
 
 Ints = NDArray[np.int64]
 

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import BrokenData, UserError
-from data.formats import labels
-from data.remote.cache import Report, ShardCache
-from data.shards.manifest import Manifest, is_remote
-from data.shards.tars import BLOCK, parse_header
+from selfdistill.data.errors import BrokenData, UserError
+from selfdistill.data.formats import labels
+from selfdistill.data.remote.cache import Report, ShardCache
+from selfdistill.data.shards.manifest import Manifest, is_remote
+from selfdistill.data.shards.tars import BLOCK, parse_header
 
 # Read label and input in one go when no more than this lies between them.
 _GAP = 64 * 1024

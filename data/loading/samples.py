@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from data.errors import BrokenData, UserError
-from data.loading.codec import Codec
-from data.loading.order import Ints, Order
-from data.loading.reader import Reader, Record
-from data.loading.transport import Ring, carried
+from selfdistill.data.errors import BrokenData, UserError
+from selfdistill.data.loading.codec import Codec
+from selfdistill.data.loading.order import Ints, Order
+from selfdistill.data.loading.reader import Reader, Record
+from selfdistill.data.loading.transport import Ring, carried
 
 # Makes arrays [b, ...] from positions int64 [b] and the batch that stands there.
 Keyed = Callable[[Ints, dict[str, torch.Tensor]], dict[str, NDArray[Any]]]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from data.errors import WorkerLost
+from selfdistill.data.errors import WorkerLost
 
 
 def ignore_signals(_: int) -> None:

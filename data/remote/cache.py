@@ -22,9 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data.errors import BrokenData, UserError
-from data.remote import fetch
-from data.remote.fetch import NotThere, Report, fetch_bytes
+from selfdistill.data.errors import BrokenData, UserError
+from selfdistill.data.remote import fetch
+from selfdistill.data.remote.fetch import NotThere, Report, fetch_bytes
 
 __all__ = ["NotThere", "Report", "ShardCache", "as_python_warning", "default_folder", "fetch_bytes"]
 

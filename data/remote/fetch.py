@@ -23,7 +23,7 @@ from urllib.parse import urlparse
 import webdataset
 from webdataset.gopen import Pipe, gopen_curl, gopen_schemes, rewrite_url
 
-from data.errors import BrokenData, UserError
+from selfdistill.data.errors import BrokenData, UserError
 
 Report = Callable[[str], None]  # takes a line that the user should see
 T = TypeVar("T")

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import UserError
-from data.formats import images, labels, texts
-from data.shards import duplicates, manifest, tars
-from data.shards.manifest import Manifest
-from data.shards.tars import BLOCK, parse_header, sha256_of
+from selfdistill.data.errors import UserError
+from selfdistill.data.formats import images, labels, texts
+from selfdistill.data.shards import duplicates, manifest, tars
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.data.shards.tars import BLOCK, parse_header, sha256_of
 
 # Broken samples of one shard that are named; the rest is counted.
 _NAMED = 5
@@ -160,9 +160,7 @@ def _local(file: Manifest, shard: int) -> Path:
     """
     info, place = file.shards[shard], file.shard_place(shard)
     if manifest.is_remote(place):
-        from data.remote.cache import (
-            ShardCache,  # and with it torch: seconds that local shards need not
-        )
+        from selfdistill.data.remote.cache import ShardCache
 
         return ShardCache(file.cache_dir).path(place, info.sha256, info.bytes)
     path = Path(place)

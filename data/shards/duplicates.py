@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from data.splits import DIVIDED, UNLABELLED
+from selfdistill.data.splits import DIVIDED, UNLABELLED
 
 # Eight bytes: among a hundred million inputs two are taken for equal with a chance of 1 in 3,700.
 _BYTES = 8

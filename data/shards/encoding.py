@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from PIL import Image
 
-from data.errors import UserError
-from data.formats import images, texts
-from data.sources.samples import Sample
-from data.splits import Metric
+from selfdistill.data.errors import UserError
+from selfdistill.data.formats import images, texts
+from selfdistill.data.sources.samples import Sample
+from selfdistill.data.splits import Metric
 
 # The size of the published ViT-MAE models.
 DEFAULT_SIZE = 224

@@ -19,9 +19,9 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
-from data.errors import UserError
-from data.sources import unpacked
-from data.splits import SPLITS, UNLABELLED, Metric
+from selfdistill.data.errors import UserError
+from selfdistill.data.sources import unpacked
+from selfdistill.data.splits import SPLITS, UNLABELLED, Metric
 
 FORMAT = "selfdistill-shards"
 FILE = "manifest.json"
@@ -187,7 +187,7 @@ class Manifest:
         root = str(root)
         place = join(root, FILE)
         if is_remote(root):
-            from data.remote.cache import fetch_bytes
+            from selfdistill.data.remote.cache import fetch_bytes
 
             return cls(fetch_bytes(place), root, cache_dir)
         try:
@@ -273,7 +273,7 @@ class Manifest:
         place = join(self.root, self.members_file.file)
         held = None
         if is_remote(self.root):
-            from data.remote.cache import ShardCache
+            from selfdistill.data.remote.cache import ShardCache
 
             # By its descriptor: another process may drop the file to make room for a shard.
             held = ShardCache(self.cache_dir).open(place, self.members_file.sha256, None)

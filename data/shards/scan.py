@@ -13,9 +13,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import UserError
-from data.formats import images, labels
-from data.shards import manifest, tars
+from selfdistill.data.errors import UserError
+from selfdistill.data.formats import images, labels
+from selfdistill.data.shards import manifest, tars
 
 LABELS = ("cls", "txt", "json")
 # First bytes of what people compress tars with.

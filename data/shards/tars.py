@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from data.formats.strays import is_stray
+from selfdistill.data.formats.strays import is_stray
 
 BLOCK = tarfile.BLOCKSIZE  # 512: headers and paddings are multiples of it
 

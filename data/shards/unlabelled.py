@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.shards import manifest
-from data.shards.manifest import Manifest
-from data.shards.writer import Packed
-from data.splits import DIVIDED, UNLABELLED
+from selfdistill.data.shards import manifest
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.data.shards.writer import Packed
+from selfdistill.data.splits import DIVIDED, UNLABELLED
 
 
 def _link(source: Path, target: Path) -> None:

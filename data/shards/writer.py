@@ -15,12 +15,12 @@ import webdataset
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from data import keyed
-from data.errors import UserError
-from data.shards import duplicates, manifest, tars
-from data.shards.encoding import ImageKind, Kind
-from data.sources.samples import Sample
-from data.splits import SPLITS
+from selfdistill.data import keyed
+from selfdistill.data.errors import UserError
+from selfdistill.data.shards import duplicates, manifest, tars
+from selfdistill.data.shards.encoding import ImageKind, Kind
+from selfdistill.data.sources.samples import Sample
+from selfdistill.data.splits import SPLITS
 
 
 @dataclass(frozen=True)

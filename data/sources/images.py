@@ -5,13 +5,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.cli import nearest
-from data.errors import UserError
-from data.formats.images import SUFFIXES
-from data.formats.strays import is_stray
-from data.sources import tables
-from data.sources.samples import Columns, Row, Sample, Splits, grouped
-from data.splits import ALIASES, DIVIDED
+from selfdistill.data.cli import nearest
+from selfdistill.data.errors import UserError
+from selfdistill.data.formats.images import SUFFIXES
+from selfdistill.data.formats.strays import is_stray
+from selfdistill.data.sources import tables
+from selfdistill.data.sources.samples import Columns, Row, Sample, Splits, grouped
+from selfdistill.data.splits import ALIASES, DIVIDED
 
 
 class _Walk:

@@ -3,9 +3,9 @@
 import re
 from collections import Counter
 
-from data.errors import UserError
-from data.sources.samples import Splits
-from data.splits import DIVIDED, UNLABELLED
+from selfdistill.data.errors import UserError
+from selfdistill.data.sources.samples import Splits
+from selfdistill.data.splits import DIVIDED, UNLABELLED
 
 # With fewer samples somebody tries things out.
 _FEW = 20

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data import keyed
-from data.errors import UserError
-from data.formats.texts import Text
-from data.splits import DIVIDED
+from selfdistill.data import keyed
+from selfdistill.data.errors import UserError
+from selfdistill.data.formats.texts import Text
+from selfdistill.data.splits import DIVIDED
 
 DEFAULT_SHARES = (0.8, 0.1, 0.1)
 

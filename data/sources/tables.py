@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
-from data.splits import ALIASES, DIVIDED
+from selfdistill.data.errors import UserError
+from selfdistill.data.splits import ALIASES, DIVIDED
 
 
 def read(path: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, str]]]]:

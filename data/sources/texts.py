@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.cli import nearest
-from data.errors import UserError
-from data.formats.strays import is_stray
-from data.formats.texts import Text
-from data.sources import tables
-from data.sources.samples import Columns, Row, Sample, Samples, Splits, Stream, grouped
-from data.splits import ALIASES, DIVIDED
+from selfdistill.data.cli import nearest
+from selfdistill.data.errors import UserError
+from selfdistill.data.formats.strays import is_stray
+from selfdistill.data.formats.texts import Text
+from selfdistill.data.sources import tables
+from selfdistill.data.sources.samples import Columns, Row, Sample, Samples, Splits, Stream, grouped
+from selfdistill.data.splits import ALIASES, DIVIDED
 
 #: Files of texts by their extension; .csv may be a list of images as well.
 JSONL = (".jsonl", ".ndjson")

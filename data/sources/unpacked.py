@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from data.formats.images import SUFFIXES
-from data.sources import texts
-from data.sources.samples import Columns
+from selfdistill.data.formats.images import SUFFIXES
+from selfdistill.data.sources import texts
+from selfdistill.data.sources.samples import Columns
 
 
 def cure(place: Path) -> str:

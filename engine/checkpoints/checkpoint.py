@@ -25,11 +25,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.cli import one_line
-from data.errors import TryAgain, UserError
-from engine.checkpoints import training_state
-from engine.checkpoints.files import fsync, sha256, write_text
-from engine.runtime.distributed import Ranks, broadcast, main_only
+from selfdistill.data.cli import one_line
+from selfdistill.data.errors import TryAgain, UserError
+from selfdistill.engine.checkpoints import training_state
+from selfdistill.engine.checkpoints.files import fsync, sha256, write_text
+from selfdistill.engine.runtime.distributed import Ranks, broadcast, main_only
 
 VERSION = 2
 

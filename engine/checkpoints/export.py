@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.errors import UserError
-from engine.models.layout import to_hugging_face
-from engine.models.vit_mae import Shape
+from selfdistill.data.errors import UserError
+from selfdistill.engine.models.layout import to_hugging_face
+from selfdistill.engine.models.vit_mae import Shape
 
 if TYPE_CHECKING:  # images need none of it: a tenth of a start
     from transformers import PreTrainedConfig
@@ -126,7 +126,7 @@ def export_transformers(
     Raises:
         UserError: the folder holds something else, or cannot be written.
     """
-    from engine.models.language import restore_dropout
+    from selfdistill.engine.models.language import restore_dropout
 
     def write(target: Path) -> None:
         config = restore_dropout(network.config, original)

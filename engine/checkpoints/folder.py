@@ -17,14 +17,14 @@ from typing import IO, Any
 import tomli_w
 import torch
 
-from data.errors import UserError
-from engine.checkpoints.checkpoint import BEFORE, FREE
-from engine.checkpoints.files import write_text
-from engine.config.schema import Config
-from engine.runtime import precision, zero
-from engine.runtime.distributed import Ranks, few_cores, main_only
-from engine.runtime.preemption import Agreement, Preempted, asked
-from engine.runtime.watchdog import Watchdog
+from selfdistill.data.errors import UserError
+from selfdistill.engine.checkpoints.checkpoint import BEFORE, FREE
+from selfdistill.engine.checkpoints.files import write_text
+from selfdistill.engine.config.schema import Config
+from selfdistill.engine.runtime import precision, zero
+from selfdistill.engine.runtime.distributed import Ranks, few_cores, main_only
+from selfdistill.engine.runtime.preemption import Agreement, Preempted, asked
+from selfdistill.engine.runtime.watchdog import Watchdog
 
 RESULT = "result.json"
 CONFIG = "config.toml"

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from engine.runtime.zero import gathered
+from selfdistill.engine.runtime.zero import gathered
 
 WEIGHT = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from data import cli
-from data.errors import UserError
-from engine.config.schema import ROOT, Config, Section
+from selfdistill.data import cli
+from selfdistill.data.errors import UserError
+from selfdistill.engine.config.schema import ROOT, Config, Section
 
 RECIPES = ROOT / "recipes"
 

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from data.errors import UserError
+from selfdistill.data.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,10 +11,16 @@ import torch
 from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransformer
 from torch import Tensor, nn
 
-from data.errors import UserError
-from engine.models.layout import Tensors, from_fair, from_hugging_face
-from engine.models.source import TORCH_FILES, read_folder, read_json, read_safetensors, read_torch
-from engine.models.vit_mae import Shape
+from selfdistill.data.errors import UserError
+from selfdistill.engine.models.layout import Tensors, from_fair, from_hugging_face
+from selfdistill.engine.models.source import (
+    TORCH_FILES,
+    read_folder,
+    read_json,
+    read_safetensors,
+    read_torch,
+)
+from selfdistill.engine.models.vit_mae import Shape
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

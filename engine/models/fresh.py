@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, RobertaConfig
 
-from data.errors import UserError
-from engine.models.language import build
+from selfdistill.data.errors import UserError
+from selfdistill.engine.models.language import build
 
 #: Standard deviation of embeddings and weights (Devlin et al. 2019).
 SPREAD = 0.02

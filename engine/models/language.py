@@ -23,7 +23,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from data.errors import UserError
+from selfdistill.data.errors import UserError
 
 
 def _distilbert_head(lm: Any, hidden: Tensor) -> Tensor:

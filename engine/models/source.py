@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.errors import UserError
+from selfdistill.data.errors import UserError
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Names on the hub that have no owner, from its first days: roberta-base, bert-base-uncased.

@@ -21,12 +21,12 @@ from transformers import (
     RobertaConfig,
 )
 
-from data.cli import one_line
-from data.errors import UserError
-from engine.models.fresh import fresh_roberta
-from engine.models.language import HEADS
-from engine.models.source import locate, read_json
-from engine.models.weights import fingerprint
+from selfdistill.data.cli import one_line
+from selfdistill.data.errors import UserError
+from selfdistill.engine.models.fresh import fresh_roberta
+from selfdistill.engine.models.language import HEADS
+from selfdistill.engine.models.source import locate, read_json
+from selfdistill.engine.models.weights import fingerprint
 
 #: Files that a model's folder on the hub may have beside its weights.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")

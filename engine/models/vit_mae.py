@@ -20,9 +20,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.errors import UserError
-from engine.models.patches import KeptPatchEmbed, patchify, pick
-from engine.models.rows_block import CLS, RowsBlock
+from selfdistill.data.errors import UserError
+from selfdistill.engine.models.patches import KeptPatchEmbed, patchify, pick
+from selfdistill.engine.models.rows_block import CLS, RowsBlock
 
 
 @dataclass(frozen=True)

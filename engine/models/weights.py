@@ -11,12 +11,12 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from data.errors import UserError
-from engine.models import formats
-from engine.models.formats import IMAGENET_MEAN, IMAGENET_STD, Found
-from engine.models.layout import Tensors
-from engine.models.source import locate
-from engine.models.vit_mae import Shape, ViTMAE, position_table
+from selfdistill.data.errors import UserError
+from selfdistill.engine.models import formats
+from selfdistill.engine.models.formats import IMAGENET_MEAN, IMAGENET_STD, Found
+from selfdistill.engine.models.layout import Tensors
+from selfdistill.engine.models.source import locate
+from selfdistill.engine.models.vit_mae import Shape, ViTMAE, position_table
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import json
 import os
 from pathlib import Path
 
-from data.loading.batches import Batch
-from engine.checkpoints.files import write_text
-from engine.monitoring.monitor import json_lines
-from engine.runtime.distributed import Ranks, main_only
+from selfdistill.data.loading.batches import Batch
+from selfdistill.engine.checkpoints.files import write_text
+from selfdistill.engine.monitoring.monitor import json_lines
+from selfdistill.engine.runtime.distributed import Ranks, main_only
 
 
 class SampleLog:

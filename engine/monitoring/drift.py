@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoints import training_state
-from engine.runtime.distributed import Ranks, total
+from selfdistill.engine.checkpoints import training_state
+from selfdistill.engine.runtime.distributed import Ranks, total
 
 
 class Drift:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from engine.models.vit_mae import Shape
+from selfdistill.engine.models.vit_mae import Shape
 
 Stage = Literal["pretrain", "distill", "finetune"]
 TeacherMode = Literal["replicated", "sharded", "cached"]

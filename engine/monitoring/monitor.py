@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from engine.monitoring import pictures
+from selfdistill.engine.monitoring import pictures
 
 METRICS = "metrics.jsonl"
 GIB = 2**30

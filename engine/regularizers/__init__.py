@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from data.loading.samples import Keyed
-from engine.checkpoints.folder import Run
-from engine.config.schema import Config
-from engine.regularizers import mars, r3f, recadam
-from engine.training.kinds.base import Kind
-from engine.training.objectives import ClassifyObjective
-from engine.training.views import NoiseKeys, Together
+from selfdistill.data.loading.samples import Keyed
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.config.schema import Config
+from selfdistill.engine.regularizers import mars, r3f, recadam
+from selfdistill.engine.training.kinds.base import Kind
+from selfdistill.engine.training.objectives import ClassifyObjective
+from selfdistill.engine.training.views import NoiseKeys, Together
 
 
 @dataclass

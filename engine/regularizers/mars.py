@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.errors import UserError
-from engine.checkpoints import training_state
-from engine.config.schema import Config, MarsSection
-from engine.runtime import zero
-from engine.runtime.distributed import Ranks
+from selfdistill.data.errors import UserError
+from selfdistill.engine.checkpoints import training_state
+from selfdistill.engine.config.schema import Config, MarsSection
+from selfdistill.engine.runtime import zero
+from selfdistill.engine.runtime.distributed import Ranks
 
 
 def project(weight: Tensor, start: Tensor | None, radius: float) -> Tensor:

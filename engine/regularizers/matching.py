@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.errors import UserError
-from engine.config.schema import Config
-from engine.regularizers.mars import matrices
-from engine.runtime import zero
-from engine.runtime.distributed import Ranks
-from engine.runtime.precision import autocast
-from engine.training.objectives import Reconstructs, freeze_decoder
-from engine.training.teacher import frozen, view
+from selfdistill.data.errors import UserError
+from selfdistill.engine.config.schema import Config
+from selfdistill.engine.regularizers.mars import matrices
+from selfdistill.engine.runtime import zero
+from selfdistill.engine.runtime.distributed import Ranks
+from selfdistill.engine.runtime.precision import autocast
+from selfdistill.engine.training.objectives import Reconstructs, freeze_decoder
+from selfdistill.engine.training.teacher import frozen, view
 
 
 def check(config: Config) -> None:

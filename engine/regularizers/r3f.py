@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.config.schema import R3FSection
-from engine.training.objectives import Classifies
+from selfdistill.engine.config.schema import R3FSection
+from selfdistill.engine.training.objectives import Classifies
 
 
 class Noise:

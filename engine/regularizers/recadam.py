@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.errors import UserError
-from engine.checkpoints.training_state import MOMENTS
-from engine.config.schema import Config, FinetuneSection, RecAdamSection
-from engine.runtime import zero
-from engine.training import optimizer as optim
+from selfdistill.data.errors import UserError
+from selfdistill.engine.checkpoints.training_state import MOMENTS
+from selfdistill.engine.config.schema import Config, FinetuneSection, RecAdamSection
+from selfdistill.engine.runtime import zero
+from selfdistill.engine.training import optimizer as optim
 
 ANCHOR = "anchor"
 

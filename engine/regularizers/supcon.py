@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.errors import UserError
-from data.shards.manifest import Manifest
-from engine.config.schema import Config, SupConSection
-from engine.training.objectives import Reconstructs, freeze_decoder
+from selfdistill.data.errors import UserError
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.config.schema import Config, SupConSection
+from selfdistill.engine.training.objectives import Reconstructs, freeze_decoder
 
 
 class _Gather(torch.autograd.Function):

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from data.errors import UserError
-from engine.runtime.rendezvous import in_step
+from selfdistill.data.errors import UserError
+from selfdistill.engine.runtime.rendezvous import in_step
 
 
 def take(env: MutableMapping[str, str]) -> torch.device:

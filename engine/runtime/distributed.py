@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.errors import UserError
-from engine.runtime import devices, network
-from engine.runtime.failures import describe
-from engine.runtime.meeting import PATIENCE, Meeting
-from engine.runtime.rendezvous import in_step, resolve
+from selfdistill.data.errors import UserError
+from selfdistill.engine.runtime import devices, network
+from selfdistill.engine.runtime.failures import describe
+from selfdistill.engine.runtime.meeting import PATIENCE, Meeting
+from selfdistill.engine.runtime.rendezvous import in_step, resolve
 
 
 @dataclass(frozen=True)

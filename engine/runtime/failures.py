@@ -9,8 +9,8 @@ import socket
 import torch
 import torch.distributed as dist
 
-from data.cli import one_line
-from data.errors import PeerLost, TryAgain, UserError
+from selfdistill.data.cli import one_line
+from selfdistill.data.errors import PeerLost, TryAgain, UserError
 
 #: Refusals of a file system or network that may be over at the next launch.
 PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTUNREACH)

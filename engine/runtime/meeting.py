@@ -19,11 +19,11 @@ from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from data.cli import one_line
-from data.errors import TryAgain, UserError
-from engine.runtime import preemption
-from engine.runtime.failures import lost_peer
-from engine.runtime.rendezvous import in_step
+from selfdistill.data.cli import one_line
+from selfdistill.data.errors import TryAgain, UserError
+from selfdistill.engine.runtime import preemption
+from selfdistill.engine.runtime.failures import lost_peer
+from selfdistill.engine.runtime.rendezvous import in_step
 
 #: How long ranks wait for each other, at the start and in a collective.
 PATIENCE = timedelta(minutes=30)

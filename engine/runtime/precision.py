@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config.schema import Config
+from selfdistill.engine.config.schema import Config
 
 #: Names that Linux gives to a processor's bf16 units: AVX-512, and AMX.
 _UNITS = {"avx512_bf16", "amx_bf16"}

@@ -13,7 +13,7 @@ import re
 import socket
 from collections.abc import Mapping
 
-from data.errors import UserError
+from selfdistill.data.errors import UserError
 
 #: Ports that SLURM jobs meet at: above the well-known ones, below Linux's ephemeral ones.
 _FIRST_PORT, _PORTS = 12_000, 20_000

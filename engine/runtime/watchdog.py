@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from engine.runtime.preemption import AGAIN
+from selfdistill.engine.runtime.preemption import AGAIN
 
 #: Waiting in these says that the rank waits for others.
 _COLLECTIVE = ("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/comm/")
@@ -264,7 +264,7 @@ def _innermost(frame: FrameType | None) -> str:
     """File, line and function of the innermost call of this project's own code."""
     root = str(Path(__file__).resolve().parents[2])
     for f in _stack(frame):
-        name = f.f_code.co_filename
+        name = os.path.realpath(f.f_code.co_filename)
         if name.startswith(root) and "/.venv/" not in name:
             return f"{name[len(root) + 1 :]}:{f.f_lineno} ({f.f_code.co_name})"
     return "no place in this program"

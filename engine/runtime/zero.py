@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.errors import UserError
-from engine.config.schema import ROOT, Config, StageSection
+from selfdistill.data.errors import UserError
+from selfdistill.engine.config.schema import ROOT, Config, StageSection
 
 FOLDER = ROOT / "ds_configs"
 

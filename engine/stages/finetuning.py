@@ -7,17 +7,17 @@ import statistics
 import time
 from typing import Any
 
-from data.errors import UserError
-from engine import regularizers
-from engine.checkpoints.folder import Run, open_stage, write_result
-from engine.runtime.distributed import main_only
-from engine.stages.splits import labelled_splits
-from engine.training.analysis import analyse
-from engine.training.fit import Fit, check_shards, fit
-from engine.training.kinds import kind_of
-from engine.training.kinds.base import Batch
-from engine.training.record import record_of, scalars
-from engine.training.teacher import view
+from selfdistill.data.errors import UserError
+from selfdistill.engine import regularizers
+from selfdistill.engine.checkpoints.folder import Run, open_stage, write_result
+from selfdistill.engine.runtime.distributed import main_only
+from selfdistill.engine.stages.splits import labelled_splits
+from selfdistill.engine.training.analysis import analyse
+from selfdistill.engine.training.fit import Fit, check_shards, fit
+from selfdistill.engine.training.kinds import kind_of
+from selfdistill.engine.training.kinds.base import Batch
+from selfdistill.engine.training.record import record_of, scalars
+from selfdistill.engine.training.teacher import view
 
 
 def finetune_source(run: Run, start: str) -> tuple[str, str]:

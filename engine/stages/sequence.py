@@ -7,20 +7,28 @@ from typing import Any
 
 from torch import nn
 
-from data.errors import UserError
-from data.shards.manifest import Manifest
-from engine.checkpoints.folder import Run, open_stage
-from engine.regularizers import matching, supcon
-from engine.regularizers.matching import PredictionObjective, Predictor, WeightsObjective
-from engine.runtime.distributed import main_only
-from engine.stages.finetuning import finetune
-from engine.stages.splits import contrasted, unlabelled
-from engine.training.fit import Fit, check_shards, fit
-from engine.training.kinds import kind_of
-from engine.training.kinds.base import Batch, Kind
-from engine.training.objectives import DistillObjective, FeatureExtractor, MaskedObjective
-from engine.training.record import record_of
-from engine.training.teacher import (
+from selfdistill.data.errors import UserError
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints.folder import Run, open_stage
+from selfdistill.engine.regularizers import matching, supcon
+from selfdistill.engine.regularizers.matching import (
+    PredictionObjective,
+    Predictor,
+    WeightsObjective,
+)
+from selfdistill.engine.runtime.distributed import main_only
+from selfdistill.engine.stages.finetuning import finetune
+from selfdistill.engine.stages.splits import contrasted, unlabelled
+from selfdistill.engine.training.fit import Fit, check_shards, fit
+from selfdistill.engine.training.kinds import kind_of
+from selfdistill.engine.training.kinds.base import Batch, Kind
+from selfdistill.engine.training.objectives import (
+    DistillObjective,
+    FeatureExtractor,
+    MaskedObjective,
+)
+from selfdistill.engine.training.record import record_of
+from selfdistill.engine.training.teacher import (
     Replicated,
     Sharded,
     Teacher,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data.errors import UserError
-from data.remote.cache import NotThere
-from data.shards.manifest import Manifest, is_remote
-from engine.checkpoints.folder import Run
-from engine.runtime.distributed import main_only
+from selfdistill.data.errors import UserError
+from selfdistill.data.remote.cache import NotThere
+from selfdistill.data.shards.manifest import Manifest, is_remote
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.runtime.distributed import main_only
 
 
 def unlabelled(run: Run) -> Manifest:

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.shards.manifest import Manifest
-from engine.checkpoints import training_state
-from engine.checkpoints.folder import Run
-from engine.runtime.distributed import Ranks, sent, total
-from engine.runtime.precision import autocast
-from engine.runtime.zero import gathered
-from engine.training.evaluation import Scores
-from engine.training.kinds.base import Batch, Kind
-from engine.training.scoring import evaluate, scored_batch
-from engine.training.teacher import frozen, view
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints import training_state
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.runtime.distributed import Ranks, sent, total
+from selfdistill.engine.runtime.precision import autocast
+from selfdistill.engine.runtime.zero import gathered
+from selfdistill.engine.training.evaluation import Scores
+from selfdistill.engine.training.kinds.base import Batch, Kind
+from selfdistill.engine.training.scoring import evaluate, scored_batch
+from selfdistill.engine.training.teacher import frozen, view
 
 #: Samples by whose features the encoders are compared.
 COMPARED = 1024

@@ -12,29 +12,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from data.cli import one_line
-from data.errors import UserError
-from data.loading.loader import Loader, tell
-from data.loading.samples import Keyed
-from data.shards.checking import check_hashes
-from data.shards.manifest import Manifest, is_remote
-from engine.checkpoints import training_state
-from engine.checkpoints.checkpoint import Checkpoints, Reader, State
-from engine.checkpoints.folder import Run, write_result
-from engine.config.schema import StageSection
-from engine.monitoring import flops as flop_counts
-from engine.monitoring.audit import SampleLog
-from engine.monitoring.drift import Drift
-from engine.monitoring.monitor import Meter, Monitor
-from engine.runtime import zero
-from engine.runtime.allocator import release
-from engine.runtime.distributed import main_only
-from engine.runtime.preemption import Preempted
-from engine.training import optimizer as optim
-from engine.training.kinds.base import Kind, Stage, TeacherMode
-from engine.training.loop import Loop, Skipped, save, train
-from engine.training.record import device_name, scalars
-from engine.training.scoring import evaluate
+from selfdistill.data.cli import one_line
+from selfdistill.data.errors import UserError
+from selfdistill.data.loading.loader import Loader, tell
+from selfdistill.data.loading.samples import Keyed
+from selfdistill.data.shards.checking import check_hashes
+from selfdistill.data.shards.manifest import Manifest, is_remote
+from selfdistill.engine.checkpoints import training_state
+from selfdistill.engine.checkpoints.checkpoint import Checkpoints, Reader, State
+from selfdistill.engine.checkpoints.folder import Run, write_result
+from selfdistill.engine.config.schema import StageSection
+from selfdistill.engine.monitoring import flops as flop_counts
+from selfdistill.engine.monitoring.audit import SampleLog
+from selfdistill.engine.monitoring.drift import Drift
+from selfdistill.engine.monitoring.monitor import Meter, Monitor
+from selfdistill.engine.runtime import zero
+from selfdistill.engine.runtime.allocator import release
+from selfdistill.engine.runtime.distributed import main_only
+from selfdistill.engine.runtime.preemption import Preempted
+from selfdistill.engine.training import optimizer as optim
+from selfdistill.engine.training.kinds.base import Kind, Stage, TeacherMode
+from selfdistill.engine.training.loop import Loop, Skipped, save, train
+from selfdistill.engine.training.record import device_name, scalars
+from selfdistill.engine.training.scoring import evaluate
 
 
 @dataclass

@@ -13,16 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data import keyed
-from data.loading.loader import Loader
-from engine.checkpoints.checkpoint import Checkpoints, State
-from engine.checkpoints.files import write_text
-from engine.config.schema import StageSection
-from engine.monitoring.audit import SampleLog
-from engine.monitoring.monitor import Meter, Monitor
-from engine.runtime.distributed import Ranks, main_only, mean, sent, total
-from engine.training import optimizer as optim
-from engine.training.objectives import EXTRAS, LOSSES
+from selfdistill.data import keyed
+from selfdistill.data.loading.loader import Loader
+from selfdistill.engine.checkpoints.checkpoint import Checkpoints, State
+from selfdistill.engine.checkpoints.files import write_text
+from selfdistill.engine.config.schema import StageSection
+from selfdistill.engine.monitoring.audit import SampleLog
+from selfdistill.engine.monitoring.monitor import Meter, Monitor
+from selfdistill.engine.runtime.distributed import Ranks, main_only, mean, sent, total
+from selfdistill.engine.training import optimizer as optim
+from selfdistill.engine.training.objectives import EXTRAS, LOSSES
 
 Batch = dict[str, Tensor]
 

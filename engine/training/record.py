@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from data.shards.manifest import Manifest
-from engine.checkpoints.folder import Run
-from engine.config.schema import StageSection
-from engine.training.kinds.base import Stage
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.config.schema import StageSection
+from selfdistill.engine.training.kinds.base import Stage
 
 
 def record_of(

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.loading.loader import sequential, tell
-from data.shards.manifest import Manifest
-from engine.checkpoints.folder import Run
-from engine.runtime.distributed import sent, total
-from engine.training.evaluation import Scores, Tally
-from engine.training.kinds.base import Kind
-from engine.training.teacher import view
+from selfdistill.data.loading.loader import sequential, tell
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.runtime.distributed import sent, total
+from selfdistill.engine.training.evaluation import Scores, Tally
+from selfdistill.engine.training.kinds.base import Kind
+from selfdistill.engine.training.teacher import view
 
 
 def scored_batch(run: Run) -> int:

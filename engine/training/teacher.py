@@ -14,19 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.errors import UserError
-from data.loading.codec import Codec
-from data.loading.loader import sequential, tell
-from data.shards.manifest import Manifest
-from engine.checkpoints.checkpoint import gather
-from engine.checkpoints.files import fsync, write_text
-from engine.checkpoints.folder import Run
-from engine.config.schema import Config
-from engine.runtime.allocator import release
-from engine.runtime.distributed import Ranks, main_only, sent, total
-from engine.runtime.precision import autocast
-from engine.runtime.zero import inference_config
-from engine.training.objectives import FeatureExtractor
+from selfdistill.data.errors import UserError
+from selfdistill.data.loading.codec import Codec
+from selfdistill.data.loading.loader import sequential, tell
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints.checkpoint import gather
+from selfdistill.engine.checkpoints.files import fsync, write_text
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.config.schema import Config
+from selfdistill.engine.runtime.allocator import release
+from selfdistill.engine.runtime.distributed import Ranks, main_only, sent, total
+from selfdistill.engine.runtime.precision import autocast
+from selfdistill.engine.runtime.zero import inference_config
+from selfdistill.engine.training.objectives import FeatureExtractor
 
 Module = TypeVar("Module", bound=nn.Module)
 

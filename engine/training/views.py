@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from data import keyed
-from data.loading.samples import Keyed
+from selfdistill.data import keyed
+from selfdistill.data.loading.samples import Keyed
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,29 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from data import cli
-from engine.checkpoints.files import write_text
-from experiments import state
-from experiments.report import analysis as report_analysis
-from experiments.report import differences as report_differences
-from experiments.report import html as report_html
-from experiments.report import markdown as report_markdown
-from experiments.report import search as report_search
-from experiments.report import settings as report_settings
-from experiments.report import sweep as report_sweep
-from experiments.report import tables as report_tables
-from experiments.report.blocks import Block, Entry, Grid, Line, Report, Section, Text, notes
-from experiments.report.numbers import NONE
-from experiments.report.sweep import Contents
+from selfdistill.data import cli
+from selfdistill.engine.checkpoints.files import write_text
+from selfdistill.experiments import state
+from selfdistill.experiments.report import analysis as report_analysis
+from selfdistill.experiments.report import differences as report_differences
+from selfdistill.experiments.report import html as report_html
+from selfdistill.experiments.report import markdown as report_markdown
+from selfdistill.experiments.report import search as report_search
+from selfdistill.experiments.report import settings as report_settings
+from selfdistill.experiments.report import sweep as report_sweep
+from selfdistill.experiments.report import tables as report_tables
+from selfdistill.experiments.report.blocks import (
+    Block,
+    Entry,
+    Grid,
+    Line,
+    Report,
+    Section,
+    Text,
+    notes,
+)
+from selfdistill.experiments.report.numbers import NONE
+from selfdistill.experiments.report.sweep import Contents
 
 TITLE = "Self-distillation for further pre-training"
 NOTHING = "Nothing is complete yet: no cell of any table has all its seeds."

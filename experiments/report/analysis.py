@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from experiments.plan import Cell
-from experiments.report.blocks import Block, Entry, Fold, Grid, Line, Section, Text, notes, words
-from experiments.report.numbers import TIED, plain, signed, spread
-from experiments.report.sweep import Contents
-from experiments.results import Outcome, usual
+from selfdistill.experiments.plan import Cell
+from selfdistill.experiments.report.blocks import (
+    Block,
+    Entry,
+    Fold,
+    Grid,
+    Line,
+    Section,
+    Text,
+    notes,
+    words,
+)
+from selfdistill.experiments.report.numbers import TIED, plain, signed, spread
+from selfdistill.experiments.report.sweep import Contents
+from selfdistill.experiments.results import Outcome, usual
 
 #: Entries of result.json's analysis, and what they are called.
 QUANTITIES = {

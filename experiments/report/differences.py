@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from experiments import results
-from experiments.report.blocks import Block, Entry, Grid, Line, Section, Text, notes, words
-from experiments.report.figures import Branch, forest
-from experiments.report.numbers import NONE, TIED, interval, plain, signed
-from experiments.report.sweep import Contents
-from experiments.results import Comparison, Sample
+from selfdistill.experiments import results
+from selfdistill.experiments.report.blocks import (
+    Block,
+    Entry,
+    Grid,
+    Line,
+    Section,
+    Text,
+    notes,
+    words,
+)
+from selfdistill.experiments.report.figures import Branch, forest
+from selfdistill.experiments.report.numbers import NONE, TIED, interval, plain, signed
+from selfdistill.experiments.report.sweep import Contents
+from selfdistill.experiments.results import Comparison, Sample
 
 #: Methods from which the others are told.
 AGAINST = ("fine_tuning", "further_pretraining")

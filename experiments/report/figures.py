@@ -13,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from experiments.report.blocks import Drawing
-from experiments.report.numbers import setting
-from experiments.report.sweep import Reported
-from experiments.results import Sample
-from experiments.spec import Quantity
+from selfdistill.experiments.report.blocks import Drawing
+from selfdistill.experiments.report.numbers import setting
+from selfdistill.experiments.report.sweep import Reported
+from selfdistill.experiments.results import Sample
+from selfdistill.experiments.spec import Quantity
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; markers differ as well.
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#767676"

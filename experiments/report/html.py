@@ -8,8 +8,8 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from experiments.report.blocks import Block, Drawing, Report
-from experiments.report.figures import inline
+from selfdistill.experiments.report.blocks import Block, Drawing, Report
+from selfdistill.experiments.report.figures import inline
 
 TEMPLATE = Path(__file__).resolve().parent / "report.html.jinja"
 

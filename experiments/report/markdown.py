@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from experiments.report.blocks import (
+from selfdistill.experiments.report.blocks import (
     Block,
     Code,
     Drawing,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from experiments.results import Sample
+from selfdistill.experiments.results import Sample
 
 #: Quantities whose best is marked: 1: the highest, -1: the lowest.
 BETTER = {"score": 1, "analysis.test_loss": -1, "analysis.gap": -1}

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data.errors import UserError
-from experiments.jobs import Choice, Job
-from experiments.report.blocks import Block, Entry, Grid, Line, Section, Text, notes, words
-from experiments.report.numbers import NONE, clock, plain, seconds_of, setting
-from experiments.report.sweep import Contents
-from experiments.results import ancestors, usual
-from experiments.spec import Options
+from selfdistill.data.errors import UserError
+from selfdistill.experiments.jobs import Choice, Job
+from selfdistill.experiments.report.blocks import (
+    Block,
+    Entry,
+    Grid,
+    Line,
+    Section,
+    Text,
+    notes,
+    words,
+)
+from selfdistill.experiments.report.numbers import NONE, clock, plain, seconds_of, setting
+from selfdistill.experiments.report.sweep import Contents
+from selfdistill.experiments.results import ancestors, usual
+from selfdistill.experiments.spec import Options
 
 #: Distillation's time by that of further pre-training, as the paper has it.
 PAPERS_RATIO = 3.5

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 
-from data.errors import UserError
-from engine.config import options as configuration
-from experiments import state
-from experiments.jobs import Job
-from experiments.report.blocks import (
+from selfdistill.data.errors import UserError
+from selfdistill.engine.config import options as configuration
+from selfdistill.experiments import state
+from selfdistill.experiments.jobs import Job
+from selfdistill.experiments.report.blocks import (
     Block,
     Code,
     Entry,
@@ -20,10 +20,10 @@ from experiments.report.blocks import (
     notes,
     words,
 )
-from experiments.report.numbers import NONE
-from experiments.report.search import told
-from experiments.report.sweep import Contents, Reported
-from experiments.spec import Scale
+from selfdistill.experiments.report.numbers import NONE
+from selfdistill.experiments.report.search import told
+from selfdistill.experiments.report.sweep import Contents, Reported
+from selfdistill.experiments.spec import Scale
 
 #: Jobs that are named before the rest is counted.
 NAMED = 40

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
-from experiments import results, state
-from experiments.jobs import Choice, Job
-from experiments.plan import Cell
-from experiments.results import Outcome
-from experiments.spec import Dataset, Method, Profile, Specs, Table, paper_figures
-from experiments.state import Asked, Status, Sweep
+from selfdistill.data.errors import UserError
+from selfdistill.experiments import results, state
+from selfdistill.experiments.jobs import Choice, Job
+from selfdistill.experiments.plan import Cell
+from selfdistill.experiments.results import Outcome
+from selfdistill.experiments.spec import Dataset, Method, Profile, Specs, Table, paper_figures
+from selfdistill.experiments.state import Asked, Status, Sweep
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.report.blocks import Block, Code, Entry, Grid, Line, Section, Text, notes
-from experiments.report.figures import curve
-from experiments.report.numbers import BETTER, TIED, setting, spread
-from experiments.report.sweep import Contents, Reported
-from experiments.results import Outcome
-from experiments.spec import Dataset, Quantity
+from selfdistill.experiments.report.blocks import (
+    Block,
+    Code,
+    Entry,
+    Grid,
+    Line,
+    Section,
+    Text,
+    notes,
+)
+from selfdistill.experiments.report.figures import curve
+from selfdistill.experiments.report.numbers import BETTER, TIED, setting, spread
+from selfdistill.experiments.report.sweep import Contents, Reported
+from selfdistill.experiments.results import Outcome
+from selfdistill.experiments.spec import Dataset, Quantity
 
 #: What marks a figure of the paper that is not of this data set.
 OTHER_SET = "†"

@@ -16,12 +16,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from data import cli
-from data.errors import UserError
-from engine.checkpoints.files import write_text
-from experiments.theory import checks
-from experiments.theory import figure as theory_figure
-from experiments.theory.problems import LABELS, STARTS, TIMES, Sizes
+from selfdistill.data import cli
+from selfdistill.data.errors import UserError
+from selfdistill.engine.checkpoints.files import write_text
+from selfdistill.experiments.theory import checks
+from selfdistill.experiments.theory import figure as theory_figure
+from selfdistill.experiments.theory.problems import LABELS, STARTS, TIMES, Sizes
 
 #: Closed forms must be this near to the numerical solutions, relative to their norm.
 TOLERANCE = 1e-8

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.theory import closed, oracles
-from experiments.theory.problems import (
+from selfdistill.experiments.theory import closed, oracles
+from selfdistill.experiments.theory.problems import (
     LABELS,
     STARTS,
     TIMES,

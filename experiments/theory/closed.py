@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.theory.problems import Array, Problem
+from selfdistill.experiments.theory.problems import Array, Problem
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.theory.checks import ROUNDING, Case
-from experiments.theory.problems import LABELS, STARTS, TIMES, Array
+from selfdistill.experiments.theory.checks import ROUNDING, Case
+from selfdistill.experiments.theory.problems import LABELS, STARTS, TIMES, Array
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; markers differ as well.
 _BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.integrate import solve_ivp
 from scipy.linalg import expm, solve
 
-from experiments.theory.problems import Array, Problem
+from selfdistill.experiments.theory.problems import Array, Problem
 
 
 def distill(problem: Problem, teacher: Array) -> Array:

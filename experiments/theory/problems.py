@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import UserError
+from selfdistill.data.errors import UserError
 
 Array = NDArray[np.float64]
 

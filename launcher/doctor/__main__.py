@@ -14,10 +14,10 @@ try:
     from rich.console import Console
     from rich.text import Text
 
-    from data import cli
-    from engine.config import options as config
-    from launcher.doctor import checks, machine, nodes, shared, storage
-    from launcher.doctor.checks import Line, attempt
+    from selfdistill.data import cli
+    from selfdistill.engine.config import options as config
+    from selfdistill.launcher.doctor import checks, machine, nodes, shared, storage
+    from selfdistill.launcher.doctor.checks import Line, attempt
 except ImportError as missing:
     if __name__ != "__main__":
         raise

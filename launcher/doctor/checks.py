@@ -13,8 +13,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from data import cli
-from data.errors import UserError
+from selfdistill.data import cli
+from selfdistill.data.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from data.errors import UserError
-from engine.monitoring.flops import peak_flops
+from selfdistill.data.errors import UserError
+from selfdistill.engine.monitoring.flops import peak_flops
 
 
 class Device(NamedTuple):

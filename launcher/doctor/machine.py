@@ -12,10 +12,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data import cli
-from data.errors import UserError
-from launcher.doctor.checks import Line
-from launcher.doctor.storage import probe
+from selfdistill.data import cli
+from selfdistill.data.errors import UserError
+from selfdistill.launcher.doctor.checks import Line
+from selfdistill.launcher.doctor.storage import probe
 
 #: Age in seconds at which the lock of a build is a killed one's; builds take one or two minutes.
 STALE = 600

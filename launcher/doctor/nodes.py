@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
-from data import cli
-from data.errors import UserError
-from engine.runtime import rendezvous
-from launcher.doctor.checks import Line
+from selfdistill.data import cli
+from selfdistill.data.errors import UserError
+from selfdistill.engine.runtime import rendezvous
+from selfdistill.launcher.doctor.checks import Line
 
 #: Where the deepspeed launcher and torchrun let ranks meet unless told otherwise.
 DEFAULT_PORT = 29500
@@ -217,7 +217,7 @@ def add_up(me: Task, timeout: float) -> list[Line]:
     import torch.distributed as dist
     from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-    from engine.runtime.network import prefer_interface
+    from selfdistill.engine.runtime.network import prefer_interface
 
     lines = []
     patience = timedelta(seconds=timeout)

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
-from launcher.doctor.checks import Line, versions
-from launcher.doctor.nodes import Task
+from selfdistill.data.errors import UserError
+from selfdistill.launcher.doctor.checks import Line, versions
+from selfdistill.launcher.doctor.nodes import Task
 
 
 def create(folder: Path) -> list[Path]:

@@ -8,11 +8,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from data import splits, verify
-from data.errors import UserError
-from data.shards import manifest
-from data.shards.manifest import Manifest
-from launcher.doctor.checks import Line
+from selfdistill.data import splits, verify
+from selfdistill.data.errors import UserError
+from selfdistill.data.shards import manifest
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.launcher.doctor.checks import Line
 
 #: Bytes of a checkpoint for each parameter: fp32 weights and AdamW's two moments.
 BYTES = 12
@@ -125,7 +125,7 @@ def shards(data: str, full: bool = False) -> Line:
     found: list[Manifest] = []
     for root in [data, *(manifest.join(data, split) for split in splits.SPLITS)]:
         if away:
-            from data.remote.cache import NotThere
+            from selfdistill.data.remote.cache import NotThere
 
             with contextlib.suppress(NotThere):
                 found.append(Manifest.load(root))

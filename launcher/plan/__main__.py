@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from data import cli
-from engine.config import options as configuration
-from engine.run import parse
-from launcher import words
-from launcher.plan.forecast import Options, prepare
+from selfdistill.data import cli
+from selfdistill.engine.config import options as configuration
+from selfdistill.engine.run import parse
+from selfdistill.launcher import words
+from selfdistill.launcher.plan.forecast import Options, prepare
 
 USAGE = "python -m launcher.plan --recipe NAME --data DIR --devices N --device NAME"
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan = prepare(options, config)
         import deepspeed  # noqa: F401  # takes seconds, and says something: before the tables
 
-        from launcher.plan.tables import show
+        from selfdistill.launcher.plan.tables import show
 
         show(plan, Console())
 

@@ -1,7 +1,8 @@
 """Bytes that a sample's forward leaves for its backward, in closed form: an estimate.
 
-Counted are the tensors that autograd saves, as PyTorch's own hooks see them (tests/test_plan.py),
-with fused attention, which saves no attention matrix, and without recomputation. A block of width
+Counted are the tensors that autograd saves, as PyTorch's own hooks see them
+(tests/launcher/test_plan.py), with fused attention, which saves no attention matrix, and without
+recomputation. A block of width
 D and MLP width M saves for each token
 
     2 D x 4 + (6 D + 2 M) e,   e bytes a value of a matrix product
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from engine.models.vit_mae import Shape
+from selfdistill.engine.models.vit_mae import Shape
 
 #: Bytes of a value that goes into a LayerNorm.
 NORM = 4

@@ -10,16 +10,16 @@ from typing import Any
 import pydantic
 import torch
 
-from data.errors import UserError
-from data.shards.manifest import Manifest, is_remote
-from engine.checkpoints.folder import Run
-from engine.config.schema import Config, StageSection
-from engine.monitoring.flops import Stage, TeacherMode
-from engine.runtime import zero
-from engine.runtime.distributed import Ranks
-from engine.training import teacher
-from launcher.doctor.devices import DEVICES, Device, best_precision, find
-from launcher.plan.workload import IMAGES, TEXTS, ImageWork, Workload
+from selfdistill.data.errors import UserError
+from selfdistill.data.shards.manifest import Manifest, is_remote
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.config.schema import Config, StageSection
+from selfdistill.engine.monitoring.flops import Stage, TeacherMode
+from selfdistill.engine.runtime import zero
+from selfdistill.engine.runtime.distributed import Ranks
+from selfdistill.engine.training import teacher
+from selfdistill.launcher.doctor.devices import DEVICES, Device, best_precision, find
+from selfdistill.launcher.plan.workload import IMAGES, TEXTS, ImageWork, Workload
 
 
 class Options(pydantic.BaseModel):
@@ -204,7 +204,7 @@ def _work(options: Options, config: Config, manifests: dict[str, Manifest]) -> W
         )
     run = Run(config, Ranks(0, 0, 1, torch.device("cpu")), Path(config.output or "."))
     if kind == "text":
-        from launcher.plan.workload_text import TextWork  # transformers' models: seconds
+        from selfdistill.launcher.plan.workload_text import TextWork
 
         return TextWork(run, options.tokens, manifest)
     work = ImageWork(run)

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.monitoring.flops import TeacherMode
-from engine.runtime.zero import stage_of
-from launcher.plan.workload import Parameters
+from selfdistill.engine.monitoring.flops import TeacherMode
+from selfdistill.engine.runtime.zero import stage_of
+from selfdistill.launcher.plan.workload import Parameters
 
 #: Without ZeRO gradients are summed over the ranks in flat copies of at most so many values.
 ALL_REDUCE = 500_000_000

@@ -40,9 +40,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from engine.runtime.zero import stage_of
-from launcher.plan import memory
-from launcher.plan.workload import Parameters
+from selfdistill.engine.runtime.zero import stage_of
+from selfdistill.launcher.plan import memory
+from selfdistill.launcher.plan.workload import Parameters
 
 Collected = Literal["all-reduce", "all-gather", "reduce-scatter", "reduce", "broadcast"]
 When = Literal["forward", "backward", "alone"]

@@ -8,9 +8,9 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from engine.runtime import preemption, zero
-from launcher.plan import memory, scaling
-from launcher.plan.forecast import Job, Plan
+from selfdistill.engine.runtime import preemption, zero
+from selfdistill.launcher.plan import memory, scaling
+from selfdistill.launcher.plan.forecast import Job, Plan
 
 #: Numbers of devices that are set beside the one that is asked for.
 DEVICES = (8, 64, 1024)

@@ -9,13 +9,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from data.shards.manifest import is_remote
-from engine.runtime import zero
-from engine.training import teacher
-from launcher.plan import memory
-from launcher.plan.forecast import Job, Plan
-from launcher.plan.scaling import SHORT_STEP
-from launcher.plan.scaling_tables import feed_table, rows, scaling_table
+from selfdistill.data.shards.manifest import is_remote
+from selfdistill.engine.runtime import zero
+from selfdistill.engine.training import teacher
+from selfdistill.launcher.plan import memory
+from selfdistill.launcher.plan.forecast import Job, Plan
+from selfdistill.launcher.plan.scaling import SHORT_STEP
+from selfdistill.launcher.plan.scaling_tables import feed_table, rows, scaling_table
 
 GIB, MIB = 2**30, 2**20
 

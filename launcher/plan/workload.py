@@ -11,15 +11,15 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from data.errors import UserError
-from engine.checkpoints.folder import Run
-from engine.models import formats
-from engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
-from engine.models.weights import Pretrained
-from engine.monitoring.flops import Stage, TeacherMode
-from engine.training.kinds.image import ImageKind
-from engine.training.objectives import Feature
-from launcher.plan.activations import masked_images, whole_images
+from selfdistill.data.errors import UserError
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.models import formats
+from selfdistill.engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
+from selfdistill.engine.models.weights import Pretrained
+from selfdistill.engine.monitoring.flops import Stage, TeacherMode
+from selfdistill.engine.training.kinds.image import ImageKind
+from selfdistill.engine.training.objectives import Feature
+from selfdistill.launcher.plan.activations import masked_images, whole_images
 
 #: Hub names whose shape is known without the network: (width, depth, heads, patch size).
 IMAGES = {

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, RobertaConfig
 
-from data.cli import one_line
-from data.errors import UserError
-from data.shards.manifest import Manifest
-from engine.checkpoints.folder import Run
-from engine.models.fresh import small_config
-from engine.models.language import HEADS, MaskedLanguageModel, TextClassifier, cuts
-from engine.models.text_weights import Language, load_tokenizer
-from engine.monitoring.flops import Stage, TeacherMode
-from engine.training.kinds.text import TextKind
-from engine.training.objectives import Feature
-from launcher.plan.activations import CLS_ROW, Blocks, masked_texts, whole_texts
-from launcher.plan.workload import TEXTS, Parameters, count, unknown
+from selfdistill.data.cli import one_line
+from selfdistill.data.errors import UserError
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.models.fresh import small_config
+from selfdistill.engine.models.language import HEADS, MaskedLanguageModel, TextClassifier, cuts
+from selfdistill.engine.models.text_weights import Language, load_tokenizer
+from selfdistill.engine.monitoring.flops import Stage, TeacherMode
+from selfdistill.engine.training.kinds.text import TextKind
+from selfdistill.engine.training.objectives import Feature
+from selfdistill.launcher.plan.activations import CLS_ROW, Blocks, masked_texts, whole_texts
+from selfdistill.launcher.plan.workload import TEXTS, Parameters, count, unknown
 
 #: Bytes of English that make one token of RoBERTa's, roughly; special tokens of a text.
 BYTES_PER_TOKEN, SPECIAL = 4.2, 2

@@ -16,7 +16,7 @@ import torch
 REAL = os.environ["REAL"]
 sys.path.insert(0, REAL)
 
-from engine.runtime import devices  # noqa: E402
+from selfdistill.engine.runtime import devices  # noqa: E402
 
 visible = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
 really_take = devices.take

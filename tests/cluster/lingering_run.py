@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path[0] = os.environ["CLONE"]
 
-from engine import run  # noqa: E402
-from engine.checkpoints.folder import Run  # noqa: E402
-from engine.runtime import preemption  # noqa: E402
-from engine.training import teacher  # noqa: E402
+from selfdistill.engine import run  # noqa: E402
+from selfdistill.engine.checkpoints.folder import Run  # noqa: E402
+from selfdistill.engine.runtime import preemption  # noqa: E402
+from selfdistill.engine.training import teacher  # noqa: E402
 
 boundary = Run.boundary
 places, notes = os.environ["PLACES"].split("|"), Path(os.environ["NOTES"])

@@ -7,8 +7,8 @@ import pytest
 
 from tests.cluster.lab import Cluster
 from tests.cluster.work import clone, last, signal, submit
-from tests.helpers import ROOT
-from tests.test_preemption import STAGES, figures, same_weights, samples
+from tests.engine.runtime.test_preemption import STAGES, figures, same_weights, samples
+from tests.kit.launches import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.faults]
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import results
-from experiments.state import Sweep
+from selfdistill.experiments import results
+from selfdistill.experiments.state import Sweep
 from tests.cluster.lab import LOGIN, Cluster
-from tests.experiments_kit import command, make_specs, make_table
-from tests.helpers import ROOT, environment
+from tests.kit.experiments import command, make_specs, make_table
+from tests.kit.launches import ROOT, environment
 
 pytestmark = pytest.mark.cluster
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.cluster.lab import LOGIN, Cluster
 from tests.cluster.work import clone, last, pulse, resumed, signal, submit
-from tests.test_preemption import figures, same_weights, samples
+from tests.engine.runtime.test_preemption import figures, same_weights, samples
 
 pytestmark = [pytest.mark.cluster, pytest.mark.faults]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.lab import Cluster
-from tests.helpers import COMMON, ROOT, environment, make_world
+from tests.kit.launches import COMMON, ROOT, environment, make_world
 
 pytestmark = pytest.mark.cluster
 
@@ -26,7 +26,7 @@ def cluster() -> Iterator[Cluster]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clone whose engine/run.py is the one of pretend GPUs."""
     root = make_world(tmp_path_factory.mktemp("gpus"))
-    for name in ("slurm", "launcher", "data", "recipes", "ds_configs", ".venv"):
+    for name in ("selfdistill", "slurm", "launcher", "data", "recipes", "ds_configs", ".venv"):
         (root / name).symlink_to(ROOT / name)
     (root / "engine").mkdir()
     (root / "engine" / "run.py").symlink_to(ROOT / "tests" / "cluster" / "gpu_run.py")

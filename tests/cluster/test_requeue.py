@@ -10,7 +10,7 @@ import pytest
 
 from tests.cluster.lab import LOGIN, Cluster
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.cluster
 

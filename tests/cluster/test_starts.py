@@ -1,5 +1,6 @@
-"""What goes wrong where srun starts ranks; see tests/test_starts.py, whose table this goes on.
+"""What goes wrong where srun starts ranks.
 
+It goes on with the table of tests/engine/runtime/test_starts.py.
 A real SLURM of two hosts.
 """
 
@@ -12,7 +13,7 @@ import pytest
 
 from tests.cluster.lab import LOGIN, Cluster
 from tests.cluster.work import clone
-from tests.helpers import environment
+from tests.kit.launches import environment
 
 pytestmark = [pytest.mark.cluster, pytest.mark.faults]
 

@@ -9,7 +9,7 @@ import pytest
 import tomli_w
 
 from tests.cluster.lab import LOGIN, Cluster
-from tests.helpers import COMMON, ROOT, environment, make_world, metrics
+from tests.kit.launches import COMMON, ROOT, environment, make_world, metrics
 
 pytestmark = pytest.mark.cluster
 

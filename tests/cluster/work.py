@@ -5,9 +5,18 @@ import re
 from pathlib import Path
 
 from tests.cluster.lab import LOGIN, Cluster
-from tests.helpers import COMMON, ROOT, environment, make_world
+from tests.kit.launches import COMMON, ROOT, environment, make_world
 
-FOLDERS = ("slurm", "engine", "launcher", "data", "recipes", "ds_configs", ".venv")
+FOLDERS = (
+    "selfdistill",
+    "slurm",
+    "engine",
+    "launcher",
+    "data",
+    "recipes",
+    "ds_configs",
+    ".venv",
+)
 
 
 def clone(root: Path, *, but: tuple[str, ...] = (), other: int = 5) -> Path:

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Protocol
 
-from data.cli import nearest
-from data.errors import UserError
-from data.sources.layouts import (
+from selfdistill.data.cli import nearest
+from selfdistill.data.errors import UserError
+from selfdistill.data.sources.layouts import (
     aircraft,
     cifar100,
     cub,
@@ -16,8 +16,8 @@ from data.sources.layouts import (
     tweeteval,
     xray,
 )
-from data.sources.layouts.archive import is_archive, opened
-from data.sources.layouts.base import Layout, Options
+from selfdistill.data.sources.layouts.archive import is_archive, opened
+from selfdistill.data.sources.layouts.base import Layout, Options
 
 __all__ = [
     "NAMES",

@@ -12,8 +12,8 @@ import functools
 import io
 from pathlib import Path
 
-from data.formats import images
-from data.sources.layouts import base
+from selfdistill.data.formats import images
+from selfdistill.data.sources.layouts import base
 
 NAME = "aircraft"
 TITLE = "FGVC Aircraft 2013b"

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.errors import UserError
-from data.formats.strays import is_stray
-from data.splits import DIVIDED
+from selfdistill.data.errors import UserError
+from selfdistill.data.formats.strays import is_stray
+from selfdistill.data.splits import DIVIDED
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from data.errors import UserError
-from data.sources.samples import Sample
-from data.splits import Metric
+from selfdistill.data.errors import UserError
+from selfdistill.data.sources.samples import Sample
+from selfdistill.data.splits import Metric
 
 
 @dataclass(frozen=True)

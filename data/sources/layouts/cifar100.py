@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.errors import UserError
-from data.sources.layouts import base
-from data.sources.samples import Sample
+from selfdistill.data.errors import UserError
+from selfdistill.data.sources.layouts import base
+from selfdistill.data.sources.samples import Sample
 
 NAME = "cifar100"
 TITLE = "CIFAR-100, binary version"

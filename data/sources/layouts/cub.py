@@ -9,8 +9,8 @@ CUB_200_2011/images/001.Black_footed_Albatross/x.jpg
 
 from pathlib import Path
 
-from data.errors import UserError
-from data.sources.layouts import base
+from selfdistill.data.errors import UserError
+from selfdistill.data.sources.layouts import base
 
 NAME = "cub"
 TITLE = "CUB-200-2011"

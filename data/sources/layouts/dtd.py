@@ -8,8 +8,8 @@ Each fold has 1,880 images in each of train, val and test.
 
 from pathlib import Path, PurePosixPath
 
-from data.errors import UserError
-from data.sources.layouts import base
+from selfdistill.data.errors import UserError
+from selfdistill.data.sources.layouts import base
 
 NAME = "dtd"
 TITLE = "Describable Textures (DTD)"

@@ -9,8 +9,8 @@ The release gives the classes numbers and no names.
 
 from pathlib import Path
 
-from data.errors import UserError
-from data.sources.layouts import base, mat
+from selfdistill.data.errors import UserError
+from selfdistill.data.sources.layouts import base, mat
 
 NAME = "flowers"
 TITLE = "Oxford Flowers 102"

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.sources import texts as text_sources
-from data.sources.layouts import base
-from data.sources.samples import Columns
-from data.splits import Metric
+from selfdistill.data.sources import texts as text_sources
+from selfdistill.data.sources.layouts import base
+from selfdistill.data.sources.samples import Columns
+from selfdistill.data.splits import Metric
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 import scipy.io
 from numpy.typing import NDArray
 
-from data.errors import UserError
+from selfdistill.data.errors import UserError
 
 
 def load(path: Path, *names: str) -> list[NDArray[Any]]:

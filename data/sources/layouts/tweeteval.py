@@ -7,11 +7,11 @@ mapping.txt                    number, tab, name of the class
 
 from pathlib import Path
 
-from data.errors import UserError
-from data.formats.texts import Text
-from data.sources.layouts import base
-from data.sources.samples import Row, grouped
-from data.splits import DIVIDED
+from selfdistill.data.errors import UserError
+from selfdistill.data.formats.texts import Text
+from selfdistill.data.sources.layouts import base
+from selfdistill.data.sources.samples import Row, grouped
+from selfdistill.data.splits import DIVIDED
 
 NAME = "tweeteval"
 TITLE = "TweetEval (one task's folder)"

@@ -9,10 +9,10 @@ archive has no val folder and 5,232 in train. Both carry what macOS leaves behin
 
 from pathlib import Path
 
-from data.errors import UserError
-from data.formats.images import SUFFIXES
-from data.formats.strays import is_stray
-from data.sources.layouts import base
+from selfdistill.data.errors import UserError
+from selfdistill.data.formats.images import SUFFIXES
+from selfdistill.data.formats.strays import is_stray
+from selfdistill.data.sources.layouts import base
 
 NAME = "xray"
 TITLE = "chest X-ray pneumonia (Kermany)"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from data.errors import UserError
-from data.shards.manifest import Manifest
-from engine.checkpoints.folder import Run
-from engine.training.kinds.base import Kind
+from selfdistill.data.errors import UserError
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.training.kinds.base import Kind
 
 
 def kind_of(run: Run, manifest: Manifest) -> Kind:
@@ -21,9 +21,9 @@ def kind_of(run: Run, manifest: Manifest) -> Kind:
             f" {manifest.root} holds {manifest.kind}s: take another --recipe, or other --data"
         )
     if manifest.kind == "text":
-        from engine.training.kinds.text import TextKind  # transformers' models: seconds
+        from selfdistill.engine.training.kinds.text import TextKind
 
         return TextKind(run, manifest)
-    from engine.training.kinds.image import ImageKind
+    from selfdistill.engine.training.kinds.image import ImageKind
 
     return ImageKind(run)

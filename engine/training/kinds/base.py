@@ -7,11 +7,11 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from data.loading.codec import Codec
-from data.loading.samples import Keyed
-from data.shards.manifest import Manifest
-from engine.monitoring.monitor import Monitor
-from engine.training.objectives import Feature
+from selfdistill.data.loading.codec import Codec
+from selfdistill.data.loading.samples import Keyed
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.monitoring.monitor import Monitor
+from selfdistill.engine.training.objectives import Feature
 
 Batch = dict[str, Tensor]
 Stage = Literal["pretrain", "distill", "finetune"]

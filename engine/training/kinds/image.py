@@ -9,20 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.errors import UserError
-from data.loading.codec import Images
-from data.shards.manifest import Manifest
-from engine.checkpoints.export import export_classifier, export_mae
-from engine.checkpoints.folder import Run
-from engine.models.image import ImageAutoencoder, ImageClassifier, ImageEncoder, Normalize
-from engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
-from engine.models.weights import Pretrained, load_pretrained
-from engine.monitoring import flops, pictures
-from engine.monitoring.monitor import Monitor
-from engine.runtime.zero import full_state
-from engine.training.kinds.base import Batch, Kind, Stage, TeacherMode
-from engine.training.objectives import Feature
-from engine.training.views import Flips, MaskNoise, TwoFlips
+from selfdistill.data.errors import UserError
+from selfdistill.data.loading.codec import Images
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints.export import export_classifier, export_mae
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.models.image import (
+    ImageAutoencoder,
+    ImageClassifier,
+    ImageEncoder,
+    Normalize,
+)
+from selfdistill.engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
+from selfdistill.engine.models.weights import Pretrained, load_pretrained
+from selfdistill.engine.monitoring import flops, pictures
+from selfdistill.engine.monitoring.monitor import Monitor
+from selfdistill.engine.runtime.zero import full_state
+from selfdistill.engine.training.kinds.base import Batch, Kind, Stage, TeacherMode
+from selfdistill.engine.training.objectives import Feature
+from selfdistill.engine.training.views import Flips, MaskNoise, TwoFlips
 
 #: Images in a picture of reconstructions.
 PICTURES = 8

@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.errors import BrokenData, UserError
-from data.formats.texts import Text, Texts, parse
-from data.loading.reader import Reader
-from data.shards.manifest import Manifest, is_remote
-from engine.checkpoints.export import export_transformers
-from engine.checkpoints.folder import Run
-from engine.models.fresh import small_config
-from engine.models.language import (
+from selfdistill.data.errors import BrokenData, UserError
+from selfdistill.data.formats.texts import Text, Texts, parse
+from selfdistill.data.loading.reader import Reader
+from selfdistill.data.shards.manifest import Manifest, is_remote
+from selfdistill.engine.checkpoints.export import export_transformers
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.models.fresh import small_config
+from selfdistill.engine.models.language import (
     MaskedLanguageModel,
     TextClassifier,
     TextEncoder,
@@ -27,18 +27,18 @@ from engine.models.language import (
     load_encoder,
     with_dropout,
 )
-from engine.models.text_weights import (
+from selfdistill.engine.models.text_weights import (
     Language,
     fresh_language,
     load_language,
     load_tokenizer,
 )
-from engine.monitoring import flops
-from engine.monitoring.monitor import Monitor
-from engine.runtime.zero import full_state
-from engine.training.kinds.base import Batch, Kind, Stage, TeacherMode
-from engine.training.objectives import Feature
-from engine.training.views import MaskTokens
+from selfdistill.engine.monitoring import flops
+from selfdistill.engine.monitoring.monitor import Monitor
+from selfdistill.engine.runtime.zero import full_state
+from selfdistill.engine.training.kinds.base import Batch, Kind, Stage, TeacherMode
+from selfdistill.engine.training.objectives import Feature
+from selfdistill.engine.training.views import MaskTokens
 
 #: Texts shown with their masked tokens, and tokens shown of each.
 SHOWN, LENGTH = 4, 64

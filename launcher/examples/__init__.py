@@ -1,0 +1,1 @@
+"""Small real sets made on the spot: digits, and docstrings of installed packages."""

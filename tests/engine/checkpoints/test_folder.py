@@ -1,0 +1,60 @@
+"""A run's folder: what is complete is taken for what it is, and nothing is lost silently."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.kit.launches import make_base, make_world, run_cases
+
+pytestmark = pytest.mark.multi
+
+
+def test_a_complete_stage_is_skipped_only_if_it_is_the_same(tmp_path: Path) -> None:
+    root = make_world(tmp_path)
+    make_base(root / "other", seed=7)
+    run = root / "runs" / "x"
+    same = {
+        "data": str(root / "shards"),
+        "model": str(root / "base"),
+        "output": str(run),
+        "stage": "all",
+    }
+    recipe = root / "recipe.toml"
+    recipe.write_text('[model]\npath = "nobody/has-this-model"\n')
+    no_model = {k: v for k, v in same.items() if k != "model"}
+    printed = run_cases(
+        root / "cases",
+        [
+            same,
+            # Nothing that the figures depend on differs: all is skipped.
+            same | {"zero": "zero1", "log_every": 2, "pretrain.accumulation": 2},
+            # The run's own model comes before the recipe's.
+            no_model | {"stage": "finetune", "recipe": str(recipe)},
+            same | {"pretrain.lr": 0.5, "expect_error": "made with pretrain.lr = 0.00015"},
+            same | {"seed": 3, "expect_error": "made with seed = 0, now it is 3"},
+            same | {"model": str(root / "other"), "expect_error": "another model"},
+            same
+            | {
+                "stage": "distill",
+                "model": str(root / "other"),
+                "expect_error": "has other weights",
+            },
+            same | {"rounds": 2, "expect_error": "another start"},
+            same | {"finetune.seeds": 2, "expect_error": "with 1 seed(s), now they are 2"},
+            same
+            | {"stage": "pretrain", "pretrain.warmup": 5, "overwrite": True}
+            | {"expect_error": "pretrain.warmup 5: the stage has 5 steps"},
+            same | {"stage": "pretrain", "kind": "text", "expect_error": "a recipe for texts"},
+        ],
+        ranks=1,
+    )
+    assert printed.count("complete, skipped") >= 6
+    # The run's config.toml tells how each stage was made, whatever failed since.
+    left = tomllib.loads((run / "config.toml").read_text())
+    assert left["pretrain"]["lr"] == 1.5e-4
+    assert left["model"]["path"] == str(root / "base")
+    result = json.loads((run / "finetune" / "result.json").read_text())
+    assert result["seconds"] > 0
+    assert result["record"]["finetune.steps"] == 5

@@ -1,0 +1,424 @@
+"""Language models against transformers' own on the same weights, ids and masks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from selfdistill.data.errors import UserError
+from selfdistill.data.formats.texts import Texts, pack_rows
+from selfdistill.engine.checkpoints.export import export_transformers
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.config.schema import Config
+from selfdistill.engine.models.language import HEADS
+from selfdistill.engine.models.text_weights import load_language
+from selfdistill.engine.runtime.distributed import Ranks
+from selfdistill.engine.training.kinds.text import TextKind, _encoder
+from selfdistill.engine.training.views import MaskTokens
+from tests.kit import texts as text_kit
+
+
+def kind_of(model: Path, **more: Any) -> TextKind:
+    config = Config()
+    config.model.path = str(model)
+    for name, value in more.items():
+        section, _, leaf = name.partition("__")
+        setattr(getattr(config, section), leaf, value)
+    return TextKind(Run(config, Ranks(0, 0, 1, torch.device("cpu")), Path()), None)
+
+
+def batch_of(tokenizer: Any, texts: list[str], seed: int = 0) -> dict[str, torch.Tensor]:
+    """A padded batch, masked by a generator of its own."""
+    found = tokenizer(texts, padding=True, return_tensors="pt", return_special_tokens_mask=True)
+    ids, special = found["input_ids"], found["special_tokens_mask"].bool()
+    generator = torch.Generator().manual_seed(seed)
+    chosen = (torch.rand(ids.shape, generator=generator) < 0.4) & ~special
+    return {
+        "input_ids": ids,
+        "attention_mask": found["attention_mask"],
+        "masked_ids": ids.masked_fill(chosen, tokenizer.mask_token_id),
+        "masked_at": chosen.flatten().nonzero().flatten(),
+        "originals": ids[chosen],
+        "labels": ids.masked_fill(~chosen, -100),
+    }
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_loss_and_gradients_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    folder = text_kit.make_language(tmp_path / name, kind=name)
+    oracle = AutoModelForMaskedLM.from_pretrained(folder).train()
+    kind = kind_of(folder, mlm__dropout=0.0)
+    model = kind.autoencoder(kind.load()).train()
+    batch = batch_of(AutoTokenizer.from_pretrained(folder), text_kit.SENTENCES)
+    count = len(batch["masked_at"])
+    ours = model.reconstruct(**batch, scale=torch.tensor(1 / count))["loss"]
+    theirs = oracle(
+        input_ids=batch["masked_ids"],
+        attention_mask=batch["attention_mask"],
+        labels=batch["labels"],
+    ).loss
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    ours.backward()
+    theirs.backward()
+    gradients = {n: p.grad for n, p in model.network.named_parameters()}
+    largest = max(p.grad.norm() for p in oracle.parameters() if p.grad is not None)
+    for key, parameter in oracle.named_parameters():
+        if parameter.grad is None:
+            assert gradients[key] is None, key
+            continue
+        # Key biases have no gradient but rounding: against the largest, not their own.
+        error = (gradients[key] - parameter.grad).norm()
+        assert error <= 1e-5 * max(parameter.grad.norm(), 1e-3 * largest), key
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_features_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    folder = text_kit.make_language(tmp_path / name, kind=name)
+    oracle = AutoModel.from_pretrained(folder).eval()
+    kind = kind_of(folder)
+    encoder = kind.encoder(kind.load()).eval()
+    batch = batch_of(AutoTokenizer.from_pretrained(folder), text_kit.SENTENCES)
+    names = ("input_ids", "attention_mask")
+    with torch.no_grad():
+        ours, counts = encoder.encode(**batch)
+        theirs = oracle(**{k: batch[k] for k in names}).last_hidden_state
+    assert torch.equal(counts, batch["attention_mask"])
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    # A teacher has no dropout and padding changes nothing.
+    alone = batch_of(AutoTokenizer.from_pretrained(folder), text_kit.SENTENCES[:1])
+    with torch.no_grad():
+        short = encoder.encode(**alone)[0]
+    assert torch.allclose(short[0], ours[0, : short.shape[1]], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_classifier_is_that_of_transformers_and_exports_to_it(name: str, tmp_path: Path) -> None:
+    folder = text_kit.make_language(tmp_path / name, kind=name)
+    kind = kind_of(folder, finetune__dropout=0.0)
+    base = kind.load()
+    model = kind.classifier(base, ["a", "b", "c"], seed=3).eval()
+    state = dict(model.network.named_parameters())
+    export_transformers(tmp_path / "out", model.network, state, base.tokenizer, base.config)
+    oracle = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert oracle.config.id2label == {0: "a", 1: "b", 2: "c"}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    batch = batch_of(tokenizer, text_kit.SENTENCES)
+    with torch.no_grad():
+        ours = model.classify(**batch)
+        theirs = oracle(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    # The encoder is the base's.
+    again = load_language(str(tmp_path / "out"))
+    shared = again.encoder.keys() & base.encoder.keys()
+    assert shared == {k for k in base.encoder if "pooler" not in k}
+    assert all(torch.equal(again.encoder[k], base.encoder[k]) for k in shared)
+    assert again.decoder is None
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_export_is_exact_and_ties_stay(name: str, tmp_path: Path) -> None:
+    folder = text_kit.make_language(tmp_path / name, kind=name)
+    kind = kind_of(folder, mlm__dropout=0.3)
+    base = kind.load()
+    model = kind.autoencoder(base)
+    embedding = model.network.get_input_embeddings().weight
+    assert model.network.get_output_embeddings().weight is embedding
+    state = dict(model.network.named_parameters())
+    export_transformers(tmp_path / "out", model.network, state, base.tokenizer, base.config)
+    first, second = (load_file(p / "model.safetensors") for p in (folder, tmp_path / "out"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert load_language(str(tmp_path / "out")).sha256 == base.sha256
+    before, after = (
+        AutoModelForMaskedLM.from_pretrained(p).config for p in (folder, tmp_path / "out")
+    )
+    rate = "dropout" if name == "distilbert" else "hidden_dropout_prob"
+    assert getattr(before, rate) == getattr(after, rate) == 0.0
+
+
+def refusal(source: Path, max_length: int | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        load_language(str(source), max_length)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_model_without_a_pad_id_takes_its_tokenizers(tmp_path: Path) -> None:
+    """As some are published; positions are counted from it, so it is not to be guessed."""
+    whole = load_language(str(text_kit.make_language(tmp_path / "whole")))
+    folder = text_kit.make_language(tmp_path / "null")
+    config = json.loads((folder / "config.json").read_text())
+    for value in (None, "absent"):
+        if value is None:
+            config["pad_token_id"] = None
+        else:
+            del config["pad_token_id"]
+        (folder / "config.json").write_text(json.dumps(config))
+        found = load_language(str(folder))
+        assert found.sha256 == whole.sha256
+        assert found.max_length == whole.max_length
+        assert found.config.pad_token_id == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_position_embeddings", None),
+        ("vocab_size", None),
+        ("hidden_size", "wide"),
+        ("num_attention_heads", 5),
+        ("model_type", None),
+    ],
+)
+def test_a_config_with_a_hole_is_one_line(name: str, value: object, tmp_path: Path) -> None:
+    folder = text_kit.make_language(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: value}))
+    assert str(folder) in refusal(folder)
+
+
+def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
+    tokenizer = text_kit.make_tokenizer()
+    config = GPT2Config(vocab_size=300, n_embd=24, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    assert "'gpt2'" in refusal(tmp_path / "gpt2")
+    assert "no weights at" in refusal(tmp_path / "nowhere" / "at" / "all")
+
+    bare = text_kit.make_language(tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).unlink()
+    assert "tokenizer" in refusal(bare)
+
+    small = text_kit.make_language(tmp_path / "small")
+    larger = text_kit.make_tokenizer()
+    larger.add_tokens([f"word{i}" for i in range(50)])
+    larger.save_pretrained(small)
+    assert "has ids up to" in refusal(small)
+
+    whole = text_kit.make_language(tmp_path / "whole", tokenizer=tokenizer)
+    assert "62 tokens at most" in refusal(whole, 100)
+    tensors = load_file(whole / "model.safetensors")
+    key = "roberta.encoder.layer.1.output.dense.weight"
+    save_file({k: v for k, v in tensors.items() if k != key}, whole / "model.safetensors")
+    assert key in refusal(whole)
+    save_file(
+        tensors | {key: torch.full_like(tensors[key], torch.nan)}, whole / "model.safetensors"
+    )
+    assert "NaN" in refusal(whole)
+
+    headless = text_kit.make_language(
+        tmp_path / "headless", tokenizer=text_kit.make_tokenizer(mask=False)
+    )
+    kind = kind_of(headless)
+    with pytest.raises(UserError, match="no mask token"):
+        kind.mask(kind.load())
+
+
+def test_an_encoder_alone_gets_a_new_head(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = text_kit.make_language(tmp_path / "whole")
+    model = AutoModel.from_pretrained(folder, add_pooling_layer=False)
+    model.save_pretrained(tmp_path / "alone")
+    text_kit.make_tokenizer().save_pretrained(tmp_path / "alone")
+    kind = kind_of(tmp_path / "alone")
+    base = kind.load()
+    assert base.decoder is None
+    kind.autoencoder(base)
+    assert "no MLM head" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta-v2", "roberta"])
+def test_segments_are_those_of_the_tokenizer(name: str) -> None:
+    """Also where a text has a separator written out; a model of one segment gets none."""
+    words = ["a", "b </s> c", "<pad> d"]
+    tokenizer = text_kit.make_tokenizer(segments=name != "roberta")
+    encode = _encoder(tokenizer, 32, 1 if name == "roberta" else 2)
+    codec = Texts(encode, pad_id=1, special_ids=frozenset({0, 2}), max_length=32, bucket=32)
+    pairs = [(a, b) for a in words for b in words]
+    arrays = [np.asarray(encode(a, b)) for a, b in pairs]
+    found = codec.collate(arrays, [""] * len(arrays))
+    theirs = tokenizer(*map(list, zip(*pairs, strict=True)), padding="max_length", max_length=32)
+    assert found["input_ids"].tolist() == theirs["input_ids"]
+    assert found["attention_mask"].tolist() == theirs["attention_mask"]
+    if name == "roberta":
+        assert "token_type_ids" not in found
+    else:
+        assert found["token_type_ids"].tolist() == theirs["token_type_ids"]
+        assert found["token_type_ids"].any()
+
+
+def test_masks_are_keyed_and_leave_special_tokens() -> None:
+    ids = torch.randint(5, 300, (64, 40))
+    maskable = torch.rand(64, 40) < 0.8
+    positions = np.arange(64, dtype=np.int64)
+    mask = MaskTokens(0, 0.15, "mask", 4, 300)
+    found = mask(positions, {"input_ids": ids, "maskable": maskable})
+    chosen = np.zeros(64 * 40, bool)
+    chosen[found["masked_at"]] = True
+    chosen = chosen.reshape(64, 40)
+    assert not (chosen & ~maskable.numpy()).any()
+    assert chosen.sum() / maskable.sum() == pytest.approx(0.15, abs=0.03)
+    assert (found["masked_ids"][chosen] == 4).all()
+    assert (found["masked_ids"][~chosen] == ids.numpy()[~chosen]).all()
+    assert (found["originals"] == ids.numpy()[chosen]).all()
+    # Of a sample alone, padded to another length, the same tokens are masked.
+    one = mask(positions[7:8], {"input_ids": ids[7:8, :32], "maskable": maskable[7:8, :32]})
+    assert (one["masked_ids"][0] == found["masked_ids"][7, :32]).all()
+
+
+def test_bert_policy_has_its_shares() -> None:
+    ids = torch.randint(5, 300, (256, 64))
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    found = MaskTokens(0, 0.15, "bert", 4, 300)(
+        np.arange(256, dtype=np.int64), {"input_ids": ids, "maskable": everything}
+    )
+    after = found["masked_ids"].reshape(-1)[found["masked_at"]]
+    masked, same = (after == 4).mean(), (after == found["originals"]).mean()
+    assert masked == pytest.approx(0.8, abs=0.03)
+    assert same == pytest.approx(0.1, abs=0.03)
+    assert len(after) / ids.numel() == pytest.approx(0.15, abs=0.01)
+
+
+def test_no_maskable_token_gives_no_loss(tmp_path: Path) -> None:
+    folder = text_kit.make_language(tmp_path / "model")
+    kind = kind_of(folder)
+    model = kind.autoencoder(kind.load())
+    ids = torch.tensor([[0, 2]])
+    view = kind.mask(kind.load())(
+        np.zeros(1, np.int64), {"input_ids": ids, "maskable": torch.zeros(1, 2, dtype=torch.bool)}
+    )
+    batch = {k: torch.from_numpy(v) for k, v in view.items()} | {
+        "attention_mask": torch.ones_like(ids)
+    }
+    loss = model.reconstruct(**batch, scale=torch.tensor(1.0))["loss"]
+    assert loss.item() == 0
+    loss.backward()
+
+
+# Without padding, without waiting
+
+CUT = ["bert", "roberta", "xlm-roberta", "camembert"]
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_packed_rows_give_what_padded_ones_do(name: str, tmp_path: Path) -> None:
+    """Losses, every gradient, features and logits, of texts that share rows."""
+    folder = text_kit.make_language(tmp_path / name, kind=name)
+    kind = kind_of(folder, mlm__dropout=0.0, finetune__dropout=0.0)
+    base = kind.load()
+    texts = [*text_kit.SENTENCES, text_kit.SENTENCES[0][:9], "a", "of it", "in the"]
+    batch = batch_of(AutoTokenizer.from_pretrained(folder), texts)
+    lengths, width = batch["attention_mask"].sum(1).tolist(), batch["input_ids"].shape[1]
+    at, to = map(torch.from_numpy, pack_rows(lengths, width))
+    assert len(at) < len(texts)
+    packed = batch | {"packed_at": at, "packed_to": to}
+    scale = torch.tensor(0.1)
+    both = []
+    for entries in (batch, packed):
+        model = kind.autoencoder(base).train()
+        loss = model.reconstruct(**entries, scale=scale)["loss"]
+        tokens, counts = model.encode(**entries)
+        cls, _ = model.encode(**entries, cls_only=True)
+        (loss + tokens[counts.bool()].pow(2).mean() + cls.pow(2).mean()).backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        logits = kind.classifier(base, ["x", "y"], seed=1).eval().classify(**entries)
+        both.append((loss, tokens[counts.bool()], cls, logits, gradients))
+    for one, other in zip(both[0][:4], both[1][:4], strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    assert both[0][4].keys() == both[1][4].keys()
+    largest = max(g.norm() for g in both[0][4].values())
+    for key, gradient in both[0][4].items():
+        error = (both[1][4][key] - gradient).norm()
+        assert error <= 1e-4 * max(gradient.norm(), 1e-2 * largest), key
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_nothing_padded_needs_no_mask(name: str, tmp_path: Path) -> None:
+    folder = text_kit.make_language(tmp_path / name, kind=name)
+    encoder = kind_of(folder).encoder(kind_of(folder).load()).eval()
+    batch = batch_of(AutoTokenizer.from_pretrained(folder), text_kit.SENTENCES[:1] * 2)
+    assert batch["attention_mask"].all()
+    with torch.no_grad():
+        masked, _ = encoder.encode(**batch)
+        plain, _ = encoder.encode(**batch, unpadded=torch.ones(2, dtype=torch.bool))
+    assert torch.allclose(masked, plain, atol=1e-6)
+
+
+class Reads(TorchDispatchMode):
+    """What would wait for a device: numbers that the host reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.split(".")[0] in ("_local_scalar_dense", "all", "nonzero", "equal"):
+            self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", sorted(HEADS.keys() - {"mpnet"}))  # which adds a mask of numbers
+def test_a_step_on_texts_reads_nothing_back(name: str, tmp_path: Path) -> None:
+    """Padded, of one length, and several in a row."""
+    folder = text_kit.make_language(tmp_path / name, kind=name)
+    kind, tokenizer = kind_of(folder), AutoTokenizer.from_pretrained(folder)
+    base = kind.load()
+    model = kind.autoencoder(base).train()
+    classifier = kind.classifier(base, ["x", "y"], seed=1).train()
+    batch = batch_of(tokenizer, [*text_kit.SENTENCES, "a", "of it"])
+    equal = batch_of(tokenizer, text_kit.SENTENCES[:1] * 2)
+    assert not batch["attention_mask"].all()
+    forms = [batch, equal | {"unpadded": torch.ones(2, dtype=torch.bool)}]
+    if name in CUT:
+        lengths, width = batch["attention_mask"].sum(1).tolist(), batch["input_ids"].shape[1]
+        at, to = map(torch.from_numpy, pack_rows(lengths, width))
+        forms.append(batch | {"packed_at": at, "packed_to": to})
+    for entries in forms:
+        with Reads() as reads:
+            out = model.reconstruct(**entries, scale=torch.tensor(1.0))
+            tokens, _ = model.encode(**entries)
+            cls, _ = model.encode(**entries, cls_only=True)
+            logits = classifier.classify(**entries)
+            (out["loss"] + tokens.sum() + cls.sum() + logits.sum()).backward()
+        assert reads.found == []
+    # What is predicted is looked up when it is to be shown.
+    assert "prediction" not in out
+    shown = model.reconstruct(**batch, scale=torch.tensor(1.0), shown=True)
+    assert shown["prediction"].shape == batch["masked_at"].shape
+
+
+def test_attention_on_a_cpu_is_in_fp32(tmp_path: Path) -> None:
+    """Backward it is faster than in bf16 (`engine.models.rows_block`)."""
+    folder = text_kit.make_language(tmp_path / "roberta")
+    kind = kind_of(folder)
+    model = kind.autoencoder(kind.load()).train()
+    batch = batch_of(AutoTokenizer.from_pretrained(folder), text_kit.SENTENCES)
+    seen: set[torch.dtype] = set()
+
+    class Kinds(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if "scaled_dot_product" in func.__name__:
+                seen.update(a.dtype for a in args[:3])
+            return func(*args, **(kwargs or {}))
+
+    with Kinds():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.reconstruct(**batch, scale=torch.tensor(1.0))["loss"]
+        loss.backward()
+    assert seen == {torch.float32}

@@ -1,0 +1,116 @@
+"""Whose a failure is: the user's (2), the machine's (75), another rank's (75), or our own (1)."""
+
+import subprocess
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from selfdistill.data.errors import PeerLost, TryAgain, UserError
+from selfdistill.engine.runtime.failures import explain
+from tests.kit.launches import ROOT, environment, free_port
+
+GPU = torch.device("cuda", 1)
+
+#: Words as torch 2.11 and NCCL 2.27 put them.
+NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3699, {}, NCCL version 2.27.5\n{}"
+USERS = [
+    NCCL.format(
+        "invalid usage (run with NCCL_DEBUG=WARN for details)",
+        "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n"
+        "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000",
+    ),
+    NCCL.format("invalid usage", "ncclInvalidUsage: This usually reflects invalid usage"),
+    NCCL.format("invalid argument", "ncclInvalidArgument: Invalid value for an argument."),
+    NCCL.format(
+        "unhandled cuda error",
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+        "Cuda failure 2 'out of memory'",
+    ),
+]
+MACHINES = [
+    "CUDA error: uncorrectable ECC error encountered",
+    "CUDA error: uncorrectable NVLink error detected during the execution",
+    "CUDA error: CUDA-capable device(s) is/are busy or unavailable",
+    "CUDA error: unknown error (Xid 79: GPU has fallen off the bus)",
+]
+GONE = [
+    NCCL.format(
+        "remote process exited or there was a network error",
+        "ncclRemoteError: A call failed possibly due to a network error",
+    ),
+    NCCL.format("unhandled system error", "ncclSystemError: System call (e.g. socket) failed"),
+]
+
+
+def test_nccls_own_mistakes_are_no_lost_peers() -> None:
+    for words in USERS:
+        found = explain(dist.DistBackendError(words), 2, GPU)
+        assert isinstance(found, UserError), words
+        assert not isinstance(found, TryAgain), words
+        assert "\n" not in str(found)
+    assert "same GPU" in str(explain(dist.DistBackendError(USERS[0]), 2, GPU))
+    assert "smaller batch" in str(explain(dist.DistBackendError(USERS[3]), 2, GPU))
+    full = RuntimeError("CUDA error: out of memory")
+    assert "smaller batch" in str(explain(full, 1, GPU))
+
+
+def test_a_broken_device_is_the_machines() -> None:
+    kind = getattr(torch, "AcceleratorError", RuntimeError)
+    for words in MACHINES:
+        found = explain(kind(words), 1, GPU)
+        assert isinstance(found, TryAgain), words
+        assert not isinstance(found, PeerLost)
+        assert "cuda:1 of" in str(found)
+        assert "--exclude=" in str(found)
+
+
+def test_a_lost_peer_is_one() -> None:
+    for words in GONE:
+        assert isinstance(explain(dist.DistBackendError(words), 2, GPU), PeerLost), words
+    closed = RuntimeError("[pair.cc:553] Connection closed by peer [10.0.0.2]:1234")
+    assert isinstance(explain(closed, 2, torch.device("cpu")), PeerLost)
+
+
+def test_a_fault_of_ours_is_none_of_these() -> None:
+    for words in ("CUDA error: device-side assert triggered", "shape '[3]' is invalid for input"):
+        assert explain(RuntimeError(words), 2, GPU) is None
+    # No word of CUDA's: a tensor operation that was called wrongly.
+    assert explain(RuntimeError("invalid argument 2: wrong size"), 2, GPU) is None
+
+
+#: engine/run.py with a fault in it, and something that holds up Python's end, as NCCL may (a fake).
+FAULT = """
+import os, runpy, sys, threading, time
+sys.argv = ["engine/run.py", "--output", sys.argv[1]]
+sys.path.insert(0, os.getcwd())
+import engine.stages.sequence
+def wrong(run):
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    if run.ranks.rank == 1:
+        raise LookupError("a fault of ours")
+    run.boundary("waits for the other", wait=True)
+engine.stages.sequence.run_stages = wrong
+runpy.run_path("engine/run.py", run_name="__main__")
+"""
+
+
+@pytest.mark.multi
+def test_an_unexpected_exception_leaves_at_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("fault")
+    (folder / "fault.py").write_text(FAULT)
+    words = ["torchrun", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    began = time.monotonic()
+    done = subprocess.run(
+        [*words, str(folder / "fault.py"), str(folder / "run")],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert time.monotonic() - began < 50
+    assert "LookupError: a fault of ours" in done.stderr
+    # torchrun names the first that failed: not the other rank, which would ask to be put back.
+    assert "exitcode  : 1 " in done.stderr

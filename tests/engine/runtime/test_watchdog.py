@@ -1,0 +1,110 @@
+"""A process that makes no progress is ended with its stacks; one that does is left alone."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from selfdistill.engine.runtime.preemption import AGAIN
+from selfdistill.engine.runtime.watchdog import Watchdog
+from tests.kit.launches import ROOT, environment
+
+#: Works for a while, then hangs in a function of its own.
+HANGS = """
+import sys, time
+from pathlib import Path
+from engine.runtime.watchdog import Watchdog
+dog = Watchdog(Path(sys.argv[1]), 0, 2, 2.0)
+dog.start()
+for step in range(20):
+    dog.beat(f"step {step}")
+    time.sleep(0.2)
+def stuck_here():
+    time.sleep(60)
+stuck_here()
+"""
+
+
+def test_a_hang_is_found_in_time_and_told(tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS, str(tmp_path)],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    took = time.monotonic() - began
+    assert done.returncode == AGAIN, done.stderr
+    assert took > 4 + 2, "it was at work for four seconds"
+    assert took < 25
+    (line,) = done.stderr.splitlines()
+    assert "rank 0 on" in line
+    assert "no progress for 2" in line
+    assert "in step 19" in line
+    assert "rank 1 left no sign of life: that is where to look" in line
+    assert "Traceback" not in done.stderr
+    dump = (tmp_path / "hang-00000.txt").read_text()
+    assert "in stuck_here" in dump
+    assert "no progress" in dump
+
+
+def test_progress_keeps_it_quiet(tmp_path: Path) -> None:
+    left: list[int] = []
+    dog = Watchdog(tmp_path, 0, 1, 0.5, leave=left.append)
+    dog.start()
+    for step in range(20):
+        dog.beat(f"step {step}")
+        time.sleep(0.1)
+    pulse = json.loads((tmp_path / ".pulse" / "rank-00000.json").read_text())
+    assert pulse["where"].startswith("step ")
+    dog.stop()
+    assert not left
+    assert not list((tmp_path / ".pulse").iterdir())
+    time.sleep(1)
+    assert not left, "it was stopped"
+
+
+def test_zero_seconds_is_no_watch(tmp_path: Path) -> None:
+    dog = Watchdog(tmp_path, 0, 1, 0)
+    dog.start()
+    dog.stop()
+    assert not list(tmp_path.iterdir())
+
+
+def pulse(folder: Path, rank: int, begun: int, silent: float, *, waits: bool = False) -> None:
+    """What another rank left."""
+    content = {"time": time.time(), "host": "node2", "pid": 7, "silent": silent, "begun": begun}
+    content |= {"where": f"step {begun}", "at": "engine/training/loop.py:1 (train)", "waits": waits}
+    (folder / ".pulse").mkdir(exist_ok=True)
+    (folder / ".pulse" / f"rank-{rank:05d}.json").write_text(json.dumps(content))
+
+
+def test_who_is_ahead_waits_and_who_is_behind_is_suspect(tmp_path: Path) -> None:
+    """Under NCCL a rank that waits stands in `.item()` or `synchronize`, in no collective."""
+    dog = Watchdog(tmp_path, 0, 3, 100.0)
+    for step in range(12):
+        dog.beat(f"step {step}")
+        dog.beat()  # within a step: not one more
+    assert dog.begun == 12
+    pulse(tmp_path, 0, 12, 150.0)
+    pulse(tmp_path, 2, 12, 150.0)
+    # Rank 1 works on the step before: 0 waits for it, and goes on waiting.
+    pulse(tmp_path, 1, 11, 1.0)
+    assert dog._waits(None, dog._pulses())
+    assert dog._someone_works(dog._pulses())
+    # It works no longer: it alone is where to look.
+    pulse(tmp_path, 1, 11, 150.0)
+    assert not dog._someone_works(dog._pulses())
+    (suspect,) = dog.suspects()
+    assert "rank 1 on node2" in suspect
+    assert "in step 11, 1 behind" in suspect
+    # All at one step: who is in a collective waits, as ever.
+    pulse(tmp_path, 0, 12, 150.0, waits=True)
+    pulse(tmp_path, 1, 12, 150.0)
+    pulse(tmp_path, 2, 12, 150.0, waits=True)
+    assert not dog._waits(None, dog._pulses())
+    (suspect,) = dog.suspects()
+    assert "rank 1" in suspect

@@ -1,0 +1,499 @@
+"""Sweeps: what is planned, shared, resumed, failed; real launches at the end."""
+
+import json
+import re
+import subprocess
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from selfdistill.data.errors import UserError
+from selfdistill.experiments import results, state
+from selfdistill.experiments import run as experiments_run
+from selfdistill.experiments.plan import Plan
+from selfdistill.experiments.spec import Dataset, Method, Profile, Specs, Table, paper_figures
+from selfdistill.experiments.state import Asked, Sweep
+from tests.kit.experiments import command, make_specs, make_table, run
+from tests.kit.launches import ROOT, environment
+from tests.kit.report import finish, note
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("experiments")
+    make_specs(root, ("colours", "again"))
+    return root
+
+
+def plan(root: Path, *tables: str, datasets: tuple[str, ...] = ("colours",)) -> Plan:
+    sweep = Sweep(root / "planned", "tiny", root / "shards", root / "my", [])
+    return sweep.plan([Asked(name, datasets) for name in tables])
+
+
+# --- specs
+
+
+@pytest.mark.parametrize("kind", [Method, Dataset, Table, Profile])
+def test_every_spec_is_right(kind: type) -> None:
+    specs = Specs()
+    names = specs.names(kind)
+    assert names
+    for name in names:
+        specs.load(kind, name)
+
+
+def test_every_row_of_every_table_is_known_and_has_the_papers_figures() -> None:
+    specs, paper = Specs(), paper_figures()
+    for name in specs.names(Table):
+        table = specs.load(Table, name)
+        columns = [specs.load(Dataset, d).paper for d in table.datasets]
+        for row in table.rows:
+            method = specs.load(Method, row.method)
+            if name in paper:
+                key = row.paper or method.paper
+                assert key in paper[name], (name, row)
+                assert set(paper[name][str(key)]) == set(columns), (name, row)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('title = "x"\nstart = "nowhere"\n', "start: Input should be"),
+        ('title = "x"\nstart = "model"\n[options]\n"finetune.dropuot" = 1\n', "finetune.dropout"),
+        ('title = "x"\nstart = "model"\ncolour = 1\n', "colour: Extra inputs"),
+        ('title = "x\n', "not valid TOML"),
+    ],
+)
+def test_a_wrong_spec_is_named(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "mine.toml").write_text(text)
+    with pytest.raises(UserError, match=re.escape(told)) as caught:
+        Specs(tmp_path).load(Method, "mine")
+    assert str(tmp_path / "methods" / "mine.toml") in str(caught.value)
+
+
+def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean self_distillation"):
+        Specs().load(Method, "self_distilation")
+
+
+# --- plans
+
+
+def test_stages_are_shared_between_methods_tables_and_seeds(root: Path) -> None:
+    jobs = plan(root, "table1", "table3", "table6", "figure4", "table5").ordered()
+    names = [job.name for job in jobs]
+    assert len(set(names)) == len(names)
+    pretrained = [n for n in names if n.startswith("colours/pretrain")]
+    assert sorted(pretrained) == [
+        "colours/pretrain",
+        "colours/pretrain,objective=supcon",
+        "colours/pretrain,steps=10",
+    ]
+    distilled = sorted(n for n in names if n.startswith("colours/distill"))
+    assert distilled == [
+        "colours/distill",
+        "colours/distill#2",
+        "colours/distill#3",
+        "colours/distill#4",
+        "colours/distill,mae_weight=0.0",
+        "colours/distill,mae_weight=0.1",
+        "colours/distill,mae_weight=0.3",
+        "colours/distill,mae_weight=0.5",
+        "colours/distill,match=prediction",
+        "colours/distill,match=weights_l2",
+        "colours/distill,match=weights_mars",
+    ]
+    place = {name: i for i, name in enumerate(names)}
+    for job in jobs:
+        assert all(place[one.name] < place[job.name] for one in job.before)
+
+
+def test_levels_hold_jobs_that_do_not_wait_for_one_another(root: Path) -> None:
+    planned = plan(root, "table1")
+    levels = planned.levels()
+    assert sum(map(len, levels)) == len(planned.ordered())
+    seen: set[str] = set()
+    for level in levels:
+        assert all({one.name for one in job.before} <= seen for job in level)
+        seen |= {job.name for job in level}
+
+
+def test_the_search_uses_its_own_seed_and_no_test_data(root: Path) -> None:
+    for job in plan(root, "table1").ordered():
+        if "/search/" in job.name:
+            assert job.words["finetune.test"] is False
+            assert job.words["seed"] == 1000
+            assert job.seeds == 1
+        elif job.stage == "finetune":
+            assert "finetune.test" not in job.words
+            assert len(job.choices) == 1
+
+
+def test_a_variant_takes_over_its_methods_choice(root: Path) -> None:
+    jobs = {job.name: job for job in plan(root, "table3", "figure4").ordered()}
+    for name in ("self_distillation,rounds=3", "prediction_matching", "self_distillation"):
+        (choice,) = jobs[f"colours/{name}"].choices
+        assert all("search/self_distillation/" in job.name for _, job in choice.candidates)
+
+
+def test_the_best_validation_score_is_taken(root: Path, tmp_path: Path) -> None:
+    job = plan(root, "table1").cells[0].job
+    (choice,) = job.choices
+    with pytest.raises(UserError, match="no validation score"):
+        job.options(tmp_path)
+    for score, (_, candidate) in zip((0.5, 0.7), choice.candidates, strict=True):
+        file = tmp_path / candidate.leaves / "result.json"
+        file.parent.mkdir(parents=True)
+        metrics = {"val_accuracy": score, "val_macro_f1": 1 - score}
+        file.write_text(json.dumps({"metric": "accuracy", "metrics": metrics}))
+    assert job.options(tmp_path)["finetune.lr"] == 2e-3
+
+
+def test_a_candidate_that_diverged_loses_and_vetoes_nothing(root: Path, tmp_path: Path) -> None:
+    planned = plan(root, "table1")
+    cell = next(c for c in planned.cells if c.job.choices)
+    (choice,) = cell.job.choices
+    *others, (_, bad) = choice.candidates
+    for number, (_, job) in enumerate(others):
+        finish(tmp_path, job)
+        assert job.validation(tmp_path) is not None, number
+    with pytest.raises(UserError, match=f"waits for {bad.name}"):
+        choice.best(tmp_path)
+    note(tmp_path, bad, "failed", "the loss is not finite at step 3: loss = nan: lower")
+    assert choice.best(tmp_path) in [options for options, _ in others]
+    assert state.status(tmp_path, bad) == "done"
+    note(tmp_path, bad, "failed", "No space left on device")
+    assert state.status(tmp_path, bad) == "failed"
+    assert state.status(tmp_path, cell.job) == "blocked"
+    for _, job in choice.candidates:
+        (tmp_path / job.leaves / "result.json").unlink(missing_ok=True)
+        note(tmp_path, job, "failed", "the loss is not finite at step 3: loss = nan: lower")
+    with pytest.raises(UserError, match="every candidate of its search diverged"):
+        choice.best(tmp_path)
+
+
+def test_a_method_may_name_the_tables_that_it_is_a_row_of(root: Path) -> None:
+    text = 'title = "mine"\nstart = "model"\ntables = ["table1", "figure4"]\n'
+    spec(root / "my", "methods", "joins", text)
+    try:
+        assert plan(root, "table1").cells[-1].method.name == "joins"
+        assert "joins" not in [row.method for row in Specs(root / "my").load(Table, "table1").rows]
+        with pytest.raises(UserError, match="a row needs a place x"):
+            plan(root, "figure4")
+    finally:
+        (root / "my" / "methods" / "joins.toml").unlink()
+
+
+def test_only_restricts(root: Path) -> None:
+    sweep = Sweep(root / "planned", "tiny", root / "shards", root / "my", [])
+    both = ("colours", "again")
+    cells = sweep.plan([Asked("table1", both, ("again/recadam", "fine_tuning"))]).cells
+    found = {(c.dataset.name, c.method.name) for c in cells}
+    assert found == {("again", "recadam"), ("colours", "fine_tuning"), ("again", "fine_tuning")}
+
+
+def test_a_set_without_val_is_left_out_where_validation_decides(root: Path, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "colours").mkdir(exist_ok=True)
+        (tmp_path / "colours" / split).symlink_to(root / "shards" / "colours" / split)
+    (tmp_path / "again").symlink_to(root / "shards" / "again")
+    sweep = Sweep(tmp_path / "s", "tiny", tmp_path, root / "my", [])
+    planned = sweep.plan([Asked("table1", ("colours", "again"))])
+    assert {cell.dataset.name for cell in planned.cells} == {"again"}
+    assert list(planned.unsearchable) == ["colours"]
+    with pytest.raises(UserError, match="no val split to choose by"):
+        experiments_run.missing(sweep.plan([Asked("table1", ("colours",))]), ())
+
+
+# --- what must not be mixed up
+
+
+def spec(my: Path, part: str, name: str, text: str) -> None:
+    (my / part / f"{name}.toml").write_text(text)
+
+
+def test_what_a_row_says_itself_is_not_searched(root: Path) -> None:
+    my = root / "my"
+    rows = "".join(
+        f'[[rows]]\nmethod = "fine_tuning"\noptions = {{ "finetune.lr" = {lr} }}\n'
+        for lr in (1e-5, 1e-2)
+    )
+    spec(my, "tables", "rates", f'title = "rates"\ndatasets = ["colours"]\n{rows}')
+    cells = plan(root, "rates").cells
+    told = [cell.job.options(root / "nowhere")["finetune.lr"] for cell in cells]
+    assert told == [1e-5, 1e-2], "without a search there is nothing to wait for"
+
+
+def test_a_methods_own_grid_replaces_the_profiles(root: Path) -> None:
+    my = root / "my"
+    method = 'title = "x"\nstart = "model"\n[search]\n"finetune.lr" = [1e-5, 3e-5]\n'
+    spec(my, "methods", "own_grid", method)
+    make_table(my, "grids", ["own_grid"], ["colours"])
+    (choice,) = plan(root, "grids").cells[0].job.choices
+    assert [options for options, _ in choice.candidates] == [
+        {"finetune.lr": 1e-5},
+        {"finetune.lr": 3e-5},
+    ]
+    for options, job in choice.candidates:
+        assert job.options(root / "nowhere")["finetune.lr"] == options["finetune.lr"]
+
+
+def test_a_rows_own_value_changes_nothing_of_its_methods_search(root: Path) -> None:
+    """Whichever of the two is planned first."""
+    my = root / "my"
+    text = 'title = "x"\nstart = "model"\n[search]\n"finetune.dropout" = [0.0, 0.2]\n'
+    spec(my, "methods", "two_grids", text)
+    fixed = '[[rows]]\nmethod = "two_grids"\noptions = { "finetune.lr" = 1e-5 }\n'
+    usual = '[[rows]]\nmethod = "two_grids"\n'
+    for number, rows in enumerate((fixed + usual, usual + fixed)):
+        head = f'title = "order"\ndatasets = ["colours"]\n{rows}'
+        spec(my, "tables", f"order_{number}", head)
+        cells = {bool(c.row.options): c.job for c in plan(root, f"order_{number}").cells}
+        searched = [[sorted(o) for o, _ in choice.candidates] for choice in cells[False].choices]
+        assert searched == [[["finetune.lr"]] * 2, [["finetune.dropout"]] * 2]
+        for _, candidate in cells[False].choices[1].candidates:
+            assert len(candidate.choices) == 1, "dropout is tried at the rate that was chosen"
+        assert all(options["finetune.lr"] == 1e-5 for options in cells[True].possible())
+        assert len(cells[True].choices) == 1
+
+
+def test_a_search_of_earlier_stages_is_refused(tmp_path: Path) -> None:
+    text = 'title = "x"\nstart = "distill"\n[search]\n"distill.weight" = [0.1, 10.0]\n'
+    (tmp_path / "methods").mkdir()
+    spec(tmp_path, "methods", "deep", text)
+    with pytest.raises(UserError, match="would train the stages before it anew"):
+        Specs(tmp_path).load(Method, "deep")
+
+
+@pytest.mark.parametrize("name", ["pretrain", "distill", "search"])
+def test_a_methods_name_is_no_stages(tmp_path: Path, name: str) -> None:
+    (tmp_path / "methods").mkdir()
+    spec(tmp_path, "methods", name, 'title = "x"\nstart = "model"\n')
+    with pytest.raises(UserError, match="is the folder of a stage"):
+        Specs(tmp_path).load(Method, name)
+
+
+def test_the_larger_number_of_seeds_holds(root: Path) -> None:
+    make_table(root / "my", "two", ["fine_tuning"], ["colours"], seeds=2)
+    for tables in (("two", "table1"), ("table1", "two")):
+        job = next(j for j in plan(root, *tables).ordered() if j.name == "colours/fine_tuning")
+        assert job.seeds == 5
+
+
+def test_values_that_differ_in_signs_have_folders_of_their_own(root: Path) -> None:
+    rows = "".join(
+        f'[[rows]]\nmethod = "fine_tuning"\noptions = {{ "zero" = "{zero}" }}\n'
+        for zero in ("a/b", "a_b")
+    )
+    spec(root / "my", "tables", "signs", f'title = "s"\ndatasets = ["colours"]\n{rows}')
+    assert len({cell.job.name for cell in plan(root, "signs").cells}) == 2
+
+
+@pytest.mark.parametrize(("profile", "data"), [("small", "again"), ("paper", "again")])
+def test_the_shipped_profiles_run_every_method(root: Path, profile: str, data: str) -> None:
+    """Whatever the searches choose, no method is refused."""
+    sweep = Sweep(root / "planned", profile, root / "shards", root / "my", [])
+    tables = [Asked(name, (data,)) for name in ("table1", "table3", "table5", "figure4")]
+    planned = sweep.plan(tables)
+    experiments_run.check(root / "planned", planned)
+    assert len(planned.cells) > 15
+
+
+def test_what_was_made_otherwise_is_refused(root: Path, tmp_path: Path) -> None:
+    planned = plan(root, "table1")
+    job = next(c.job for c in planned.cells if c.method.name == "further_pretraining")
+    shards = root / "shards"
+    words = ["--stage", "finetune", "--finetune.lr", "0.001", "--finetune.seeds", "3"]
+    words += ["--finetune.weights", str(tmp_path / "here")]
+
+    def begin(*changed: str) -> None:
+        told = list(words)
+        for name, value in zip(changed[::2], changed[1::2], strict=True):
+            told[told.index(name) + 1] = value
+        state.begin(tmp_path, job, told, shards)
+
+    begin()
+    begin("--finetune.lr", "0.002")  # nothing is there yet
+    (tmp_path / job.leaves / "checkpoints" / "step-1").mkdir(parents=True)
+    begin("--finetune.lr", "0.001")  # a launch that was refused leaves a folder
+    begin("--finetune.lr", "0.002")
+    (tmp_path / job.leaves / "checkpoints" / "step-1" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"made with --finetune\.lr 0\.002, now it is 0\.001"):
+        begin()
+    begin("--finetune.lr", "0.002", "--finetune.seeds", "5")
+    with pytest.raises(UserError, match=r"made with --finetune\.weights here, now it is there"):
+        begin("--finetune.lr", "0.002", "--finetune.weights", str(tmp_path / "there"))
+    result = {"manifest": "of other data", "metric": "accuracy", "metrics": {}, "n": 5}
+    (tmp_path / job.leaves / "result.json").write_text(json.dumps(result))
+    with pytest.raises(UserError, match="learnt from other data"):
+        begin("--finetune.lr", "0.002")
+    (tmp_path / job.leaves / "result.json").unlink()
+    # A first stage that was made of a set that has been packed anew since.
+    (first,) = job.needs
+    state.begin(tmp_path, first, ["--stage", "pretrain"], shards)
+    (tmp_path / first.leaves).mkdir(parents=True)
+    (tmp_path / first.leaves / "result.json").write_text(json.dumps(result))
+    with pytest.raises(UserError, match="learnt from other data"):
+        state.check(tmp_path, first, ["--stage", "pretrain"], shards)
+    (tmp_path / first.leaves / "result.json").unlink()
+    (tmp_path / first.leaves).rmdir()
+    time.sleep(0.01)
+    state.begin(tmp_path, job.needs[0], ["--stage", "pretrain"], shards)
+    with pytest.raises(UserError, match="before it was made anew"):
+        begin("--finetune.lr", "0.002")
+
+
+def test_an_old_error_is_not_told_again(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    first = f"{state.LAUNCH}--a 1\nerror: an old mistake\n"
+    log.write_text(first)
+    assert state.error_of(log, 2) == "an old mistake"
+    log.write_text(first + f"{state.LAUNCH}--a 2\nstep 1\n")
+    assert state.error_of(log, -9) == "killed by signal 9"
+    assert state.error_of(log, 137) == "killed by signal 9"
+    assert state.error_of(log, 1) == "step 1"
+
+
+def test_two_calls_are_not_at_work_at_once(tmp_path: Path) -> None:
+    second = experiments_run.alone(tmp_path)
+    with experiments_run.alone(tmp_path), pytest.raises(UserError, match="another call"), second:
+        pass
+    with experiments_run.alone(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"asked": [{}]}'])
+def test_a_broken_record_of_the_sweep_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(UserError, match="is not what experiments"):
+        Sweep.open(tmp_path)
+
+
+def test_tables_that_are_asked_for_again_join(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, "tiny", tmp_path, None, [])
+    sweep.ask([Asked("table1", (), ("cub",)), Asked("table2")])
+    sweep.ask([Asked("table1", (), ("dtd", "cub")), Asked("table1", ("dogs",), ())])
+    assert sweep.asked == [
+        Asked("table2"),
+        Asked("table1", (), ("cub", "dtd")),
+        Asked("table1", ("dogs",), ()),
+    ]
+    sweep.ask([Asked("table1", seeds=3)])
+    sweep.ask([Asked("table1", only=("cub",))])
+    assert sweep.asked[-1] == Asked("table1", seeds=3)
+    sweep.save()
+    assert Sweep.open(tmp_path).asked == sweep.asked
+    sweep.ask([Asked("table1", ("cub", "dogs")), Asked("table1", ("dtd",), seeds=5)])
+    assert sweep.asked[-2:] == [Asked("table1", ("dogs", "cub")), Asked("table1", ("dtd",), (), 5)]
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "no table is named"),
+        (("tabel1",), "did you mean table1"),
+        (("table1",), "none of its data sets can be taken"),
+        (("table1", "--only", "recadm", "--datasets", "colours"), "Did you mean recadam?"),
+        (("table1", "--ranks", "0", "--datasets", "colours"), "--ranks 0: give 1 or more"),
+        (("table1", "--seeds", "1", "--datasets", "colours"), "--seeds 1: give 2 or more"),
+        (("table1", "--slurm", "--ranks", "8"), "SLURM decides these"),
+        (("table1", "--profil", "x"), "--profile"),
+    ],
+)
+def test_mistakes(root: Path, words: tuple[str, ...], told: str) -> None:
+    done = run(root, *words)
+    assert done.returncode == 2
+    assert told in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+# --- real launches
+
+
+def finished(sweep: Path) -> dict[str, int]:
+    """Every result that is there, and when it was made."""
+    return {
+        str(path.relative_to(sweep)): path.stat().st_mtime_ns
+        for path in sorted(sweep.rglob("result.json"))
+    }
+
+
+@pytest.mark.multi
+def test_a_killed_sweep_goes_on_and_a_failed_cell_stops_only_itself(root: Path) -> None:
+    my = root / "my"
+    broken = 'title = "broken"\nstart = "model"\n[options]\n"finetune.warmup" = 99\n'
+    (my / "methods" / "broken.toml").write_text(broken)
+    make_table(my, "core", ["further_pretraining", "broken"], ["colours"])
+    sweep, words = root / "sweep", command(root, "core", "--jobs", "1")
+    process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 300
+    while not (sweep / "colours" / "further_pretraining" / "finetune" / "seed-0").exists():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    before = finished(sweep)
+    assert "colours/pretrain/pretrain/result.json" in before
+    done = run(root, "core", "--jobs", "2")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "1 of the jobs failed" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    after = finished(sweep)
+    assert before.items() <= after.items(), "nothing that was finished is done again"
+    outcomes = {c.method.name: results.outcome(sweep, c) for c in Sweep.open(sweep).plan().cells}
+    assert outcomes["broken"].status == "failed"
+    assert "--finetune.warmup 99" in outcomes["broken"].message
+    good = outcomes["further_pretraining"]
+    assert good.status == "done"
+    assert sorted(good.results) == [0, 1]
+    assert good.sample("score").n == good.sample("analysis.test_loss").n == 2
+    assert good.sample("seconds").values[0] > good.results[0]["seconds"]  # the stages before
+    again = run(root, "core", "--only", "further_pretraining")
+    assert again.returncode == 0
+    assert finished(sweep) == after
+
+
+@pytest.mark.multi
+def test_the_documents_example_runs(tmp_path: Path) -> None:
+    """docs/experiments.md: a data set, a method and a table of one's own, a file each."""
+    my = make_specs(tmp_path, ("leaves",))
+    (my / "datasets" / "leaves.toml").unlink()
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    found = re.findall(r"`my/(\S+\.toml)`:\n\n```toml\n(.*?)```", page, re.S)
+    assert [name for name, _ in found] == [
+        "datasets/leaves.toml",
+        "methods/gentle_start.toml",
+        "tables/mine.toml",
+    ]
+    for name, text in found:
+        # Five steps of warm-up are all that the tiny schedule has.
+        (my / name).write_text(text.replace('"finetune.warmup" = 5', '"finetune.warmup" = 2'))
+    done = run(tmp_path, "mine")
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = Sweep.open(tmp_path / "sweep").plan().cells
+    sweep = tmp_path / "sweep"
+    assert [state.status(sweep, c.job) for c in cells] == ["done", "done"]
+    # What validation chose is what the reported runs were given.
+    (choice,) = cells[1].job.choices
+    chosen = choice.best(sweep)["finetune.dropout"]
+    config = (sweep / cells[1].job.leaves / "seed-0" / "config.toml").read_text()
+    assert tomllib.loads(config)["finetune"]["dropout"] == chosen
+
+
+def test_statistics_against_scipy() -> None:
+    from scipy import stats
+
+    a = results.Sample({0: 1.0, 1: 2.5, 2: 4.0, 3: 3.0})
+    b = results.Sample({1: 2.0, 2: 3.0, 3: 3.5, 4: 9.0})
+    difference = a.minus(b)
+    assert difference.values == {1: 0.5, 2: 1.0, 3: -0.5}
+    test = stats.ttest_rel([2.5, 4.0, 3.0], [2.0, 3.0, 3.5])
+    low, high = test.confidence_interval(0.95)
+    assert difference.interval() == pytest.approx((low, high))

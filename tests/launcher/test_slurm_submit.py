@@ -1,0 +1,136 @@
+"""`python -m launcher.slurm submit` without SLURM: what it would do, and mistakes."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from selfdistill.launcher import slurm
+from selfdistill.launcher.examples import __main__ as example
+from selfdistill.launcher.slurm import ROOT
+from tests.kit import command as command_line
+
+GIVEN = ["submit", "--recipe=vit_base", "--model=m", "--output=runs/x", "--data", "my data"]
+CHAIN = ["--stages", "pretrain,distill,finetune"]
+
+
+def call(*words: str) -> int:
+    try:
+        slurm.main(words)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def commands(printed: str) -> list[tuple[dict[str, str], list[str]]]:
+    """Variables and words of each sbatch that a dry run prints."""
+    found = []
+    for part in printed.replace("\\\n", " ").split("\n"):
+        words = shlex.split(part) if "sbatch --parsable" in part else []
+        if words:
+            at = words.index("sbatch")
+            found.append((dict(w.split("=", 1) for w in words[:at]), words[at:]))
+    return found
+
+
+def test_one_job(capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--nodes", "4", "--gpus", "8", "--time", "1-00:00:00", "--mae.ratio", "0.5"]
+    assert call(*GIVEN, *more, "--compare", "--dry_run") == 0
+    printed = capsys.readouterr().out
+    assert (ROOT / "slurm" / "selfdistill.sh").read_text() in printed
+    ((variables, words),) = commands(printed)
+    assert variables["DATA"] == "my data"
+    assert variables["ARGS"] == "--mae.ratio 0.5 --compare"
+    assert {"--nodes=4", "--gpus-per-node=8", "--ntasks-per-node=8", "--time=1-00:00:00"} < {*words}
+
+
+def test_a_chain_waits_stage_by_stage_and_fine_tunes_as_an_array(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert call(*GIVEN, *CHAIN, "--seeds", "5", "--seed=7", "--dry_run") == 0
+    found = commands(capsys.readouterr().out)
+    assert [variables["STAGE"] for variables, _ in found] == CHAIN[1].split(",")
+    assert "--dependency" not in " ".join(found[0][1])
+    for (_, words), before in zip(found[1:], ("pretrain", "distill"), strict=True):
+        assert f"--dependency=afterok:<id of {before}>" in words
+        assert "--kill-on-invalid-dep=yes" in words
+    assert "--array=0-4" in found[2][1]
+    assert found[2][0]["SEED"] == "7"
+    assert "--seed" not in found[2][0]["ARGS"]  # each task gives its own
+
+
+def test_without_a_recipe_the_default_of_the_templates_is_not_taken(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert call("submit", "--data", "d", "--output", "o", "--dry_run") == 0
+    ((variables, _),) = commands(capsys.readouterr().out)
+    assert variables["RECIPE"] == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "write python -m launcher.slurm submit"),
+        ([*GIVEN, "--node", "3"], "unknown option --node. Did you mean --nodes?"),
+        ([*GIVEN, "--mae.ration", "3"], "Did you mean --mae.ratio?"),
+        ([*GIVEN, "--mae.ratio", "3"], "--mae.ratio 3: Input should be less than 1"),
+        ([*GIVEN, "--nodes", "none"], "--nodes none: Input should be a valid integer"),
+        ([*GIVEN, "--nodes"], "--nodes has no value"),
+        ([*GIVEN, "--data", "x"], "--data is given twice"),
+        ([*GIVEN, "--stage", "distill"], "write --stages"),
+        ([*GIVEN, "--stages", "distill,pretrain"], "in this order"),
+        ([*GIVEN, "--seeds", "3"], "add --stages pretrain,distill,finetune"),
+        (["submit", "--recipe", "vit_base", "--data", "d"], "--output is missing"),
+        (["submit", "--recipe", "vit_base", "--output", "o"], "--data is missing"),
+        (["submit", "--recipe", "vit_bas", "--output", "o"], "did you mean vit_base?"),
+        (["submit", "quickstart"], "'quickstart' belongs to no option"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    capsys: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    assert call(*words, *(["--dry_run"] if words else [])) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_without_slurm_it_says_so_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert call(*GIVEN) == 2
+    assert capsys.readouterr().err.startswith("error: there is no sbatch on PATH")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_templates_are_whole() -> None:
+    for script in sorted((ROOT / "slurm").glob("*.sh")):
+        assert subprocess.run(["bash", "-n", script]).returncode == 0, script
+        if script.name != "common.sh":
+            before = script.read_text().partition("\nsource ")[0].splitlines()
+            # sbatch reads its directives up to the first command.
+            assert all(not line or line.startswith("#") for line in before), script
+            assert "#SBATCH --signal=USR2@180" in before
+
+
+def test_the_example_is_packed_once_by_whoever_is_first(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launcher.examples", "images", str(tmp_path / "digits")]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in "ab"]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(line.count(str(tmp_path / "digits")) for line in said) == [0, 3]
+    assert os.listdir(tmp_path) == ["digits"]
+    assert sorted(os.listdir(tmp_path / "digits")) == ["test", "train", "val"]
+
+
+def test_the_example_replaces_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").touch()
+    assert command_line.call(example.main, "images", tmp_path) == 2
+    assert "is in the way" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["mine.txt"]

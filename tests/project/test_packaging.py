@@ -1,0 +1,89 @@
+"""The wheel holds what a clone holds, under one name, and its commands work."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.kit.launches import BIN, COMMON, ROOT, environment, free_port, make_base, make_images
+
+FOLDERS = ("data", "engine", "experiments", "launcher", "ds_configs", "recipes", "slurm")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Built from a copy of what is tracked, since the build writes beside its sources."""
+    copy = tmp_path_factory.mktemp("clone")
+    own = shutil.ignore_patterns("__pycache__")
+    for folder in (*FOLDERS, "selfdistill"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=own, symlinks=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    build = "from setuptools import build_meta as b; print(b.build_wheel('.'))"
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=copy, capture_output=True, text=True, check=True
+    )
+    return zipfile.ZipFile(copy / done.stdout.split()[-1])
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that has the wheel on its Python path, as site-packages would."""
+    folder = tmp_path_factory.mktemp("installed")
+    wheel.extractall(folder / "site")
+    return folder
+
+
+def run(installed: Path, *words: str | Path) -> str:
+    """Runs a command of the installed copy, away from the clone; what it printed."""
+    done = subprocess.run(
+        list(map(str, words)),
+        cwd=installed,
+        env=environment(PYTHONPATH=str(installed / "site")),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout
+
+
+def test_the_wheel_holds_every_file_under_one_name(wheel: zipfile.ZipFile) -> None:
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    expected = {
+        f"selfdistill/{path.relative_to(ROOT)}"
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert names == expected | {"selfdistill/__init__.py", "selfdistill/__main__.py"}
+
+
+def test_commands_of_an_installed_copy(installed: Path) -> None:
+    command = (sys.executable, "-m", "selfdistill")
+    listed = run(installed, *command, "--help")
+    for line in listed.splitlines():
+        if line.startswith("  selfdistill "):
+            assert (ROOT / (line.split()[1].replace(".", "/") + ".py")).exists() or (
+                ROOT / line.split()[1].replace(".", "/") / "__main__.py"
+            ).exists(), line
+    assert "python -m selfdistill.data.pack" in run(installed, *command, "data.pack", "--help")
+    wrong = subprocess.run([*command, "data.pak"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "Did you mean data.pack?" in wrong.stderr
+
+
+def test_an_installed_copy_trains(installed: Path) -> None:
+    make_images(installed / "images")
+    make_base(installed / "base")
+    run(installed, sys.executable, "-m", "selfdistill", "data.pack", "images", "shards")
+    options = COMMON | {"pretrain.steps": 2, "data": "shards", "model": "base", "output": "run"}
+    run(
+        installed,
+        *(BIN / "deepspeed", "--num_gpus", "2", "--master_port", str(free_port())),
+        *("--module", "selfdistill.engine.run", "--stage", "pretrain"),
+        *(f"--{name}={value}" for name, value in options.items()),
+    )
+    assert (installed / "run" / "pretrain" / "result.json").exists()

@@ -6,7 +6,6 @@ import functools
 import itertools
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.sizes import CLASSES, SIZES, Batch, Stage, config_of, head, network
-from selfdistill.engine.checkpoints.checkpoint import State
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.config.schema import Config, StageSection
 from selfdistill.engine.models.language import MaskedLanguageModel, TextClassifier, TextEncoder
 from selfdistill.engine.models.weights import load_pretrained
-from selfdistill.engine.monitoring.monitor import Meter
 from selfdistill.engine.runtime import distributed
 from selfdistill.engine.runtime.allocator import keep_memory
 from selfdistill.engine.runtime.zero import chosen
-from selfdistill.engine.training.fit import build_engine
+from selfdistill.engine.training.engine import build_engine
 from selfdistill.engine.training.kinds.image import ImageKind
 from selfdistill.engine.training.kinds.text import TextKind
-from selfdistill.engine.training.loop import Loop, take_step
+from selfdistill.engine.training.loop import loss_scale, take_step
 from selfdistill.engine.training.objectives import (
     ClassifyObjective,
     DistillObjective,
@@ -147,22 +144,13 @@ def make(
     def count(entries: Batch) -> int | None:
         return len(entries["masked_at"]) if "masked_at" in entries and stage != "finetune" else None
 
-    loop = Loop(
-        engine=engine,
-        batches=itertools.cycle(batches),
-        inputs=inputs,
-        plan=plan,
-        steps=10**6,
-        seed=0,
-        state=State(0, 0, {}, "", ranks.world),
-        count=count,
-    )
-    meter = Meter(unit="samples", peak_flops=None)
     engine.train()
+    repeated, taken = itertools.cycle(batches), itertools.count()
 
     def step() -> Tensor:
-        losses = take_step(loop, meter, ranks, measure=False)[0]
-        loop.state = replace(loop.state, step=loop.state.step + 1)
-        return losses["loss"]
+        given = [next(repeated)]
+        scale = loss_scale([count(entries) for entries in given], ranks)
+        done = take_step(engine, given, inputs, plan, ranks, seed=0, taken=next(taken), scale=scale)
+        return done.losses["loss"]
 
     return step, engine

@@ -132,7 +132,7 @@ class _Stepper:
         from selfdistill.engine.models.image import ImageAutoencoder, Normalize
         from selfdistill.engine.models.vit_mae import ViTMAE
         from selfdistill.engine.models.weights import load_pretrained
-        from selfdistill.engine.training.fit import build_engine
+        from selfdistill.engine.training.engine import build_engine
         from selfdistill.engine.training.objectives import DistillObjective
 
         config = configuration.load(

@@ -16,7 +16,7 @@ import logging
 import time
 import traceback
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from selfdistill.engine.runtime import preemption
 
@@ -26,6 +26,9 @@ if __name__ == "__main__":
 from selfdistill.data.cli import one_line
 from selfdistill.data.errors import PeerLost, TryAgain, UserError
 from selfdistill.engine.config import options as configuration
+
+if TYPE_CHECKING:
+    from selfdistill.engine.checkpoints.folder import Run
 
 
 def parse(argv: list[str]) -> dict[str, Any]:
@@ -123,7 +126,6 @@ def _run(argv: list[str]) -> None:
     if ranks.device.type == "cpu":
         keep_memory()
     from selfdistill.engine.checkpoints.folder import open_run
-    from selfdistill.engine.stages.sequence import run_stages
 
     try:
         run = open_run(settings, ranks)
@@ -147,6 +149,32 @@ def _run(argv: list[str]) -> None:
         raise UserError(
             f"the loss is not finite at {error}: lower the learning rate, or use bf16 or fp32"
         ) from error
+
+
+def run_stages(run: Run) -> None:
+    """Runs what `--stage` names, in order; complete stages are skipped."""
+    from selfdistill.engine.stages.distill import Distill
+    from selfdistill.engine.stages.finetune import finetune
+    from selfdistill.engine.stages.pretrain import pretraining
+    from selfdistill.engine.training.loop import run_stage
+
+    config = run.config
+    if config.stage in ("pretrain", "all"):
+        run.boundary("pretrain", wait=True)
+        run_stage(pretraining(run))
+    if config.stage in ("distill", "all"):
+        for number in range(1, config.rounds + 1):
+            run.boundary(f"distill-{number}", wait=True)
+            run_stage(Distill(run, number))
+    if config.stage == "finetune":
+        finetune(run, config.finetune.start)
+    if config.stage == "all":
+        starts = [config.finetune.start]
+        if config.compare:
+            rounds = [f"distill-{number}" for number in range(1, config.rounds)]
+            starts = ["model", "pretrain", *rounds, "auto"]
+        for start in starts:
+            finetune(run, start)
 
 
 def _patient(seconds: float) -> bool:

@@ -6,21 +6,27 @@ Chromium, waits until every chart and picture of the tab is truly drawn, and end
 
 import contextlib
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import quote
 
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
 from selfdistill.data import cli
 from selfdistill.data.errors import UserError
-from selfdistill.launcher.chromium import Page
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 Tab = Literal["timeseries", "scalars", "images", "text", "hparams"]
+
+#: Programs that are a Chromium, as they are looked for on PATH.
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 #: Tallest picture in pixels; what lies below is left out.
 TALLEST = 8000
@@ -106,6 +112,37 @@ class Card(NamedTuple):
 
 
 @contextlib.contextmanager
+def chromium(width: int = 1400, height: int = 1000) -> Iterator["Page"]:
+    """A page of this machine's Chromium, headless, with an empty profile.
+
+    Args:
+        width: of the window in CSS pixels.
+        height: of the window in CSS pixels.
+
+    Raises:
+        UserError: there is no Chromium on PATH, or playwright is not installed.
+    """
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise UserError(
+            "playwright, which drives Chromium, is not installed: pip install selfdistill[docs]"
+        ) from None
+    program = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if program is None:
+        raise UserError(
+            "no Chromium on PATH: `make chromium` installs it on Debian and Ubuntu; elsewhere "
+            "install your system's package 'chromium'"
+        )
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program)
+        try:
+            yield browser.new_page(viewport={"width": width, "height": height})
+        finally:
+            browser.close()
+
+
+@contextlib.contextmanager
 def tensorboard(folder: Path) -> Iterator[str]:
     """Runs TensorBoard over a folder of runs; gives its address.
 
@@ -164,10 +201,10 @@ def take(
     if tab != "hparams":
         _check_tags(folder, tab, tags)
     deadline = time.monotonic() + timeout
-    with tensorboard(folder) as address, Page(width, height or 1000) as page:
+    with tensorboard(folder) as address, chromium(width, height or 1000) as page:
         # The newer tabs read the query, the older ones the fragment.
         found = f"tagFilter={quote(tags)}"
-        page.open(f"{address}/?{found}#{tab}&{found}" if tags else f"{address}/#{tab}")
+        page.goto(f"{address}/?{found}#{tab}&{found}" if tags else f"{address}/#{tab}")
         prepare = f"prepare({str(bool(tags)).lower()}, {str(actual_size).lower()})"
         picture, cards = _rest(page, prepare, tab, folder, deadline)
         tall = height or 1000
@@ -176,7 +213,7 @@ def take(
         # What comes into sight is loaded then, and may make the page taller still.
         while grows and tall < TALLEST and (more := page.evaluate(f"{SCRIPT}.missing()")):
             tall = min(tall + int(more), TALLEST)
-            page.resize(width, tall)
+            page.set_viewport_size({"width": width, "height": tall})
             picture, cards = _rest(page, prepare, tab, folder, deadline)
     return picture, cards
 
@@ -213,7 +250,7 @@ def _check_tags(folder: Path, tab: Tab, tags: str) -> None:
 
 
 def _rest(
-    page: Page, prepare: str, tab: Tab, folder: Path, deadline: float
+    page: "Page", prepare: str, tab: Tab, folder: Path, deadline: float
 ) -> tuple[bytes, list[Card]]:
     """Waits until all cards are drawn and the picture changes no more."""
     last: Any = None

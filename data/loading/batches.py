@@ -5,13 +5,14 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing import get_start_method
-from typing import Any
+from typing import Any, TypedDict
 
 import psutil
 import torch
 from torch.utils.data import DataLoader
 
 from selfdistill.data.errors import UserError
+from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.order import Ints
 from selfdistill.data.loading.samples import Samples
 from selfdistill.data.loading.transport import Ring, received
@@ -32,6 +33,31 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+class Options(TypedDict, total=False):
+    """What both loaders take alike.
+
+    Attributes:
+        workers: Processes that read and decode; 0 does it in this one.
+        cache_dir: Folder of fetched shards on this node.
+        cache_gb: Its limit in GB (1e9 bytes).
+        skip_broken: Tolerated share of broken samples; 0 makes the first one an error.
+        report: Told of each skipped sample, and of a cache that is too small, in a line; by default
+            a Python warning.
+        codec: Decodes the samples; by default `Images` in the size they were packed in.
+        require_labels: Refuse data of which a sample has no label.
+        pin: Batches in page-locked memory.
+    """
+
+    workers: int
+    cache_dir: str | None
+    cache_gb: float | None
+    skip_broken: float
+    report: Report | None
+    codec: Codec | None
+    require_labels: bool
+    pin: bool
+
+
 class Batches:
     """The part that `Loader` and `Sequential` share: workers, errors, what was skipped.
 
@@ -42,15 +68,8 @@ class Batches:
             may be added: it is then counted, and not reported again.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        samples: Samples,
-        workers: int,
-        pin: bool,
-        skip_broken: float,
-        report: Report | None,
-    ) -> None:
+    def __init__(self, manifest: Manifest, samples: Samples, options: Options) -> None:
+        workers, skip_broken = options.get("workers", 0), options.get("skip_broken", 0.0)
         if workers < 0:
             raise UserError(f"workers is {workers}: give 0 or more")
         if not 0 <= skip_broken < 1:
@@ -60,9 +79,9 @@ class Batches:
         self._noted = False
         self.samples = samples
         self._workers = workers
-        self._pin = pin
+        self._pin = options.get("pin", False)
         self._skip_broken = skip_broken
-        self._report = report or as_python_warning
+        self._report = options.get("report") or as_python_warning
         self._pid = os.getpid()
         self._live: weakref.WeakSet[Any] = weakref.WeakSet()
         # Workers ignore SIGTERM, with which Python would end them at exit and then wait for ever.

@@ -10,17 +10,16 @@ import functools
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
 from selfdistill.data.errors import UserError
-from selfdistill.data.loading.batches import Batch, Batches
+from selfdistill.data.loading.batches import Batch, Batches, Options
 from selfdistill.data.loading.codec import Codec, Images
 from selfdistill.data.loading.order import Ints, Order
 from selfdistill.data.loading.reader import Reader
 from selfdistill.data.loading.samples import Keyed, Rows, Stream
-from selfdistill.data.remote.cache import Report
 from selfdistill.data.shards.manifest import Manifest
 
 
@@ -30,18 +29,31 @@ def tell(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
-def _check_labels(manifest: Manifest, require_labels: bool) -> None:
-    if require_labels and manifest.labelled != manifest.samples:
+def _opened(manifest: Manifest, options: Options) -> tuple[Reader, Codec]:
+    """A split's reader and codec.
+
+    Raises:
+        UserError: A sample has no label and needs one; a shard is not as the manifest says.
+    """
+    if options.get("require_labels") and manifest.labelled != manifest.samples:
         raise UserError(
             f"{manifest.samples - manifest.labelled} of {manifest.samples} samples in"
             f" {manifest.root} have no label: pack them with labels (class folders or a CSV)"
         )
-
-
-def _codec(manifest: Manifest) -> Codec:
-    if manifest.kind != "image":
-        raise UserError(f"{manifest.root} holds {manifest.kind}: an image model cannot read it")
-    return Images(manifest.image.get("size"))
+    reader = Reader(
+        manifest,
+        cache_dir=options.get("cache_dir"),
+        cache_gb=options.get("cache_gb"),
+        report=options.get("report"),
+    )
+    if not options.get("skip_broken"):
+        reader.check_shards()
+    codec = options.get("codec")
+    if codec is None:
+        if manifest.kind != "image":
+            raise UserError(f"{manifest.root} holds {manifest.kind}: an image model cannot read it")
+        codec = Images(manifest.image.get("size"))
+    return reader, codec
 
 
 class Loader(Batches):
@@ -53,21 +65,13 @@ class Loader(Batches):
         rank: 0 ... world - 1.
         world: Number of ranks.
         accumulation: Micro-batches of a step on each rank.
-        workers: Processes that read and decode; 0 does it in this one.
         seed: Of the order.
         partitions: P, see `data.loading.order`; B must be a multiple of it.
         window: Shards shuffled together; 0 is automatic.
         start_step: The first step, for resuming.
         keyed: Makes arrays from positions int64 [b] and the batch, to which they are added.
-        cache_dir: Folder of fetched shards on this node.
-        cache_gb: Its limit in GB (1e9 bytes).
-        skip_broken: Tolerated share of broken samples; 0 makes the first one an error. A skipped
-            sample is replaced by the next of its partition, so batches stay full.
-        report: Told of each skipped sample, and of a cache that is too small, in a line; by default
-            a Python warning.
-        codec: Decodes the samples; by default `Images` in the size they were packed in.
-        require_labels: Refuse data of which a sample has no label.
-        pin: Batches in page-locked memory.
+        options: See `Options`. A skipped sample is replaced by the next of its partition, so
+            batches stay full.
 
     Yields:
         dict: what the codec gives (images uint8 [b, 3, H, W]), labels int64 [b] (-1 for none),
@@ -86,19 +90,12 @@ class Loader(Batches):
         rank: int = 0,
         world: int = 1,
         accumulation: int = 1,
-        workers: int = 0,
         seed: int = 0,
         partitions: int = 1,
         window: int = 0,
         start_step: int = 0,
         keyed: Keyed | None = None,
-        cache_dir: str | None = None,
-        cache_gb: float | None = None,
-        skip_broken: float = 0.0,
-        report: Report | None = None,
-        codec: Codec | None = None,
-        require_labels: bool = False,
-        pin: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         if batch < 1 or accumulation < 1:
             raise UserError(f"batch is {batch}, accumulation {accumulation}: give 1 or more")
@@ -115,12 +112,9 @@ class Loader(Batches):
             raise UserError(
                 f"batch {batch} does not divide by {partitions} partitions: make it a multiple"
             )
-        _check_labels(manifest, require_labels)
-        reader = Reader(manifest, cache_dir=cache_dir, cache_gb=cache_gb, report=report)
-        if not skip_broken:
-            reader.check_shards()
-        stream = Stream(reader, codec or _codec(manifest), skip_broken > 0, self.order, keyed)
-        super().__init__(manifest, stream, workers, pin, skip_broken, report)
+        reader, codec = _opened(manifest, options)
+        stream = Stream(reader, codec, options.get("skip_broken", 0) > 0, self.order, keyed)
+        super().__init__(manifest, stream, options)
         self.batch, self.rank, self.world = batch, rank, world
         self.accumulation, self.start_step = accumulation, start_step
 
@@ -148,14 +142,7 @@ class Sequential(Batches):
         world: Number of ranks.
         spans: Ids [first, last) to visit instead of the rank's part; each is padded by itself to
             whole batches.
-        workers: Processes that read and decode; 0 does it in this one.
-        cache_dir: Folder of fetched shards on this node.
-        cache_gb: Its limit in GB (1e9 bytes).
-        skip_broken: Tolerated share of broken samples, which become rows with valid = False.
-        report: See `Loader`.
-        codec: Decodes the samples; by default `Images` in the size they were packed in.
-        require_labels: Refuse data of which a sample has no label.
-        pin: Batches in page-locked memory.
+        options: See `Options`. Skipped samples become rows with valid = False.
 
     Yields:
         dict: as `Loader`, without keyed numbers; also valid bool [batch]. Padding has id -1, label
@@ -174,14 +161,7 @@ class Sequential(Batches):
         rank: int = 0,
         world: int = 1,
         spans: Sequence[tuple[int, int]] | None = None,
-        workers: int = 0,
-        cache_dir: str | None = None,
-        cache_gb: float | None = None,
-        skip_broken: float = 0.0,
-        report: Report | None = None,
-        codec: Codec | None = None,
-        require_labels: bool = False,
-        pin: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         if batch < 1:
             raise UserError(f"batch is {batch}: give 1 or more")
@@ -189,12 +169,9 @@ class Sequential(Batches):
             raise UserError(
                 f"{manifest.root} has no samples: pack some first (python -m data.pack)"
             )
-        _check_labels(manifest, require_labels)
-        reader = Reader(manifest, cache_dir=cache_dir, cache_gb=cache_gb, report=report)
-        if not skip_broken:
-            reader.check_shards()
-        rows = Rows(reader, codec or _codec(manifest), skip_broken > 0)
-        super().__init__(manifest, rows, workers, pin, skip_broken, report)
+        reader, codec = _opened(manifest, options)
+        rows = Rows(reader, codec, options.get("skip_broken", 0) > 0)
+        super().__init__(manifest, rows, options)
         self.batch = batch
         if spans is None:
             first, last = (manifest.samples * (rank + i) // world for i in (0, 1))
@@ -214,8 +191,3 @@ class Sequential(Batches):
 
     def __iter__(self) -> Iterator[Batch]:
         return self._run(self._arrays)
-
-
-def sequential(manifest: Manifest, **options: Any) -> Sequential:
-    """One pass over a split; see `Sequential`."""
-    return Sequential(manifest, **options)

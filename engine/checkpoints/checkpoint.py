@@ -53,7 +53,7 @@ class State:
     Attributes:
         step: optimiser steps taken; the stream position is `step * batch`.
         position: stream position of the next sample.
-        config: what must be equal at resume (`engine.training.fit.record_of`).
+        config: what must be equal at resume (`engine.training.record.record_of`).
         manifest: hash of the train split's manifest.
         world: number of ranks that wrote it.
         version: of this format.

@@ -18,6 +18,9 @@ import tomli_w
 import torch
 
 from selfdistill.data.errors import UserError
+from selfdistill.data.loading.batches import Options
+from selfdistill.data.loading.codec import Codec
+from selfdistill.data.loading.loader import tell
 from selfdistill.engine.checkpoints.checkpoint import BEFORE, FREE
 from selfdistill.engine.checkpoints.files import write_text
 from selfdistill.engine.config.schema import Config
@@ -67,6 +70,20 @@ class Run:
             cores = self.ranks.cores
             return min(_WORKERS, max(min(1, cores - 1), cores - 2))
         return min(1, torch.get_num_threads() - 1)
+
+    def reading(self, codec: Codec, *, require_labels: bool = False) -> Options:
+        """How every loader of this rank reads, with a codec of its samples."""
+        config = self.config.data
+        return {
+            "codec": codec,
+            "require_labels": require_labels,
+            "workers": self.workers,
+            "cache_dir": config.cache_dir,
+            "cache_gb": config.cache_gb,
+            "skip_broken": config.skip_broken,
+            "report": tell,
+            "pin": self.ranks.device.type == "cuda",
+        }
 
     def say(self, line: str) -> None:
         """Prints a line on rank 0."""
@@ -249,7 +266,7 @@ def open_stage(run: Run, stage: str, record: dict[str, Any], data: str) -> bool:
     Args:
         run: The launch.
         stage: Name of its folder.
-        record: What its figures depend on (`engine.training.fit.record_of`).
+        record: What its figures depend on (`engine.training.record.record_of`).
         data: Hash of the manifest that it learns from.
 
     Raises:

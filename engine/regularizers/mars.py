@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints import training_state
 from selfdistill.engine.config.schema import Config, MarsSection
+from selfdistill.engine.regularizers.base import Regularizer
 from selfdistill.engine.runtime import zero
 from selfdistill.engine.runtime.distributed import Ranks
 
@@ -109,3 +110,22 @@ def check(config: Config) -> None:
             f"--finetune.regularizer mars: --zero {config.zero} {why}, and rows are projected"
             " whole: take zero0, zero1 or zero2"
         )
+
+
+class Mars(Regularizer):
+    """`--finetune.regularizer mars`."""
+
+    section = "mars"
+
+    def check(self, steps: int) -> None:
+        """See `Regularizer`."""
+        check(self.config)
+
+    def start(self, engine: Any) -> None:
+        """See `Regularizer`."""
+        start, config = self.weights.encoder, self.config
+        self.projection = Projection(engine, start, config.mars, self.run.ranks, config.precision)
+
+    def after_update(self) -> None:
+        """See `Regularizer`."""
+        self.projection()

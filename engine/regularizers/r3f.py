@@ -8,8 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selfdistill.data.loading.samples import Keyed
+from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.config.schema import R3FSection
+from selfdistill.engine.regularizers.base import Regularizer
+from selfdistill.engine.training.kinds.base import Batch
 from selfdistill.engine.training.objectives import Classifies
+from selfdistill.engine.training.views import NoiseKeys, Together
 
 
 class Noise:
@@ -101,3 +106,39 @@ def symmetric_divergence(first: Tensor, second: Tensor) -> Tensor:
     """
     logs = F.log_softmax(first, -1), F.log_softmax(second, -1)
     return ((logs[0].exp() - logs[1].exp()) * (logs[0] - logs[1])).sum(-1).mean()
+
+
+class R3F(Regularizer):
+    """`--finetune.regularizer r3f`."""
+
+    section = "r3f"
+
+    def __init__(self, run: Run, weights: Any) -> None:
+        super().__init__(run, weights)
+        self.counted = not self.config.r3f.weight
+
+    def check(self, steps: int) -> None:
+        """See `Regularizer`: only a warning."""
+        precision = self.config.precision
+        if precision != "fp32":
+            bits = {"bf16": 8, "fp16": 11}[precision]
+            self.run.say_once(
+                f"warning: --precision {precision} keeps {bits} bits: noise of"
+                f" {self.config.r3f.eps:g} is lost in embeddings that are not as small: take fp32"
+            )
+
+    def objective(self, model: Any) -> nn.Module:
+        """See `Regularizer`."""
+        if not self.config.r3f.weight:
+            return super().objective(model)
+        return R3FObjective(model, self.config.r3f)
+
+    def keyed(self, view: Keyed | None, seed: int) -> Keyed | None:
+        """See `Regularizer`: also the seeds of the noise."""
+        if not self.config.r3f.weight:
+            return view
+        return Together((NoiseKeys(seed),) if view is None else (view, NoiseKeys(seed)))
+
+    def entries(self, batch: Batch) -> Batch:
+        """See `Regularizer`: the seeds stay on the CPU, where generators take them from."""
+        return {k: batch[k] for k in ("noise_key", "noise_length") if k in batch}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints.training_state import MOMENTS
 from selfdistill.engine.config.schema import Config, FinetuneSection, RecAdamSection
+from selfdistill.engine.regularizers.base import Regularizer
 from selfdistill.engine.runtime import zero
 from selfdistill.engine.training import optimizer as optim
 
@@ -144,3 +145,22 @@ def check(config: Config, steps: int) -> None:
 def _below(value: float) -> str:
     """A short number a little below a value."""
     return f"{value * 0.994:.0f}" if value >= 100 else f"{value * 0.994:.3g}"
+
+
+class Pull(Regularizer):
+    """`--finetune.regularizer recadam`."""
+
+    section = "recadam"
+
+    def check(self, steps: int) -> None:
+        """See `Regularizer`."""
+        check(self.config, steps)
+
+    def optimizer(self, objective: nn.Module) -> RecAdam | None:
+        """See `Regularizer`: what the weights lack (head, new pooler) has nothing to go back to."""
+        plan, settings = self.config.finetune, self.config.recadam
+        if not settings.c:
+            return None
+        encoder = cast(Any, objective).model.encoder
+        pulled = [p for name, p in encoder.named_parameters() if name in self.weights.encoder]
+        return build(objective, pulled, plan, settings)

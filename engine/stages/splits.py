@@ -11,7 +11,7 @@ from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.runtime.distributed import main_only
 
 
-def unlabelled(run: Run) -> Manifest:
+def unlabelled_split(run: Run) -> Manifest:
     """What stages 1 and 2 learn from: the split `unlabelled` where there is one, else train."""
     path, split, cache = _data(run), run.config.data.split, run.config.data.cache_dir
     if split == "auto":
@@ -22,8 +22,8 @@ def unlabelled(run: Run) -> Manifest:
     return found
 
 
-def contrasted(run: Run) -> Manifest:
-    """What supervised contrasts learn from: the split `train`."""
+def train_split(run: Run) -> Manifest:
+    """The split `train`."""
     path, cache = _data(run), run.config.data.cache_dir
     found: Manifest = main_only(run.ranks, lambda: Manifest.load_split(path, "train", cache))
     return found

@@ -17,9 +17,8 @@ from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.runtime.distributed import Ranks, sent, total
 from selfdistill.engine.runtime.precision import autocast
 from selfdistill.engine.runtime.zero import gathered
-from selfdistill.engine.training.evaluation import Scores
+from selfdistill.engine.training.evaluation import Scores, evaluate, scored_batch
 from selfdistill.engine.training.kinds.base import Batch, Kind
-from selfdistill.engine.training.scoring import evaluate, scored_batch
 from selfdistill.engine.training.teacher import frozen, view
 
 #: Samples by whose features the encoders are compared.

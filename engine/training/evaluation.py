@@ -1,14 +1,23 @@
-"""Scores of a classifier over a split that several ranks share."""
+"""Scores of a classifier over a split whose samples are dealt over the ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+
+from selfdistill.data.loading.loader import Sequential, tell
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.runtime.distributed import sent, total
+from selfdistill.engine.training.kinds.base import Batch, Kind
+from selfdistill.engine.training.teacher import view
 
 
 @dataclass(frozen=True)
@@ -167,3 +176,62 @@ def _of_lower_ranks(ids: Tensor) -> Tensor:
     dist.all_gather(everyone, padded)
     lower = [row[: int(counts[rank])] for rank, row in enumerate(everyone[: dist.get_rank()])]
     return torch.cat([ids[:0], *lower])
+
+
+def scored_batch(run: Run) -> int:
+    """Samples that a rank scores together: on a GPU what keeps it busy, without a backward."""
+    if run.ranks.device.type == "cuda":
+        return 256
+    return max(1, min(256, 4 * run.config.finetune.batch) // run.ranks.world)
+
+
+@torch.no_grad()
+def evaluate(
+    run: Run,
+    engine: Any,
+    kind: Kind,
+    base: Any,
+    manifest: Manifest,
+    *,
+    spans: Sequence[tuple[int, int]] | None = None,
+    seen: Callable[[Batch], None] = lambda _: None,
+) -> Scores:
+    """Scores a split once, its samples dealt over the ranks; padded and skipped ones do not count.
+
+    Args:
+        run: The launch.
+        engine: Of a classifier.
+        kind: The kind of the inputs.
+        base: Weights that the classifier started from.
+        manifest: The split.
+        spans: Ids [first, last) that this rank scores, as many batches as every other's; None:
+            its share of all.
+        seen: Told each batch after its forward pass.
+
+    Raises:
+        UserError: broken data, more than may be skipped.
+    """
+    ranks = run.ranks
+    engine.eval()
+    tally = Tally(len(manifest.classes))
+    batches = Sequential(
+        manifest,
+        batch=scored_batch(run),
+        rank=ranks.rank,
+        world=ranks.world,
+        spans=spans,
+        **run.reading(kind.codec(base, manifest), require_labels=True),
+    )
+    for batch in batches:
+        run.boundary(f"scoring {manifest.root}")
+        labels = sent(batch["labels"], ranks.device)
+        # Padding and skipped samples bear -1, which no cross-entropy takes; the tally skips them.
+        out = engine(labels=labels.clamp(min=0), **view(batch, kind.full, ranks.device))
+        valid, ids = (sent(batch[name], ranks.device) for name in ("valid", "ids"))
+        tally.add(out["logits"], labels, valid, ids)
+        seen(batch)
+    broken = int(total(torch.tensor(len(batches.broken), device=ranks.device)))
+    batches.tolerate(broken)
+    if broken and ranks.main:
+        tell(f"{manifest.root}: scored without {broken} broken of {manifest.samples} samples")
+    return tally.gather()

@@ -1,259 +1,388 @@
-"""The one training loop, around one DeepSpeed engine."""
+"""The one training loop: fetch, forward, backward, update, log, draw, evaluate, save."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from selfdistill.data import keyed
 from selfdistill.data.loading.loader import Loader
-from selfdistill.engine.checkpoints.checkpoint import Checkpoints, State
-from selfdistill.engine.checkpoints.files import write_text
+from selfdistill.engine.checkpoints.checkpoint import Checkpoints
+from selfdistill.engine.checkpoints.folder import open_stage, write_result
 from selfdistill.engine.config.schema import StageSection
+from selfdistill.engine.monitoring import flops as flop_counts
 from selfdistill.engine.monitoring.audit import SampleLog
+from selfdistill.engine.monitoring.drift import Drift
 from selfdistill.engine.monitoring.monitor import Meter, Monitor
-from selfdistill.engine.runtime.distributed import Ranks, main_only, mean, sent, total
+from selfdistill.engine.runtime.allocator import release
+from selfdistill.engine.runtime.distributed import Ranks, mean, sent, total
+from selfdistill.engine.runtime.preemption import Preempted
+from selfdistill.engine.training import engine as engines
 from selfdistill.engine.training import optimizer as optim
+from selfdistill.engine.training.evaluation import evaluate
+from selfdistill.engine.training.integrity import check_shards
+from selfdistill.engine.training.kinds.base import Batch
 from selfdistill.engine.training.objectives import EXTRAS, LOSSES
+from selfdistill.engine.training.record import device_name, scalars, surroundings
+from selfdistill.engine.training.skipped import Skipped
+from selfdistill.engine.training.stage import Stage
 
-Batch = dict[str, Tensor]
+
+def run_stage(stage: Stage) -> None:
+    """Trains a stage to its end, from its checkpoint if there is one, unless it is complete."""
+    run, name = stage.run, stage.name
+    if not open_stage(run, name, stage.record, stage.train.hash):
+        return
+    check_shards(run, stage.manifests, labels=stage.labelled)
+    stage.kind.check(stage.train, stage.base)
+    stage.plan.check_warmup(stage.section, stage.steps)
+    trainer = Trainer(stage)
+    try:
+        trainer.train()
+        outputs = stage.finish(trainer.engine)
+        trainer.log_final(outputs)
+    except Preempted:
+        trainer.save()
+        raise Preempted(f"{name}, step {trainer.state.step} of {stage.steps}") from None
+    finally:
+        trainer.close()
+    write_result(run, name, trainer.result() | outputs)
+    run.say(f"{name}: done in {trainer.seconds():.0f} s -> {run.folder / name}")
+    release(trainer.engine)
+    stage.close()
 
 
-class Skipped:
-    """The broken samples that the ranks left out, together: each counts once, whoever met it.
-
-    In another epoch another rank meets the same sample, so the ranks' counts do not add up. The
-    ids are exchanged on those log steps on which the sum of the counts shows that there are more.
+class Trainer:
+    """A stage on its DeepSpeed engine, with all that goes on around a step.
 
     Attributes:
-        count: distinct samples, as of the last log step.
-
-    Args:
-        loader: of this rank.
-        file: where rank 0 lists them, id -> what is wrong.
-        ranks: who takes part; every one makes it, and calls `share` at the same steps.
-        resumed: whether an earlier launch's list goes on.
+        engine: the DeepSpeed engine around the stage's objective.
+        state: where the stage stands; `step` is the next one to take.
+        batches: the endless stream of this rank's micro-batches, `plan.accumulation` a step.
     """
 
-    def __init__(self, loader: Loader, file: Path, ranks: Ranks, *, resumed: bool) -> None:
-        self.loader, self.file, self.ranks = loader, file, ranks
+    def __init__(self, stage: Stage) -> None:
+        run, config, ranks, plan = stage.run, stage.config, stage.ranks, stage.plan
+        self.stage, self.run, self.config, self.ranks, self.plan = stage, run, config, ranks, plan
+        folder = run.folder / stage.name
+        if plan.steps is None:
+            run.say(
+                f"{stage.name}: {plan.epochs:g} epochs x {stage.train.samples} samples"
+                f" / batch {plan.batch} = {stage.steps} steps"
+            )
+        run.boundary(f"{stage.name}: starting")
+        kept = folder / "checkpoints"
+        self.checkpoints = Checkpoints(kept, ranks, config.keep, run.watchdog.beat)
+        self.engine, self.state = engines.start(stage, self.checkpoints)
+        self.drift = Drift(self.engine, stage.model.encoder, stage.reference, ranks)
+        if step := self.state.step:
+            world = self.state.world
+            layout = f", saved by {world} ranks" if world != ranks.world else ""
+            run.say(f"{stage.name}: resumed at step {step} of {stage.steps}{layout}")
+        self.seconds_before = self.state.seconds
+        codec = stage.kind.codec(stage.base, stage.train)
+        self.loader = Loader(
+            stage.train,
+            batch=plan.batch,
+            rank=ranks.rank,
+            world=ranks.world,
+            accumulation=plan.accumulation,
+            seed=stage.seed,
+            partitions=config.data.partitions,
+            window=config.data.window,
+            start_step=step,
+            keyed=stage.keyed(),
+            **run.reading(codec, require_labels=stage.labelled),
+        )
+        self.batches = iter(self.loader)
+        self.skipped = None
+        if config.data.skip_broken:
+            self.skipped = Skipped(self.loader, folder / "skipped.json", ranks, resumed=step > 0)
+        self.monitor = Monitor(
+            folder,
+            enabled=ranks.main,
+            stage=stage.name,
+            steps=stage.steps,
+            start=step,
+            scored=self.state.scored,
+            samples_per_step=plan.batch,
+            log_every=config.log_every,
+            unit=stage.kind.samples,
+        )
+        self.monitor.text("config", f"```toml\n{config.toml()}\n```")
+        peak = None
+        if stage.counted:
+            peak = flop_counts.peak_flops(device_name(ranks.device), run.dtype)
+        self.meter = Meter(unit=stage.kind.units, peak_flops=peak and peak * ranks.world)
+        self.samples = SampleLog(folder, ranks, step) if config.log_samples else None
+        stage.start(self.engine)
 
-        def listed() -> dict[str, str]:
-            if not resumed:
-                file.unlink(missing_ok=True)
-            if not file.exists():
-                return {}
-            with contextlib.suppress(ValueError):  # a list that was cut off begins anew
-                return dict(json.loads(file.read_text(encoding="utf-8")))
-            return {}
+    def train(self) -> None:
+        """Takes the stage from its state's step to its end, and saves there.
 
-        loader.broken |= {int(k): v for k, v in main_only(ranks, listed).items()}
-        self.count = len(loader.broken)
-
-    @property
-    def new(self) -> int:
-        """Those that this rank met since the last log step."""
-        return len(self.loader.broken) - self.count
-
-    def share(self, new: int) -> None:
-        """Tells all ranks of all samples.
-
-        Args:
-            new: sum of `new` over the ranks.
+        A resumed stage enters where it left: an evaluation that was not finished is done again, and
+        nothing else.
 
         Raises:
-            UserError: they are more than the loader tolerates.
+            FloatingPointError: the loss is no longer finite (looked at on log steps).
+            Preempted: the ranks leave; `save` must follow.
         """
-        if not new:
+        stage, state, config = self.stage, self.state, self.config
+        self.engine.train()
+        self.meter.reset()
+        while True:
+            done = state.step == stage.steps
+            if not done and state.step > state.scored and _due(stage.eval_every, state.step):
+                self.evaluate()
+            if _due(config.save_every, state.step) or (done and config.save_every):
+                with self.meter.paused():
+                    self.save()
+            if done:
+                return
+            number = state.step + 1  # of the step that comes, from 1
+            last = number == stage.steps
+            logged = last or number == 1 or _due(config.log_every, number)
+            pictured = stage.reconstructs and config.picture_every > 0
+            drawn = pictured and (last or _due(config.picture_every, number))
+
+            self.run.boundary(f"{stage.name}: step {number}")
+            optim.set_learning_rate(self.engine.optimizer, self.learning_rate(state.step))
+            batches = self.fetch()
+            step = take_step(
+                self.engine,
+                batches,
+                stage.inputs,
+                self.plan,
+                self.ranks,
+                seed=stage.seed,
+                taken=state.step,
+                scale=loss_scale([stage.units(batch) for batch in batches], self.ranks),
+                # Compiled, every step is one and the same.
+                shown=stage.reconstructs and (drawn or self.engine.is_compiled),
+                norm_wanted=logged,
+            )
+            stage.after_update()
+            if self.samples:
+                self.samples.write(number, batches)
+            state.step = number
+            state.position += self.plan.batch
+            if logged:
+                self.log(step)
+            else:
+                self.monitor.progress(number)
+            if drawn and self.ranks.main:
+                with self.meter.paused():
+                    stage.draw(self.monitor, number, batches[-1], step.outputs)
+
+    def learning_rate(self, taken: int) -> float:
+        """That of the step after `taken` steps."""
+        return optim.learning_rate(taken, self.stage.steps, self.plan.warmup, self.plan.lr)
+
+    def fetch(self) -> list[Batch]:
+        """The micro-batches of a step; the meter learns how long they took and what they cost."""
+        with self.meter.waiting():
+            batches = [next(self.batches) for _ in range(self.plan.accumulation)]
+        world = self.ranks.world
+        self.meter.step(
+            world * sum(self.stage.kind.size(batch) for batch in batches),
+            world * sum(self.stage.flops(batch) for batch in batches),
+        )
+        return batches
+
+    def log(self, step: Step) -> None:
+        """Logs a step's scalars, means over ranks and micro-batches, and keeps them in the state.
+
+        Raises:
+            FloatingPointError: a loss is not finite.
+        """
+        state, engine = self.state, self.engine
+        means = {k: v / self.plan.accumulation for k, v in step.losses.items()}
+        if self.skipped:
+            means["skipped"] = torch.tensor(float(self.skipped.new), device=self.ranks.device)
+        values = mean(means, self.ranks.device)
+        if self.skipped:
+            self.skipped.share(round(values.pop("skipped") * self.ranks.world))
+        if not all(abs(v) < float("inf") for v in values.values()):
+            # fp16 skips a step whose gradient overflows; a loss that is not finite never comes back
+            worst = ", ".join(f"{k} = {v}" for k, v in values.items())
+            raise FloatingPointError(f"step {state.step}: {worst}")
+        logged = {f"loss/{k}" if k in LOSSES else f"feature/{k}": v for k, v in values.items()}
+        logged["optimizer/learning_rate"] = self.learning_rate(state.step - 1)
+        norm = engine.get_global_grad_norm() if step.norm is None else step.norm
+        if norm is not None:
+            logged["optimizer/gradient_norm"] = float(norm)
+        scale = getattr(engine.optimizer, "cur_scale", None)
+        if scale is not None and engine.fp16_enabled():
+            logged["optimizer/loss_scale"] = float(scale)
+        if self.skipped:
+            logged["data/skipped"] = float(self.skipped.count)
+        logged["feature/distance_from_init"] = float(self.drift())
+        logged |= self.meter.rates()
+        self.monitor.log(state.step, logged)
+        self.monitor.progress(state.step, {k: v for k, v in values.items() if k in LOSSES})
+        state.last = logged
+
+    def evaluate(self) -> None:
+        """Scores the validation split at this step. Every rank calls it."""
+        stage, manifest, step = self.stage, self.stage.validation, self.state.step
+        if manifest is None:
             return
-        # A dict keeps its order: behind those that all ranks know come this rank's own.
-        mine = dict(list(self.loader.broken.items())[self.count :])
-        parts: list[Any] = [mine]
-        if self.ranks.world > 1:
-            parts = [None] * self.ranks.world
-            dist.all_gather_object(parts, mine)
-        for part in parts:
-            self.loader.broken |= part
-        self.count = len(self.loader.broken)
-        self.loader.tolerate(self.count)
-        if self.ranks.main:
-            table = {str(k): self.loader.broken[k] for k in sorted(self.loader.broken)}
-            write_text(self.file, json.dumps(table, indent=1) + "\n")
+        with self.meter.paused():
+            scores = evaluate(self.run, self.engine, stage.kind, stage.base, manifest)
+            self.monitor.log(step, {f"val/{k}": v for k, v in scores.scalars().items()})
+            self.monitor.confusion(step, scores.confusion, manifest.classes)
+            self.engine.train()
+        self.state.scored = step
+
+    def save(self) -> None:
+        """Saves where the stage stands. Every rank calls it, between two steps."""
+        self.monitor.sync()
+        if self.samples:
+            self.samples.sync()
+        if self.skipped:
+            self.skipped.share_all()
+        self.state.seconds = self.seconds()
+        self.checkpoints.save(self.engine, self.state)
+
+    def seconds(self) -> float:
+        """What the stage took so far, over all launches."""
+        return self.seconds_before + time.time() - self.stage.began
+
+    def log_final(self, outputs: dict[str, Any]) -> None:
+        """Logs what `Stage.finish` found, and takes its `scores` out of it."""
+        stage, monitor, steps = self.stage, self.monitor, self.stage.steps
+        scores = outputs.pop("scores", {})
+        figures: dict[str, float] = {}
+        for split, score in scores.items():
+            of_split = {f"{split}/{k}": v for k, v in score.scalars().items()}
+            if split == list(scores)[-1]:  # one picture at the last step: test, or val without it
+                monitor.confusion(steps, score.confusion, stage.train.classes)
+            monitor.log(steps, of_split)
+            figures |= of_split
+        if "analysis" in outputs:
+            analysis = scalars(outputs["analysis"])
+            monitor.log(steps, {f"analysis/{k}": v for k, v in analysis.items()})
+        monitor.hparams(
+            self.config.model_dump(exclude={"local_rank"}),
+            figures or {"final/loss": self.state.last.get("loss/loss", float("nan"))},
+        )
+
+    def result(self) -> dict[str, Any]:
+        """What result.json says of every stage."""
+        stage, last = self.stage, self.state.last
+        return {
+            "stage": stage.name,
+            "steps": stage.steps,
+            "seed": stage.seed,
+            "seconds": round(self.seconds(), 2),
+            "skipped": self.skipped.count if self.skipped else 0,
+            "losses": {k: v for k, v in last.items() if k.startswith(("loss/", "feature/"))},
+            "model": {"path": self.config.model.path, "sha256": stage.base.sha256},
+            "manifest": stage.train.hash,
+            "record": stage.record,
+            **surroundings(self.run),
+        }
+
+    def close(self) -> None:
+        """Ends the loader's processes and closes the logs."""
+        self.loader.close()
+        if self.samples:
+            self.samples.close()
+        self.monitor.close()
 
 
 @dataclass
-class Loop:
-    """What a stage gives to `train`.
+class Step:
+    """What an optimiser step gave.
 
     Attributes:
-        engine: the DeepSpeed engine around the objective.
-        batches: endless iterator of micro-batches, `plan.accumulation` a step.
-        inputs: a loader's batch -> arguments of the objective, on the device.
-        plan: the stage's settings.
-        steps: optimiser steps of the whole stage.
-        seed: seed of the dropout masks.
-        state: where the stage stands; `step` is the next one to take.
-        boundary: called between steps; raises `Preempted` when the ranks leave.
-        log_every: steps between log lines.
-        save_every: steps between checkpoints, 0 for none.
-        count: a batch -> the units by whose number in the global batch the loss is divided; None:
-            the objective's loss is a mean already, over as many units in each batch.
-        measure: a batch -> units and FLOPs of this rank, for the rates.
-        watch: extra scalars of a log step (named tensors; every rank calls it).
-        draw: (step, batch, outputs) -> None, called every `draw_every` steps on rank 0.
-        draw_every: steps between pictures, 0 for none.
-        evaluate: step -> None, called every `evaluate_every` steps on every rank.
-        evaluate_every: steps between evaluations, 0 for none.
-        skipped: the broken samples that were left out; None where they are an error.
-        spent: seconds that the stage took so far, over all launches.
-        samples: the log of the steps' samples, if one is kept.
-        after: called after every update, on every rank.
+        losses: scalars of the objective, summed over the micro-batches.
+        outputs: of the last micro-batch's forward.
+        norm: of the gradient, where it was wanted and DeepSpeed knows none.
     """
 
-    engine: Any
-    batches: Iterator[Batch]
-    inputs: Callable[[Batch], dict[str, Tensor]]
-    plan: StageSection
-    steps: int
-    seed: int
-    state: State
-    boundary: Callable[[str], None] = lambda _: None
-    log_every: int = 50
-    save_every: int = 0
-    count: Callable[[Batch], int | None] = lambda _: None
-    measure: Callable[[Batch], tuple[float, float]] = lambda _: (0.0, 0.0)
-    watch: Callable[[], dict[str, Tensor]] | None = None
-    draw: Callable[[int, Batch, dict[str, Tensor]], None] | None = None
-    draw_every: int = 0
-    evaluate: Callable[[int], None] | None = None
-    evaluate_every: int = 0
-    skipped: Skipped | None = None
-    spent: Callable[[], float] = lambda: 0.0
-    samples: SampleLog | None = None
-    after: Callable[[], None] | None = None
-
-
-def train(
-    loop: Loop, monitor: Monitor, meter: Meter, checkpoints: Checkpoints, ranks: Ranks
-) -> dict[str, float]:
-    """Runs a stage from `loop.state.step` to its end, and saves there.
-
-    At every step the order is: train, log, draw, evaluate, save. A resumed stage enters where it
-    left: an evaluation that was not finished is done again, and nothing else.
-
-    Returns:
-        The scalars of the last log step (means over ranks and micro-batches).
-
-    Raises:
-        FloatingPointError: the loss is no longer finite (looked at on log steps).
-        Preempted: the ranks leave; `save` must follow.
-    """
-    engine, plan, state = loop.engine, loop.plan, loop.state
-    engine.train()
-    meter.reset()
-    while True:
-        done = state.step == loop.steps
-        due = loop.evaluate_every and state.step % loop.evaluate_every == 0
-        # The stage evaluates at its end in any case.
-        if loop.evaluate and due and not done and state.step > state.scored:
-            with meter.paused():
-                loop.evaluate(state.step)
-                engine.train()
-            state.scored = state.step
-        if loop.save_every and (done or state.step % loop.save_every == 0):
-            with meter.paused():
-                save(loop, monitor, checkpoints)
-        if done:
-            return state.last
-        loop.boundary(f"step {state.step + 1}")
-        step = state.step
-        optim.set_learning_rate(
-            engine.optimizer, optim.learning_rate(step, loop.steps, plan.warmup, plan.lr)
-        )
-        last = step + 1 == loop.steps
-        due = (step + 1) % loop.log_every == 0 or step == 0 or last
-        drawn = bool(loop.draw and loop.draw_every)
-        drawn = drawn and (last or (step + 1) % loop.draw_every == 0)
-        losses, batch, out, norm = take_step(loop, meter, ranks, measure=due, draw=drawn)
-        state.step += 1
-        state.position += plan.batch
-        if due:
-            state.last = _log(loop, losses, norm, monitor, meter, ranks)
-        else:
-            monitor.progress(state.step)
-        if loop.draw and drawn:
-            with meter.paused():
-                loop.draw(state.step, batch, out)
-
-
-def save(loop: Loop, monitor: Monitor, checkpoints: Checkpoints) -> None:
-    """Saves where the stage stands. Every rank calls it, between two steps."""
-    monitor.sync()
-    if loop.samples:
-        loop.samples.sync()
-    if loop.skipped:
-        loop.skipped.share(int(total(torch.tensor(loop.skipped.new, device=loop.engine.device))))
-    loop.state.seconds = loop.spent()
-    checkpoints.save(loop.engine, loop.state)
+    losses: dict[str, Tensor]
+    outputs: Batch
+    norm: Tensor | None
 
 
 def take_step(
-    loop: Loop, meter: Meter, ranks: Ranks, *, measure: bool, draw: bool = False
-) -> tuple[dict[str, Tensor], Batch, Batch, Tensor | None]:
-    """One optimiser step.
+    engine: Any,
+    batches: Sequence[Batch],
+    inputs: Callable[[Batch], Batch],
+    plan: StageSection,
+    ranks: Ranks,
+    *,
+    seed: int,
+    taken: int,
+    scale: Tensor | None = None,
+    shown: bool = False,
+    norm_wanted: bool = False,
+) -> Step:
+    """One optimiser step: forward and backward of each micro-batch, then the update.
 
     Args:
-        loop: of the stage.
-        meter: of its speed.
+        engine: the DeepSpeed engine around the objective.
+        batches: micro-batches, `plan.accumulation` of them.
+        inputs: a batch -> the objective's arguments, on the device.
+        plan: the stage's settings.
         ranks: this process.
-        measure: whether the gradient's norm is wanted.
-        draw: whether what a picture shows is wanted.
-
-    Returns:
-        Losses summed over the micro-batches, the last micro-batch and its outputs, and the
-        gradient's norm where `measure` asks for it and DeepSpeed knows none.
+        seed: of the dropout masks.
+        taken: steps taken before this one.
+        scale: see `loss_scale`.
+        shown: whether the objective returns what a picture shows.
+        norm_wanted: whether the gradient's norm is.
     """
+    losses: dict[str, Tensor] = {}
     norm: Tensor | None = None
-    engine, accumulation = loop.engine, loop.plan.accumulation
-    sums: dict[str, Tensor] = {}
-    with meter.waiting():
-        batches = [next(loop.batches) for _ in range(accumulation)]
-    units, flops = (sum(part) for part in zip(*map(loop.measure, batches), strict=True))
-    meter.step(units * ranks.world, flops * ranks.world)
-    more: dict[str, Any] = _weight(loop, batches, ranks)
-    if loop.draw and (draw or engine.is_compiled):  # compiled, every step is one and the same
-        more["shown"] = True
+    options: dict[str, Any] = {} if scale is None else {"scale": scale}
+    if shown:
+        options["shown"] = True
     for micro, batch in enumerate(batches):
         # Dropout's generator is keyed by step and rank: a resumed run draws the same masks.
-        bits = keyed.bits(
-            loop.seed, f"dropout {ranks.rank}", loop.state.step * accumulation + micro
-        )
+        position = taken * plan.accumulation + micro
+        bits = keyed.bits(seed, f"dropout {ranks.rank}", position)
         torch.manual_seed(int(bits.random_raw()) >> 1)
         if engine.is_compiled:
             torch.compiler.cudagraph_mark_step_begin()  # what a CUDA graph gave before may go
-        out = engine(**loop.inputs(batch), **more)
-        engine.backward(out["loss"])
-        if micro == accumulation - 1:
-            norm = _norm(engine, loop.plan, wanted=measure)
+        outputs = engine(**inputs(batch), **options)
+        engine.backward(outputs["loss"])
+        if micro == plan.accumulation - 1:
+            norm = _norm(engine, plan, wanted=norm_wanted)
         engine.step()
-        for name, value in out.items():
+        for name, value in outputs.items():
             if name not in EXTRAS:
                 # A CUDA graph's next replay writes over its results.
                 value = value.detach().clone() if engine.is_compiled else value.detach()
-                sums[name] = sums[name] + value if name in sums else value
-    if loop.after:
-        loop.after()
-    if loop.samples:
-        loop.samples.write(loop.state.step + 1, batches)
-    return sums, batch, out, norm
+                losses[name] = losses[name] + value if name in losses else value
+    return Step(losses, outputs, norm)
+
+
+def loss_scale(units: Sequence[int | None], ranks: Ranks) -> Tensor | None:
+    """What makes a mean over ranks and micro-batches of sums a mean over the global batch.
+
+    Args:
+        units: of each micro-batch, by which its loss is a mean; None where they are as many in all.
+        ranks: this process. Every rank calls it.
+
+    Returns:
+        The factor, a scalar on the device; None where the loss needs none.
+    """
+    known = [number for number in units if number is not None]
+    if not known:
+        return None
+    everywhere = total(sent(torch.tensor(float(sum(known))), ranks.device))
+    return ranks.world * len(units) / everywhere.clamp(min=1)
+
+
+def _due(every: int, step: int) -> bool:
+    """Whether a step is one of every so many; 0: never."""
+    return every > 0 and step % every == 0
 
 
 def _norm(engine: Any, plan: StageSection, *, wanted: bool) -> Tensor | None:
@@ -269,52 +398,3 @@ def _norm(engine: Any, plan: StageSection, *, wanted: bool) -> Tensor | None:
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients)
-
-
-def _weight(loop: Loop, batches: list[Batch], ranks: Ranks) -> dict[str, Tensor]:
-    """What makes the mean over ranks and micro-batches of sums a mean over the global batch."""
-    counts = [loop.count(batch) for batch in batches]
-    known = [count for count in counts if count is not None]
-    if not known:
-        return {}
-    units = total(sent(torch.tensor(float(sum(known))), ranks.device))
-    return {"scale": ranks.world * len(batches) / units.clamp(min=1)}
-
-
-def _log(
-    loop: Loop,
-    losses: dict[str, Tensor],
-    norm: Tensor | None,
-    monitor: Monitor,
-    meter: Meter,
-    ranks: Ranks,
-) -> dict[str, float]:
-    step, accumulation = loop.state.step, loop.plan.accumulation
-    means = {k: v / accumulation for k, v in losses.items()}
-    if loop.skipped:
-        means["skipped"] = torch.tensor(float(loop.skipped.new), device=ranks.device)
-    values = mean(means, ranks.device)
-    if loop.skipped:
-        loop.skipped.share(round(values.pop("skipped") * ranks.world))
-    if not all(abs(v) < float("inf") for v in values.values()):
-        # fp16 skips a step whose gradient overflows; a loss that is not finite never comes back.
-        worst = ", ".join(f"{k} = {v}" for k, v in values.items())
-        raise FloatingPointError(f"step {step}: {worst}")
-    scalars = {f"loss/{k}" if k in LOSSES else f"feature/{k}": v for k, v in values.items()}
-    scalars["optimizer/learning_rate"] = optim.learning_rate(
-        step - 1, loop.steps, loop.plan.warmup, loop.plan.lr
-    )
-    known = loop.engine.get_global_grad_norm() if norm is None else norm
-    if known is not None:
-        scalars["optimizer/gradient_norm"] = float(known)
-    scale = getattr(loop.engine.optimizer, "cur_scale", None)
-    if scale is not None and loop.engine.fp16_enabled():
-        scalars["optimizer/loss_scale"] = float(scale)
-    if loop.skipped:
-        scalars["data/skipped"] = float(loop.skipped.count)
-    if loop.watch:
-        scalars |= {k: float(v) for k, v in loop.watch().items()}
-    scalars |= meter.rates()
-    monitor.log(step, scalars)
-    monitor.progress(step, {k: v for k, v in values.items() if k in LOSSES})
-    return scalars

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,28 +11,33 @@ import torch
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.config.schema import StageSection
-from selfdistill.engine.training.kinds.base import Stage
+from selfdistill.engine.training.kinds.base import Section
 
 
 def record_of(
-    run: Run, stage: Stage, plan: StageSection, train: Manifest, more: dict[str, Any], seed: int
+    run: Run,
+    section: Section,
+    plan: StageSection,
+    train: Manifest,
+    extra: dict[str, Any],
+    seed: int,
 ) -> dict[str, Any]:
     """What the figures of a stage depend on: equal when it is resumed, or skipped as complete.
 
     Args:
         run: The launch.
-        stage: pretrain | distill | finetune.
+        section: pretrain | distill | finetune.
         plan: Its settings.
         train: What it learns from.
-        more: Hashes of the weights it starts from, settings of its view.
+        extra: Hashes of the weights it starts from, settings of its view.
         seed: Of order, head and dropout.
     """
     config = run.config
     elsewhere = {"seeds", "eval_every", "start", "weights", "epochs"}
     settings, mode = plan.model_dump(mode="json", exclude=elsewhere), config.compile_mode
     return {
-        **{f"{stage}.{k}": v for k, v in settings.items()},
-        f"{stage}.steps": plan.length(train.samples),
+        **{f"{section}.{k}": v for k, v in settings.items()},
+        f"{section}.steps": plan.length(train.samples),
         "seed": seed,
         "precision": config.precision,
         "zero": config.zero,
@@ -42,7 +48,7 @@ def record_of(
         **({} if config.tf32 else {"tf32": False}),
         "data.partitions": config.data.partitions,
         "data.window": config.data.window,
-        **more,
+        **extra,
     }
 
 
@@ -54,3 +60,17 @@ def scalars(analysis: Mapping[str, Any]) -> dict[str, float]:
 def device_name(device: torch.device) -> str:
     """What a device is, as a record and the table of peak FLOPs call it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def surroundings(run: Run) -> dict[str, Any]:
+    """What a stage ran on: ranks, precision, device, versions of the packages."""
+    return {
+        "world": run.ranks.world,
+        "precision": run.config.precision,
+        "zero": run.config.zero,
+        "device": device_name(run.ranks.device),
+        "versions": {
+            package: importlib.metadata.version(package)
+            for package in ("torch", "deepspeed", "transformers", "timm", "webdataset")
+        },
+    }

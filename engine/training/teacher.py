@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from selfdistill.data.errors import UserError
 from selfdistill.data.loading.codec import Codec
-from selfdistill.data.loading.loader import sequential, tell
+from selfdistill.data.loading.loader import Sequential
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.checkpoint import gather
 from selfdistill.engine.checkpoints.files import fsync, write_text
@@ -291,22 +291,16 @@ def _compute(
     missing: list[tuple[int, int]],
 ) -> None:
     """Computes the missing parts of the table. Every rank calls it."""
-    config, ranks, name = run.config, run.ranks, folder.parent.name
+    ranks, name = run.ranks, folder.parent.name
     mine = missing[ranks.rank :: ranks.world]
     size = _BATCH
     if ranks.device.type == "cuda" and missing:
         size = max(_BATCH, min(_LARGE_BATCH, missing[0][1] - missing[0][0]))
-    passed = sequential(
+    passed = Sequential(
         manifest,
         batch=size,
         spans=mine,
-        workers=run.workers,
-        cache_dir=config.data.cache_dir,
-        cache_gb=config.data.cache_gb,
-        skip_broken=config.data.skip_broken,
-        report=tell,
-        codec=codec,
-        pin=ranks.device.type == "cuda",
+        **run.reading(codec),
     )
     batches, told = iter(passed), time.monotonic()
     rounds = -(-len(missing) // ranks.world)

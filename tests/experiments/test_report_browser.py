@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import Page
 
 from selfdistill.data import cli
 from selfdistill.experiments.report import __main__ as report
-from selfdistill.launcher.chromium import Page
+from selfdistill.launcher.screenshot import chromium
 from tests.kit.report import example
 
 pytestmark = pytest.mark.browser
@@ -62,13 +61,9 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def page(html: Path) -> Iterator[Page]:
-    with Page(1280, 1000) as page:
-        page.open(html.as_uri())
-        end = time.monotonic() + 30
-        ready = "document.readyState == 'complete' && !!document.querySelector('main')"
-        while not page.evaluate(ready):
-            assert time.monotonic() < end
-            time.sleep(0.1)
+    with chromium(1280, 1000) as page:
+        page.goto(html.as_uri())
+        page.wait_for_selector("main")
         yield page
 
 
@@ -78,7 +73,7 @@ def pixels(page: Page) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("width", [1280, 400])
 def test_nothing_is_wider_than_the_window(page: Page, width: int) -> None:
-    page.resize(width, 1000)
+    page.set_viewport_size({"width": width, "height": 1000})
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.evaluate("document.body.scrollWidth") <= width
     smallest = page.evaluate(
@@ -129,8 +124,8 @@ def test_what_is_folded_opens(page: Page) -> None:
 
 
 def test_paper_cuts_nothing_off(page: Page) -> None:
-    page.call("Emulation.setEmulatedMedia", media="print")
-    page.resize(PAPER, 1000)
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": PAPER, "height": 1000})
     # A table of more data sets than the paper has.
     page.evaluate(
         "document.querySelectorAll('#table1 tr').forEach(row => {"
@@ -145,8 +140,7 @@ def test_paper_cuts_nothing_off(page: Page) -> None:
     assert page.evaluate(shown.format("details.paper .table"))
     assert not page.evaluate(shown.format("details.screen"))
     assert not page.evaluate(shown.format("#commands"))
-    page.call("Emulation.setEmulatedMedia", media="")
-    printed = page.call("Page.printToPDF", preferCSSPageSize=True, printBackground=True)["data"]
-    pdf = base64.b64decode(printed)
+    page.emulate_media(media="null")
+    pdf = page.pdf(prefer_css_page_size=True, print_background=True)
     assert pdf.startswith(b"%PDF")
     assert 8 < pdf.count(b"/Type /Page\n") < 40

@@ -19,10 +19,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from selfdistill.engine.checkpoints.folder import Run, open_run  # noqa: E402
 from selfdistill.engine.config import options as configuration  # noqa: E402
-from selfdistill.engine.run import _quiet  # noqa: E402
+from selfdistill.engine.run import _quiet, run_stages  # noqa: E402
 from selfdistill.engine.runtime import preemption  # noqa: E402
 from selfdistill.engine.runtime.distributed import Ranks, initialize  # noqa: E402
-from selfdistill.engine.stages.sequence import run_stages  # noqa: E402
 from selfdistill.engine.training import teacher  # noqa: E402
 
 

@@ -14,7 +14,8 @@ from selfdistill.engine.monitoring.monitor import Monitor
 from selfdistill.engine.training.objectives import Feature
 
 Batch = dict[str, Tensor]
-Stage = Literal["pretrain", "distill", "finetune"]
+#: A stage's section of the configuration.
+Section = Literal["pretrain", "distill", "finetune"]
 TeacherMode = Literal["replicated", "sharded", "cached"]
 
 
@@ -117,7 +118,7 @@ class Kind(Protocol):
         ...
 
     def flops(
-        self, base: Any, stage: Stage, mode: TeacherMode, classes: int, batch: Batch
+        self, base: Any, section: Section, mode: TeacherMode, classes: int, batch: Batch
     ) -> float:
         """FLOPs of a batch in one step, forward and backward."""
         ...

@@ -25,7 +25,7 @@ from selfdistill.engine.models.weights import Pretrained, load_pretrained
 from selfdistill.engine.monitoring import flops, pictures
 from selfdistill.engine.monitoring.monitor import Monitor
 from selfdistill.engine.runtime.zero import full_state
-from selfdistill.engine.training.kinds.base import Batch, Kind, Stage, TeacherMode
+from selfdistill.engine.training.kinds.base import Batch, Kind, Section, TeacherMode
 from selfdistill.engine.training.objectives import Feature
 from selfdistill.engine.training.views import Flips, MaskNoise, TwoFlips
 
@@ -178,12 +178,12 @@ class ImageKind(Kind):
         return len(batch["images"])
 
     def flops(
-        self, base: Pretrained, stage: Stage, mode: TeacherMode, classes: int, batch: Batch
+        self, base: Pretrained, section: Section, mode: TeacherMode, classes: int, batch: Batch
     ) -> float:
         """See `Kind`."""
-        told = self.config.finetune.pool if stage == "finetune" else self.config.distill.feature
+        told = self.config.finetune.pool if section == "finetune" else self.config.distill.feature
         one = flops.step_flops(
-            base.shape, stage, teacher=mode, classes=classes, cls_only=told == "cls"
+            base.shape, section, teacher=mode, classes=classes, cls_only=told == "cls"
         )
         return one * len(batch["images"])
 

@@ -36,7 +36,7 @@ from selfdistill.engine.models.text_weights import (
 from selfdistill.engine.monitoring import flops
 from selfdistill.engine.monitoring.monitor import Monitor
 from selfdistill.engine.runtime.zero import full_state
-from selfdistill.engine.training.kinds.base import Batch, Kind, Stage, TeacherMode
+from selfdistill.engine.training.kinds.base import Batch, Kind, Section, TeacherMode
 from selfdistill.engine.training.objectives import Feature
 from selfdistill.engine.training.views import MaskTokens
 
@@ -252,7 +252,7 @@ class TextKind(Kind):
         return int(batch["attention_mask"].sum())
 
     def flops(
-        self, base: Language, stage: Stage, mode: TeacherMode, classes: int, batch: Batch
+        self, base: Language, section: Section, mode: TeacherMode, classes: int, batch: Batch
     ) -> float:
         """See `Kind`; padding does not count."""
         config = base.config
@@ -268,11 +268,11 @@ class TextKind(Kind):
             last = sum(flops.rows_block_flops(length, rows, width, mlp) for length in lengths)
             return (int(config.num_hidden_layers) - 1) * whole + last
 
-        if stage == "finetune":
+        if section == "finetune":
             return 3 * (encoder(1) + len(lengths) * 2 * width * (width + classes))
         masked = len(batch["masked_at"])
         mlm = encoder(masked / len(lengths)) + masked * 2 * width * (width + int(config.vocab_size))
-        if stage == "pretrain":
+        if section == "pretrain":
             return 3 * mlm
         full = encoder(1 if self.config.distill.feature == "cls" else None)
         return 3 * (mlm + full) + (0 if mode == "cached" else full)

@@ -20,7 +20,7 @@ from selfdistill.data.errors import UserError
 from selfdistill.data.loading import batches as streams
 from selfdistill.data.loading import transport
 from selfdistill.data.loading.codec import Images
-from selfdistill.data.loading.loader import Loader, sequential
+from selfdistill.data.loading.loader import Loader, Sequential
 from selfdistill.data.shards.manifest import Manifest
 from tests.kit.launches import make_images
 from tests.kit.shards import number_of, uneven
@@ -218,10 +218,10 @@ def test_entering_reads_few_shards(
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (3, 0), (5, 0), (3, 2)])
 def test_one_pass_shares_the_samples_out(split: Manifest, world: int, workers: int) -> None:
     passes = [
-        list(sequential(split, batch=4, rank=r, world=world, workers=workers)) for r in range(world)
+        list(Sequential(split, batch=4, rank=r, world=world, workers=workers)) for r in range(world)
     ]
     assert len({len(p) for p in passes}) == 1
-    assert len(passes[0]) == len(sequential(split, batch=4, world=world))
+    assert len(passes[0]) == len(Sequential(split, batch=4, world=world))
     seen = []
     for r, batches in enumerate(passes):
         mine = torch.cat([b["ids"][b["valid"]] for b in batches]).tolist()
@@ -237,16 +237,16 @@ def test_one_pass_shares_the_samples_out(split: Manifest, world: int, workers: i
 def test_more_ranks_than_samples(tmp_path: Path) -> None:
     tiny = uneven(tmp_path / "train", [2])
     counts = [
-        sum(int(b["valid"].sum()) for b in sequential(tiny, batch=3, rank=r, world=5))
+        sum(int(b["valid"].sum()) for b in Sequential(tiny, batch=3, rank=r, world=5))
         for r in range(5)
     ]
     assert sum(counts) == 2
-    assert len(sequential(tiny, batch=3, rank=4, world=5)) == 1
+    assert len(Sequential(tiny, batch=3, rank=4, world=5)) == 1
 
 
 def test_size_fits_images(split: Manifest) -> None:
     assert take(Loader(split, batch=2, codec=Images(9)), 1)[0]["images"].shape == (2, 3, 9, 9)
-    assert next(iter(sequential(split, batch=2, codec=Images(9))))["images"].shape == (2, 3, 9, 9)
+    assert next(iter(Sequential(split, batch=2, codec=Images(9))))["images"].shape == (2, 3, 9, 9)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_labels_can_be_demanded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"3 of 3 samples .* have no label"):
         Loader(bare, batch=2, require_labels=True)
     with pytest.raises(UserError, match="no label"):
-        sequential(bare, batch=2, require_labels=True)
+        Sequential(bare, batch=2, require_labels=True)
 
 
 SCRIPT = """

@@ -15,7 +15,7 @@ import pytest
 
 from selfdistill.data.errors import WorkerLost
 from selfdistill.data.loading.codec import Images
-from selfdistill.data.loading.loader import Loader, sequential
+from selfdistill.data.loading.loader import Loader, Sequential
 from selfdistill.data.shards.manifest import Manifest
 from tests.kit.launches import BIN, COMMON, ROOT, environment, make_world
 from tests.kit.shards import uneven
@@ -108,13 +108,13 @@ def test_while_the_program_does_something_else(split: Manifest) -> None:
 
 def test_one_pass(split: Manifest) -> None:
     before = set(workers())
-    batches = iter(sequential(split, batch=2, workers=1))
+    batches = iter(Sequential(split, batch=2, workers=1))
     next(batches)
     (pid,) = set(workers()) - before
     os.kill(pid, signal.SIGKILL)
     lost(lambda: list(batches), pid)
     # The next pass has workers of its own.
-    assert len(list(sequential(split, batch=2, workers=1))) == 9
+    assert len(list(Sequential(split, batch=2, workers=1))) == 9
 
 
 def test_closing_asks_nothing_of_the_dead(split: Manifest) -> None:

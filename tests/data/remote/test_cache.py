@@ -18,7 +18,7 @@ import pytest
 import webdataset
 
 from selfdistill.data.errors import BrokenData, UserError
-from selfdistill.data.loading.loader import Loader, sequential
+from selfdistill.data.loading.loader import Loader, Sequential
 from selfdistill.data.loading.reader import Reader
 from selfdistill.data.remote import fetch
 from selfdistill.data.remote.cache import NotThere, ShardCache, default_folder, fetch_bytes
@@ -95,7 +95,7 @@ def test_http_reads_as_local(split: Manifest, server: Server, cache: str, worker
     here, there = epoch(split), epoch(remote, workers=workers, cache_dir=cache)
     for a, b in zip(here, there, strict=True):
         assert all(np.array_equal(a[k], b[k]) for k in a)
-    rows = [b["ids"] for b in sequential(remote, batch=5, cache_dir=cache, workers=workers)]
+    rows = [b["ids"] for b in Sequential(remote, batch=5, cache_dir=cache, workers=workers)]
     assert np.concatenate(rows)[:18].tolist() == list(range(18))
     assert server.tars() == {s.name: 1 for s in split.shards}
     assert server.asked["members.npy"] == 1
@@ -229,18 +229,18 @@ def test_remote_damage_is_named(split: Manifest, server: Server, cache: str) -> 
     with pytest.raises(
         UserError, match=r"t-000001.tar is not the file .* \(another sha256 in 2 tries\)"
     ):
-        list(sequential(remote, batch=4, cache_dir=cache))
+        list(Sequential(remote, batch=4, cache_dir=cache))
     shard.write_bytes(content[:3000])
     with pytest.raises(UserError, match="3000 bytes where"):
-        list(sequential(remote, batch=4, cache_dir=cache))
+        list(Sequential(remote, batch=4, cache_dir=cache))
     assert not Path(cache, split.shards[1].sha256).exists()
     shard.unlink()
     with pytest.raises(
         UserError, match=r"cannot fetch .*t-000001.tar \(the server said 404\)"
     ) as caught:
-        list(sequential(remote, batch=4, cache_dir=cache, workers=1))
+        list(Sequential(remote, batch=4, cache_dir=cache, workers=1))
     assert "\n" not in str(caught.value)
-    run = sequential(remote, batch=4, cache_dir=cache, skip_broken=0.5)
+    run = Sequential(remote, batch=4, cache_dir=cache, skip_broken=0.5)
     with pytest.warns(UserWarning, match="skipped"):
         batches = list(run)
     assert sum(int(b["valid"].sum()) for b in batches) == 18 - COUNTS[1]

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 from selfdistill.data.errors import BrokenData, UserError
-from selfdistill.data.loading.loader import Loader, sequential
+from selfdistill.data.loading.loader import Loader, Sequential
 from selfdistill.data.remote import fetch
 from selfdistill.data.remote.cache import ShardCache
 from selfdistill.data.remote.fetch import NotThere, fetch_bytes
@@ -177,7 +177,7 @@ def test_every_batch_is_the_local_one(
             assert a.keys() == b.keys()
             assert all(torch.equal(a[k], b[k]) for k in a)
         there.close()
-    ids = [b["ids"][b["valid"]] for b in sequential(remote, batch=4, cache_dir=cache)]
+    ids = [b["ids"][b["valid"]] for b in Sequential(remote, batch=4, cache_dir=cache)]
     assert torch.cat(ids).tolist() == list(range(sum(COUNTS)))
     print(f"{sum(server.asked.values())} requests:", dict(server.done))
     assert all(server.done[kind] > 0 for kind in KINDS), server.done
@@ -363,13 +363,13 @@ def test_a_shard_vanishes_from_the_server(
     cache = tmp_path / "cache"
     remote = Manifest.load_split(server.url, "train", str(cache))
     options = {"batch": 4, "workers": workers, "cache_dir": str(cache), "report": str}
-    assert len(list(sequential(remote, **options))) == 9
+    assert len(list(Sequential(remote, **options))) == 9
     gone = split.shards[3]
     (Path(split.root) / gone.name).unlink()
-    assert len(list(sequential(remote, **options))) == 9
+    assert len(list(Sequential(remote, **options))) == 9
     (cache / gone.sha256).unlink()
     with pytest.raises(UserError, match=rf"cannot fetch {server.url}/train/{gone.name} .*said 404"):
-        list(sequential(remote, **options))
+        list(Sequential(remote, **options))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -393,7 +393,7 @@ import sys
 from pathlib import Path
 from selfdistill.data.remote.cache import ShardCache
 from data.errors import UserError
-from data.loading.loader import sequential
+from data.loading.loader import Sequential
 from data.shards.manifest import Manifest
 
 root, disk = sys.argv[1:]
@@ -427,7 +427,7 @@ except UserError as error:
 assert not list(Path(disk).glob("*.part"))
 for workers in (0, 2):
     try:
-        list(sequential(split, batch=4, cache_dir=disk, workers=workers))
+        list(Sequential(split, batch=4, cache_dir=disk, workers=workers))
     except UserError as error:
         print("error:", error)
 """

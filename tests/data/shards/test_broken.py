@@ -10,7 +10,7 @@ import pytest
 
 from selfdistill.data.errors import BrokenData, UserError
 from selfdistill.data.loading.codec import Images
-from selfdistill.data.loading.loader import Loader, sequential
+from selfdistill.data.loading.loader import Loader, Sequential
 from selfdistill.data.loading.reader import Reader
 from selfdistill.data.shards import tars
 from selfdistill.data.shards.checking import check_hashes
@@ -83,7 +83,7 @@ def test_an_error_is_one_line_from_workers_too(split: Manifest, workers: int) ->
         read_all(split, workers=workers)
     assert str(caught.value).startswith(f"shard {place(split, 1)}, k00007.png: the image cannot")
     with pytest.raises(UserError, match="k00007"):
-        list(sequential(split, batch=4, workers=workers))
+        list(Sequential(split, batch=4, workers=workers))
 
 
 def truncate(split: Manifest) -> None:
@@ -108,7 +108,7 @@ def test_a_damaged_shard_is_named_at_the_start(
         Loader(split, batch=5)
     assert str(place(split, 1)) in str(caught.value)
     with pytest.raises(BrokenData, match=said):
-        sequential(split, batch=5)
+        Sequential(split, batch=5)
     with pytest.raises(BrokenData, match=said):  # many shards are checked when they are opened
         Reader(split).record(7)
 
@@ -220,7 +220,7 @@ def test_too_many_broken_samples_are_an_error(split: Manifest) -> None:
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_skipped_rows_of_one_pass_are_not_valid(split: Manifest) -> None:
     flip(split, 7, 0, 45)
-    run = sequential(split, batch=4, skip_broken=0.1)
+    run = Sequential(split, batch=4, skip_broken=0.1)
     valid = {int(i) for b in run for i, v in zip(b["ids"], b["valid"], strict=True) if v}
     assert valid == set(range(15)) - {7}
     assert set(run.broken) == {7}
@@ -235,7 +235,7 @@ def test_a_report_is_told_of_each_skipped_sample_once(
     for _ in range(2):
         lines.clear()
         read_all(split, skip_broken=0.2, report=lines.append)
-        list(sequential(split, batch=4, skip_broken=0.2, report=lines.append))
+        list(Sequential(split, batch=4, skip_broken=0.2, report=lines.append))
         assert len(lines) == 4
         assert all(f"skipped: shard {split.root}" in line for line in lines)
     assert not recwarn.list
@@ -256,11 +256,11 @@ def test_padding_when_the_first_sample_is_broken(tmp_path: Path) -> None:
     tiny = uneven(tmp_path / "tiny", [2])
     flip(tiny, 0, 0, 45)
     options = {"batch": 3, "rank": 0, "world": 5, "codec": Images(None)}
-    (batch,) = sequential(tiny, skip_broken=0.5, report=lambda _: None, **options)
+    (batch,) = Sequential(tiny, skip_broken=0.5, report=lambda _: None, **options)
     assert batch["images"].shape == (3, 3, 4, 4)
     assert not batch["valid"].any()
     with pytest.raises(UserError, match="k00000"):
-        list(sequential(tiny, **options))
+        list(Sequential(tiny, **options))
 
 
 def test_hashes_show_what_no_sample_does(split: Manifest) -> None:

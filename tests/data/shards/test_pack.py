@@ -16,7 +16,7 @@ from PIL import Image
 from selfdistill.data.cli import run
 from selfdistill.data.errors import UserError
 from selfdistill.data.loading.codec import Images
-from selfdistill.data.loading.loader import sequential
+from selfdistill.data.loading.loader import Sequential
 from selfdistill.data.pack import pack, write_split
 from selfdistill.data.shards.encoding import ImageKind
 from selfdistill.data.shards.manifest import Manifest
@@ -41,7 +41,7 @@ def contents(shards: Path, split: str) -> dict[int, int]:
     """Number in the picture -> label."""
     manifest = Manifest.load_split(str(shards), split)
     found = {}
-    for batch in sequential(manifest, batch=4):
+    for batch in Sequential(manifest, batch=4):
         for image, label, valid in zip(
             batch["images"], batch["labels"], batch["valid"], strict=True
         ):
@@ -173,7 +173,7 @@ def test_sizes(tmp_path: Path) -> None:
     pack(str(root.parent), str(tmp_path / "big"), splits="1")
     assert Manifest.load_split(str(tmp_path / "big"), "train").image["size"] == 224
     pack(str(root.parent), str(tmp_path / "small"), splits="1", size=8)
-    batch = next(iter(sequential(Manifest.load(str(tmp_path / "small" / "train")), batch=3)))
+    batch = next(iter(Sequential(Manifest.load(str(tmp_path / "small" / "train")), batch=3)))
     assert batch["images"].shape == (3, 3, 8, 8)
 
 
@@ -191,14 +191,14 @@ def test_originals_can_be_kept(tmp_path: Path) -> None:
     } == files
     manifest = Manifest.load_split(str(tmp_path / "out"), "train")
     assert manifest.image["size"] is None
-    assert next(iter(sequential(manifest, batch=3, codec=Images(8))))["images"].shape == (
+    assert next(iter(Sequential(manifest, batch=3, codec=Images(8))))["images"].shape == (
         3,
         3,
         8,
         8,
     )
     with pytest.raises(UserError, match="give the size"):
-        list(sequential(manifest, batch=3))
+        list(Sequential(manifest, batch=3))
 
 
 def test_odd_images_are_packed(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_odd_images_are_packed(tmp_path: Path) -> None:
     Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(root / "clear.png")
     Image.new("L", (1, 1), 7).save(root / "dot.png")
     pack(str(root.parent), str(tmp_path / "out"), splits="1", size=8)
-    batch = next(iter(sequential(Manifest.load(str(tmp_path / "out" / "train")), batch=5)))
+    batch = next(iter(Sequential(Manifest.load(str(tmp_path / "out" / "train")), batch=5)))
     colours = {tuple(image[:, 4, 4].tolist()) for image in batch["images"]}
     assert colours == {(50, 50, 50), (255, 0, 0), (0, 0, 0), (255, 255, 255), (7, 7, 7)}
 

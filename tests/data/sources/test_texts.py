@@ -16,7 +16,7 @@ from selfdistill.data.errors import BrokenData, UserError
 from selfdistill.data.formats import texts
 from selfdistill.data.formats.texts import Text, Texts, pack_rows, parse
 from selfdistill.data.loading.codec import Codec
-from selfdistill.data.loading.loader import Loader, sequential
+from selfdistill.data.loading.loader import Loader, Sequential
 from selfdistill.data.shards.encoding import TextKind
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.data.shards.writer import write_split
@@ -162,7 +162,7 @@ def test_shards_of_texts(tmp_path: Path) -> None:
     tars = sorted(map(str, (tmp_path / "s" / "train").glob("*.tar")))
     reader = webdataset.WebDataset(tars, shardshuffle=False).decode().to_tuple("txt", "cls")
     assert list(reader) == [(line, i % 2) for i, line in enumerate(lines)]
-    batches = list(sequential(manifest, batch=4, codec=codec()))
+    batches = list(Sequential(manifest, batch=4, codec=codec()))
     assert [b["labels"].tolist() for b in batches] == [[0, 1, 0, 1], [0, -1, -1, -1]]
     assert batches[0]["input_ids"][1, :4].tolist() == [BOS, 14, 16, EOS]
     assert batches[1]["attention_mask"].sum(1).tolist() == [3, 1, 1, 1]
@@ -186,15 +186,15 @@ def test_broken_texts_are_skipped_when_asked(tmp_path: Path) -> None:
     content[int(manifest.members[1, 0])] = 0xFF
     tar.write_bytes(content)
     with pytest.raises(UserError, match=r"k1.txt: the text cannot be read: it is not UTF-8"):
-        list(sequential(manifest, batch=4, codec=codec()))
+        list(Sequential(manifest, batch=4, codec=codec()))
     with pytest.warns(UserWarning, match="skipped: .*k1.txt"):
-        (batch,) = sequential(manifest, batch=4, codec=codec(), skip_broken=0.5)
+        (batch,) = Sequential(manifest, batch=4, codec=codec(), skip_broken=0.5)
     assert batch["valid"].tolist() == [True, False, True, True]
 
 
 def test_texts_need_a_codec(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds text"):
-        sequential(shards(tmp_path / "s", "a"), batch=1)
+        Sequential(shards(tmp_path / "s", "a"), batch=1)
 
 
 @settings(max_examples=50, deadline=None)

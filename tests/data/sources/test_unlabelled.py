@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from selfdistill.data.index import index
-from selfdistill.data.loading.loader import sequential
+from selfdistill.data.loading.loader import Sequential
 from selfdistill.data.pack import pack
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.data.verify import verify
@@ -29,7 +29,7 @@ def source(tmp_path: Path) -> Path:
 def numbers(root: Path, split: str) -> dict[int, int]:
     """Number in the picture -> label."""
     found: dict[int, int] = {}
-    for batch in sequential(Manifest.load_split(str(root), split), batch=4):
+    for batch in Sequential(Manifest.load_split(str(root), split), batch=4):
         for picture, label in zip(
             batch["images"][batch["valid"]], batch["labels"][batch["valid"]], strict=True
         ):

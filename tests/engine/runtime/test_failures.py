@@ -85,13 +85,15 @@ FAULT = """
 import os, runpy, sys, threading, time
 sys.argv = ["engine/run.py", "--output", sys.argv[1]]
 sys.path.insert(0, os.getcwd())
-import engine.stages.sequence
-def wrong(run):
+from selfdistill.engine.checkpoints import folder
+opened = folder.open_run
+def wrong(settings, ranks):
+    run = opened(settings, ranks)
     threading.Thread(target=time.sleep, args=(60,)).start()
     if run.ranks.rank == 1:
         raise LookupError("a fault of ours")
     run.boundary("waits for the other", wait=True)
-engine.stages.sequence.run_stages = wrong
+folder.open_run = wrong
 runpy.run_path("engine/run.py", run_name="__main__")
 """
 

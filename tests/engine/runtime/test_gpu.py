@@ -17,8 +17,8 @@ from selfdistill.engine.config.options import load
 from selfdistill.engine.models.image import ImageAutoencoder, Normalize
 from selfdistill.engine.models.vit_mae import ViTMAE
 from selfdistill.engine.models.weights import load_pretrained
+from selfdistill.engine.run import run_stages
 from selfdistill.engine.runtime import distributed
-from selfdistill.engine.stages.sequence import run_stages
 from selfdistill.engine.training import fit
 from selfdistill.engine.training.objectives import EXTRAS, DistillObjective
 from tests.kit.launches import COMMON, ROOT, launch, make_images, make_world, metrics, run_cases

@@ -1,5 +1,6 @@
 """Precision: what auto means, where bf16 keeps fp32, what a step asks of a device."""
 
+import itertools
 import os
 import tomllib
 import traceback
@@ -14,20 +15,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfdistill.engine.checkpoints import training_state
-from selfdistill.engine.checkpoints.checkpoint import State
 from selfdistill.engine.checkpoints.folder import CONFIG, Run, open_run
 from selfdistill.engine.config.options import load
 from selfdistill.engine.config.schema import Config
 from selfdistill.engine.models.image import ImageAutoencoder, Normalize
 from selfdistill.engine.models.vit_mae import Shape, ViTMAE
 from selfdistill.engine.models.weights import Pretrained, load_pretrained
-from selfdistill.engine.monitoring.monitor import Meter
 from selfdistill.engine.runtime import precision, zero
 from selfdistill.engine.runtime.allocator import release
 from selfdistill.engine.runtime.distributed import Ranks
-from selfdistill.engine.training.fit import build_engine
+from selfdistill.engine.training.engine import build_engine
 from selfdistill.engine.training.kinds.image import ImageKind
-from selfdistill.engine.training.loop import Loop, take_step
+from selfdistill.engine.training.loop import Step, take_step
 from selfdistill.engine.training.objectives import (
     ClassifyObjective,
     DistillObjective,
@@ -291,26 +290,20 @@ def step_of(ranks: Ranks, stage: str, **options: Any) -> tuple[Any, Any]:
     else:
         batch |= {"noise": torch.rand(2, 16), "target": torch.randn(2, 24)}
 
-    def batches() -> Iterator[dict[str, Tensor]]:
-        while True:
-            yield batch
-
-    loop = Loop(
-        engine=engine,
-        batches=batches(),
-        inputs=lambda b: b,
-        plan=plan,
-        steps=100,
-        seed=0,
-        state=State(0, 0, {}, "", 1),
-    )
     engine.train()
-    meter = Meter()
+    taken = itertools.count()
 
-    def step(measure: bool = False) -> Any:
-        out = take_step(loop, meter, ranks, measure=measure)
-        loop.state.step += 1
-        return out
+    def step(measure: bool = False) -> Step:
+        return take_step(
+            engine,
+            [batch],
+            lambda entries: entries,
+            plan,
+            ranks,
+            seed=0,
+            taken=next(taken),
+            norm_wanted=measure,
+        )
 
     return step, engine
 
@@ -343,7 +336,7 @@ def test_a_step_waits_for_nothing(
         step()
     assert found.waits == []
     # A log step has the gradient's norm, and it alone.
-    *_, norm = step(measure=True)
+    norm = step(measure=True).norm
     value = engine.get_global_grad_norm() if norm is None else norm
     assert float(value) > 0
     step()

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from selfdistill.engine.checkpoints.folder import open_run
 from selfdistill.engine.config.options import load
-from selfdistill.engine.run import _quiet
+from selfdistill.engine.run import _quiet, run_stages
 from selfdistill.engine.runtime.distributed import Ranks
-from selfdistill.engine.stages.sequence import run_stages
-from selfdistill.engine.training import fit
+from selfdistill.engine.training import engine as engines
 from tests.kit.launches import COMMON, make_world
 
 
@@ -42,13 +41,13 @@ def test_the_last_stage_needs_no_more_than_the_first(
     root = make_world(tmp_path)
     _quiet()
     before: list[tuple[str, int]] = []
-    build = fit.build_engine
+    build = engines.build_engine
 
     def looked_at(run: Any, objective: nn.Module, stage: str, *more: Any) -> Any:
         before.append((stage, held()))
         return build(run, objective, stage, *more)
 
-    monkeypatch.setattr(fit, "build_engine", looked_at)
+    monkeypatch.setattr(engines, "build_engine", looked_at)
     settings = COMMON | {"zero": zero, "data": str(root / "shards"), "model": str(root / "base")}
     settings |= {"output": str(root / "run"), "stage": "all", "compare": True, "watchdog": 0}
     settings |= {"finetune.seeds": 2, "teacher.mode": "sharded", "finetune.train_scored": 0}

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import shutil
 import statistics
-import time
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor, nn
+
 from selfdistill.data.errors import UserError
-from selfdistill.engine import regularizers
-from selfdistill.engine.checkpoints.folder import Run, open_stage, write_result
+from selfdistill.data.loading.samples import Keyed
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints.folder import Run, write_result
+from selfdistill.engine.regularizers import REGULARIZERS
 from selfdistill.engine.runtime.distributed import main_only
 from selfdistill.engine.stages.splits import labelled_splits
 from selfdistill.engine.training.analysis import analyse
-from selfdistill.engine.training.fit import Fit, check_shards, fit
 from selfdistill.engine.training.kinds import kind_of
 from selfdistill.engine.training.kinds.base import Batch
-from selfdistill.engine.training.record import record_of, scalars
+from selfdistill.engine.training.loop import run_stage
+from selfdistill.engine.training.record import scalars
+from selfdistill.engine.training.stage import Stage
 from selfdistill.engine.training.teacher import view
 
 
@@ -59,7 +64,7 @@ def finetune(run: Run, start: str) -> None:
     for seed in seeds:
         stage = name if config.finetune.seeds == 1 else f"{name}/seed-{seed}"
         run.boundary(stage, wait=True)
-        _finetune_once(run, stage, source, seed)
+        run_stage(Finetune(run, stage, source, seed))
         results.append(run.shared_result(stage))
     if config.finetune.seeds > 1:
         write_result(run, name, _summary(name, source, [r for r in results if r]))
@@ -110,80 +115,100 @@ def _summary(name: str, source: str, results: list[dict[str, Any]]) -> dict[str,
     }
 
 
-def _finetune_once(run: Run, name: str, source: str, seed: int) -> None:
-    began = time.time()
-    config, ranks = run.config, run.ranks
-    splits = labelled_splits(run)
-    train = splits["train"]
-    if not train.classes:
-        raise UserError(
-            f"{train.root} has no labels: fine-tuning needs a set packed with its classes"
-        )
-    if 0 in train.class_counts:
-        empty = train.classes[train.class_counts.index(0)]
-        raise UserError(
-            f"{train.root}: class {empty!r} has no training sample: add some, or pack without it"
-        )
-    kind = kind_of(run, train)
-    weights = kind.load(source)
-    plan, steps = config.finetune, config.finetune.length(train.samples)
-    more = {"start": weights.sha256} | regularizers.record(config)
-    regularizers.check(run, steps)
-    record = record_of(run, "finetune", config.finetune, train, more, seed)
-    if not open_stage(run, name, record, train.hash):
-        return
-    check_shards(run, *splits.values(), labels=True)
-    # theta_init, from which the distance is measured.
-    known = config.model.path not in (None, "scratch")
-    initial = kind.load() if known else weights
-    model = kind.classifier(weights, train.classes, seed)
+class Finetune(Stage):
+    """Cross-entropy of a fresh head and the encoder, with one seed.
 
-    how = regularizers.choose(run, kind, model, weights, seed)
+    Args:
+        run: the launch.
+        name: of the stage's folder.
+        source: folder or name of the weights that it starts from.
+        seed: of order, head and dropout.
+    """
 
-    def inputs(batch: Batch) -> Batch:
-        # The seeds of noise stay on the CPU, where generators take them from.
-        aside = {k: batch[k] for k in ("noise_key", "noise_length") if k in batch}
-        return view(batch, (*kind.labelled, "labels"), ranks.device) | aside
+    section = "finetune"
+    labelled = True
+    reconstructs = False
 
-    def finish(engine: Any) -> dict[str, Any]:
-        scores, analysis = analyse(run, engine, kind, weights, initial, splits)
+    def __init__(self, run: Run, name: str, source: str, seed: int) -> None:
+        self.splits, self.source = labelled_splits(run), source
+        train = self.splits["train"]
+        if not train.classes:
+            raise UserError(
+                f"{train.root} has no labels: fine-tuning needs a set packed with its classes"
+            )
+        if 0 in train.class_counts:
+            empty = train.classes[train.class_counts.index(0)]
+            raise UserError(
+                f"{train.root}: class {empty!r} has no training sample: add some, or pack"
+                " without it"
+            )
+        kind = kind_of(run, train)
+        base = kind.load(source)
+        self.regularizer = REGULARIZERS[run.config.finetune.regularizer](run, base)
+        record = {"start": base.sha256} | self.regularizer.record()
+        super().__init__(run, name, train, kind, base, seed=seed, record=record)
+        self.regularizer.check(self.steps)
+        self.counted = self.regularizer.counted
+        self.initial: Any = base  # theta_init, from which the distance is measured
+
+    @property
+    def manifests(self) -> list[Manifest]:
+        """See `Stage`."""
+        return list(self.splits.values())
+
+    @property
+    def validation(self) -> Manifest | None:
+        """See `Stage`."""
+        return self.splits.get("val")
+
+    @property
+    def reference(self) -> Mapping[str, Tensor]:
+        """See `Stage`."""
+        weights: Mapping[str, Tensor] = self.initial.encoder
+        return weights
+
+    def build(self) -> nn.Module:
+        """See `Stage`."""
+        if self.config.model.path not in (None, "scratch"):
+            self.initial = self.kind.load()
+        self.model = self.kind.classifier(self.base, self.train.classes, self.seed)
+        return self.regularizer.objective(self.model)
+
+    def optimizer(self, objective: nn.Module) -> Any | None:
+        """See `Stage`."""
+        return self.regularizer.optimizer(objective)
+
+    def start(self, engine: Any) -> None:
+        """See `Stage`."""
+        self.regularizer.start(engine)
+
+    def keyed(self) -> Keyed | None:
+        """See `Stage`: of the augmentation, and of what the regularizer draws."""
+        return self.regularizer.keyed(self.kind.augment(self.seed), self.seed)
+
+    def inputs(self, batch: Batch) -> Batch:
+        """See `Stage`."""
+        entries = view(batch, (*self.kind.labelled, "labels"), self.ranks.device)
+        return entries | self.regularizer.entries(batch)
+
+    def after_update(self) -> None:
+        """See `Stage`."""
+        self.regularizer.after_update()
+
+    def finish(self, engine: Any) -> dict[str, Any]:
+        """See `Stage`: scores val and test, looks at the features, exports the classifier."""
+        run, kind, train = self.run, self.kind, self.train
+        scores, analysis = analyse(run, engine, kind, self.base, self.initial, self.splits)
         metrics: dict[str, float] = {}
         for split in scores:
             metrics |= scores[split].as_dict(split)
-        folder = run.folder / name / "export"
-        kind.export_classifier(folder, engine.module.model, weights, train.classes)
+        folder = run.folder / self.name / "export"
+        kind.export_classifier(folder, engine.module.model, self.base, train.classes)
         return {
             "metric": train.text.get("metric") or "accuracy",
             "metrics": metrics,
             "analysis": analysis,
             "scores": scores,
             "export": str(folder),
-            "start": source,
+            "start": self.source,
         }
-
-    fit(
-        run,
-        Fit(
-            name=name,
-            stage="finetune",
-            plan=plan,
-            objective=how.objective,
-            keyed=how.keyed,
-            inputs=inputs,
-            data=kind,
-            base=weights,
-            train=train,
-            encoder=model.encoder,
-            reference=initial.encoder,
-            seed=seed,
-            record=record,
-            began=began,
-            validate=splits.get("val"),
-            finish=finish,
-            labelled=True,
-            reconstructs=False,
-            counted=how.counted,
-            optimizer=how.optimizer,
-            after=how.after,
-        ),
-    )

@@ -1,0 +1,182 @@
+"""Stage 2: self-distillation, a fresh student against the frozen teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from selfdistill.data.errors import UserError
+from selfdistill.data.loading.samples import Keyed
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.regularizers import matching
+from selfdistill.engine.runtime.distributed import main_only
+from selfdistill.engine.stages.pretrain import export_autoencoder
+from selfdistill.engine.stages.splits import unlabelled_split
+from selfdistill.engine.training.kinds import kind_of
+from selfdistill.engine.training.kinds.base import Batch
+from selfdistill.engine.training.objectives import DistillObjective, FeatureExtractor
+from selfdistill.engine.training.stage import Stage
+from selfdistill.engine.training.teacher import (
+    Replicated,
+    Sharded,
+    Teacher,
+    build_table,
+    choose,
+    table_bytes,
+    view,
+)
+
+
+class Distill(Stage):
+    """One round: the student starts from theta_init, L_MAE plus the distance of features (Eq. 3).
+
+    Attributes:
+        teacher: gives the targets of a batch; None where the objective asks for none.
+        teacher_weights: those of the teacher; None at `--distill.weight 0`.
+
+    Args:
+        run: the launch.
+        number: of the round, from 1.
+    """
+
+    section = "distill"
+
+    def __init__(self, run: Run, number: int) -> None:
+        plan = run.config.distill
+        matching.check(run.config)
+        # Without its term the teacher is not asked for anything.
+        self.source: str | None = main_only(
+            run.ranks, lambda: teacher_source(run, number) if plan.weight else None
+        )
+        train = unlabelled_split(run)
+        kind = kind_of(run, train)
+        base = kind.load()
+        record = {"model": base.sha256}
+        self.teacher_weights = None
+        if self.source is not None:
+            self.teacher_weights = kind.load(self.source)
+            kind.same_architecture(self.teacher_weights, base)
+            _same_origin(run, number, base)
+            record["teacher"] = self.teacher_weights.sha256
+        self.teacher: Teacher | matching.Predictor | None = None
+        self.mode = "none"  # how the teacher's weights are used, for result.json
+        self.reconstructs = plan.mae_weight > 0 or (plan.match == "prediction" and plan.weight > 0)
+        self.counted = plan.match == "feature" and plan.weight > 0 and plan.mae_weight > 0
+        name = f"distill-{number}"
+        record |= kind.record()
+        super().__init__(run, name, train, kind, base, seed=run.config.seed, record=record)
+
+    @property
+    def teacher_mode(self) -> Any:
+        """See `Stage`."""
+        return "cached" if self.teacher is None else self.teacher.mode
+
+    def build(self) -> nn.Module:
+        """See `Stage`: also makes the teacher, as `--distill.match` and `--teacher.mode` say."""
+        plan, kind, run = self.config.distill, self.kind, self.run
+        self.model = model = kind.autoencoder(self.base)
+        weights, teacher = (plan.weight, plan.mae_weight), self.teacher_weights
+        if teacher is None:
+            return DistillObjective(model, plan.feature, *weights)
+        if plan.match == "feature":
+            self.teacher = self._teacher(teacher)
+            self.mode = self.teacher.mode
+            return DistillObjective(model, plan.feature, *weights)
+        if plan.match == "prediction":
+            if teacher.decoder is None:
+                raise UserError(
+                    f"teacher {teacher.origin} has no decoder, and --distill.match prediction"
+                    " compares what decoders predict: give one that stage 1 left, or"
+                    " --distill.match feature"
+                )
+            network = kind.autoencoder(teacher)
+            self.teacher = matching.Predictor(network, kind.masked, run.ranks, run.dtype)
+            self.mode = self.teacher.mode
+            return matching.PredictionObjective(model, *weights)
+        reference = {k: v.float().to(run.ranks.device) for k, v in teacher.encoder.items()}
+        match: Any = plan.match.removeprefix("weights_")
+        self.mode = "weights"
+        return matching.WeightsObjective(model, reference, match, *weights)
+
+    def _teacher(self, weights: Any) -> Teacher:
+        """The teacher of features: cached, replicated or sharded."""
+        run, kind, config, ranks = self.run, self.kind, self.config, self.ranks
+        feature = config.distill.feature
+        extractor = FeatureExtractor(kind.encoder(weights), feature).eval()
+        shape = kind.feature_shape(weights, feature)
+        folder = run.folder / self.name / "teacher"
+        size = None if shape is None else table_bytes(self.train.samples, shape)
+        mode = main_only(ranks, lambda: choose(config.teacher.mode, size, config, folder))
+        table = "" if size is None else f" (its features as a table: {size / 2**20:.1f} MiB)"
+        run.say(f"{self.name}: teacher {mode}{table}")
+        if mode == "sharded":
+            return Sharded(extractor, kind.full, ranks, config.precision)
+        whole = Replicated(extractor, kind.full, ranks, run.dtype)
+        if mode == "replicated":
+            return whole
+        assert shape is not None
+        key = {
+            "manifest": self.train.hash,
+            "teacher": weights.sha256,
+            "view": f"{kind.view(weights)}, {feature}, {config.precision}",
+        }
+        codec = kind.codec(weights, self.train)
+        return build_table(run, folder, key, self.train, codec, whole, shape)
+
+    def keyed(self) -> Keyed | None:
+        """See `Stage`: the masks."""
+        return self.kind.mask(self.base)
+
+    def inputs(self, batch: Batch) -> Batch:
+        """See `Stage`: both views, and the teacher's features."""
+        target = {} if self.teacher is None else {"target": self.teacher(batch)}
+        return view(batch, self.kind.masked, self.ranks.device) | target
+
+    def finish(self, engine: Any) -> dict[str, Any]:
+        """See `Stage`."""
+        entries = export_autoencoder(self.run, self.kind, self.name, engine, self.base)
+        if self.teacher_weights is None:
+            return entries
+        sha256 = self.teacher_weights.sha256
+        return entries | {"teacher": {"path": self.source, "sha256": sha256, "mode": self.mode}}
+
+    def close(self) -> None:
+        """See `Stage`."""
+        if self.teacher is not None:
+            self.teacher.close()
+
+
+def _teaching_stage(run: Run, number: int) -> str | None:
+    """The run's stage that leaves the teacher of a round; None where --teacher names another."""
+    if number == 1 and run.config.teacher.path:
+        return None
+    return "pretrain" if number == 1 else f"distill-{number - 1}"
+
+
+def _same_origin(run: Run, number: int, base: Any) -> None:
+    """Refuses to distil into another theta_init than the run's teacher started from."""
+    stage = _teaching_stage(run, number)
+    origin = stage and (run.shared_result(stage) or {}).get("model", {})
+    if origin and origin["sha256"] != base.sha256:
+        raise UserError(
+            f"{run.folder / str(stage)}, the teacher, started from {origin['path']}, --model"
+            f" {base.origin} has other weights: give the first, or another --output"
+        )
+
+
+def teacher_source(run: Run, number: int) -> str:
+    """Folder of the teacher of a round: --teacher, stage 1, or the student of the round before.
+
+    Raises:
+        UserError: there is none yet.
+    """
+    stage = _teaching_stage(run, number)
+    if stage is None:
+        return str(run.config.teacher.path)
+    if run.result(stage) is None:
+        raise UserError(
+            f"distill-{number} needs a teacher and {run.folder / stage} is not complete: "
+            f"run --stage pretrain first, or give --teacher FOLDER"
+        )
+    return str(run.folder / stage / "export")

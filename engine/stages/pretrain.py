@@ -1,0 +1,105 @@
+"""Stage 1: further pre-training, which leaves the teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from selfdistill.data.loading.samples import Keyed
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.regularizers import supcon
+from selfdistill.engine.stages.splits import train_split, unlabelled_split
+from selfdistill.engine.training.kinds import kind_of
+from selfdistill.engine.training.kinds.base import Batch, Kind
+from selfdistill.engine.training.objectives import MaskedObjective
+from selfdistill.engine.training.stage import Stage
+from selfdistill.engine.training.teacher import view
+
+
+class Pretrain(Stage):
+    """L_MAE from theta_init, phi_init (Algorithm 2)."""
+
+    section = "pretrain"
+
+    def __init__(self, run: Run) -> None:
+        train = self.split(run)
+        kind = kind_of(run, train)
+        base = kind.load()
+        record = {"model": base.sha256} | kind.record() | self.settings(run)
+        super().__init__(run, "pretrain", train, kind, base, seed=run.config.seed, record=record)
+
+    def split(self, run: Run) -> Manifest:
+        """What it learns from."""
+        return unlabelled_split(run)
+
+    def settings(self, run: Run) -> dict[str, Any]:
+        """More settings that its figures depend on."""
+        return {}
+
+    def build(self) -> nn.Module:
+        """See `Stage`."""
+        self.model = self.kind.autoencoder(self.base)
+        return MaskedObjective(self.model)
+
+    def keyed(self) -> Keyed | None:
+        """See `Stage`: the masks."""
+        return self.kind.mask(self.base)
+
+    def inputs(self, batch: Batch) -> Batch:
+        """See `Stage`: the masked view."""
+        return view(batch, self.kind.masked, self.ranks.device)
+
+    def finish(self, engine: Any) -> dict[str, Any]:
+        """See `Stage`."""
+        return export_autoencoder(self.run, self.kind, self.name, engine, self.base)
+
+
+class Contrast(Pretrain):
+    """Stage 1 as a baseline has it: the supervised contrastive loss, on the labelled train split.
+
+    Leaves what stage 1 leaves, the decoder as it was.
+    """
+
+    labelled = True
+    reconstructs = False
+    counted = False
+
+    def split(self, run: Run) -> Manifest:
+        """See `Pretrain`."""
+        train = train_split(run)
+        supcon.check(run.config, train)
+        return train
+
+    def settings(self, run: Run) -> dict[str, Any]:
+        """See `Pretrain`."""
+        return {f"supcon.{k}": v for k, v in run.config.supcon.model_dump().items()}
+
+    def build(self) -> nn.Module:
+        """See `Stage`."""
+        settings = self.config.supcon
+        self.model = self.kind.autoencoder(self.base, settings.dropout)
+        (width,) = self.kind.feature_shape(self.base, "cls") or (0,)
+        return supcon.SupConObjective(self.model, width, settings)
+
+    def keyed(self) -> Keyed | None:
+        """See `Stage`: of two views of each sample."""
+        return self.kind.pairs(self.seed)
+
+    def inputs(self, batch: Batch) -> Batch:
+        """See `Stage`: all first views, then all second ones."""
+        entries = self.kind.paired(batch) | {"labels": batch["labels"]}
+        return view(entries, tuple(entries), self.ranks.device)
+
+
+def pretraining(run: Run) -> Pretrain:
+    """Stage 1 with the objective that `--pretrain.objective` names."""
+    return Contrast(run) if run.config.pretrain.objective == "supcon" else Pretrain(run)
+
+
+def export_autoencoder(run: Run, kind: Kind, stage: str, engine: Any, base: Any) -> dict[str, Any]:
+    """Exports encoder and decoder; says where, for result.json. Every rank calls it."""
+    folder = run.folder / stage / "export"
+    kind.export_autoencoder(folder, engine.module.model, base)
+    return {"export": str(folder)}

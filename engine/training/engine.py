@@ -1,0 +1,88 @@
+"""The DeepSpeed engine of a stage: new, or with the state of its newest whole checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from selfdistill.data.cli import one_line
+from selfdistill.data.errors import UserError
+from selfdistill.engine.checkpoints import training_state
+from selfdistill.engine.checkpoints.checkpoint import Checkpoints, Reader, State
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.config.schema import StageSection
+from selfdistill.engine.runtime import zero
+from selfdistill.engine.training import optimizer as optim
+from selfdistill.engine.training.kinds.base import Section
+from selfdistill.engine.training.stage import Stage
+
+
+def start(stage: Stage, checkpoints: Checkpoints) -> tuple[Any, State]:
+    """A stage's engine and state: from its newest whole checkpoint, or new.
+
+    The weights go into the module before DeepSpeed cuts and casts it, the rest after.
+    """
+    run, objective = stage.run, stage.build()
+    found = checkpoints.find(stage.record, stage.train.hash)
+    read = None if found is None else Reader(*found)
+    if read is not None:
+        training_state.load_weights(objective, read)
+    engine = build_engine(run, objective, stage.section, stage.plan, stage.optimizer(objective))
+    if found is None or read is None:
+        return engine, State(0, 0, stage.record, stage.train.hash, run.ranks.world)
+    _, state = found
+    training_state.restore(engine, run.ranks.rank, read, state.optimizer)
+    state.config = stage.record  # the layout of this launch
+    return engine, state
+
+
+def build_engine(
+    run: Run,
+    objective: nn.Module,
+    section: Section,
+    plan: StageSection,
+    optimizer: Any | None = None,
+) -> Any:
+    """The DeepSpeed engine of an objective.
+
+    Args:
+        run: The launch.
+        objective: Module whose forward gives the losses.
+        section: pretrain | distill | finetune.
+        plan: Its settings.
+        optimizer: Of the objective; None: AdamW.
+
+    Raises:
+        UserError: batch, ZeRO setting or precision do not fit.
+    """
+    import deepspeed
+
+    content = zero.training_config(run.config, plan, run.ranks.world)
+    if run.config.compile and zero.stage_of(content) == 3:
+        raise UserError(
+            f"--compile true: --zero {run.config.zero} gathers parameters in the midst of a"
+            " forward, which torch.compile cannot follow: take zero0, zero1 or zero2, or leave it"
+            " out"
+        )
+    if optimizer is None:
+        optimizer = optim.build(objective, section, plan, offload=zero.offloads(content))
+    else:
+        content["zero_allow_untested_optimizer"] = True  # DeepSpeed knows classes by their names
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=objective, optimizer=optimizer, config=content, dist_init_required=False
+        )
+    except (AssertionError, TypeError, ValueError) as error:
+        if run.config.zero in zero.known():
+            raise
+        raise UserError(
+            f"--zero {run.config.zero}: DeepSpeed refuses it: {one_line(error)[:200]}: correct the"
+            " file, or take one of ds_configs/"
+        ) from error
+    if run.ranks.world == 1 and zero.stage_of(content) == 0:
+        # Nobody to add up with: DeepSpeed would copy all gradients together and back all the same.
+        engine.enable_backward_allreduce = False
+    if run.config.compile:
+        engine.compile(compile_kwargs={"mode": run.config.compile_mode})
+    return engine

@@ -1,0 +1,138 @@
+"""What a stage is: an object that builds the model and says what each part of the loop needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from selfdistill.data.loading.samples import Keyed
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.config.schema import StageSection
+from selfdistill.engine.monitoring.monitor import Monitor
+from selfdistill.engine.training.kinds.base import Batch, Kind, Section
+from selfdistill.engine.training.record import record_of
+
+
+class Stage:
+    """One training of a run. `training.loop` calls the methods in the order that they stand here.
+
+    Attributes:
+        section: its section of the configuration.
+        labelled: whether every sample must have a label.
+        reconstructs: whether the objective reconstructs a masked view, which pictures show.
+        counted: whether `Kind.flops` says what a step costs.
+        model: the network in the objective, made by `build`; its `encoder` is watched.
+
+    Args:
+        run: the launch.
+        name: of the stage's folder.
+        train: manifest of the samples that it learns from.
+        kind: of the inputs.
+        base: weights that it starts from.
+        seed: of order, head and dropout.
+        record: what its figures depend on beside the configuration: hashes, settings of a view.
+    """
+
+    section: ClassVar[Section]
+    labelled = False
+    reconstructs = True
+    counted = True
+    model: Any
+
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        train: Manifest,
+        kind: Kind,
+        base: Any,
+        *,
+        seed: int,
+        record: dict[str, Any],
+    ) -> None:
+        self.began = time.time()
+        self.run, self.config, self.ranks = run, run.config, run.ranks
+        self.name, self.train, self.kind, self.base, self.seed = name, train, kind, base, seed
+        self.plan: StageSection = getattr(run.config, self.section)
+        self.steps = self.plan.length(train.samples)
+        self.record = record_of(run, self.section, self.plan, train, record, seed)
+
+    @property
+    def manifests(self) -> list[Manifest]:
+        """The splits that the stage reads."""
+        return [self.train]
+
+    @property
+    def validation(self) -> Manifest | None:
+        """The split that is scored every `eval_every` steps; None where nothing is."""
+        return None
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between evaluations of `validation`; 0 for none."""
+        return getattr(self.plan, "eval_every", 0) if self.validation else 0
+
+    @property
+    def reference(self) -> Mapping[str, Tensor]:
+        """The encoder's weights from which its distance is logged: theta_init."""
+        weights: Mapping[str, Tensor] = self.base.encoder
+        return weights
+
+    def build(self) -> nn.Module:
+        """Makes `model`, and returns the objective: a module whose forward gives the losses."""
+        raise NotImplementedError
+
+    def optimizer(self, objective: nn.Module) -> Any | None:
+        """An optimiser of the stage's own; None: AdamW."""
+        return None
+
+    def start(self, engine: Any) -> None:
+        """Called once, when the engine is ready for its next step."""
+
+    def keyed(self) -> Keyed | None:
+        """The random numbers of the stage's view of a sample, keyed by position in the stream."""
+        raise NotImplementedError
+
+    def inputs(self, batch: Batch) -> Batch:
+        """A loader's batch -> the objective's arguments, on the device."""
+        raise NotImplementedError
+
+    def units(self, batch: Batch) -> int | None:
+        """Masked units by whose number in the global batch the loss is divided.
+
+        None where the objective's loss is a mean already, over as many units in each batch.
+        """
+        return self.kind.count(batch) if self.reconstructs else None
+
+    def flops(self, batch: Batch) -> float:
+        """FLOPs of a batch in one step, forward and backward; 0 where they are not known."""
+        if not self.counted:
+            return 0.0
+        classes = len(self.train.classes)
+        return self.kind.flops(self.base, self.section, self.teacher_mode, classes, batch)
+
+    @property
+    def teacher_mode(self) -> Any:
+        """Of the teacher, which costs FLOPs in a step unless it is cached."""
+        return "cached"
+
+    def after_update(self) -> None:
+        """Called after each update of the weights."""
+
+    def draw(self, monitor: Monitor, step: int, batch: Batch, outputs: Batch) -> None:
+        """Shows what the model makes of a batch; on rank 0 alone, where `reconstructs`."""
+        self.kind.draw(monitor, step, batch, outputs, self.base)
+
+    def finish(self, engine: Any) -> dict[str, Any]:
+        """Exports, and scores; returns entries of result.json. Every rank calls it.
+
+        `scores` (split -> Scores) are logged and left out of result.json.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Gives back what the stage holds beside the engine."""

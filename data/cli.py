@@ -17,9 +17,9 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import fire
 import pydantic
@@ -65,8 +65,8 @@ def machine_error(error: OSError) -> UserError | None:
     return UserError(f"{error.strerror}:{where} {cure}")
 
 
-def _is_flag(token: str) -> bool:
-    return token.startswith("--") or re.match(r"^-[a-zA-Z]", token) is not None
+def _is_flag(word: str) -> bool:
+    return word.startswith("--") or re.match(r"^-[a-zA-Z]", word) is not None
 
 
 def _may_be_bare(annotation: Any) -> bool:
@@ -74,8 +74,80 @@ def _may_be_bare(annotation: Any) -> bool:
     return annotation is bool or bool in typing.get_args(annotation)
 
 
+class Typed(NamedTuple):
+    """An option as it was typed.
+
+    Attributes:
+        words: of the command line: one, or two with the value apart.
+        value: None where the option stands bare.
+    """
+
+    words: list[str]
+    value: str | None
+
+
+def split_words(
+    argv: Sequence[str],
+    options: Mapping[str, Any],
+    hint: Callable[[str, Iterable[str]], str] | None = None,
+) -> tuple[dict[str, Typed], list[str]]:
+    """Splits a command line into its options and its other words.
+
+    Args:
+        argv: The words of the command line, without the program's name.
+        options: Every option's name and annotation. A bool may stand bare.
+        hint: From a name that is no option and those that are, what is said behind it; by default
+            the nearest one, and all where they are few.
+
+    Returns:
+        The options by name, dashes written as underscores; the words that belong to none.
+
+    Raises:
+        UserError: An unknown option, one given twice, one without its value.
+    """
+    typed: dict[str, Typed] = {}
+    positional: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not _is_flag(word):
+            positional.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        name = flag.lstrip("-").replace("-", "_")
+        if not word.startswith("--"):  # Fire's short options: the only one of this letter
+            starting = [option for option in options if option.startswith(name)]
+            if len(name) > 1 or len(starting) != 1:
+                raise UserError(
+                    f"unknown option {flag}: options start with two dashes (--help lists them)"
+                )
+            name = starting[0]
+        bare = name
+        if name not in options and _may_be_bare(options.get(name.removeprefix("no"))):
+            bare = name.removeprefix("no")  # --nooption
+        if bare not in options:
+            raise UserError(f"unknown option --{name}{(hint or _hint)(name, options)}")
+        if bare in typed:
+            raise UserError(f"--{name} is given twice: leave one of them out")
+        if equals:
+            typed[bare] = Typed([word], value)
+        elif bare == name and rest and not _is_flag(rest[0]):
+            typed[bare] = Typed([word, rest[0]], rest.pop(0))
+        elif _may_be_bare(options[bare]):
+            typed[bare] = Typed([word], None)
+        else:
+            raise UserError(f"--{name} has no value: write --{name} VALUE")
+    return typed, positional
+
+
+def _hint(name: str, options: Iterable[str]) -> str:
+    known = list(options)
+    listed = f"The options are: {', '.join('--' + option for option in known)}"
+    return f".{nearest(name, known)} {listed if len(known) < 30 else '--help lists them'}"
+
+
 def check_arguments(function: Callable[..., Any], argv: Sequence[str]) -> None:
-    """Refuses flags and arguments that the function does not have, or that it lacks.
+    """Refuses options and arguments that the function does not have, or that it lacks.
 
     Args:
         function: Its parameters are the options.
@@ -85,41 +157,14 @@ def check_arguments(function: Callable[..., Any], argv: Sequence[str]) -> None:
         UserError: Names the word, and the nearest option.
     """
     parameters = dict(inspect.signature(function).parameters)
-    # *paths takes all words that are no flags, and is no flag itself.
-    rest = [n for n, p in parameters.items() if p.kind is inspect.Parameter.VAR_POSITIONAL]
-    for variadic in rest:
-        del parameters[variadic]
-    named: set[str] = set()
-    positional: list[str] = []
-    i = 0
-    while i < len(argv):
-        token = argv[i]
-        i += 1
-        if not _is_flag(token):
-            positional.append(token)
-            continue
-        name, equals, _ = token.lstrip("-").partition("=")
-        name = name.replace("-", "_")
-        if len(name) == 1:  # Fire's short flags
-            starting = [p for p in parameters if p.startswith(name)]
-            name = starting[0] if len(starting) == 1 else name
-        followed = i < len(argv) and not _is_flag(argv[i])
-        if name not in parameters:
-            raise UserError(
-                f"unknown option {token.partition('=')[0]}.{nearest(name, parameters)}"
-                f" The options are: {', '.join('--' + p for p in parameters)}"
-            )
-        if name in named:
-            raise UserError(f"option --{name} is given twice: leave one out")
-        named.add(name)
-        if equals or not followed:
-            if not equals and not _may_be_bare(parameters[name].annotation):
-                raise UserError(f"option --{name} needs a value: write --{name} VALUE")
-        else:
-            i += 1
-    required = [p for p in parameters if parameters[p].default is inspect.Parameter.empty]
-    free = [p for p in required if p not in named]
-    if rest:
+    # *paths takes all words that are no options, and is no option itself.
+    variadic = [n for n, p in parameters.items() if p.kind is inspect.Parameter.VAR_POSITIONAL]
+    for name in variadic:
+        del parameters[name]
+    typed, positional = split_words(argv, {n: p.annotation for n, p in parameters.items()})
+    required = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty]
+    free = [name for name in required if name not in typed]
+    if variadic:
         positional = []
     if len(positional) > len(free):
         extra = positional[len(free)]

@@ -16,7 +16,7 @@ import logging
 import time
 import traceback
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from selfdistill.engine.runtime import preemption
 
@@ -29,48 +29,6 @@ from selfdistill.engine.config import options as configuration
 
 if TYPE_CHECKING:
     from selfdistill.engine.checkpoints.folder import Run
-
-
-def parse(argv: list[str]) -> dict[str, Any]:
-    """Dotted option names and values of a command line.
-
-    Raises:
-        UserError: something that is no option, or an option that does not exist.
-    """
-    import fire
-
-    known = configuration.options()
-    expects_value = False
-    given: set[str] = set()
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
-        if word.startswith("--"):
-            name = word[2:].split("=", 1)[0].replace("-", "_")
-            bare = name.removeprefix("no") if name.startswith("no") else name
-            if name not in known and bare not in known:
-                raise UserError(f"unknown option --{name}{configuration.nearest_option(name)}")
-            expects_value = "=" not in word
-            bare_value = expects_value and following.startswith("--")
-            if bare_value and bare == name and known[name].annotation is not bool:
-                raise UserError(f"--{name} has no value: write --{name} VALUE")
-            if name in given:
-                raise UserError(f"--{name} is given twice: leave one of them out")
-            given.add(name)
-        elif word.startswith("-") and not word[1:2].isdigit() and word != "-":
-            raise UserError(
-                f"unknown option {word}: options start with two dashes (--help lists them)"
-            )
-        elif not expects_value:
-            raise UserError(f"{word!r} belongs to no option: --help lists them")
-        else:
-            expects_value = False
-    captured: dict[str, Any] = {}
-
-    def capture(**options: Any) -> None:
-        captured.update(options)
-
-    fire.Fire(capture, command=argv, name="engine/run.py")
-    captured.pop("local_rank", None)
-    return captured
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> None:
     """The launch itself; whatever the user or the machine did wrong becomes a UserError."""
-    settings = configuration.load(parse(argv))
+    settings = configuration.load(configuration.parse(argv))
     settings.check_warmups()
     _quiet()
     from selfdistill.engine.runtime import precision

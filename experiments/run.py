@@ -26,7 +26,6 @@ from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.config import options as configuration
 from selfdistill.engine.config.schema import Config
 from selfdistill.engine.regularizers import mars, recadam
-from selfdistill.engine.run import parse
 from selfdistill.engine.runtime.preemption import AGAIN
 from selfdistill.experiments import state
 from selfdistill.experiments.jobs import Job, typed
@@ -220,7 +219,7 @@ def check(root: Path, plan: Plan) -> None:
         try:
             for options in job.possible():
                 words = [word for k, v in options.items() for word in (f"--{k}", typed(v))]
-                config = configuration.load(parse([*words, "--stage", job.stage]))
+                config = configuration.load(configuration.parse([*words, "--stage", job.stage]))
                 if job.stage == "finetune" and config.finetune.regularizer in _CHECKS:
                     place = str(plan.place(job.dataset))
                     if place not in lengths:

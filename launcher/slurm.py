@@ -20,8 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from selfdistill.data import cli
 from selfdistill.data.errors import UserError
 from selfdistill.engine.config import options as configuration
-from selfdistill.engine.run import parse
-from selfdistill.launcher import words
+from selfdistill.launcher import options as command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("pretrain", "distill", "finetune")
@@ -87,19 +86,20 @@ class Job:
         return ["sbatch", "--parsable", *self.options, *wait, str(self.script)]
 
 
-def plan(options: Options, engine: dict[str, list[str]]) -> list[Job]:
+def plan(options: Options, engine: dict[str, cli.Typed]) -> list[Job]:
     """The jobs of a submission, in order.
 
     Args:
         options: what is told to SLURM.
-        engine: the words of each option of engine/run.py.
+        engine: options of engine/run.py, as they were typed.
 
     Raises:
         UserError: an option that engine/run.py refuses, or that does not go with another.
     """
     if "stage" in engine:
         raise UserError("--stage is for one launch: write --stages all, or --stages pretrain,...")
-    config = configuration.load(parse([word for typed in engine.values() for word in typed]))
+    words = [word for option in engine.values() for word in option.words]
+    config = configuration.load(configuration.parse(words))
     if not config.output:
         raise UserError("--output is missing: name the run folder, such as --output runs/first")
     if config.data.path is None and config.recipe not in EXAMPLES:
@@ -111,13 +111,13 @@ def plan(options: Options, engine: dict[str, list[str]]) -> list[Job]:
             f" {','.join(STAGES)}, or take --finetune.seeds {options.seeds} in one job"
         )
     variables = {name.upper(): "" for name in VARIABLES} | {"SELFDISTILL_ROOT": str(ROOT)}
-    more: list[str] = []
-    for name, typed in engine.items():
+    arguments: list[str] = []
+    for name, option in engine.items():
         if name in VARIABLES:
-            variables[name.upper()] = typed[1] if len(typed) > 1 else typed[0].partition("=")[2]
+            variables[name.upper()] = option.value or ""
         elif name != "seed" or options.seeds == 1:
-            more += typed
-    variables["ARGS"] = shlex.join(more)
+            arguments += option.words
+    variables["ARGS"] = shlex.join(arguments)
     logs = Path(config.output) / "slurm"
     asked = {
         "nodes": options.nodes,
@@ -202,11 +202,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def act() -> None:
         if {"--help", "-h"} & set(given):
-            print(words.help_text(Options, USAGE))
+            print(command_line.help_text(Options, USAGE))
             return
         if given[:1] != ["submit"]:
             raise UserError(f"write {USAGE}")
-        options, engine = words.split(Options, given[1:])
+        options, engine = command_line.split(Options, given[1:])
         jobs = plan(options, engine)
         if options.dry_run:
             show(jobs)

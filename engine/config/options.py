@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import functools
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fire.parser import DefaultParseValue
 from pydantic import ValidationError
 
 from selfdistill.data import cli
@@ -84,6 +86,24 @@ def recipe_file(name: str) -> Path:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise UserError(f"--recipe {name}: no such recipe or file; there are {', '.join(known)}{hint}")
+
+
+def parse(argv: Sequence[str]) -> dict[str, Any]:
+    """Dotted option names and values of a command line.
+
+    Raises:
+        UserError: something that is no option, or an option that does not exist.
+    """
+    known = {name: field.annotation for name, field in options().items()}
+    typed, positional = cli.split_words(argv, known, lambda name, _: nearest_option(name))
+    if positional:
+        raise UserError(f"{positional[0]!r} belongs to no option: --help lists them")
+    values: dict[str, Any] = {}
+    for name, (words, value) in typed.items():
+        negated = words[0].lstrip("-").replace("-", "_") == f"no{name}"
+        values[name] = not negated if value is None else DefaultParseValue(value)
+    values.pop("local_rank", None)
+    return values
 
 
 #: Options of a recipe that may name something beside its file.

@@ -15,8 +15,7 @@ from rich.console import Console
 
 from selfdistill.data import cli
 from selfdistill.engine.config import options as configuration
-from selfdistill.engine.run import parse
-from selfdistill.launcher import words
+from selfdistill.launcher import options as command_line
 from selfdistill.launcher.plan.forecast import Options, prepare
 
 USAGE = "python -m launcher.plan --recipe NAME --data DIR --devices N --device NAME"
@@ -32,10 +31,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def show_all() -> None:
         if {"--help", "-h"} & set(given):
-            print(words.help_text(Options, USAGE))
+            print(command_line.help_text(Options, USAGE))
             return
-        options, others = words.split(Options, given)
-        config = configuration.load(parse([word for typed in others.values() for word in typed]))
+        options, others = command_line.split(Options, given)
+        words = [word for option in others.values() for word in option.words]
+        config = configuration.load(configuration.parse(words))
         plan = prepare(options, config)
         import deepspeed  # noqa: F401  # takes seconds, and says something: before the tables
 

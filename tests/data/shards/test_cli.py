@@ -12,7 +12,7 @@ import pytest
 from selfdistill.data.cli import columns, help_text, nearest, run
 from selfdistill.data.errors import UserError
 from selfdistill.engine.config import options as configuration
-from selfdistill.engine.run import parse
+from selfdistill.engine.config.options import parse
 from tests.kit.launches import ROOT
 
 CALLS: list[tuple[Any, ...]] = []
@@ -57,7 +57,7 @@ def test_words_become_arguments(words: list[str], call: tuple[Any, ...]) -> None
         (["a", "b", "--zzz"], "unknown option --zzz. The options are: --source,"),
         (["a"], "out is missing"),
         (["a", "b", "c"], "unexpected argument 'c'"),
-        (["a", "b", "--size"], "--size needs a value"),
+        (["a", "b", "--size"], "--size has no value"),
         (["a", "b", "--size", "big"], "option --size: Input should be a valid integer"),
         (["a", "b", "--size", "2.5"], "option --size"),
         (["a", "b", "--dry", "maybe"], "option --dry"),

@@ -14,7 +14,7 @@ from selfdistill.engine.config import options as configuration
 Own = typing.TypeVar("Own", bound=pydantic.BaseModel)
 
 
-def split(own: type[Own], words: Sequence[str]) -> tuple[Own, dict[str, list[str]]]:
+def split(own: type[Own], words: Sequence[str]) -> tuple[Own, dict[str, cli.Typed]]:
     """Parts a command line into a program's options and those of engine/run.py.
 
     Args:
@@ -22,39 +22,21 @@ def split(own: type[Own], words: Sequence[str]) -> tuple[Own, dict[str, list[str
         words: of the command line.
 
     Returns:
-        The program's options; the others, each as the words that were typed, by dotted name.
+        The program's options; the others as they were typed, by dotted name.
 
     Raises:
         UserError: an unknown option, with the nearest one; one given twice; a wrong value.
     """
-    mine: dict[str, str] = {}
-    others: dict[str, list[str]] = {}
-    known = configuration.options()
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if not word.startswith("--"):
-            raise UserError(f"{word!r} belongs to no option: --help lists them")
-        typed = [word]
-        if not equals and rest and not rest[0].startswith("--"):
-            typed.append(rest.pop(0))
-            value = typed[1]
-        if name in mine or name in others:
-            raise UserError(f"--{name} is given twice: leave one of them out")
-        field = own.model_fields.get(name)
-        if field is None:
-            if name not in known and name.removeprefix("no") not in known:
-                near = cli.nearest(name, [*own.model_fields, *known])
-                raise UserError(f"unknown option --{name}.{near} --help lists them")
-            others[name] = typed
-        elif value or equals:
-            mine[name] = value
-        elif field.annotation is bool:
-            mine[name] = "true"
-        else:
-            raise UserError(f"--{name} has no value: write --{name} VALUE")
+    known = configuration.options() | own.model_fields
+    typed, positional = cli.split_words(words, {name: f.annotation for name, f in known.items()})
+    if positional:
+        raise UserError(f"{positional[0]!r} belongs to no option: --help lists them")
+    others = {name: option for name, option in typed.items() if name not in own.model_fields}
+    mine = {
+        name: "true" if option.value is None else option.value
+        for name, option in typed.items()
+        if name in own.model_fields
+    }
     try:
         return own.model_validate(mine), others
     except pydantic.ValidationError as error:

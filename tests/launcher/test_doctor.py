@@ -208,7 +208,7 @@ def test_builds_need_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 _SMALL = """
 import sys
 from pathlib import Path
-from launcher.doctor import machine, storage
+from selfdistill.launcher.doctor import machine, storage
 disk, large = Path(sys.argv[1]), sys.argv[2]
 print(machine.open_files())
 print(machine.shared_memory(disk))

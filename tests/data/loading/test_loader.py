@@ -277,8 +277,8 @@ def test_labels_can_be_demanded(tmp_path: Path) -> None:
 
 SCRIPT = """
 import gc, os, signal, sys, time
-from data.shards.manifest import Manifest
-from data.loading.loader import Loader
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.data.loading.loader import Loader
 stream = iter(Loader(Manifest.load(sys.argv[1]), batch=4, workers=1))
 next(stream)
 for pid in open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read().split():

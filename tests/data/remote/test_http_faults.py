@@ -392,9 +392,9 @@ FULL = """
 import sys
 from pathlib import Path
 from selfdistill.data.remote.cache import ShardCache
-from data.errors import UserError
-from data.loading.loader import Sequential
-from data.shards.manifest import Manifest
+from selfdistill.data.errors import UserError
+from selfdistill.data.loading.loader import Sequential
+from selfdistill.data.shards.manifest import Manifest
 
 root, disk = sys.argv[1:]
 split = Manifest.load(f"pipe:cat {root}")

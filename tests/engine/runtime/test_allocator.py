@@ -8,7 +8,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from engine.runtime.allocator import keep_memory
+from selfdistill.engine.runtime.allocator import keep_memory
 taken = keep_memory() if sys.argv[1] == "kept" else True
 torch.set_num_threads(1)
 before = 0

@@ -14,7 +14,7 @@ from tests.kit.launches import ROOT, environment
 HANGS = """
 import sys, time
 from pathlib import Path
-from engine.runtime.watchdog import Watchdog
+from selfdistill.engine.runtime.watchdog import Watchdog
 dog = Watchdog(Path(sys.argv[1]), 0, 2, 2.0)
 dog.start()
 for step in range(20):

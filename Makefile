@@ -19,7 +19,7 @@ export UV_HTTP_TIMEOUT ?= 300
 # The deepspeed launcher looks for `python` and `ninja` on PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help venv quickstart quickstart-text test test-browser test-cluster test-faults slurm chromium lint format bench screenshot
+.PHONY: help venv quickstart quickstart-text test test-browser test-cluster test-faults slurm chromium lint format bench pictures
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -88,7 +88,8 @@ format: venv ## let ruff put files in order
 bench: venv ## time a training step
 	$(PY) -m benchmarks.step $(ARGS)
 
-screenshot: chromium ## the README's pictures of TensorBoard, from make quickstart's run
-	$(PY) -m launcher.screenshot runs/quickstart/run docs/tensorboard-scalars.png --tags . --overwrite
-	$(PY) -m launcher.screenshot runs/quickstart/run docs/tensorboard-images.png --tab images \
+pictures: chromium ## the pictures of README.md and docs/, from make quickstart's run
+	$(PY) docs/draw.py runs/quickstart/run
+	$(PY) -m launcher.screenshot runs/quickstart/run docs/pictures/tensorboard-scalars.png --tags . --overwrite
+	$(PY) -m launcher.screenshot runs/quickstart/run docs/pictures/tensorboard-images.png --tab images \
 	    --tags reconstruction --actual_size --overwrite

@@ -29,7 +29,7 @@ from selfdistill.data import pack
 from selfdistill.data.formats.images import decode
 from selfdistill.data.loading.loader import Loader
 from selfdistill.data.loading.reader import Reader
-from selfdistill.data.shards.encoding import ImageKind
+from selfdistill.data.shards.encoding import ImageModality
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.data.sources.samples import Sample
 
@@ -116,7 +116,7 @@ def make(
         ],
         [f"class{label}" for label in range(CLASSES)],
         folder / "shards",
-        kind=ImageKind(size) if stored == "png" else ImageKind(None, keep_original=True),
+        kind=ImageModality(size) if stored == "png" else ImageModality(None, keep_original=True),
         samples_per_shard=min(1000, images // (2 * max(1, workers))),
         progress=progress,
     )

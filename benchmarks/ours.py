@@ -22,9 +22,9 @@ from selfdistill.engine.runtime import distributed
 from selfdistill.engine.runtime.allocator import keep_memory
 from selfdistill.engine.runtime.zero import chosen
 from selfdistill.engine.training.engine import build_engine
-from selfdistill.engine.training.kinds.image import ImageKind
-from selfdistill.engine.training.kinds.text import TextKind
 from selfdistill.engine.training.loop import loss_scale, take_step
+from selfdistill.engine.training.modalities.image import ImageModality
+from selfdistill.engine.training.modalities.text import TextModality
 from selfdistill.engine.training.objectives import (
     ClassifyObjective,
     DistillObjective,
@@ -36,15 +36,15 @@ from selfdistill.engine.training.teacher import Cached, Replicated, Teacher, vie
 
 def _images(name: str, run: Run, stage: Stage) -> tuple[Any, Any, type[Any]]:
     """Student or classifier, teacher's encoder, and the kind."""
-    kind, base = ImageKind(run), _pretrained(name, 0)
+    kind, base = ImageModality(run), _pretrained(name, 0)
     if stage == "finetune":
         model = kind.classifier(base, [str(c) for c in range(CLASSES)], 0)
         last: nn.Linear = model.network.head
         with torch.no_grad():
             last.weight.copy_(head(last.weight.shape[1]))
-        return model, None, ImageKind
+        return model, None, ImageModality
     teacher = kind.encoder(_pretrained(name, 1)) if stage == "distill" else None
-    return kind.autoencoder(base), teacher, ImageKind
+    return kind.autoencoder(base), teacher, ImageModality
 
 
 @functools.cache  # of many steps in one process
@@ -67,13 +67,13 @@ def _texts(name: str, stage: Stage) -> tuple[Any, Any, type[Any]]:
         with torch.no_grad():
             last.weight.copy_(head(last.weight.shape[1]))
             last.bias.zero_()
-        return classifier, None, TextKind
+        return classifier, None, TextModality
     student = MaskedLanguageModel(config)
     student.network.load_state_dict(base.state_dict())
     teacher = None
     if stage == "distill":
         teacher = TextEncoder(network(name, 1).base_model, config)
-    return student, teacher, TextKind
+    return student, teacher, TextModality
 
 
 def make(

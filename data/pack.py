@@ -31,9 +31,9 @@ from selfdistill.data.shards import duplicates, manifest
 from selfdistill.data.shards.encoding import (
     DEFAULT_SIZE,
     MAX_WORDS,
-    ImageKind,
+    ImageModality,
     Kind,
-    TextKind,
+    TextModality,
     content_of,
 )
 from selfdistill.data.shards.unlabelled import join_train
@@ -137,10 +137,10 @@ def _kind(
     """How the samples are stored; refuses options of the other kind."""
     if found.kind == "image":
         _refuse("texts", "images", metric=metric is not None, max_words=max_words != MAX_WORDS)
-        return ImageKind(size, keep_original)
+        return ImageModality(size, keep_original)
     _refuse("images", "texts", size=size is not None, keep_original=keep_original)
     stored: Stored = "json" if text_sources.has_pairs(found.splits) else "txt"
-    return TextKind(stored, metric or found.metric, max_words)
+    return TextModality(stored, metric or found.metric, max_words)
 
 
 def _refuse(meant: str, held: str, **options: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from selfdistill.data import keyed
+from selfdistill.data import rng
 from selfdistill.data.errors import UserError
 from selfdistill.data.loading.reader import Reader
 from selfdistill.data.shards import manifest, tars
@@ -70,7 +70,7 @@ def choose(classes: NDArray[np.int64], samples: int, seed: int) -> NDArray[np.in
     Returns:
         int64 [samples], sorted numbers of samples; those of fewer samples are a part of them.
     """
-    order = keyed.permutation(seed, "subset", 0, len(classes))
+    order = rng.permutation(seed, "subset", 0, len(classes))
     # The k-th of a class of m samples stands at (k + 1/2) / m of one line of all samples.
     place = np.empty(len(classes))
     for one in np.unique(classes):

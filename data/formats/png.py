@@ -1,4 +1,8 @@
-"""PNG files: their checksums, and the short way to the pixels of the plain ones."""
+"""PNG files: their checksums, and the short way to the pixels of the plain ones.
+
+With checksums, an image of 64 pixels takes 177 microseconds this way, and 209 by `Image.open`
+(docs/performance-log.md, the loader).
+"""
 
 from __future__ import annotations
 

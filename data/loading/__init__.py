@@ -1,1 +1,1 @@
-"""From shards to batches: order, reading, decoding, workers."""
+"""From shards to batches, in six steps: order, reader, codec, datasets, batches, loader."""

@@ -1,4 +1,4 @@
-"""What every stream of batches has: workers, errors, and the count of what was skipped."""
+"""Step 5, a dataset -> batches in worker processes: torch's DataLoader, errors, skipped samples."""
 
 import atexit
 import os
@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 
 from selfdistill.data.errors import UserError
 from selfdistill.data.loading.codec import Codec
+from selfdistill.data.loading.datasets import Samples
 from selfdistill.data.loading.order import Ints
-from selfdistill.data.loading.samples import Samples
-from selfdistill.data.loading.transport import Ring, received
+from selfdistill.data.loading.shared_memory import Ring, received
 from selfdistill.data.loading.workers import awaiting, ignore_signals, stop
 from selfdistill.data.remote.cache import Report, as_python_warning
 from selfdistill.data.shards.manifest import Manifest

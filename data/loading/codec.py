@@ -1,4 +1,4 @@
-"""What one kind of input is to a loader: stored bytes -> an array -> the tensors of a batch."""
+"""Step 3, bytes -> tensors: decodes a sample, and collates the samples of a batch."""
 
 from typing import Any, Protocol
 

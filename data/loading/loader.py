@@ -1,4 +1,4 @@
-"""Batches: what rank r sees at step s, whatever the number of ranks and workers.
+"""Step 6, the loaders that stages use: what rank r sees at step s, on any number of ranks.
 
 `Loader` is the endless training stream, `Sequential` one pass for evaluation. Both run on torch's
 DataLoader over arrays of positions: a worker is told which samples to read, so the number of
@@ -17,9 +17,9 @@ import numpy as np
 from selfdistill.data.errors import UserError
 from selfdistill.data.loading.batches import Batch, Batches, Options
 from selfdistill.data.loading.codec import Codec, Images
+from selfdistill.data.loading.datasets import Keyed, Rows, Stream
 from selfdistill.data.loading.order import Ints, Order
 from selfdistill.data.loading.reader import Reader
-from selfdistill.data.loading.samples import Keyed, Rows, Stream
 from selfdistill.data.shards.manifest import Manifest
 
 

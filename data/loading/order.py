@@ -1,4 +1,4 @@
-"""The order in which samples are seen: a pure function of seed and position.
+"""Step 1, position -> number of a sample: the order, a pure function of the seed.
 
 The stream is endless. Position p lies in epoch e = p // N and belongs to partition p % P. In epoch
 e
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from selfdistill.data import keyed
+from selfdistill.data import rng
 from selfdistill.data.errors import UserError
 
 Ints = NDArray[np.int64]
@@ -76,13 +76,13 @@ class Order:
 
     def _make_epoch(self, epoch: int) -> tuple[Ints, Ints]:
         """The epoch's shards in order [S], and where each starts on the line [S + 1]."""
-        shards = keyed.permutation(self.seed, "shards", epoch, len(self.counts))
+        shards = rng.permutation(self.seed, "shards", epoch, len(self.counts))
         line = np.zeros(len(shards) + 1, np.int64)
         np.cumsum(self.counts[shards], out=line[1:])
         return shards, line
 
     def _make_window(self, epoch: int, partition: int, window: int, size: int) -> Ints:
-        return keyed.permutation(self.seed, f"window {partition} {window}", epoch, size)
+        return rng.permutation(self.seed, f"window {partition} {window}", epoch, size)
 
     def _range(self, epoch: int, partition: int) -> tuple[int, int, int]:
         """First position, and start and end on the line, of a partition in an epoch."""

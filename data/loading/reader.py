@@ -1,4 +1,4 @@
-"""Samples by number: from local tars by offset, from remote ones through the node's cache.
+"""Step 2, number -> bytes: from local tars by offset, from remote ones by the node's cache.
 
 What is caught here, without hashing local shards at every start (`data.verify` does that): a
 missing shard; one whose size is not the manifest's; a tar header that fails its checksum or names

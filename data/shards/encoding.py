@@ -66,7 +66,7 @@ class Kind(Protocol):
 
 
 @dataclass(frozen=True)
-class ImageKind:
+class ImageModality:
     """Images.
 
     Attributes:
@@ -124,7 +124,7 @@ def suffix(content: bytes) -> str:
 
 
 @dataclass(frozen=True)
-class TextKind:
+class TextModality:
     """Texts.
 
     Attributes:

@@ -15,10 +15,10 @@ import webdataset
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from selfdistill.data import keyed
+from selfdistill.data import rng
 from selfdistill.data.errors import UserError
 from selfdistill.data.shards import duplicates, manifest, tars
-from selfdistill.data.shards.encoding import ImageKind, Kind
+from selfdistill.data.shards.encoding import ImageModality, Kind
 from selfdistill.data.sources.samples import Sample
 from selfdistill.data.splits import SPLITS
 
@@ -130,12 +130,12 @@ def write_split(
         raise UserError(f"there is no split {split!r}: give one of {', '.join(SPLITS)}")
     if samples_per_shard < 1:
         raise UserError(f"samples_per_shard is {samples_per_shard}: give 1 or more")
-    kind = kind or ImageKind()
+    kind = kind or ImageModality()
     final = out_dir / split
     check_replaceable(final, overwrite)
     total = len(samples) if isinstance(samples, Sized) else None
     if isinstance(samples, Sequence):
-        samples = [samples[i] for i in keyed.permutation(0, "pack", 0, len(samples))]
+        samples = [samples[i] for i in rng.permutation(0, "pack", 0, len(samples))]
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", name or manifest.as_typed(out_dir).name) or "data"
     task = progress.add_task(split, total=total) if progress is not None else None
     temporary = out_dir / f".{split}.{os.getpid()}.partial"

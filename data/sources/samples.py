@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from selfdistill.data import keyed
+from selfdistill.data import rng
 from selfdistill.data.errors import UserError
 from selfdistill.data.formats.texts import Text
 from selfdistill.data.splits import DIVIDED
@@ -186,7 +186,7 @@ def divide(samples: Samples, shares: tuple[float, ...], seed: int) -> dict[str, 
     owner = np.zeros(len(samples), dtype=np.int64)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        rows = rows[keyed.permutation(seed, f"split {label}", 0, len(rows))]
+        rows = rows[rng.permutation(seed, f"split {label}", 0, len(rows))]
         bounds = np.rint(np.cumsum(shares) * len(rows)).astype(int)
         bounds = np.maximum(bounds, max(1, bounds[0]))
         for i in range(1, len(shares)):

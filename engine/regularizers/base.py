@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from selfdistill.data.loading.samples import Keyed
+from selfdistill.data.loading.datasets import Keyed
 from selfdistill.engine.checkpoints.folder import Run
-from selfdistill.engine.training.kinds.base import Batch
+from selfdistill.engine.training.modalities.base import Batch
 from selfdistill.engine.training.objectives import ClassifyObjective
 
 

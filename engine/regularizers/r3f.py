@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selfdistill.data.loading.samples import Keyed
+from selfdistill.data.loading.datasets import Keyed
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.config.schema import R3FSection
 from selfdistill.engine.regularizers.base import Regularizer
-from selfdistill.engine.training.kinds.base import Batch
+from selfdistill.engine.training.modalities.base import Batch
 from selfdistill.engine.training.objectives import Classifies
 from selfdistill.engine.training.views import NoiseKeys, Together
 

@@ -7,14 +7,14 @@ from typing import Any
 from torch import nn
 
 from selfdistill.data.errors import UserError
-from selfdistill.data.loading.samples import Keyed
+from selfdistill.data.loading.datasets import Keyed
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.regularizers import matching
 from selfdistill.engine.runtime.distributed import main_only
 from selfdistill.engine.stages.pretrain import export_autoencoder
 from selfdistill.engine.stages.splits import unlabelled_split
-from selfdistill.engine.training.kinds import kind_of
-from selfdistill.engine.training.kinds.base import Batch
+from selfdistill.engine.training.modalities import modality_of
+from selfdistill.engine.training.modalities.base import Batch
 from selfdistill.engine.training.objectives import DistillObjective, FeatureExtractor
 from selfdistill.engine.training.stage import Stage
 from selfdistill.engine.training.teacher import (
@@ -50,13 +50,13 @@ class Distill(Stage):
             run.ranks, lambda: teacher_source(run, number) if plan.weight else None
         )
         train = unlabelled_split(run)
-        kind = kind_of(run, train)
-        base = kind.load()
+        modality = modality_of(run, train)
+        base = modality.load()
         record = {"model": base.sha256}
         self.teacher_weights = None
         if self.source is not None:
-            self.teacher_weights = kind.load(self.source)
-            kind.same_architecture(self.teacher_weights, base)
+            self.teacher_weights = modality.load(self.source)
+            modality.same_architecture(self.teacher_weights, base)
             _same_origin(run, number, base)
             record["teacher"] = self.teacher_weights.sha256
         self.teacher: Teacher | matching.Predictor | None = None
@@ -64,8 +64,8 @@ class Distill(Stage):
         self.reconstructs = plan.mae_weight > 0 or (plan.match == "prediction" and plan.weight > 0)
         self.counted = plan.match == "feature" and plan.weight > 0 and plan.mae_weight > 0
         name = f"distill-{number}"
-        record |= kind.record()
-        super().__init__(run, name, train, kind, base, seed=run.config.seed, record=record)
+        record |= modality.record()
+        super().__init__(run, name, train, modality, base, seed=run.config.seed, record=record)
 
     @property
     def teacher_mode(self) -> Any:
@@ -74,8 +74,8 @@ class Distill(Stage):
 
     def build(self) -> nn.Module:
         """See `Stage`: also makes the teacher, as `--distill.match` and `--teacher.mode` say."""
-        plan, kind, run = self.config.distill, self.kind, self.run
-        self.model = model = kind.autoencoder(self.base)
+        plan, modality, run = self.config.distill, self.modality, self.run
+        self.model = model = modality.autoencoder(self.base)
         weights, teacher = (plan.weight, plan.mae_weight), self.teacher_weights
         if teacher is None:
             return DistillObjective(model, plan.feature, *weights)
@@ -90,8 +90,8 @@ class Distill(Stage):
                     " compares what decoders predict: give one that stage 1 left, or"
                     " --distill.match feature"
                 )
-            network = kind.autoencoder(teacher)
-            self.teacher = matching.Predictor(network, kind.masked, run.ranks, run.dtype)
+            network = modality.autoencoder(teacher)
+            self.teacher = matching.Predictor(network, modality.masked, run.ranks, run.dtype)
             self.mode = self.teacher.mode
             return matching.PredictionObjective(model, *weights)
         reference = {k: v.float().to(run.ranks.device) for k, v in teacher.encoder.items()}
@@ -101,41 +101,41 @@ class Distill(Stage):
 
     def _teacher(self, weights: Any) -> Teacher:
         """The teacher of features: cached, replicated or sharded."""
-        run, kind, config, ranks = self.run, self.kind, self.config, self.ranks
+        run, modality, config, ranks = self.run, self.modality, self.config, self.ranks
         feature = config.distill.feature
-        extractor = FeatureExtractor(kind.encoder(weights), feature).eval()
-        shape = kind.feature_shape(weights, feature)
+        extractor = FeatureExtractor(modality.encoder(weights), feature).eval()
+        shape = modality.feature_shape(weights, feature)
         folder = run.folder / self.name / "teacher"
         size = None if shape is None else table_bytes(self.train.samples, shape)
         mode = main_only(ranks, lambda: choose(config.teacher.mode, size, config, folder))
         table = "" if size is None else f" (its features as a table: {size / 2**20:.1f} MiB)"
         run.say(f"{self.name}: teacher {mode}{table}")
         if mode == "sharded":
-            return Sharded(extractor, kind.full, ranks, config.precision)
-        whole = Replicated(extractor, kind.full, ranks, run.dtype)
+            return Sharded(extractor, modality.full, ranks, config.precision)
+        whole = Replicated(extractor, modality.full, ranks, run.dtype)
         if mode == "replicated":
             return whole
         assert shape is not None
         key = {
             "manifest": self.train.hash,
             "teacher": weights.sha256,
-            "view": f"{kind.view(weights)}, {feature}, {config.precision}",
+            "view": f"{modality.view(weights)}, {feature}, {config.precision}",
         }
-        codec = kind.codec(weights, self.train)
+        codec = modality.codec(weights, self.train)
         return build_table(run, folder, key, self.train, codec, whole, shape)
 
     def keyed(self) -> Keyed | None:
         """See `Stage`: the masks."""
-        return self.kind.mask(self.base)
+        return self.modality.mask(self.base)
 
     def inputs(self, batch: Batch) -> Batch:
         """See `Stage`: both views, and the teacher's features."""
         target = {} if self.teacher is None else {"target": self.teacher(batch)}
-        return view(batch, self.kind.masked, self.ranks.device) | target
+        return view(batch, self.modality.masked, self.ranks.device) | target
 
     def finish(self, engine: Any) -> dict[str, Any]:
         """See `Stage`."""
-        entries = export_autoencoder(self.run, self.kind, self.name, engine, self.base)
+        entries = export_autoencoder(self.run, self.modality, self.name, engine, self.base)
         if self.teacher_weights is None:
             return entries
         sha256 = self.teacher_weights.sha256

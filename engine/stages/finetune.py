@@ -10,16 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from selfdistill.data.errors import UserError
-from selfdistill.data.loading.samples import Keyed
+from selfdistill.data.loading.datasets import Keyed
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run, write_result
 from selfdistill.engine.regularizers import REGULARIZERS
 from selfdistill.engine.runtime.distributed import main_only
 from selfdistill.engine.stages.splits import labelled_splits
 from selfdistill.engine.training.analysis import analyse
-from selfdistill.engine.training.kinds import kind_of
-from selfdistill.engine.training.kinds.base import Batch
 from selfdistill.engine.training.loop import run_stage
+from selfdistill.engine.training.modalities import modality_of
+from selfdistill.engine.training.modalities.base import Batch
 from selfdistill.engine.training.record import scalars
 from selfdistill.engine.training.stage import Stage
 from selfdistill.engine.training.teacher import view
@@ -142,11 +142,11 @@ class Finetune(Stage):
                 f"{train.root}: class {empty!r} has no training sample: add some, or pack"
                 " without it"
             )
-        kind = kind_of(run, train)
-        base = kind.load(source)
+        modality = modality_of(run, train)
+        base = modality.load(source)
         self.regularizer = REGULARIZERS[run.config.finetune.regularizer](run, base)
         record = {"start": base.sha256} | self.regularizer.record()
-        super().__init__(run, name, train, kind, base, seed=seed, record=record)
+        super().__init__(run, name, train, modality, base, seed=seed, record=record)
         self.regularizer.check(self.steps)
         self.counted = self.regularizer.counted
         self.initial: Any = base  # theta_init, from which the distance is measured
@@ -170,8 +170,8 @@ class Finetune(Stage):
     def build(self) -> nn.Module:
         """See `Stage`."""
         if self.config.model.path not in (None, "scratch"):
-            self.initial = self.kind.load()
-        self.model = self.kind.classifier(self.base, self.train.classes, self.seed)
+            self.initial = self.modality.load()
+        self.model = self.modality.classifier(self.base, self.train.classes, self.seed)
         return self.regularizer.objective(self.model)
 
     def optimizer(self, objective: nn.Module) -> Any | None:
@@ -184,11 +184,11 @@ class Finetune(Stage):
 
     def keyed(self) -> Keyed | None:
         """See `Stage`: of the augmentation, and of what the regularizer draws."""
-        return self.regularizer.keyed(self.kind.augment(self.seed), self.seed)
+        return self.regularizer.keyed(self.modality.augment(self.seed), self.seed)
 
     def inputs(self, batch: Batch) -> Batch:
         """See `Stage`."""
-        entries = view(batch, (*self.kind.labelled, "labels"), self.ranks.device)
+        entries = view(batch, (*self.modality.labelled, "labels"), self.ranks.device)
         return entries | self.regularizer.entries(batch)
 
     def after_update(self) -> None:
@@ -197,13 +197,13 @@ class Finetune(Stage):
 
     def finish(self, engine: Any) -> dict[str, Any]:
         """See `Stage`: scores val and test, looks at the features, exports the classifier."""
-        run, kind, train = self.run, self.kind, self.train
-        scores, analysis = analyse(run, engine, kind, self.base, self.initial, self.splits)
+        run, modality, train = self.run, self.modality, self.train
+        scores, analysis = analyse(run, engine, modality, self.base, self.initial, self.splits)
         metrics: dict[str, float] = {}
         for split in scores:
             metrics |= scores[split].as_dict(split)
         folder = run.folder / self.name / "export"
-        kind.export_classifier(folder, engine.module.model, self.base, train.classes)
+        modality.export_classifier(folder, engine.module.model, self.base, train.classes)
         return {
             "metric": train.text.get("metric") or "accuracy",
             "metrics": metrics,

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from selfdistill.data.loading.samples import Keyed
+from selfdistill.data.loading.datasets import Keyed
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.regularizers import supcon
 from selfdistill.engine.stages.splits import train_split, unlabelled_split
-from selfdistill.engine.training.kinds import kind_of
-from selfdistill.engine.training.kinds.base import Batch, Kind
+from selfdistill.engine.training.modalities import modality_of
+from selfdistill.engine.training.modalities.base import Batch, Modality
 from selfdistill.engine.training.objectives import MaskedObjective
 from selfdistill.engine.training.stage import Stage
 from selfdistill.engine.training.teacher import view
@@ -25,10 +25,12 @@ class Pretrain(Stage):
 
     def __init__(self, run: Run) -> None:
         train = self.split(run)
-        kind = kind_of(run, train)
-        base = kind.load()
-        record = {"model": base.sha256} | kind.record() | self.settings(run)
-        super().__init__(run, "pretrain", train, kind, base, seed=run.config.seed, record=record)
+        modality = modality_of(run, train)
+        base = modality.load()
+        record = {"model": base.sha256} | modality.record() | self.settings(run)
+        super().__init__(
+            run, "pretrain", train, modality, base, seed=run.config.seed, record=record
+        )
 
     def split(self, run: Run) -> Manifest:
         """What it learns from."""
@@ -40,20 +42,20 @@ class Pretrain(Stage):
 
     def build(self) -> nn.Module:
         """See `Stage`."""
-        self.model = self.kind.autoencoder(self.base)
+        self.model = self.modality.autoencoder(self.base)
         return MaskedObjective(self.model)
 
     def keyed(self) -> Keyed | None:
         """See `Stage`: the masks."""
-        return self.kind.mask(self.base)
+        return self.modality.mask(self.base)
 
     def inputs(self, batch: Batch) -> Batch:
         """See `Stage`: the masked view."""
-        return view(batch, self.kind.masked, self.ranks.device)
+        return view(batch, self.modality.masked, self.ranks.device)
 
     def finish(self, engine: Any) -> dict[str, Any]:
         """See `Stage`."""
-        return export_autoencoder(self.run, self.kind, self.name, engine, self.base)
+        return export_autoencoder(self.run, self.modality, self.name, engine, self.base)
 
 
 class Contrast(Pretrain):
@@ -79,17 +81,17 @@ class Contrast(Pretrain):
     def build(self) -> nn.Module:
         """See `Stage`."""
         settings = self.config.supcon
-        self.model = self.kind.autoencoder(self.base, settings.dropout)
-        (width,) = self.kind.feature_shape(self.base, "cls") or (0,)
+        self.model = self.modality.autoencoder(self.base, settings.dropout)
+        (width,) = self.modality.feature_shape(self.base, "cls") or (0,)
         return supcon.SupConObjective(self.model, width, settings)
 
     def keyed(self) -> Keyed | None:
         """See `Stage`: of two views of each sample."""
-        return self.kind.pairs(self.seed)
+        return self.modality.pairs(self.seed)
 
     def inputs(self, batch: Batch) -> Batch:
         """See `Stage`: all first views, then all second ones."""
-        entries = self.kind.paired(batch) | {"labels": batch["labels"]}
+        entries = self.modality.paired(batch) | {"labels": batch["labels"]}
         return view(entries, tuple(entries), self.ranks.device)
 
 
@@ -98,8 +100,10 @@ def pretraining(run: Run) -> Pretrain:
     return Contrast(run) if run.config.pretrain.objective == "supcon" else Pretrain(run)
 
 
-def export_autoencoder(run: Run, kind: Kind, stage: str, engine: Any, base: Any) -> dict[str, Any]:
+def export_autoencoder(
+    run: Run, modality: Modality, stage: str, engine: Any, base: Any
+) -> dict[str, Any]:
     """Exports encoder and decoder; says where, for result.json. Every rank calls it."""
     folder = run.folder / stage / "export"
-    kind.export_autoencoder(folder, engine.module.model, base)
+    modality.export_autoencoder(folder, engine.module.model, base)
     return {"export": str(folder)}

@@ -18,7 +18,7 @@ from selfdistill.engine.runtime.distributed import Ranks, sent, total
 from selfdistill.engine.runtime.precision import autocast
 from selfdistill.engine.runtime.zero import gathered
 from selfdistill.engine.training.evaluation import Scores, evaluate, scored_batch
-from selfdistill.engine.training.kinds.base import Batch, Kind
+from selfdistill.engine.training.modalities.base import Batch, Modality
 from selfdistill.engine.training.teacher import frozen, view
 
 #: Samples by whose features the encoders are compared.
@@ -30,7 +30,7 @@ BLOCKS = 40
 def analyse(
     run: Run,
     engine: Any,
-    kind: Kind,
+    modality: Modality,
     weights: Any,
     initial: Any,
     splits: Mapping[str, Manifest],
@@ -40,7 +40,7 @@ def analyse(
     Args:
         run: The launch.
         engine: Of the classifier's objective.
-        kind: Of its inputs.
+        modality: Of its inputs.
         weights: Those that it started from.
         initial: theta_init.
         splits: Name -> manifest; test is left out under `--finetune.test false`.
@@ -58,15 +58,15 @@ def analyse(
     found: dict[str, Any] = {}
     if plan.train_scored:
         spans = spread(splits["train"].samples, plan.train_scored, run.ranks, scored_batch(run))
-        scores["train"] = evaluate(run, engine, kind, weights, splits["train"], spans=spans)
+        scores["train"] = evaluate(run, engine, modality, weights, splits["train"], spans=spans)
         found["train_accuracy"] = scores["train"].accuracy
     for split in asked:
         features = None
         if split == asked[-1]:
-            features = Features(run, kind, initial, engine.module.model.encoder, splits[split])
+            features = Features(run, modality, initial, engine.module.model.encoder, splits[split])
         try:
             scores[split] = evaluate(
-                run, engine, kind, weights, splits[split], seen=features or (lambda _: None)
+                run, engine, modality, weights, splits[split], seen=features or (lambda _: None)
             )
         finally:
             if features:
@@ -120,10 +120,10 @@ class Features:
     """
 
     def __init__(
-        self, run: Run, kind: Kind, initial: Any, encoder: nn.Module, manifest: Manifest
+        self, run: Run, modality: Modality, initial: Any, encoder: nn.Module, manifest: Manifest
     ) -> None:
-        self.run, self.kind = run, kind
-        self.initial = frozen(kind.encoder(initial), run.ranks.device, run.dtype)
+        self.run, self.modality = run, modality
+        self.initial = frozen(modality.encoder(initial), run.ranks.device, run.dtype)
         last = manifest.samples - 1
         chosen = np.linspace(0, last, min(COMPARED, manifest.samples)).astype(np.int64)
         self.chosen = torch.from_numpy(np.unique(chosen))
@@ -143,9 +143,9 @@ class Features:
             return
         assert self.cls is not None
         device = self.run.ranks.device
-        some = self.kind.some(batch, rows)
+        some = self.modality.some(batch, rows)
         with autocast(device, self.run.dtype):
-            tokens, _ = self.initial.encode(cls_only=True, **view(some, self.kind.full, device))
+            tokens, _ = self.initial.encode(cls_only=True, **view(some, self.modality.full, device))
         before, after = tokens[:, 0].float(), self.cls[sent(rows, device)]
         square = (after - before).pow(2).sum(-1).double().sum()
         cosine = F.cosine_similarity(after, before, dim=-1).double().sum()

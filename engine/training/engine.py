@@ -14,7 +14,7 @@ from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.config.schema import StageSection
 from selfdistill.engine.runtime import zero
 from selfdistill.engine.training import optimizer as optim
-from selfdistill.engine.training.kinds.base import Section
+from selfdistill.engine.training.modalities.base import Section
 from selfdistill.engine.training.stage import Stage
 
 

@@ -16,7 +16,7 @@ from selfdistill.data.loading.loader import Sequential, tell
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.runtime.distributed import sent, total
-from selfdistill.engine.training.kinds.base import Batch, Kind
+from selfdistill.engine.training.modalities.base import Batch, Modality
 from selfdistill.engine.training.teacher import view
 
 
@@ -189,7 +189,7 @@ def scored_batch(run: Run) -> int:
 def evaluate(
     run: Run,
     engine: Any,
-    kind: Kind,
+    modality: Modality,
     base: Any,
     manifest: Manifest,
     *,
@@ -201,7 +201,7 @@ def evaluate(
     Args:
         run: The launch.
         engine: Of a classifier.
-        kind: The kind of the inputs.
+        modality: Of the inputs.
         base: Weights that the classifier started from.
         manifest: The split.
         spans: Ids [first, last) that this rank scores, as many batches as every other's; None:
@@ -220,13 +220,13 @@ def evaluate(
         rank=ranks.rank,
         world=ranks.world,
         spans=spans,
-        **run.reading(kind.codec(base, manifest), require_labels=True),
+        **run.reading(modality.codec(base, manifest), require_labels=True),
     )
     for batch in batches:
         run.boundary(f"scoring {manifest.root}")
         labels = sent(batch["labels"], ranks.device)
         # Padding and skipped samples bear -1, which no cross-entropy takes; the tally skips them.
-        out = engine(labels=labels.clamp(min=0), **view(batch, kind.full, ranks.device))
+        out = engine(labels=labels.clamp(min=0), **view(batch, modality.full, ranks.device))
         valid, ids = (sent(batch[name], ranks.device) for name in ("valid", "ids"))
         tally.add(out["logits"], labels, valid, ids)
         seen(batch)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfdistill.data import keyed
+from selfdistill.data import rng
 from selfdistill.data.loading.loader import Loader
 from selfdistill.engine.checkpoints.checkpoint import Checkpoints
 from selfdistill.engine.checkpoints.folder import open_stage, write_result
@@ -26,7 +26,7 @@ from selfdistill.engine.training import engine as engines
 from selfdistill.engine.training import optimizer as optim
 from selfdistill.engine.training.evaluation import evaluate
 from selfdistill.engine.training.integrity import check_shards
-from selfdistill.engine.training.kinds.base import Batch
+from selfdistill.engine.training.modalities.base import Batch
 from selfdistill.engine.training.objectives import EXTRAS, LOSSES
 from selfdistill.engine.training.record import device_name, scalars, surroundings
 from selfdistill.engine.training.skipped import Skipped
@@ -39,7 +39,7 @@ def run_stage(stage: Stage) -> None:
     if not open_stage(run, name, stage.record, stage.train.hash):
         return
     check_shards(run, stage.manifests, labels=stage.labelled)
-    stage.kind.check(stage.train, stage.base)
+    stage.modality.check(stage.train, stage.base)
     stage.plan.check_warmup(stage.section, stage.steps)
     trainer = Trainer(stage)
     try:
@@ -85,7 +85,7 @@ class Trainer:
             layout = f", saved by {world} ranks" if world != ranks.world else ""
             run.say(f"{stage.name}: resumed at step {step} of {stage.steps}{layout}")
         self.seconds_before = self.state.seconds
-        codec = stage.kind.codec(stage.base, stage.train)
+        codec = stage.modality.codec(stage.base, stage.train)
         self.loader = Loader(
             stage.train,
             batch=plan.batch,
@@ -112,13 +112,13 @@ class Trainer:
             scored=self.state.scored,
             samples_per_step=plan.batch,
             log_every=config.log_every,
-            unit=stage.kind.samples,
+            unit=stage.modality.samples,
         )
         self.monitor.text("config", f"```toml\n{config.toml()}\n```")
         peak = None
         if stage.counted:
             peak = flop_counts.peak_flops(device_name(ranks.device), run.dtype)
-        self.meter = Meter(unit=stage.kind.units, peak_flops=peak and peak * ranks.world)
+        self.meter = Meter(unit=stage.modality.units, peak_flops=peak and peak * ranks.world)
         self.samples = SampleLog(folder, ranks, step) if config.log_samples else None
         stage.start(self.engine)
 
@@ -189,7 +189,7 @@ class Trainer:
             batches = [next(self.batches) for _ in range(self.plan.accumulation)]
         world = self.ranks.world
         self.meter.step(
-            world * sum(self.stage.kind.size(batch) for batch in batches),
+            world * sum(self.stage.modality.size(batch) for batch in batches),
             world * sum(self.stage.flops(batch) for batch in batches),
         )
         return batches
@@ -233,7 +233,7 @@ class Trainer:
         if manifest is None:
             return
         with self.meter.paused():
-            scores = evaluate(self.run, self.engine, stage.kind, stage.base, manifest)
+            scores = evaluate(self.run, self.engine, stage.modality, stage.base, manifest)
             self.monitor.log(step, {f"val/{k}": v for k, v in scores.scalars().items()})
             self.monitor.confusion(step, scores.confusion, manifest.classes)
             self.engine.train()
@@ -346,7 +346,7 @@ def take_step(
     for micro, batch in enumerate(batches):
         # Dropout's generator is keyed by step and rank: a resumed run draws the same masks.
         position = taken * plan.accumulation + micro
-        bits = keyed.bits(seed, f"dropout {ranks.rank}", position)
+        bits = rng.bits(seed, f"dropout {ranks.rank}", position)
         torch.manual_seed(int(bits.random_raw()) >> 1)
         if engine.is_compiled:
             torch.compiler.cudagraph_mark_step_begin()  # what a CUDA graph gave before may go

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from selfdistill.data.loading.samples import Keyed
+from selfdistill.data.loading.datasets import Keyed
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.config.schema import StageSection
 from selfdistill.engine.monitoring.monitor import Monitor
-from selfdistill.engine.training.kinds.base import Batch, Kind, Section
+from selfdistill.engine.training.modalities.base import Batch, Modality, Section
 from selfdistill.engine.training.record import record_of
 
 
@@ -24,14 +24,14 @@ class Stage:
         section: its section of the configuration.
         labelled: whether every sample must have a label.
         reconstructs: whether the objective reconstructs a masked view, which pictures show.
-        counted: whether `Kind.flops` says what a step costs.
+        counted: whether `Modality.flops` says what a step costs.
         model: the network in the objective, made by `build`; its `encoder` is watched.
 
     Args:
         run: the launch.
         name: of the stage's folder.
         train: manifest of the samples that it learns from.
-        kind: of the inputs.
+        modality: of the inputs.
         base: weights that it starts from.
         seed: of order, head and dropout.
         record: what its figures depend on beside the configuration: hashes, settings of a view.
@@ -48,7 +48,7 @@ class Stage:
         run: Run,
         name: str,
         train: Manifest,
-        kind: Kind,
+        modality: Modality,
         base: Any,
         *,
         seed: int,
@@ -56,7 +56,13 @@ class Stage:
     ) -> None:
         self.began = time.time()
         self.run, self.config, self.ranks = run, run.config, run.ranks
-        self.name, self.train, self.kind, self.base, self.seed = name, train, kind, base, seed
+        self.name, self.train, self.modality, self.base, self.seed = (
+            name,
+            train,
+            modality,
+            base,
+            seed,
+        )
         self.plan: StageSection = getattr(run.config, self.section)
         self.steps = self.plan.length(train.samples)
         self.record = record_of(run, self.section, self.plan, train, record, seed)
@@ -106,14 +112,14 @@ class Stage:
 
         None where the objective's loss is a mean already, over as many units in each batch.
         """
-        return self.kind.count(batch) if self.reconstructs else None
+        return self.modality.count(batch) if self.reconstructs else None
 
     def flops(self, batch: Batch) -> float:
         """FLOPs of a batch in one step, forward and backward; 0 where they are not known."""
         if not self.counted:
             return 0.0
         classes = len(self.train.classes)
-        return self.kind.flops(self.base, self.section, self.teacher_mode, classes, batch)
+        return self.modality.flops(self.base, self.section, self.teacher_mode, classes, batch)
 
     @property
     def teacher_mode(self) -> Any:
@@ -125,7 +131,7 @@ class Stage:
 
     def draw(self, monitor: Monitor, step: int, batch: Batch, outputs: Batch) -> None:
         """Shows what the model makes of a batch; on rank 0 alone, where `reconstructs`."""
-        self.kind.draw(monitor, step, batch, outputs, self.base)
+        self.modality.draw(monitor, step, batch, outputs, self.base)
 
     def finish(self, engine: Any) -> dict[str, Any]:
         """Exports, and scores; returns entries of result.json. Every rank calls it.

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from selfdistill.data import keyed
-from selfdistill.data.loading.samples import Keyed
+from selfdistill.data import rng
+from selfdistill.data.loading.datasets import Keyed
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class MaskNoise:
 
     def __call__(self, positions: np.ndarray, _: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Noise of the given stream positions, int64 [b]."""
-        return {"noise": keyed.uniform(self.seed, "mask", positions, self.patches)}
+        return {"noise": rng.uniform(self.seed, "mask", positions, self.patches)}
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Flips:
 
     def __call__(self, positions: np.ndarray, _: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Flips of the given stream positions, int64 [b]."""
-        return {"flip": keyed.uniform(self.seed, "flip", positions, 1)[:, 0] < 0.5}
+        return {"flip": rng.uniform(self.seed, "flip", positions, 1)[:, 0] < 0.5}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TwoFlips:
 
     def __call__(self, positions: np.ndarray, _: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Flips of the given stream positions, int64 [b]."""
-        chosen = keyed.uniform(self.seed, "two flips", positions, 2) < 0.5
+        chosen = rng.uniform(self.seed, "two flips", positions, 2) < 0.5
         return {"flip": chosen[:, 0], "other_flip": chosen[:, 1]}
 
 
@@ -60,7 +60,7 @@ class NoiseKeys:
 
     def __call__(self, positions: np.ndarray, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Seeds of the given stream positions, int64 [b]."""
-        raw = [int(keyed.bits(self.seed, "noise", int(p)).random_raw()) >> 1 for p in positions]
+        raw = [int(rng.bits(self.seed, "noise", int(p)).random_raw()) >> 1 for p in positions]
         found = {"noise_key": np.array(raw, dtype=np.int64)}
         if "attention_mask" in batch:
             found["noise_length"] = batch["attention_mask"].sum(1).numpy()
@@ -115,13 +115,13 @@ class MaskTokens:
             int64 [n], the ids there.
         """
         ids, maskable = batch["input_ids"].numpy(), batch["maskable"].numpy()
-        noise = keyed.uniform(self.seed, "mask", positions, ids.shape[1])
+        noise = rng.uniform(self.seed, "mask", positions, ids.shape[1])
         chosen = (noise < self.ratio) & maskable
         masked = np.where(chosen, self.mask_id, ids)
         if self.policy == "bert":
             # Below the ratio the noise is uniform too: its place there says what is done.
             share = noise / self.ratio
-            draws = keyed.uniform(self.seed, "random token", positions, ids.shape[1])
+            draws = rng.uniform(self.seed, "random token", positions, ids.shape[1])
             random = (draws * self.vocabulary).astype(np.int64)
             masked = np.where(chosen & (share >= 0.8), random, masked)
             masked = np.where(chosen & (share >= 0.9), ids, masked)

@@ -17,7 +17,7 @@ from selfdistill.engine.models import formats
 from selfdistill.engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
 from selfdistill.engine.models.weights import Pretrained
 from selfdistill.engine.monitoring.flops import Stage, TeacherMode
-from selfdistill.engine.training.kinds.image import ImageKind
+from selfdistill.engine.training.modalities.image import ImageModality
 from selfdistill.engine.training.objectives import Feature
 from selfdistill.launcher.plan.activations import masked_images, whole_images
 
@@ -134,7 +134,7 @@ class ImageWork:
     samples = "images"
 
     def __init__(self, run: Run) -> None:
-        self.config, self.kind = run.config, ImageKind(run)
+        self.config, self.kind = run.config, ImageModality(run)
         path = run.config.model.path
         if path is None or path == "scratch":
             base = self.kind.load()

@@ -16,7 +16,7 @@ from selfdistill.engine.models.fresh import small_config
 from selfdistill.engine.models.language import HEADS, MaskedLanguageModel, TextClassifier, cuts
 from selfdistill.engine.models.text_weights import Language, load_tokenizer
 from selfdistill.engine.monitoring.flops import Stage, TeacherMode
-from selfdistill.engine.training.kinds.text import TextKind
+from selfdistill.engine.training.modalities.text import TextModality
 from selfdistill.engine.training.objectives import Feature
 from selfdistill.launcher.plan.activations import CLS_ROW, Blocks, masked_texts, whole_texts
 from selfdistill.launcher.plan.workload import TEXTS, Parameters, count, unknown
@@ -62,8 +62,8 @@ class TextWork:
         self.longest = min(longest, -(-longest // bucket) * bucket)
         self.tokens = min(float(longest), _mean(manifest) if tokens is None else tokens)
         self.base = Language(config, None, longest, {}, None, path, "")
-        # There may be no data: TextKind looks at them to load weights, which a plan never does.
-        self.kind = TextKind(run, manifest)  # type: ignore[arg-type]
+        # There may be no data: TextModality looks at them to load weights, which a plan never does.
+        self.kind = TextModality(run, manifest)  # type: ignore[arg-type]
         mlp = int(getattr(config, "intermediate_size", 0) or config.hidden_dim)
         self.blocks = Blocks(
             int(config.num_hidden_layers),

@@ -19,7 +19,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from selfdistill.data.shards.encoding import TextKind
+from selfdistill.data.shards.encoding import TextModality
 from selfdistill.data.shards.writer import write_split
 from selfdistill.data.sources.samples import Sample
 
@@ -128,5 +128,5 @@ def make_texts(root: Path, *, train: int = 27, other: int = 9) -> Path:
             own, all_of_them = words[label], [w for sentence in words for w in sentence]
             chosen = [str(generator.choice(own if i % 2 else all_of_them)) for i in range(length)]
             samples.append(Sample(f"{number}", " ".join(chosen).encode(), label))
-        write_split(samples, ["a", "b", "c"], root, split=split, kind=TextKind())
+        write_split(samples, ["a", "b", "c"], root, split=split, kind=TextModality())
     return root

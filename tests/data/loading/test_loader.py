@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfdistill.data import keyed, pack
+from selfdistill.data import pack, rng
 from selfdistill.data.errors import UserError
 from selfdistill.data.loading import batches as streams
 from selfdistill.data.loading import transport
@@ -39,7 +39,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def noise(positions: np.ndarray, _: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    return {"noise": keyed.uniform(0, "mask", positions, 3)}
+    return {"noise": rng.uniform(0, "mask", positions, 3)}
 
 
 def take(loader: Loader, batches: int) -> list[dict[str, torch.Tensor]]:
@@ -68,7 +68,7 @@ def test_a_batch_holds_what_it_says(split: Manifest) -> None:
         numbers = [number_of(image.numpy()) for image in batch["images"]]
         assert numbers == batch["ids"].tolist()
         assert batch["labels"].tolist() == [n % 3 for n in numbers]
-        expected = keyed.uniform(0, "mask", batch["positions"].numpy(), 3)
+        expected = rng.uniform(0, "mask", batch["positions"].numpy(), 3)
         assert torch.equal(batch["noise"], torch.from_numpy(expected))
         assert set(batch) == {"images", "labels", "positions", "ids", "noise"}
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfdistill.data import keyed
+from selfdistill.data import rng
 from selfdistill.data.errors import UserError
 from selfdistill.data.loading.order import Order
 
@@ -111,7 +111,7 @@ def test_seeds_and_epochs_differ() -> None:
 def test_the_order_of_a_run_never_changes() -> None:
     """Written down: a resumed run must go on with the same samples under any numpy."""
     assert Order([4, 3, 5], seed=7, window=1).ids(np.arange(12)).tolist() == GOLDEN
-    assert keyed.uniform(7, "mask", np.array([5]), 2).tolist() == [GOLDEN_UNIFORM]
+    assert rng.uniform(7, "mask", np.array([5]), 2).tolist() == [GOLDEN_UNIFORM]
 
 
 GOLDEN = [1, 3, 0, 2, 4, 5, 6, 10, 11, 7, 8, 9]
@@ -147,23 +147,23 @@ def test_bad_arguments(counts: list[int], partitions: int, window: int) -> None:
 def test_keyed_numbers_depend_on_the_position_alone(
     seed: int, positions: list[int], n: int
 ) -> None:
-    together = keyed.uniform(seed, "mask", np.array(positions), n)
+    together = rng.uniform(seed, "mask", np.array(positions), n)
     assert together.dtype == np.float32
     assert together.min() >= 0
     assert together.max() < 1
     for row, position in zip(together, positions, strict=True):
-        assert np.array_equal(row, keyed.uniform(seed, "mask", np.array([position]), n)[0])
-        assert np.array_equal(row[:1], keyed.uniform(seed, "mask", np.array([position]), 1)[0])
-    other = keyed.uniform(seed, "flip", np.array(positions), n)
+        assert np.array_equal(row, rng.uniform(seed, "mask", np.array([position]), n)[0])
+        assert np.array_equal(row[:1], rng.uniform(seed, "mask", np.array([position]), 1)[0])
+    other = rng.uniform(seed, "flip", np.array(positions), n)
     assert n < 4 or not np.array_equal(together, other)
 
 
 def test_keyed_numbers_are_uniform() -> None:
-    values = keyed.uniform(0, "mask", np.arange(200), 500)
+    values = rng.uniform(0, "mask", np.arange(200), 500)
     assert abs(values.mean() - 0.5) < 0.005
     assert abs(values.var() - 1 / 12) < 0.002
     assert len(np.unique(values[:, 0])) > 190
-    draws = [keyed.generator(0, "x", p).random() for p in range(50)]
+    draws = [rng.generator(0, "x", p).random() for p in range(50)]
     assert len(set(draws)) == 50
-    assert sorted(keyed.permutation(0, "x", 0, 100)) == list(range(100))
-    assert keyed.permutation(0, "x", 0, 1).tolist() == [0]
+    assert sorted(rng.permutation(0, "x", 0, 100)) == list(range(100))
+    assert rng.permutation(0, "x", 0, 1).tolist() == [0]

@@ -18,7 +18,7 @@ from selfdistill.data.errors import UserError
 from selfdistill.data.loading.codec import Images
 from selfdistill.data.loading.loader import Sequential
 from selfdistill.data.pack import pack, write_split
-from selfdistill.data.shards.encoding import ImageKind
+from selfdistill.data.shards.encoding import ImageModality
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.data.sources.samples import Sample, divide
 from selfdistill.data.verify import verify
@@ -231,7 +231,7 @@ def test_samples_from_bytes_and_callables(tmp_path: Path) -> None:
             yield Sample(f"k/{i}", source, i % 3)
 
     done = write_split(
-        stream(), ["a", "b", "c"], tmp_path / "s", kind=ImageKind(4), samples_per_shard=3
+        stream(), ["a", "b", "c"], tmp_path / "s", kind=ImageModality(4), samples_per_shard=3
     )
     assert (done.samples, done.shards, done.classes) == (10, 4, 3)
     assert contents(tmp_path / "s", "train") == {i: i % 3 for i in range(10)}

@@ -17,7 +17,7 @@ from selfdistill.data.formats import texts
 from selfdistill.data.formats.texts import Text, Texts, pack_rows, parse
 from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.loader import Loader, Sequential
-from selfdistill.data.shards.encoding import TextKind
+from selfdistill.data.shards.encoding import TextModality
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.data.shards.writer import write_split
 from selfdistill.data.sources.samples import Sample
@@ -47,7 +47,7 @@ def shards(root: Path, *lines: str, stored: str = "txt") -> Manifest:
     def streamed() -> Iterator[Sample]:
         yield from samples
 
-    kind = TextKind(stored, "macro_f1")
+    kind = TextModality(stored, "macro_f1")
     write_split(streamed(), ["a", "b"], root, kind=kind, samples_per_shard=3)
     return Manifest.load_split(str(root), "train")
 

@@ -211,7 +211,7 @@ def test_images_start_without_transformers() -> None:
     code = (
         "import sys; from selfdistill.engine import run;"
         " from selfdistill.engine.stages import distill, finetune, pretrain;"
-        " from selfdistill.engine.training.kinds import image;"
+        " from selfdistill.engine.training.modalities import image;"
         " sys.exit('transformers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -26,18 +26,18 @@ from selfdistill.engine.config.schema import Config
 from selfdistill.engine.models.language import HEADS
 from selfdistill.engine.models.text_weights import load_language
 from selfdistill.engine.runtime.distributed import Ranks
-from selfdistill.engine.training.kinds.text import TextKind, _encoder
+from selfdistill.engine.training.modalities.text import TextModality, _encoder
 from selfdistill.engine.training.views import MaskTokens
 from tests.kit import texts as text_kit
 
 
-def kind_of(model: Path, **more: Any) -> TextKind:
+def kind_of(model: Path, **more: Any) -> TextModality:
     config = Config()
     config.model.path = str(model)
     for name, value in more.items():
         section, _, leaf = name.partition("__")
         setattr(getattr(config, section), leaf, value)
-    return TextKind(Run(config, Ranks(0, 0, 1, torch.device("cpu")), Path()), None)
+    return TextModality(Run(config, Ranks(0, 0, 1, torch.device("cpu")), Path()), None)
 
 
 def batch_of(tokenizer: Any, texts: list[str], seed: int = 0) -> dict[str, torch.Tensor]:

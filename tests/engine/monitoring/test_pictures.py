@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from selfdistill.engine.models.patches import patchify
 from selfdistill.engine.models.vit_mae import Shape
 from selfdistill.engine.monitoring import pictures
-from selfdistill.engine.training.kinds import text as text_kind
+from selfdistill.engine.training.modalities import text as text_kind
 from tests.kit import texts as text_kit
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

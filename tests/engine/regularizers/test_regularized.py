@@ -166,7 +166,7 @@ def oracle_recadam(root: Path) -> dict[str, torch.Tensor]:
     from selfdistill.engine.config.schema import Config
     from selfdistill.engine.models.weights import load_pretrained
     from selfdistill.engine.runtime.distributed import Ranks
-    from selfdistill.engine.training.kinds.image import ImageKind
+    from selfdistill.engine.training.modalities.image import ImageModality
 
     model = ViTForImageClassification.from_pretrained(
         root / "base", num_labels=3, ignore_mismatched_sizes=True, hidden_dropout_prob=0.0
@@ -175,7 +175,7 @@ def oracle_recadam(root: Path) -> dict[str, torch.Tensor]:
     config.finetune.dropout = 0.0
     run = Run(config, Ranks(0, 0, 1, torch.device("cpu")), root)
     base = load_pretrained(str(root / "base"))
-    head = ImageKind(run).classifier(base, ["a", "b", "c"], seed=0).network.head
+    head = ImageModality(run).classifier(base, ["a", "b", "c"], seed=0).network.head
     model.classifier.load_state_dict(head.state_dict())
     start = {n: p.detach().double().clone() for n, p in model.named_parameters()}
     value = {n: p.clone() for n, p in start.items()}

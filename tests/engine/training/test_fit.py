@@ -11,7 +11,7 @@ from selfdistill.engine.config.schema import Config
 from selfdistill.engine.models.vit_mae import Shape, ViTMAE
 from selfdistill.engine.models.weights import Pretrained
 from selfdistill.engine.runtime.distributed import Ranks
-from selfdistill.engine.training.kinds.image import ImageKind
+from selfdistill.engine.training.modalities.image import ImageModality
 
 
 def test_dropout_of_the_plan_is_live() -> None:
@@ -22,7 +22,7 @@ def test_dropout_of_the_plan_is_live() -> None:
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     for rate in (0.0, 0.5):
         config.finetune.dropout = rate
-        model = ImageKind(run).classifier(base, ["a", "b", "c"], seed=0).train()
+        model = ImageModality(run).classifier(base, ["a", "b", "c"], seed=0).train()
         assert torch.equal(model.classify(images), model.classify(images)) == (rate == 0.0)
         model.eval()
         assert torch.equal(model.classify(images), model.classify(images))

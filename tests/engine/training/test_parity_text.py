@@ -13,7 +13,7 @@ from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.config.schema import Config
 from selfdistill.engine.runtime.distributed import Ranks
-from selfdistill.engine.training.kinds.text import TextKind
+from selfdistill.engine.training.modalities.text import TextModality
 from tests.kit import texts as text_kit
 from tests.kit.plain_loop import (
     BATCH,
@@ -40,14 +40,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def kind_of(root: Path) -> TextKind:
+def kind_of(root: Path) -> TextModality:
     config = Config()
     config.text.bucket = 8
     config.finetune.dropout = 0.0
-    return TextKind(Run(config, Ranks(0, 0, 1, torch.device("cpu")), root), None)
+    return TextModality(Run(config, Ranks(0, 0, 1, torch.device("cpu")), root), None)
 
 
-def batches(root: Path, kind: TextKind, *, masked: bool) -> Iterator[dict[str, torch.Tensor]]:
+def batches(root: Path, kind: TextModality, *, masked: bool) -> Iterator[dict[str, torch.Tensor]]:
     """The global batches, as a single process sees them."""
     base = kind.load(str(root / "base"))
     split = Manifest.load_split(str(root / "shards"), "train")

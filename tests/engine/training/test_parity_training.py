@@ -87,7 +87,7 @@ def oracle_finetune(root: Path, start: Path, exported: Path) -> dict[str, torch.
     from selfdistill.engine.config.schema import Config
     from selfdistill.engine.models.weights import load_pretrained
     from selfdistill.engine.runtime.distributed import Ranks
-    from selfdistill.engine.training.kinds.image import ImageKind
+    from selfdistill.engine.training.modalities.image import ImageModality
 
     model = ViTForImageClassification.from_pretrained(
         start, num_labels=3, ignore_mismatched_sizes=True, hidden_dropout_prob=0.0
@@ -98,7 +98,7 @@ def oracle_finetune(root: Path, start: Path, exported: Path) -> dict[str, torch.
     run = Run(config, Ranks(0, 0, 1, torch.device("cpu")), root)
     classes = ["a", "b", "c"]
     weights = load_pretrained(str(start))
-    head = ImageKind(run).classifier(weights, classes, seed=0).network.head
+    head = ImageModality(run).classifier(weights, classes, seed=0).network.head
     model.classifier.load_state_dict(head.state_dict())
 
     def decays(name: str, parameter: torch.Tensor) -> bool:

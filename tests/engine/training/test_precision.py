@@ -25,8 +25,8 @@ from selfdistill.engine.runtime import precision, zero
 from selfdistill.engine.runtime.allocator import release
 from selfdistill.engine.runtime.distributed import Ranks
 from selfdistill.engine.training.engine import build_engine
-from selfdistill.engine.training.kinds.image import ImageKind
 from selfdistill.engine.training.loop import Step, take_step
+from selfdistill.engine.training.modalities.image import ImageModality
 from selfdistill.engine.training.objectives import (
     ClassifyObjective,
     DistillObjective,
@@ -102,7 +102,7 @@ def autoencoder(shape: Shape) -> ImageAutoencoder:
 def test_a_feature_leaves_its_layer_norm_unrounded() -> None:
     """A student with its teacher's weights has their very feature, and it is no bf16 number."""
     base = shipped()
-    kind = ImageKind(Run(Config(), Ranks(0, 0, 1, CPU), Path()))
+    kind = ImageModality(Run(Config(), Ranks(0, 0, 1, CPU), Path()))
     student = kind.autoencoder(base)
     teacher = frozen(FeatureExtractor(kind.encoder(base), "cls"), CPU, torch.bfloat16)
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
@@ -280,7 +280,7 @@ def step_of(ranks: Ranks, stage: str, **options: Any) -> tuple[Any, Any]:
     if stage == "finetune":
         config.finetune.dropout = 0.0
         base = Pretrained.fresh(ViTMAE(DEEP))
-        model = ImageKind(run).classifier(base, ["a", "b"], seed=0)
+        model = ImageModality(run).classifier(base, ["a", "b"], seed=0)
         objective = ClassifyObjective(model)
     plan = getattr(config, stage)
     engine = build_engine(run, objective, stage, plan)

@@ -1,4 +1,4 @@
-"""What a loader's workers do: read and decode the samples of one batch."""
+"""Step 4, numbers -> a batch: torch Datasets, whose items are whole micro-batches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from selfdistill.data.errors import BrokenData, UserError
 from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.order import Ints, Order
 from selfdistill.data.loading.reader import Reader, Record
-from selfdistill.data.loading.transport import Ring, carried
+from selfdistill.data.loading.shared_memory import Ring, carried
 
 # Makes arrays [b, ...] from positions int64 [b] and the batch that stands there.
 Keyed = Callable[[Ints, dict[str, torch.Tensor]], dict[str, NDArray[Any]]]

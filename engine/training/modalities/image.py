@@ -25,7 +25,7 @@ from selfdistill.engine.models.weights import Pretrained, load_pretrained
 from selfdistill.engine.monitoring import flops, pictures
 from selfdistill.engine.monitoring.monitor import Monitor
 from selfdistill.engine.runtime.zero import full_state
-from selfdistill.engine.training.kinds.base import Batch, Kind, Section, TeacherMode
+from selfdistill.engine.training.modalities.base import Batch, Modality, Section, TeacherMode
 from selfdistill.engine.training.objectives import Feature
 from selfdistill.engine.training.views import Flips, MaskNoise, TwoFlips
 
@@ -33,8 +33,8 @@ from selfdistill.engine.training.views import Flips, MaskNoise, TwoFlips
 PICTURES = 8
 
 
-class ImageKind(Kind):
-    """See `engine.training.kinds.base.Kind`."""
+class ImageModality(Modality):
+    """See `engine.training.modalities.base.Modality`."""
 
     samples = units = "images"
     full: tuple[str, ...] = ("images",)
@@ -45,7 +45,7 @@ class ImageKind(Kind):
         self.run, self.config = run, run.config
 
     def load(self, source: str | None = None) -> Pretrained:
-        """See `Kind`."""
+        """See `Modality`."""
         config = self.config
         path = source or config.model.path
         if path is None:
@@ -79,7 +79,7 @@ class ImageKind(Kind):
         return replace(shape, mask_ratio=told.ratio, normalize_pixels=told.normalize_pixels)
 
     def check(self, manifest: Manifest, base: Pretrained) -> None:
-        """See `Kind`."""
+        """See `Modality`."""
         packed, side = manifest.image.get("size"), base.shape.image_size
         if packed is not None and packed != side:
             raise UserError(
@@ -88,7 +88,7 @@ class ImageKind(Kind):
             )
 
     def same_architecture(self, taught: Pretrained, base: Pretrained) -> None:
-        """See `Kind`."""
+        """See `Modality`."""
         for field in ("image_size", "patch_size", "width", "depth", "heads", "mlp_width"):
             theirs, ours = getattr(taught.shape, field), getattr(base.shape, field)
             if theirs != ours:
@@ -99,34 +99,34 @@ class ImageKind(Kind):
                 )
 
     def codec(self, base: Pretrained, manifest: Manifest) -> Images:
-        """See `Kind`."""
+        """See `Modality`."""
         return Images(base.shape.image_size)
 
     def mask(self, base: Pretrained) -> MaskNoise:
-        """See `Kind`."""
+        """See `Modality`."""
         return MaskNoise(self.config.seed, base.shape.patches)
 
     def augment(self, seed: int) -> Flips | None:
-        """See `Kind`."""
+        """See `Modality`."""
         return Flips(seed) if self.config.finetune.flip else None
 
     def pairs(self, seed: int) -> TwoFlips:
-        """See `Kind`: each view is mirrored or not."""
+        """See `Modality`: each view is mirrored or not."""
         return TwoFlips(seed)
 
     def paired(self, batch: Batch) -> Batch:
-        """See `Kind`."""
+        """See `Modality`."""
         return {
             "images": torch.cat([batch["images"]] * 2),
             "flip": torch.cat([batch["flip"], batch["other_flip"]]),
         }
 
     def some(self, batch: Batch, rows: Tensor) -> Batch:
-        """See `Kind`."""
+        """See `Modality`."""
         return {name: batch[name][rows] for name in self.full}
 
     def autoencoder(self, base: Pretrained, dropout: float | None = None) -> ImageAutoencoder:
-        """See `Kind`; a missing decoder is new, and said so."""
+        """See `Modality`; a missing decoder is new, and said so."""
         torch.manual_seed(self.config.seed)
         model = ViTMAE(base.shape)
         if dropout:
@@ -142,13 +142,13 @@ class ImageKind(Kind):
         return ImageAutoencoder(model, Normalize(base.mean, base.std))
 
     def encoder(self, base: Pretrained) -> ImageEncoder:
-        """See `Kind`."""
+        """See `Modality`."""
         encoder = ViTEncoder(base.shape)
         encoder.load_state_dict(base.encoder)
         return ImageEncoder(encoder, Normalize(base.mean, base.std))
 
     def classifier(self, base: Pretrained, classes: list[str], seed: int) -> ImageClassifier:
-        """See `Kind`; the position embedding is trained from here on."""
+        """See `Modality`; the position embedding is trained from here on."""
         torch.manual_seed(seed)
         plan = self.config.finetune
         encoder = ViTEncoder(base.shape, dropout=plan.dropout)
@@ -157,30 +157,30 @@ class ImageKind(Kind):
         return ImageClassifier(network, Normalize(base.mean, base.std))
 
     def feature_shape(self, base: Pretrained, feature: Feature) -> tuple[int, ...]:
-        """See `Kind`."""
+        """See `Modality`."""
         width = base.shape.width
         return (base.shape.patches + 1, width) if feature == "tokens" else (width,)
 
     def view(self, base: Pretrained) -> str:
-        """See `Kind`."""
+        """See `Modality`."""
         return f"full {base.shape.image_size}, mean {base.mean}, std {base.std}"
 
     def record(self) -> dict[str, Any]:
-        """See `Kind`."""
+        """See `Modality`."""
         return {"mae": self.config.mae.model_dump()}
 
     def count(self, batch: Batch) -> None:
-        """See `Kind`: every image has as many masked patches."""
+        """See `Modality`: every image has as many masked patches."""
         return
 
     def size(self, batch: Batch) -> int:
-        """See `Kind`."""
+        """See `Modality`."""
         return len(batch["images"])
 
     def flops(
         self, base: Pretrained, section: Section, mode: TeacherMode, classes: int, batch: Batch
     ) -> float:
-        """See `Kind`."""
+        """See `Modality`."""
         told = self.config.finetune.pool if section == "finetune" else self.config.distill.feature
         one = flops.step_flops(
             base.shape, section, teacher=mode, classes=classes, cls_only=told == "cls"
@@ -188,7 +188,7 @@ class ImageKind(Kind):
         return one * len(batch["images"])
 
     def draw(self, monitor: Monitor, step: int, batch: Batch, out: Batch, base: Pretrained) -> None:
-        """See `Kind`: original, masked input and reconstruction."""
+        """See `Modality`: original, masked input and reconstruction."""
         picture = pictures.reconstruction(
             batch["images"][:PICTURES].cpu(),
             out["prediction"][:PICTURES].float().cpu(),
@@ -200,7 +200,7 @@ class ImageKind(Kind):
         monitor.image(step, "reconstruction", picture)
 
     def export_autoencoder(self, folder: Path, model: ImageAutoencoder, base: Pretrained) -> None:
-        """See `Kind`: a folder for transformers' ViTMAE."""
+        """See `Modality`: a folder for transformers' ViTMAE."""
         encoder, decoder = (self._whole(m) for m in (model.mae.encoder, model.mae.decoder))
         if self.run.ranks.main:
             export_mae(folder, base.shape, encoder, decoder, base.mean, base.std)
@@ -208,7 +208,7 @@ class ImageKind(Kind):
     def export_classifier(
         self, folder: Path, model: ImageClassifier, base: Pretrained, classes: list[str]
     ) -> None:
-        """See `Kind`: a folder for transformers' and timm's ViT."""
+        """See `Modality`: a folder for transformers' and timm's ViT."""
         encoder, head = (self._whole(m) for m in (model.network.encoder, model.network.head))
         if self.run.ranks.main:
             pool = self.config.finetune.pool

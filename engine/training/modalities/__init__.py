@@ -5,11 +5,11 @@ from __future__ import annotations
 from selfdistill.data.errors import UserError
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
-from selfdistill.engine.training.kinds.base import Kind
+from selfdistill.engine.training.modalities.base import Modality
 
 
-def kind_of(run: Run, manifest: Manifest) -> Kind:
-    """The kind that a packed data set holds.
+def modality_of(run: Run, manifest: Manifest) -> Modality:
+    """The modality of a packed data set.
 
     Raises:
         UserError: the recipe is for another one.
@@ -21,9 +21,9 @@ def kind_of(run: Run, manifest: Manifest) -> Kind:
             f" {manifest.root} holds {manifest.kind}s: take another --recipe, or other --data"
         )
     if manifest.kind == "text":
-        from selfdistill.engine.training.kinds.text import TextKind
+        from selfdistill.engine.training.modalities.text import TextModality
 
-        return TextKind(run, manifest)
-    from selfdistill.engine.training.kinds.image import ImageKind
+        return TextModality(run, manifest)
+    from selfdistill.engine.training.modalities.image import ImageModality
 
-    return ImageKind(run)
+    return ImageModality(run)

@@ -36,7 +36,7 @@ from selfdistill.engine.models.text_weights import (
 from selfdistill.engine.monitoring import flops
 from selfdistill.engine.monitoring.monitor import Monitor
 from selfdistill.engine.runtime.zero import full_state
-from selfdistill.engine.training.kinds.base import Batch, Kind, Section, TeacherMode
+from selfdistill.engine.training.modalities.base import Batch, Modality, Section, TeacherMode
 from selfdistill.engine.training.objectives import Feature
 from selfdistill.engine.training.views import MaskTokens
 
@@ -50,8 +50,8 @@ LOOKED_AT = 256
 COUNTED = 20_000
 
 
-class TextKind(Kind):
-    """See `engine.training.kinds.base.Kind`."""
+class TextModality(Modality):
+    """See `engine.training.modalities.base.Modality`."""
 
     samples, units = "texts", "tokens"
     rows: tuple[str, ...] = ("input_ids", "attention_mask", "token_type_ids", "unpadded")
@@ -68,7 +68,7 @@ class TextKind(Kind):
         self.run, self.config, self.manifest = run, run.config, manifest
 
     def load(self, source: str | None = None) -> Language:
-        """See `Kind`."""
+        """See `Modality`."""
         config = self.config
         path = source or config.model.path
         if path is None:
@@ -108,7 +108,7 @@ class TextKind(Kind):
         reader.close()
 
     def check(self, manifest: Manifest, base: Language) -> None:
-        """See `Kind`; says how many texts are longer than what is read of them."""
+        """See `Modality`; says how many texts are longer than what is read of them."""
         remote = is_remote(manifest.root) or any(is_remote(s.name) for s in manifest.shards)
         if not self.run.ranks.main or remote:  # shards would be fetched for this alone
             return
@@ -123,7 +123,7 @@ class TextKind(Kind):
             )
 
     def same_architecture(self, taught: Language, base: Language) -> None:
-        """See `Kind`."""
+        """See `Modality`."""
         for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
             theirs, ours = getattr(taught.config, name), getattr(base.config, name)
             if theirs != ours:
@@ -139,7 +139,7 @@ class TextKind(Kind):
             )
 
     def codec(self, base: Language, manifest: Manifest) -> Texts:
-        """See `Kind`."""
+        """See `Modality`."""
         tokenizer = base.tokenizer
         return Texts(
             _encoder(
@@ -154,7 +154,7 @@ class TextKind(Kind):
         )
 
     def mask(self, base: Language) -> MaskTokens:
-        """See `Kind`."""
+        """See `Modality`."""
         mask_id = base.tokenizer.mask_token_id
         if mask_id is None:
             raise UserError(
@@ -167,19 +167,19 @@ class TextKind(Kind):
         )
 
     def augment(self, seed: int) -> None:
-        """See `Kind`: none."""
+        """See `Modality`: none."""
         return
 
     def pairs(self, seed: int) -> None:
-        """See `Kind`: dropout alone makes views differ."""
+        """See `Modality`: dropout alone makes views differ."""
         return
 
     def paired(self, batch: Batch) -> Batch:
-        """See `Kind`."""
+        """See `Modality`."""
         return {name: torch.cat([batch[name]] * 2) for name in self.rows if name in batch}
 
     def some(self, batch: Batch, rows: Tensor) -> Batch:
-        """See `Kind`."""
+        """See `Modality`."""
         return {name: batch[name][rows] for name in self.rows if name in batch}
 
     def _packs(self, base: Language) -> bool:
@@ -198,7 +198,7 @@ class TextKind(Kind):
         return asked
 
     def autoencoder(self, base: Language, dropout: float | None = None) -> MaskedLanguageModel:
-        """See `Kind`; a missing MLM head is new, and said so."""
+        """See `Modality`; a missing MLM head is new, and said so."""
         torch.manual_seed(self.config.seed)
         rate = self.config.mlm.dropout if dropout is None else dropout
         model = MaskedLanguageModel(with_dropout(base.config, rate))
@@ -213,13 +213,13 @@ class TextKind(Kind):
         return model
 
     def encoder(self, base: Language) -> TextEncoder:
-        """See `Kind`."""
+        """See `Modality`."""
         model = MaskedLanguageModel(base.config)
         load_encoder(model.encoder, base.encoder, base.origin)
         return TextEncoder(model.encoder, base.config)
 
     def classifier(self, base: Language, classes: list[str], seed: int) -> TextClassifier:
-        """See `Kind`."""
+        """See `Modality`."""
         torch.manual_seed(seed)
         config = with_dropout(base.config, self.config.finetune.dropout)
         config.num_labels = len(classes)
@@ -230,31 +230,31 @@ class TextKind(Kind):
         return model
 
     def feature_shape(self, base: Language, feature: Feature) -> tuple[int, ...] | None:
-        """See `Kind`; texts differ in length."""
+        """See `Modality`; texts differ in length."""
         return None if feature == "tokens" else (base.config.hidden_size,)
 
     def view(self, base: Language) -> str:
-        """See `Kind`."""
+        """See `Modality`."""
         return f"first {base.max_length} tokens"
 
     def record(self) -> dict[str, Any]:
-        """See `Kind`."""
+        """See `Modality`."""
         told = self.config
         # How texts lie in rows changes no figure.
         return {"mlm": told.mlm.model_dump(), "text": told.text.model_dump(exclude={"packed"})}
 
     def count(self, batch: Batch) -> int:
-        """See `Kind`."""
+        """See `Modality`."""
         return len(batch["masked_at"])
 
     def size(self, batch: Batch) -> int:
-        """See `Kind`; padding does not count."""
+        """See `Modality`; padding does not count."""
         return int(batch["attention_mask"].sum())
 
     def flops(
         self, base: Language, section: Section, mode: TeacherMode, classes: int, batch: Batch
     ) -> float:
-        """See `Kind`; padding does not count."""
+        """See `Modality`; padding does not count."""
         config = base.config
         width = int(config.hidden_size)
         mlp = int(getattr(config, "intermediate_size", 0) or config.hidden_dim)
@@ -278,17 +278,17 @@ class TextKind(Kind):
         return 3 * (mlm + full) + (0 if mode == "cached" else full)
 
     def draw(self, monitor: Monitor, step: int, batch: Batch, out: Batch, base: Language) -> None:
-        """See `Kind`: some texts, and what is predicted for their masked tokens."""
+        """See `Modality`: some texts, and what is predicted for their masked tokens."""
         monitor.text("reconstruction", _shown(batch, out["prediction"].cpu(), base.tokenizer), step)
 
     def export_autoencoder(self, folder: Path, model: MaskedLanguageModel, base: Language) -> None:
-        """See `Kind`: a folder for transformers, with its tokenizer."""
+        """See `Modality`: a folder for transformers, with its tokenizer."""
         self._export(folder, model.network, base)
 
     def export_classifier(
         self, folder: Path, model: TextClassifier, base: Language, classes: list[str]
     ) -> None:
-        """See `Kind`: a folder for transformers, with its tokenizer, which cuts as here."""
+        """See `Modality`: a folder for transformers, with its tokenizer, which cuts as here."""
         self._export(folder, model.network, base, base.max_length)
 
     def _export(

@@ -1,4 +1,4 @@
-"""What a kind of input brings to the stages: models, views, codec, export. One class a kind."""
+"""What a modality (images, texts) brings to the stages: models, views, codec, export."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from selfdistill.data.loading.codec import Codec
-from selfdistill.data.loading.samples import Keyed
+from selfdistill.data.loading.datasets import Keyed
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.monitoring.monitor import Monitor
 from selfdistill.engine.training.objectives import Feature
@@ -19,10 +19,10 @@ Section = Literal["pretrain", "distill", "finetune"]
 TeacherMode = Literal["replicated", "sharded", "cached"]
 
 
-class Kind(Protocol):
-    """What differs between images and text; `Any` stands for the kind's own weights and modules.
+class Modality(Protocol):
+    """What differs between images and text; `Any` stands for its own weights and modules.
 
-    Weights of a kind have `encoder` and `decoder` (name -> fp32 tensor of f_theta and g_phi; the
+    Weights have `encoder` and `decoder` (name -> fp32 tensor of f_theta and g_phi; the
     decoder None where the source has none), `origin` (what the user named) and `sha256` (of all
     tensors' names, shapes and values).
 

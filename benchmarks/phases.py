@@ -52,16 +52,16 @@ def main() -> int:
     def initialize() -> Any:
         ranks = first()
         over("process group")
-        from selfdistill.engine.stages import sequence as stages
-        from selfdistill.engine.training import fit
+        from selfdistill.engine.stages import distill, finetune  # noqa: F401
+        from selfdistill.engine.training import engine
         from selfdistill.engine.training import loop as trainer
 
         over("timm and other modules")
         read: str | None = "run folder, data, weights"
         if "distill" in sys.argv:
-            timed(stages, "build_table", read, "teacher's pass")
+            timed(distill, "build_table", read, "teacher's pass")
             read = None
-        timed(fit, "build_engine", read, "DeepSpeed's engine")
+        timed(engine, "build_engine", read, "DeepSpeed's engine")
         step = trainer.take_step
 
         def take_step(*words: Any, **options: Any) -> Any:

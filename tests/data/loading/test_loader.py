@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from selfdistill.data import pack, rng
 from selfdistill.data.errors import UserError
 from selfdistill.data.loading import batches as streams
-from selfdistill.data.loading import transport
+from selfdistill.data.loading import shared_memory
 from selfdistill.data.loading.codec import Images
 from selfdistill.data.loading.loader import Loader, Sequential
 from selfdistill.data.shards.manifest import Manifest
@@ -139,7 +139,7 @@ def test_images_that_lie_in_the_ring(tmp_path: Path, workers: int) -> None:
             assert torch.equal(next(beside)["images"], alone[0]["images"])
         found.append(next(stream))
     beside.close()
-    assert found[0]["images"].nbytes > transport._SMALL
+    assert found[0]["images"].nbytes > shared_memory._SMALL
     stream.close()
     assert loader.samples.ring is None
     for batch, wanted in zip(found, alone, strict=True):
@@ -157,7 +157,10 @@ def test_without_memory_for_the_ring(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refuse(*_: int) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    for place, name, value in ((transport.mmap, "mmap", refuse), (streams, "_RING_LIMIT", 10**5)):
+    for place, name, value in (
+        (shared_memory.mmap, "mmap", refuse),
+        (streams, "_RING_LIMIT", 10**5),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, value)
             loader = Loader(split, batch=9, workers=1)
@@ -319,7 +322,7 @@ def test_workers_ignore_signals_and_end_with_the_program(split: Manifest, end: s
 def test_what_lies_elsewhere_is_copied_into_the_ring() -> None:
     """Texts' arrays too large for the pipe, as far as there is room; nothing is written over."""
     mib = 2**17  # int64 numbers
-    ring = transport.Ring(slots=3, nbytes=8 * 2**20)
+    ring = shared_memory.Ring(slots=3, nbytes=8 * 2**20)
     room = ring.room(4)
     inside = torch.from_numpy(room[: 2**20 + 1])
     inside.fill_(7)
@@ -332,9 +335,9 @@ def test_what_lies_elsewhere_is_copied_into_the_ring() -> None:
         "more": torch.arange(4 * mib),  # no room is left for it
     }
     sent = ring.carry(4, batch)
-    assert [isinstance(sent[name], transport.InRing) for name in batch] == [
+    assert [isinstance(sent[name], shared_memory.InRing) for name in batch] == [
         *(True, False, True, True, False, False)
     ]
-    found = transport.received(sent)
+    found = shared_memory.received(sent)
     assert all(torch.equal(found[name], value) for name, value in batch.items())
     assert all(found[name].dtype == value.dtype for name, value in batch.items())

@@ -19,7 +19,7 @@ from selfdistill.engine.models.vit_mae import ViTMAE
 from selfdistill.engine.models.weights import load_pretrained
 from selfdistill.engine.run import run_stages
 from selfdistill.engine.runtime import distributed
-from selfdistill.engine.training import fit
+from selfdistill.engine.training import engine as engines
 from selfdistill.engine.training.objectives import EXTRAS, DistillObjective
 from tests.kit.launches import COMMON, ROOT, launch, make_images, make_world, metrics, run_cases
 
@@ -168,13 +168,13 @@ def test_the_last_stage_needs_no_more_memory_than_the_first(
 ) -> None:
     """What CUDA's allocator holds before each engine, fine-tuning after fine-tuning."""
     before: list[int] = []
-    build = fit.build_engine
+    build = engines.build_engine
 
     def looked_at(*words: Any) -> Any:
         before.append(torch.cuda.memory_allocated())
         return build(*words)
 
-    monkeypatch.setattr(fit, "build_engine", looked_at)
+    monkeypatch.setattr(engines, "build_engine", looked_at)
     settings = COMMON | {"zero": zero, "precision": "bf16", "stage": "all", "compare": True}
     settings |= {"data": str(root / "shards"), "model": str(root / "base"), "watchdog": 0}
     settings |= {"output": str(root / "memory" / zero), "finetune.seeds": 2}

@@ -51,7 +51,7 @@ def nearest(word: str, options: Iterable[str], prefix: str = "--") -> str:
     return f" Did you mean {prefix}{found[0]}?" if found else ""
 
 
-def one_line(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """The error's text on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -298,13 +298,13 @@ def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> None
         # Fire would read 2024 as a number and 1e3 as a float although a folder's name is meant.
         fire.Fire(fire.decorators.SetParseFn(str)(_validated(function)), command=words, name=name)
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {format_error(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         user_error = machine_error(error)
         if user_error is None:
             raise
-        print(f"error: {one_line(user_error)}", file=sys.stderr)
+        print(f"error: {format_error(user_error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -29,22 +29,22 @@ class AsStored:
     """Samples that go from shard to shard as they are (a `data.shards.encoding.Kind`).
 
     Attributes:
-        told: What the manifest notes of the inputs.
+        entries: What the manifest notes of the inputs.
         name: image or text.
     """
 
-    told: dict[str, Any]
+    entries: dict[str, Any]
     name: ClassVar[Literal["image", "text"]]
 
     def encode(self, sample: Sample) -> tuple[str, bytes]:
         """See `data.shards.encoding.Kind`."""
         assert isinstance(sample.source, bytes)
-        stored = str(self.told["stored"])
+        stored = str(self.entries["stored"])
         return stored if stored != "original" else suffix(sample.source), sample.source
 
     def entry(self) -> dict[str, Any]:
         """See `data.shards.encoding.Kind`."""
-        return self.told
+        return self.entries
 
     def notes(self) -> list[str]:
         """See `data.shards.encoding.Kind`."""
@@ -114,8 +114,8 @@ def subset(shards: str, out: str, samples: int, seed: int = 0, overwrite: bool =
         key = member[0].partition("-")[2] if member else ""
         return Sample(key or str(number), record.input, record.label)
 
-    told = train.image if train.kind == "image" else train.text
-    kind = (_StoredImages if train.kind == "image" else _StoredTexts)(dict(told))
+    stored = train.image if train.kind == "image" else train.text
+    kind = (_StoredImages if train.kind == "image" else _StoredTexts)(dict(stored))
     staging = target.parent / f".{target.name}.{os.getpid()}.partial"
     try:
         packed = write_split(

@@ -23,7 +23,7 @@ from selfdistill.engine.runtime import preemption
 if __name__ == "__main__":
     preemption.listen()  # before anything slow: until here a signal kills
 
-from selfdistill.data.cli import one_line
+from selfdistill.data.cli import format_error
 from selfdistill.data.errors import PeerLost, TryAgain, UserError
 from selfdistill.engine.config import options as configuration
 
@@ -57,12 +57,12 @@ def main(argv: list[str] | None = None) -> int:
         # The rank that failed says why, and its launcher, which goes by the exit code that came
         # first, then ends this one.
         if _patient(5):
-            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+            print(f"error: {format_error(error)}", file=sys.stderr, flush=True)
         return preemption.AGAIN
     except UserError as error:
         # Most mistakes are every rank's: rank 0 says it, then the launcher ends the others.
         if main_rank or _patient(6):
-            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+            print(f"error: {format_error(error)}", file=sys.stderr, flush=True)
         return preemption.AGAIN if isinstance(error, TryAgain) else 2
     except KeyboardInterrupt:
         return 130
@@ -99,10 +99,10 @@ def _run(argv: list[str]) -> None:
             raise preemption.Preempted(f"{error} (launch without --overwrite)") from None
         raise
     except RuntimeError as error:
-        told = explain(error, ranks.world, ranks.device)
-        if told is None:
+        explained = explain(error, ranks.world, ranks.device)
+        if explained is None:
             raise
-        raise told from error
+        raise explained from error
     except FloatingPointError as error:
         raise UserError(
             f"the loss is not finite at {error}: lower the learning rate, or use bf16 or fp32"

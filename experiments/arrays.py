@@ -48,7 +48,7 @@ def submit(root: Path, plan: Plan) -> list[str]:
     write_text(plan_file, json.dumps(levels, indent=1) + "\n")
     (root / "logs").mkdir(exist_ok=True)
     ids: list[str] = []
-    told = os.environ | {
+    environment = os.environ | {
         "SWEEP": str(root),
         "LEVELS": str(plan_file),
         "SELFDISTILL_ROOT": str(ROOT),
@@ -64,7 +64,11 @@ def submit(root: Path, plan: Plan) -> list[str]:
             str(ROOT / "slurm" / "experiments.sh"),
         ]
         done = subprocess.run(
-            command, env=told | {"LEVEL": str(number)}, capture_output=True, text=True, check=False
+            command,
+            env=environment | {"LEVEL": str(number)},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             if ids:
@@ -84,5 +88,7 @@ def _queued(root: Path) -> list[str]:
         ids = [str(one) for one in json.loads((root / QUEUED).read_text(encoding="utf-8"))]
     except (OSError, ValueError):
         return []
-    told = subprocess.run(["squeue", "-h", "-o", "%F"], capture_output=True, text=True, check=False)
-    return [one for one in ids if one in told.stdout.split()]
+    listed = subprocess.run(
+        ["squeue", "-h", "-o", "%F"], capture_output=True, text=True, check=False
+    )
+    return [one for one in ids if one in listed.stdout.split()]

@@ -129,8 +129,8 @@ class Job:
         """Whether it is a search's candidate whose loss was not finite, and would not be again."""
         if "/search/" not in self.name or self.result(root) is not None:
             return False
-        told = _json(self.record(root)) or {}
-        return told.get("status") == "failed" and str(told.get("message")).startswith(DIVERGED)
+        record = _json(self.record(root)) or {}
+        return record.get("status") == "failed" and str(record.get("message")).startswith(DIVERGED)
 
     def validation(self, root: Path) -> float | None:
         """Its validation score."""
@@ -159,21 +159,21 @@ class Job:
 
     def command(self, root: Path, data_root: Path) -> list[str]:
         """Words of engine/run.py."""
-        told: Options = {
+        options: Options = {
             "stage": self.stage,
             **self.options(root),
             "data": str(data_root / (self.dataset.folder or self.dataset.name)),
             "output": str(root / self.folder),
         }
         if self.stage == "distill":
-            told |= {"teacher": str(root / str(self.start)), "rounds": self.rounds}
+            options |= {"teacher": str(root / str(self.start)), "rounds": self.rounds}
         if self.stage == "finetune":
-            told["finetune.seeds"] = self.seeds
+            options["finetune.seeds"] = self.seeds
             if self.start is None:
-                told["finetune.start"] = "model"
+                options["finetune.start"] = "model"
             else:
-                told["finetune.weights"] = str(root / self.start)
-        return [word for key, value in told.items() for word in (f"--{key}", typed(value))]
+                options["finetune.weights"] = str(root / self.start)
+        return [word for key, value in options.items() for word in (f"--{key}", typed(value))]
 
 
 def typed(value: object) -> str:

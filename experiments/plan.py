@@ -232,9 +232,9 @@ class Plan:
     def _words(self, dataset: Dataset, method: Method, row: Row, stage: Stage) -> Options:
         """Options of a stage: profile < data set < method < row."""
         scale = self.profile.of(dataset.kind)
-        told: Options = {"recipe": scale.recipe, **scale.options, **dataset.options}
-        told |= self._own(dataset, method, row)
-        return {k: v for k, v in told.items() if k.partition(".")[0] not in LATER[stage]}
+        options: Options = {"recipe": scale.recipe, **scale.options, **dataset.options}
+        options |= self._own(dataset, method, row)
+        return {k: v for k, v in options.items() if k.partition(".")[0] not in LATER[stage]}
 
     def _own(self, dataset: Dataset, method: Method, row: Row) -> Options:
         """What tells a row from the profile's defaults."""

@@ -152,13 +152,13 @@ class Local:
         return [deepspeed, "--num_gpus", str(self.ranks), *port]
 
     def _environment(self, slot: int) -> dict[str, str]:
-        told = {"PYTHONUNBUFFERED": "1"}
+        environment = {"PYTHONUNBUFFERED": "1"}
         if self.devices and self.ranks == 1:
-            told["CUDA_VISIBLE_DEVICES"] = str(slot % self.devices)
+            environment["CUDA_VISIBLE_DEVICES"] = str(slot % self.devices)
         if not self.devices and "OMP_NUM_THREADS" not in os.environ:
             cores = len(os.sched_getaffinity(0))
-            told["OMP_NUM_THREADS"] = str(max(1, cores // (self.slots * self.ranks)))
-        return told
+            environment["OMP_NUM_THREADS"] = str(max(1, cores // (self.slots * self.ranks)))
+        return environment
 
     def _collect(self, ends: dict[str, state.Status], left: list[Job], total: int) -> None:
         """Takes in the jobs that have ended."""
@@ -181,10 +181,11 @@ class Local:
             ends[job.name] = "failed" if code and not diverged else "done"
             self.took.setdefault(job.stage, []).append(seconds)
             ended = sum(end == "done" for end in ends.values())
-            told = f"failed ({message}), log: {log_of(self.root, job)}" if code else "done"
-            told += "; it loses the search" if diverged else ""
+            outcome = f"failed ({message}), log: {log_of(self.root, job)}" if code else "done"
+            outcome += "; it loses the search" if diverged else ""
             self.console.print(
-                f"[{ended}/{total}] {job.name}: {told} in {seconds:.0f} s{self._time_left(left)}",
+                f"[{ended}/{total}] {job.name}: {outcome} in {seconds:.0f} s"
+                f"{self._time_left(left)}",
                 style="red" if code else None,
             )
 
@@ -260,16 +261,16 @@ def missing(plan: Plan, only: Sequence[str]) -> None:
     if strange := [word for word in only if word not in plan.named]:
         near = cli.nearest(strange[0], sorted(plan.named), "")
         raise UserError(f"--only {strange[0]}: none of these tables has it.{near}")
-    told = [f"{d.name} ({d.pack})" if d.pack else d.name for d in plan.absent.values()]
-    told += [
+    absent = [f"{d.name} ({d.pack})" if d.pack else d.name for d in plan.absent.values()]
+    absent += [
         f"{d.name} has no val split to choose by (pack it with --val_fraction 0.1)"
         for d in plan.unsearchable.values()
     ]
     if not plan.cells:
         raise UserError(
-            f"none of its data sets can be taken from {plan.data_root}: {'; '.join(told)}"
+            f"none of its data sets can be taken from {plan.data_root}: {'; '.join(absent)}"
         )
-    for one in told:
+    for one in absent:
         print(f"not in {plan.data_root}, left out: {one}", file=sys.stderr)
 
 

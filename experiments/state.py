@@ -58,13 +58,13 @@ class Sweep:
         """
         path = root / SWEEP
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
             asked = [
                 Asked(a["table"], tuple(a["datasets"]), tuple(a["only"]), a["seeds"])
-                for a in told["asked"]
+                for a in content["asked"]
             ]
-            specs = None if told["specs"] is None else Path(told["specs"])
-            return cls(root, told["profile"], Path(told["data_root"]), specs, asked)
+            specs = None if content["specs"] is None else Path(content["specs"])
+            return cls(root, content["profile"], Path(content["data_root"]), specs, asked)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{root} holds no experiments ({SWEEP} is missing): run experiments.run first"
@@ -78,13 +78,13 @@ class Sweep:
     def save(self) -> None:
         """Writes it."""
         self.root.mkdir(parents=True, exist_ok=True)
-        told = {
+        content = {
             "profile": self.profile,
             "data_root": str(self.data_root.resolve()),
             "specs": None if self.specs is None else str(self.specs.resolve()),
             "asked": [vars(one) for one in self.asked],
         }
-        write_text(self.root / SWEEP, json.dumps(told, indent=1) + "\n")
+        write_text(self.root / SWEEP, json.dumps(content, indent=1) + "\n")
 
     def ask(self, new: list[Asked]) -> None:
         """Adds tables; one that is asked for again joins the one before, where that is possible.
@@ -203,9 +203,9 @@ def begin(root: Path, job: Job, command: list[str], data_root: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Going on with what it began, it began then.
     began = read(root, job).get("began") if (root / job.leaves).exists() else None
-    told = {"command": command, "root": str(root), "began": began or time.time()}
-    told |= {"started": time.time(), "status": "running"}
-    write_text(path, json.dumps(told, indent=1) + "\n")
+    content = {"command": command, "root": str(root), "began": began or time.time()}
+    content |= {"started": time.time(), "status": "running"}
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def end(root: Path, job: Job, code: int, message: str) -> None:
@@ -217,10 +217,10 @@ def end(root: Path, job: Job, code: int, message: str) -> None:
         code: its exit code.
         message: its last error, on one line.
     """
-    told = read(root, job)
-    told |= {"status": "failed" if code else "done", "code": code, "message": message}
-    told["seconds"] = round(time.time() - told.get("started", time.time()), 1)
-    write_text(record(root, job), json.dumps(told, indent=1) + "\n")
+    content = read(root, job)
+    content |= {"status": "failed" if code else "done", "code": code, "message": message}
+    content["seconds"] = round(time.time() - content.get("started", time.time()), 1)
+    write_text(record(root, job), json.dumps(content, indent=1) + "\n")
 
 
 def status(root: Path, job: Job) -> Status:

@@ -134,12 +134,12 @@ def plan(options: Options, engine: dict[str, cli.Typed]) -> list[Job]:
         return [Job("all", "selfdistill.sh", [*common, f"--output={logs}/all-%j.log"], variables)]
     jobs = []
     for stage in chain:
-        log, array, told = f"{stage}-%j.log", [], variables | {"STAGE": stage}
+        log, array, environment = f"{stage}-%j.log", [], variables | {"STAGE": stage}
         if stage == "finetune" and options.seeds > 1:
             log, array = f"{stage}-%A_%a.log", [f"--array=0-{options.seeds - 1}"]
-            told["SEED"] = str(config.seed)
+            environment["SEED"] = str(config.seed)
         mine = [f"--job-name={stage}", f"--output={logs / log}"]
-        jobs.append(Job(stage, "stage.sh", [*common, *mine, *array], told))
+        jobs.append(Job(stage, "stage.sh", [*common, *mine, *array], environment))
     return jobs
 
 
@@ -187,8 +187,8 @@ def show(jobs: Sequence[Job]) -> None:
         print(f"### {script}\n{script.read_text(encoding='utf-8')}")
     before = None
     for job in jobs:
-        told = [f"{name}={shlex.quote(value)}" for name, value in job.variables.items()]
-        print(f"### {job.name}\n{' '.join(told)} \\\n    {shlex.join(job.command(before))}")
+        assignments = [f"{name}={shlex.quote(value)}" for name, value in job.variables.items()]
+        print(f"### {job.name}\n{' '.join(assignments)} \\\n    {shlex.join(job.command(before))}")
         before = f"<id of {job.name}>"
 
 

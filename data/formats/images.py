@@ -43,7 +43,7 @@ SUFFIXES = frozenset(
 
 
 #: Called once for an image of which something beside the picture could not be read.
-Tell = Callable[[], object] | None
+OnUnreadable = Callable[[], object] | None
 
 # Pillow's plug-ins raise almost anything on broken files.
 _BROKEN = (
@@ -61,12 +61,12 @@ def _scaled(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8), "L")
 
 
-def to_rgb(image: Image.Image, tell: Tell = None) -> Image.Image:
+def to_rgb(image: Image.Image, on_unreadable: OnUnreadable = None) -> Image.Image:
     """Any image as mode L (grey) or RGB, upright.
 
     Args:
         image: As Pillow opened it.
-        tell: Called where the orientation cannot be read: then it is taken as it lies.
+        on_unreadable: Called where the orientation cannot be read: then it is taken as it lies.
 
     Returns:
         The image in mode "L" or "RGB".
@@ -79,8 +79,8 @@ def to_rgb(image: Image.Image, tell: Tell = None) -> Image.Image:
         try:
             image = ImageOps.exif_transpose(image)
         except _BROKEN:
-            if tell is not None:
-                tell()
+            if on_unreadable is not None:
+                on_unreadable()
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image
     if image.mode == "F":
@@ -97,7 +97,7 @@ def to_rgb(image: Image.Image, tell: Tell = None) -> Image.Image:
 
 
 def _read(
-    content: bytes, size: int | None = None, tell: Tell = None
+    content: bytes, size: int | None = None, on_unreadable: OnUnreadable = None
 ) -> Image.Image | NDArray[np.uint8]:
     """As `read`, or an image's pixels where those are had without it.
 
@@ -106,7 +106,7 @@ def _read(
         size: A JPEG's sides come down to it: it is decoded at a half, a quarter or an eighth of
             its own where half as much again is left to be resized. With less left the picture is
             visibly sharper than `fit` makes it of the whole one (26 dB, where 35 are kept).
-        tell: See `read`.
+        on_unreadable: See `read`.
     """
     try:
         if content.startswith(png.SIGNATURE):
@@ -114,7 +114,7 @@ def _read(
             if plain is not None:
                 return plain
         try:
-            return _by_pillow(content, size, tell)
+            return _by_pillow(content, size, on_unreadable)
         except _BROKEN:
             bare = metadata.without(content)
             if bare is None:
@@ -124,8 +124,8 @@ def _read(
                 image = _by_pillow(bare, size)
             if image is None:
                 raise
-            if tell is not None:
-                tell()
+            if on_unreadable is not None:
+                on_unreadable()
             return image
     except UnidentifiedImageError:
         raise ValueError("it is no image of a known kind" if content else "it is empty") from None
@@ -137,25 +137,25 @@ def _read(
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
-def _by_pillow(content: bytes, size: int | None, tell: Tell = None) -> Image.Image:
+def _by_pillow(content: bytes, size: int | None, on_unreadable: OnUnreadable = None) -> Image.Image:
     formats = ("PNG",) if content.startswith(png.SIGNATURE) else None
     image = Image.open(io.BytesIO(content), formats=formats)
     if size is not None:
         least = size + size // 2
         image.draft(None, (least, least))  # of JPEGs; others have no such way
-    return to_rgb(image, tell)
+    return to_rgb(image, on_unreadable)
 
 
 def _image(found: Image.Image | NDArray[np.uint8]) -> Image.Image:
     return found if isinstance(found, Image.Image) else Image.fromarray(found)
 
 
-def read(content: bytes, tell: Tell = None) -> Image.Image:
+def read(content: bytes, on_unreadable: OnUnreadable = None) -> Image.Image:
     """A whole image file as mode L or RGB.
 
     Args:
         content: The file's bytes.
-        tell: Called where something beside the picture cannot be read, and was passed over.
+        on_unreadable: Called where metadata cannot be read, and was passed over.
 
     Returns:
         The upright image.
@@ -163,7 +163,7 @@ def read(content: bytes, tell: Tell = None) -> Image.Image:
     Raises:
         ValueError: It is broken or of no known kind; one line that says how.
     """
-    return _image(_read(content, tell=tell))
+    return _image(_read(content, on_unreadable=on_unreadable))
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
@@ -188,13 +188,13 @@ def fit(image: Image.Image, size: int) -> Image.Image:
     return resized.crop((left, top, left + size, top + size))
 
 
-def prepare(content: bytes, size: int | None, tell: Tell = None) -> bytes:
+def prepare(content: bytes, size: int | None, on_unreadable: OnUnreadable = None) -> bytes:
     """An image file as it is packed: fitted to a square, PNG, without loss.
 
     Args:
         content: The file's bytes.
         size: Side of the square in pixels; None keeps the image's own.
-        tell: See `read`.
+        on_unreadable: See `read`.
 
     Returns:
         A PNG file, grey or RGB.
@@ -202,7 +202,7 @@ def prepare(content: bytes, size: int | None, tell: Tell = None) -> bytes:
     Raises:
         ValueError: See `read`.
     """
-    image = read(content, tell)
+    image = read(content, on_unreadable)
     if size is not None:
         image = fit(image, size)
     image.info.clear()  # no colour profiles, no dates: equal pixels make equal files
@@ -212,7 +212,7 @@ def prepare(content: bytes, size: int | None, tell: Tell = None) -> bytes:
 
 
 def decode(
-    content: bytes, size: int | None, name: str = "image", tell: Tell = None
+    content: bytes, size: int | None, name: str = "image", on_unreadable: OnUnreadable = None
 ) -> NDArray[np.uint8]:
     """An image file as pixels.
 
@@ -220,7 +220,7 @@ def decode(
         content: The file's bytes.
         size: Images of another size are fitted to this square; None leaves them as they are.
         name: Of the sample, for errors.
-        tell: See `read`.
+        on_unreadable: See `read`.
 
     Returns:
         uint8 [3, H, W], RGB.
@@ -229,7 +229,7 @@ def decode(
         BrokenData: The image is unreadable.
     """
     try:
-        found = _read(content, size, tell)
+        found = _read(content, size, on_unreadable)
     except ValueError as error:
         raise BrokenData(
             f"{name}: the image cannot be read: {error}: pack it again from a whole file, or"

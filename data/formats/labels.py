@@ -64,6 +64,6 @@ def _from_json(text: bytes) -> object:
         )
     numbers = {name: found[name] for name in names if type(found[name]) in (int, float)}
     if len(set(numbers.values())) > 1:
-        told = " and ".join(f"{name} {value}" for name, value in numbers.items())
-        raise ValueError(f"its JSON label has several numbers, {told}")
+        differing = " and ".join(f"{name} {value}" for name, value in numbers.items())
+        raise ValueError(f"its JSON label has several numbers, {differing}")
     return next(iter(numbers.values()), found[names[0]])

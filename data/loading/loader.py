@@ -24,7 +24,7 @@ from selfdistill.data.shards.manifest import Manifest
 
 
 @functools.cache  # an evaluation meets the same broken samples every time
-def tell(line: str) -> None:
+def warn_once(line: str) -> None:
     """A report for programs with a terminal: each line once, on stderr."""
     print(f"warning: {line}", file=sys.stderr, flush=True)
 

@@ -126,10 +126,10 @@ def _check_samples(
     rows: NDArray[np.int64],
     names: _Names | None,
     decode: bool,
-    tell: images.Tell = None,
+    on_unreadable: images.OnUnreadable = None,
 ) -> Iterator[tuple[int, int, str]]:
     """Each sample's digest, label and problem; see `_check_sample`."""
-    parse: Callable[[bytes], object] = functools.partial(images.read, tell=tell)
+    parse: Callable[[bytes], object] = functools.partial(images.read, on_unreadable=on_unreadable)
     if file.kind == "text":
         parse = functools.partial(texts.read, stored=file.text["stored"])
     with (
@@ -213,7 +213,7 @@ def check_shard(
     same = _sha256(path, advance) == info.sha256
     wrong: list[str] = []
     inputs: list[tuple[int, int, int]] = []
-    told: list[bool] = []
+    unreadable: list[bool] = []
     names, broken = None, ""
     try:
         names = _Names(tars.scan(path))
@@ -223,7 +223,7 @@ def check_shard(
     if table is not None and size:
         rows = table[file.starts[shard] : file.starts[shard + 1]]
         samples = _check_samples(
-            file, shard, path, rows, names, decode or not same, lambda: told.append(True)
+            file, shard, path, rows, names, decode or not same, lambda: unreadable.append(True)
         )
         for number, (digest, label, problem) in enumerate(samples):
             if problem:
@@ -254,7 +254,7 @@ def check_shard(
             f"shard {place} holds {len(left)} samples that members.npy lacks, such as {left[0]}:"
             " make it anew (python -m data.index --overwrite)"
         )
-    return Found(problems, counts, unreadable=len(told), inputs=inputs)
+    return Found(problems, counts, unreadable=len(unreadable), inputs=inputs)
 
 
 def check_hashes(file: Manifest, shards: Sequence[int], *, hidden_only: bool = False) -> None:

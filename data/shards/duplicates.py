@@ -65,8 +65,8 @@ class Inputs:
                 for run in runs:
                     by_split = {self._split(one)[0]: one for one in run}
                     # unlabelled holds the inputs of train, too: those are told of once
-                    told = seen == UNLABELLED and DIVIDED[0] in by_split
-                    if seen in by_split and scored in by_split and not told:
+                    reported = seen == UNLABELLED and DIVIDED[0] in by_split
+                    if seen in by_split and scored in by_split and not reported:
                         both.append((run, by_split[scored], by_split[seen]))
                 if both:
                     _, one, other = both[0]
@@ -96,8 +96,8 @@ class Inputs:
     def _named(self, sample: int) -> str:
         split, begin, name = self._split(sample)
         label = int(self._labels[sample])
-        told = f"{split}, {self.classes[label]}" if 0 <= label < len(self.classes) else split
-        return f"{name(int(sample) - begin)} ({told})"
+        place = f"{split}, {self.classes[label]}" if 0 <= label < len(self.classes) else split
+        return f"{name(int(sample) - begin)} ({place})"
 
 
 def _count(runs: list[NDArray[np.int64]]) -> str:

@@ -88,12 +88,12 @@ class ImageModality:
         """See `Kind`; a PNG, or the file as it is."""
         content = content_of(sample)
 
-        def tell() -> None:
+        def on_unreadable() -> None:
             self.unreadable.append(sample.name)
 
         if not self.keep_original:
-            return "png", images.prepare(content, self.size, tell)
-        images.read(content, tell)  # only to see that it can be read
+            return "png", images.prepare(content, self.size, on_unreadable)
+        images.read(content, on_unreadable)  # only to see that it can be read
         if isinstance(sample.source, Path):
             return sample.source.suffix.lower().lstrip(".") or "img", content
         return suffix(content), content

@@ -241,8 +241,8 @@ def parse_header(block: bytes) -> Member:
     """
     # By hand where it can be: TarInfo.frombuf takes 30 us, a tenth of a small image's whole cost.
     try:
-        name, size, told = _HEADER.unpack(block)
-        if _sum(block) - sum(told) + 256 != int(told.strip(b" \0"), 8):
+        name, size, checksum = _HEADER.unpack(block)
+        if _sum(block) - sum(checksum) + 256 != int(checksum.strip(b" \0"), 8):
             raise ValueError
         if not size[0] & 0x80:
             return Member(

@@ -73,11 +73,11 @@ class _Walk:
         found = []
         if self.others:
             kinds = Counter(self.others.values()).most_common(5)
-            told = ", ".join(f"{count} {suffix}" for suffix, count in kinds)
+            listed = ", ".join(f"{count} {suffix}" for suffix, count in kinds)
             first = next(path for path, suffix in self.others.items() if suffix == kinds[0][0])
             found.append(
                 f"note: {len(self.others)} files are not of a known kind of images and are left out"
-                f" ({told}), such as {first}"
+                f" ({listed}), such as {first}"
             )
         if self.empty:
             more = f", nor are {len(self.empty) - 1} more" if len(self.empty) > 1 else ""

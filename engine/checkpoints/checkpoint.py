@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfdistill.data.cli import one_line
+from selfdistill.data.cli import format_error
 from selfdistill.data.errors import TryAgain, UserError
 from selfdistill.engine.checkpoints import training_state
 from selfdistill.engine.checkpoints.files import fsync, sha256, write_text
@@ -134,7 +134,7 @@ class Checkpoints:
             fsync(part)
             written = [part.name, part.stat().st_size, sha256(part)]
         except (OSError, SafetensorError) as caught:
-            reason = one_line(caught).rsplit("error: ", 1)[-1]  # safetensors names two layers
+            reason = format_error(caught).rsplit("error: ", 1)[-1]  # safetensors names two layers
             error = f"{draft}: checkpoint not saved: {reason}; free space, or give it back its"
             error += " permissions, then launch again: it goes on from the one before"
         del tensors
@@ -178,7 +178,7 @@ class Checkpoints:
                 whole = state.digest == state.content_digest() and name == f"step-{state.step:08d}"
                 return (state, "") if whole else (None, "state.json is not what was written")
         except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError) as error:
-            return None, f"state.json: {one_line(error)}"
+            return None, f"state.json: {format_error(error)}"
         raise UserError(
             f"{self.folder / name} has format version {content['version']}, this program reads"
             f" {VERSION}: go on with the program that wrote it, or --overwrite starts it anew"
@@ -273,7 +273,7 @@ class Reader:
                 opened = safe_open(folder / file, framework="pt")
                 self._files |= dict.fromkeys(opened.keys(), opened)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder}: {one_line(error)}: delete this checkpoint") from error
+            raise UserError(f"{folder}: {format_error(error)}: delete this checkpoint") from error
 
     def __call__(self, name: str) -> Tensor:
         """The whole tensor "KEY/NAME", on the CPU.

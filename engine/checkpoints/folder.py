@@ -20,7 +20,7 @@ import torch
 from selfdistill.data.errors import UserError
 from selfdistill.data.loading.batches import Options
 from selfdistill.data.loading.codec import Codec
-from selfdistill.data.loading.loader import tell
+from selfdistill.data.loading.loader import warn_once
 from selfdistill.engine.checkpoints.checkpoint import BEFORE, FREE
 from selfdistill.engine.checkpoints.files import write_text
 from selfdistill.engine.config.schema import Config
@@ -81,20 +81,20 @@ class Run:
             "cache_dir": config.cache_dir,
             "cache_gb": config.cache_gb,
             "skip_broken": config.skip_broken,
-            "report": tell,
+            "report": warn_once,
             "pin": self.ranks.device.type == "cuda",
         }
 
-    def say(self, line: str) -> None:
+    def info(self, line: str) -> None:
         """Prints a line on rank 0."""
         if self.ranks.main:
             print(line, flush=True)
 
-    def say_once(self, line: str) -> None:
+    def info_once(self, line: str) -> None:
         """Prints a line on rank 0, however many stages have it to say."""
         if line not in self._said:
             self._said.add(line)
-            self.say(line)
+            self.info(line)
 
     def boundary(self, where: str, *, wait: bool = False) -> None:
         """Between two units of work: a sign of life, and the place to leave. Every rank calls it.
@@ -156,16 +156,16 @@ def open_run(config: Config, ranks: Ranks) -> Run:
         run.lock = _lock(run.folder / ".lock", _patience(config.watchdog))
         before = _read_toml(run.folder / CONFIG)
         known, path = before.get("model", {}).get("path"), config.model.path
-        if known is not None and not config.told("model"):
+        if known is not None and not config.given("model"):
             path = known  # the run's own model, whatever the recipe's is
         began = before.get("precision")
         return path, precision.choose(config.precision, began, ranks.device)
 
     config.model.path, (config.precision, why) = main_only(ranks, enter)
     if warning := few_cores():
-        run.say(warning)
+        run.info(warning)
     if why:
-        run.say(f"precision {config.precision}: {why} (--precision)")
+        run.info(f"precision {config.precision}: {why} (--precision)")
     config.zero = zero.chosen(config.zero, ranks.world, config.precision)
     run.watchdog.start()
     return run
@@ -187,7 +187,7 @@ def _lock(path: Path, patience: float) -> IO[str]:
         UserError: another process holds it, and still does after `patience` seconds.
     """
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  held till exit
-    end, told = time.monotonic() + patience, False
+    end, reported = time.monotonic() + patience, False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -202,8 +202,8 @@ def _lock(path: Path, patience: float) -> IO[str]:
                     f"{path.parent} is in use by another launch{by}: wait for it, or take another"
                     " --output"
                 ) from None
-            if not told:
-                told = True
+            if not reported:
+                reported = True
                 print(
                     f"{path.parent} is still in use{by}: waiting at most {patience:.0f} s",
                     flush=True,

@@ -142,16 +142,16 @@ def load(overrides: dict[str, Any]) -> Config:
             tree[stage]["steps"] = None  # the default length gives way, too
     try:
         config = Config(**tree)
-        config._told = frozenset(overrides)
+        config._given = frozenset(overrides)
         return config
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(p) for p in first["loc"])
         value = first["input"]
-        told = "" if isinstance(value, dict) else f" {value}"
+        given_value = "" if isinstance(value, dict) else f" {value}"
         source = given.get(name, "command line")
         message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{source}: --{name}{told}: {message}") from error
+        raise UserError(f"{source}: --{name}{given_value}: {message}") from error
 
 
 def kind_of(field: Any) -> str:

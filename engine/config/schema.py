@@ -310,11 +310,11 @@ class Config(Section):
     )
     picture_every: int = Field(1000, ge=0, description="steps between pictures (0 = none)")
     local_rank: int = Field(-1, description="set by the launcher")
-    _told: frozenset[str] = PrivateAttr(frozenset())
+    _given: frozenset[str] = PrivateAttr(frozenset())
 
-    def told(self, section: str) -> bool:
+    def given(self, section: str) -> bool:
         """Whether the command line, and not a recipe, names a section's path (--model PATH)."""
-        return bool({section, f"{section}.path"} & self._told)
+        return bool({section, f"{section}.path"} & self._given)
 
     @field_validator("resume")
     @classmethod

@@ -93,13 +93,13 @@ def _hugging_face(folder: Path, config: dict[str, Any], origin: str) -> Found:
             f"{origin} is a {kind or 'model of unknown type'}, not a ViT-MAE or ViT: give image "
             "weights such as facebook/vit-mae-base"
         )
-    told: dict[str, Any] = {"hidden_act": "gelu", "qkv_bias": True} | config
-    if told["hidden_act"] != "gelu" or not told["qkv_bias"]:
+    values: dict[str, Any] = {"hidden_act": "gelu", "qkv_bias": True} | config
+    if values["hidden_act"] != "gelu" or not values["qkv_bias"]:
         raise UserError(
-            f"{origin} has activation {told['hidden_act']} and qkv_bias {told['qkv_bias']}: only "
-            "gelu with biases is supported, as in every published ViT-MAE"
+            f"{origin} has activation {values['hidden_act']} and qkv_bias {values['qkv_bias']}:"
+            " only gelu with biases is supported, as in every published ViT-MAE"
         )
-    numbers = {name: told.get(key, default) for name, (key, default) in _HF_NUMBERS.items()}
+    numbers = {name: values.get(key, default) for name, (key, default) in _HF_NUMBERS.items()}
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise UserError(
@@ -107,9 +107,9 @@ def _hugging_face(folder: Path, config: dict[str, Any], origin: str) -> Found:
                 "number: fetch the file again"
             )
     shape = Shape(
-        image_size=_square(told, "image_size", 224, origin),
-        patch_size=_square(told, "patch_size", 16, origin),
-        normalize_pixels=told.get("norm_pix_loss", False) if kind == "vit_mae" else True,
+        image_size=_square(values, "image_size", 224, origin),
+        patch_size=_square(values, "patch_size", 16, origin),
+        normalize_pixels=values.get("norm_pix_loss", False) if kind == "vit_mae" else True,
         **numbers,
     )
     encoder, decoder, left = from_hugging_face(read_folder(folder))
@@ -172,10 +172,10 @@ def _bare(tensors: dict[str, Tensor], args: dict[str, Any], origin: str) -> Foun
     heads = _FAIR_HEADS.get(width) or max(1, width // 64)
     if width not in _FAIR_HEADS:
         notes.append(f"the file does not tell its heads: took {heads} of width 64")
-    told: dict[str, Any] = {}
+    dropout: dict[str, Any] = {}
     if decoder.keys() >= {"mask_token", "blocks.0.mlp.fc1.weight"}:
         decoder_width = decoder["mask_token"].shape[2]
-        told = {
+        dropout = {
             "decoder_width": decoder_width,
             "decoder_depth": _depth(decoder),
             # FAIR's decoders have 16 heads at width 512, whatever the encoder.
@@ -193,7 +193,7 @@ def _bare(tensors: dict[str, Tensor], args: dict[str, Any], origin: str) -> Foun
         norm_eps=1e-6,
         mask_ratio=args.get("mask_ratio", 0.75),
         normalize_pixels=args.get("norm_pix_loss", True),
-        **told,
+        **dropout,
     )
     found = Found(shape, encoder, decoder, origin, notes=notes)
     _drop_head(found)

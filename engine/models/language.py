@@ -339,8 +339,8 @@ class MaskedLanguageModel(_Encodes):
             chosen = chosen.index_select(0, masked_at)
         logits = self.head(self.network, chosen).float()
         loss = scale * F.cross_entropy(logits, originals, reduction="sum")
-        told = {"prediction": logits.detach().argmax(-1)} if shown else {}
-        return {"loss": loss, **told}, logits
+        extras = {"prediction": logits.detach().argmax(-1)} if shown else {}
+        return {"loss": loss, **extras}, logits
 
 
 class TextClassifier(nn.Module):

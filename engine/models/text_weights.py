@@ -21,7 +21,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from selfdistill.data.cli import one_line
+from selfdistill.data.cli import format_error
 from selfdistill.data.errors import UserError
 from selfdistill.engine.models.fresh import fresh_roberta
 from selfdistill.engine.models.language import HEADS
@@ -97,7 +97,7 @@ def load_language(source: str, max_length: int | None = None) -> Language:
             output_loading_info=True,
         )
     except _BROKEN as error:
-        raise UserError(f"{source} cannot be loaded: {one_line(error)[:200]}") from error
+        raise UserError(f"{source} cannot be loaded: {format_error(error)[:200]}") from error
     prefix = model.base_model_prefix + "."
     missing = sorted(info["missing_keys"])
     wrong = [*(k for k in missing if k.startswith(prefix)), *map(str, info["mismatched_keys"])]
@@ -136,7 +136,7 @@ def load_tokenizer(folder: str, source: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except _BROKEN as error:
         raise UserError(
-            f"{source} has no tokenizer that can be read ({one_line(error)[:120]}): put"
+            f"{source} has no tokenizer that can be read ({format_error(error)[:120]}): put"
             " tokenizer.json, or vocab.json and merges.txt, beside its weights"
         ) from error
     for name in ("pad", "cls", "sep"):

@@ -50,7 +50,7 @@ class Projection:
     Args:
         engine: Of a classifier's objective, under ZeRO 0, 1 or 2.
         start: Weights of the encoder that the radius is taken around; what it lacks is fresh.
-        told: The radii.
+        settings: The radii.
         ranks: This process.
         precision: fp32, bf16 or fp16.
     """
@@ -59,7 +59,7 @@ class Projection:
         self,
         engine: Any,
         start: Mapping[str, Tensor],
-        told: MarsSection,
+        settings: MarsSection,
         ranks: Ranks,
         precision: str,
     ) -> None:
@@ -73,7 +73,7 @@ class Projection:
                 known[parameter] = start[name].to(ranks.device, dtype).float()
         for _, parameter in matrices(engine.module.model):
             origin = known.get(parameter)
-            radius = told.head_radius if origin is None else told.radius
+            radius = settings.head_radius if origin is None else settings.radius
             if math.isfinite(radius) and parameter.requires_grad:
                 self.held.append((parameter, origin, radius))
 

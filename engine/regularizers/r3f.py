@@ -29,8 +29,8 @@ class Noise:
             texts are padded depends on the batch.
     """
 
-    def __init__(self, told: R3FSection) -> None:
-        self.told = told
+    def __init__(self, settings: R3FSection) -> None:
+        self.settings = settings
         self.keys: Tensor | None = None
         self.lengths: Tensor | None = None
 
@@ -47,10 +47,10 @@ class Noise:
         lengths = self.lengths.tolist() if self.lengths is not None else [None] * len(noise)
         for row, key, length in zip(noise, self.keys.tolist(), lengths, strict=True):
             generator.manual_seed(key)
-            if self.told.noise == "normal":
-                row[:length].normal_(0, self.told.eps, generator=generator)
+            if self.settings.noise == "normal":
+                row[:length].normal_(0, self.settings.eps, generator=generator)
             else:
-                row[:length].uniform_(-self.told.eps, self.told.eps, generator=generator)
+                row[:length].uniform_(-self.settings.eps, self.settings.eps, generator=generator)
         return noise.to(output.dtype)
 
 
@@ -62,12 +62,12 @@ class R3FObjective(nn.Module):
 
     Args:
         model: the classifier; its `embedding` gets the noise.
-        told: weight, kind and size of the noise.
+        settings: weight, kind and size of the noise.
     """
 
-    def __init__(self, model: Classifies, told: R3FSection) -> None:
+    def __init__(self, model: Classifies, settings: R3FSection) -> None:
         super().__init__()
-        self.model, self.weight, self.noise = model, told.weight, Noise(told)
+        self.model, self.weight, self.noise = model, settings.weight, Noise(settings)
         model.embedding.register_forward_hook(self.noise)
 
     def forward(
@@ -122,7 +122,7 @@ class R3F(Regularizer):
         precision = self.config.precision
         if precision != "fp32":
             bits = {"bf16": 8, "fp16": 11}[precision]
-            self.run.say_once(
+            self.run.info_once(
                 f"warning: --precision {precision} keeps {bits} bits: noise of"
                 f" {self.config.r3f.eps:g} is lost in embeddings that are not as small: take fp32"
             )

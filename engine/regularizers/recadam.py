@@ -39,21 +39,21 @@ class RecAdam(torch.optim.AdamW):
     Args:
         groups: parameter groups, each with `pulled`.
         plan: lr, betas and eps.
-        told: c, k, t0.
+        settings: c, k, t0.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], plan: FinetuneSection, told: RecAdamSection
+        self, groups: list[dict[str, Any]], plan: FinetuneSection, settings: RecAdamSection
     ) -> None:
         super().__init__(groups, lr=plan.lr, betas=plan.betas, eps=plan.eps, fused=True)
-        self.told = told
+        self.settings = settings
         # The module's own parameters: later DeepSpeed puts flat parts into the groups.
         self._pulled = {p for group in groups if group["pulled"] for p in group["params"]}
         self._taken: dict[Tensor, int] = {}
 
     def keeps(self, parameter: Tensor) -> tuple[str, ...]:
         """Names of the state of one of the module's parameters, for checkpoints."""
-        return (*MOMENTS, ANCHOR) if parameter in self._pulled and self.told.c else MOMENTS
+        return (*MOMENTS, ANCHOR) if parameter in self._pulled and self.settings.c else MOMENTS
 
     @torch.no_grad()
     # torch declares a second form, which returns a closure's loss; DeepSpeed never gives a closure.
@@ -64,7 +64,7 @@ class RecAdam(torch.optim.AdamW):
         try:
             for group in groups:
                 self.param_groups = [group]
-                if group["pulled"] and self.told.c:
+                if group["pulled"] and self.settings.c:
                     self._pull(group)
                 else:
                     super().step()
@@ -76,7 +76,7 @@ class RecAdam(torch.optim.AdamW):
         if not params:
             return
         lr, decay = group["lr"], group["weight_decay"]
-        share = annealing(self._time(params), self.told.k, self.told.t0)
+        share = annealing(self._time(params), self.settings.k, self.settings.t0)
         anchors = [self._anchor(p) for p in params]
         torch._foreach_mul_(params, 1 - lr * decay)
         group["lr"], group["weight_decay"] = lr * share, 0.0
@@ -86,7 +86,7 @@ class RecAdam(torch.optim.AdamW):
             # AdamW fills a state that is empty: the anchor comes after.
             self.state[p][ANCHOR] = anchor
         away = torch._foreach_sub(params, anchors)
-        torch._foreach_add_(params, away, alpha=-lr * (1 - share) * self.told.c)
+        torch._foreach_add_(params, away, alpha=-lr * (1 - share) * self.settings.c)
 
     def _anchor(self, p: Tensor) -> Tensor:
         kept: Tensor | None = self.state[p].get(ANCHOR)
@@ -102,7 +102,10 @@ class RecAdam(torch.optim.AdamW):
 
 
 def build(
-    module: torch.nn.Module, pulled: Iterable[Tensor], plan: FinetuneSection, told: RecAdamSection
+    module: torch.nn.Module,
+    pulled: Iterable[Tensor],
+    plan: FinetuneSection,
+    settings: RecAdamSection,
 ) -> RecAdam:
     """RecAdam over a module's parameters, those in `pulled` held to their values."""
     held = set(pulled)
@@ -111,7 +114,7 @@ def build(
         for group in optim.parameter_groups(module, "finetune", plan.weight_decay)
         for pull in (True, False)
     ]
-    return RecAdam([g for g in groups if g["params"]], plan, told)
+    return RecAdam([g for g in groups if g["params"]], plan, settings)
 
 
 def check(config: Config, steps: int) -> None:
@@ -123,7 +126,7 @@ def check(config: Config, steps: int) -> None:
     Raises:
         UserError: unstable settings, or offload.
     """
-    plan, told = config.finetune, config.recadam
+    plan, settings = config.finetune, config.recadam
     if zero.offloads(zero.read(config.zero)):
         raise UserError(
             f"--finetune.regularizer recadam: --zero {config.zero} keeps the optimiser's state in"
@@ -131,14 +134,14 @@ def check(config: Config, steps: int) -> None:
         )
     pull = max(
         optim.learning_rate(step, steps, plan.warmup, plan.lr)
-        * (1 - annealing(step + 1, told.k, told.t0))
+        * (1 - annealing(step + 1, settings.k, settings.t0))
         for step in range(steps)
     )
-    if pull * told.c >= 2:
+    if pull * settings.c >= 2:
         raise UserError(
-            f"--recadam.c {told.c:g}: lr (1 - lambda) c reaches {pull * told.c:.3g}, and from 2 on"
-            f" the pull overshoots for ever: give at most --recadam.c {_below(2 / pull)}, or"
-            f" --finetune.lr {_below(plan.lr * 2 / (pull * told.c))}"
+            f"--recadam.c {settings.c:g}: lr (1 - lambda) c reaches {pull * settings.c:.3g}, and"
+            f" from 2 on the pull overshoots for ever: give at most --recadam.c {_below(2 / pull)},"
+            f" or --finetune.lr {_below(plan.lr * 2 / (pull * settings.c))}"
         )
 
 

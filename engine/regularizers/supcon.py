@@ -73,15 +73,15 @@ class SupConObjective(nn.Module):
     Args:
         model: the auto-encoder.
         width: of its CLS vector.
-        told: temperature, and width of the projection.
+        settings: temperature, and width of the projection.
     """
 
-    def __init__(self, model: Reconstructs, width: int, told: SupConSection) -> None:
+    def __init__(self, model: Reconstructs, width: int, settings: SupConSection) -> None:
         super().__init__()
-        self.model, self.temperature = model, told.temperature
+        self.model, self.temperature = model, settings.temperature
         freeze_decoder(model)
         self.projection = nn.Sequential(
-            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, told.projection)
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, settings.projection)
         )
 
     def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:

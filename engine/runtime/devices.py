@@ -61,8 +61,8 @@ def uuid(device: torch.device) -> str | None:
     """The name that a GPU has however it is numbered; None of a CPU, or where none is told."""
     if device.type != "cuda":
         return None
-    told = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    return None if told is None else str(told)
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return None if uuid is None else str(uuid)
 
 
 def claim(store: Any, rank: int, name: str) -> None:

@@ -45,9 +45,9 @@ def cores() -> int:
 
     A SLURM task may be bound to them, or see those of its node's other tasks as well.
     """
-    seen, told = len(os.sched_getaffinity(0)), os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if in_step(os.environ) and told.isdigit():
-        return max(1, min(seen, int(told)))
+    seen, granted = len(os.sched_getaffinity(0)), os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if in_step(os.environ) and granted.isdigit():
+        return max(1, min(seen, int(granted)))
     return max(1, seen // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -109,8 +109,8 @@ def _share_cores() -> None:
 
     On a CPU they compute; on a GPU DeepSpeed's CPUAdam, under offload, does.
     """
-    told, local_world = os.environ.get("OMP_NUM_THREADS"), int(os.environ["LOCAL_WORLD_SIZE"])
-    if told is None or (told == "1" and (local_world > 1 or torch.cuda.is_available())):
+    threads, several = os.environ.get("OMP_NUM_THREADS"), int(os.environ["LOCAL_WORLD_SIZE"]) > 1
+    if threads is None or (threads == "1" and (several or torch.cuda.is_available())):
         torch.set_num_threads(cores())
 
 

@@ -9,7 +9,7 @@ import socket
 import torch
 import torch.distributed as dist
 
-from selfdistill.data.cli import one_line
+from selfdistill.data.cli import format_error
 from selfdistill.data.errors import PeerLost, TryAgain, UserError
 
 #: Refusals of a file system or network that may be over at the next launch.
@@ -80,13 +80,13 @@ def explain(error: RuntimeError, world: int, device: torch.device) -> UserError 
     if re.search(_MACHINES, text):
         host = socket.gethostname()
         return TryAgain(
-            f"{device} of {host} failed ({one_line(error)[:160]}): launch again, the stage goes on"
-            " from its checkpoint; if it comes again, leave that machine out (sbatch --exclude="
+            f"{device} of {host} failed ({format_error(error)[:160]}): launch again, the stage goes"
+            " on from its checkpoint; if it comes again, leave that machine out (sbatch --exclude="
             f"{host})"
         )
-    told = isinstance(error, dist.DistError) or "nccl" in text or "cuda" in text
+    by_device = isinstance(error, dist.DistError) or "nccl" in text or "cuda" in text
     for words, cure in _USERS.items():
-        if told and re.search(words, text):
+        if by_device and re.search(words, text):
             return UserError(cure)
     if world > 1 and lost_peer(error):
         return PeerLost(

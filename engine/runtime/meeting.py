@@ -19,7 +19,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from selfdistill.data.cli import one_line
+from selfdistill.data.cli import format_error
 from selfdistill.data.errors import TryAgain, UserError
 from selfdistill.engine.runtime import preemption
 from selfdistill.engine.runtime.failures import lost_peer
@@ -87,7 +87,7 @@ class Meeting:
 
     def _attend(self, thread: threading.Thread) -> None:
         """Waits for the thread; tells what it waits for."""
-        begun = told = time.monotonic()
+        begun = reported = time.monotonic()
         # On each node one rank tells that it does not reach rank 0, and beside rank 0 one more.
         tells = int(self.env["LOCAL_RANK"]) == 0 or self.rank == 1
         while thread.is_alive():
@@ -95,8 +95,8 @@ class Meeting:
             if preemption.asked():
                 raise preemption.Preempted("the start, before all ranks had come")
             now = time.monotonic()
-            if tells and now > told + self.every:
-                told = now
+            if tells and now > reported + self.every:
+                reported = now
                 print(
                     f"rank {self.rank} of {self.world}, {now - begun:.0f} s: {self._waits_for}",
                     file=sys.stderr,
@@ -116,7 +116,7 @@ class Meeting:
                 if time.monotonic() > end:
                     raise UserError(
                         f"{socket.gethostname()} does not know {self.env['MASTER_ADDR']}, at which"
-                        f" the ranks are to meet ({one_line(error)}): {self._address()}"
+                        f" the ranks are to meet ({format_error(error)}): {self._address()}"
                     ) from None
             time.sleep(0.5)
 
@@ -189,7 +189,7 @@ class Meeting:
         lost = isinstance(error, RuntimeError) and lost_peer(error)
         if not lost and not isinstance(error, OSError):
             return error
-        reason = one_line(error)[:200]
+        reason = format_error(error)[:200]
         if "EADDRINUSE" in reason or "already in use" in reason:
             return TryAgain(
                 f"port {self.env['MASTER_PORT']} of {socket.gethostname()}, at which the ranks are"
@@ -245,6 +245,6 @@ def launch(env: Mapping[str, str], argv: Sequence[str]) -> str:
     """
     names = ("WORLD_SIZE", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     elastic = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
-    told = [env.get(name, "") for name in (*names, *elastic)]
-    told += [word for word in argv if not word.startswith("--local_rank")]
-    return hashlib.sha256("\0".join(told).encode("utf-8", "replace")).hexdigest()[:16]
+    values = [env.get(name, "") for name in (*names, *elastic)]
+    values += [word for word in argv if not word.startswith("--local_rank")]
+    return hashlib.sha256("\0".join(values).encode("utf-8", "replace")).hexdigest()[:16]

@@ -25,10 +25,10 @@ def fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     try:
-        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    flags = next((line for line in told.splitlines() if line.startswith("flags")), "")
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
     return not _UNITS.isdisjoint(flags.split())
 
 

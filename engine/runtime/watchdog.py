@@ -173,9 +173,9 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
             lines.append(f"all threads' stacks: {dump}")
             if trace := _last_collectives():
-                told = dump.with_name(f"hang-{self.rank:05d}-nccl.json")
-                told.write_bytes(trace)
-                lines.append(f"NCCL's last collectives: {told}")
+                record = dump.with_name(f"hang-{self.rank:05d}-nccl.json")
+                record.write_bytes(trace)
+                lines.append(f"NCCL's last collectives: {record}")
             # Others look a little earlier or later: what they have to say must be there, and they
             # must have left theirs before this process's end takes them along.
             time.sleep(2 * self.interval)

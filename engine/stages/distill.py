@@ -109,7 +109,7 @@ class Distill(Stage):
         size = None if shape is None else table_bytes(self.train.samples, shape)
         mode = main_only(ranks, lambda: choose(config.teacher.mode, size, config, folder))
         table = "" if size is None else f" (its features as a table: {size / 2**20:.1f} MiB)"
-        run.say(f"{self.name}: teacher {mode}{table}")
+        run.info(f"{self.name}: teacher {mode}{table}")
         if mode == "sharded":
             return Sharded(extractor, modality.full, ranks, config.precision)
         whole = Replicated(extractor, modality.full, ranks, run.dtype)

@@ -76,7 +76,7 @@ def finetune(run: Run, start: str) -> None:
             value = final["metrics"][key]
             spread = final.get("std", {}).get(key)
             more = f" ± {100 * spread:.2f} ({len(seeds)} seeds)" if spread is not None else ""
-            run.say(f"{name}: {key} {100 * value:.2f}%{more}")
+            run.info(f"{name}: {key} {100 * value:.2f}%{more}")
 
 
 def _check_seeds(run: Run, name: str) -> None:
@@ -90,7 +90,7 @@ def _check_seeds(run: Run, name: str) -> None:
             f"{folder} is complete with {done.get('n', 1)} seed(s), now they are {asked}: take"
             " another --output, or --stage finetune --overwrite true"
         )
-    run.say(f"{name}: deleting {folder} (--overwrite)")
+    run.info(f"{name}: deleting {folder} (--overwrite)")
     main_only(run.ranks, lambda: shutil.rmtree(folder))
 
 

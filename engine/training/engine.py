@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from selfdistill.data.cli import one_line
+from selfdistill.data.cli import format_error
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints import training_state
 from selfdistill.engine.checkpoints.checkpoint import Checkpoints, Reader, State
@@ -77,8 +77,8 @@ def build_engine(
         if run.config.zero in zero.known():
             raise
         raise UserError(
-            f"--zero {run.config.zero}: DeepSpeed refuses it: {one_line(error)[:200]}: correct the"
-            " file, or take one of ds_configs/"
+            f"--zero {run.config.zero}: DeepSpeed refuses it: {format_error(error)[:200]}: correct"
+            " the file, or take one of ds_configs/"
         ) from error
     if run.ranks.world == 1 and zero.stage_of(content) == 0:
         # Nobody to add up with: DeepSpeed would copy all gradients together and back all the same.

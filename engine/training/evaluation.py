@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from selfdistill.data.loading.loader import Sequential, tell
+from selfdistill.data.loading.loader import Sequential, warn_once
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.runtime.distributed import sent, total
@@ -233,5 +233,5 @@ def evaluate(
     broken = int(total(torch.tensor(len(batches.broken), device=ranks.device)))
     batches.tolerate(broken)
     if broken and ranks.main:
-        tell(f"{manifest.root}: scored without {broken} broken of {manifest.samples} samples")
+        warn_once(f"{manifest.root}: scored without {broken} broken of {manifest.samples} samples")
     return tally.gather()

@@ -43,12 +43,12 @@ def check_shards(run: Run, manifests: list[Manifest], *, labels: bool) -> None:
             continue
         size_line = f"{manifest.root}: {size / 2**30:.1f} GiB of shards"
         if config.check == "auto" and size > _SMALL:
-            run.say(
+            run.info(
                 f"{size_line} are not checked against their sha256: --data.check always does it"
             )
             continue
         if size > _SMALL // 4:
-            run.say(f"{size_line} are checked against their sha256 (--data.check)")
+            run.info(f"{size_line} are checked against their sha256 (--data.check)")
         ends = zip(sizes, itertools.accumulate(sizes.values()), strict=True)
         for _, group in itertools.groupby(ends, lambda end: end[1] // _PORTION):
             portion = dict(group)
@@ -59,4 +59,4 @@ def check_shards(run: Run, manifests: list[Manifest], *, labels: bool) -> None:
             run.boundary("checking shards")
             main_only(run.ranks, action)
             if (done := max(portion.values())) < size:
-                run.say(f"{manifest.root}: {100 * done // size}% checked")
+                run.info(f"{manifest.root}: {100 * done // size}% checked")

@@ -52,7 +52,7 @@ def run_stage(stage: Stage) -> None:
     finally:
         trainer.close()
     write_result(run, name, trainer.result() | outputs)
-    run.say(f"{name}: done in {trainer.seconds():.0f} s -> {run.folder / name}")
+    run.info(f"{name}: done in {trainer.seconds():.0f} s -> {run.folder / name}")
     release(trainer.engine)
     stage.close()
 
@@ -71,7 +71,7 @@ class Trainer:
         self.stage, self.run, self.config, self.ranks, self.plan = stage, run, config, ranks, plan
         folder = run.folder / stage.name
         if plan.steps is None:
-            run.say(
+            run.info(
                 f"{stage.name}: {plan.epochs:g} epochs x {stage.train.samples} samples"
                 f" / batch {plan.batch} = {stage.steps} steps"
             )
@@ -83,7 +83,7 @@ class Trainer:
         if step := self.state.step:
             world = self.state.world
             layout = f", saved by {world} ranks" if world != ranks.world else ""
-            run.say(f"{stage.name}: resumed at step {step} of {stage.steps}{layout}")
+            run.info(f"{stage.name}: resumed at step {step} of {stage.steps}{layout}")
         self.seconds_before = self.state.seconds
         codec = stage.modality.codec(stage.base, stage.train)
         self.loader = Loader(

@@ -184,9 +184,9 @@ class DistillObjective(nn.Module):
             out[self.model.loss_name] = out["loss"].detach()
         if self.weight:
             assert target is not None
-            distill, told = self._distill(target, **batch)
+            distill, scalars = self._distill(target, **batch)
             terms.append(self.weight * distill)
-            out |= told
+            out |= scalars
         return out | {"loss": terms[0] + terms[1] if len(terms) == 2 else terms[0]}
 
     def _distill(self, target: Tensor, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -302,14 +302,14 @@ def _compute(
         spans=mine,
         **run.reading(codec),
     )
-    batches, told = iter(passed), time.monotonic()
+    batches, reported = iter(passed), time.monotonic()
     rounds = -(-len(missing) // ranks.world)
     try:
         for number in range(rounds):
             run.boundary(f"{name}: teacher features, part {number + 1} of {rounds}", wait=True)
-            if time.monotonic() - told > 10:
-                run.say(f"{name}: teacher features {100 * number // rounds}%")
-                told = time.monotonic()
+            if time.monotonic() - reported > 10:
+                run.info(f"{name}: teacher features {100 * number // rounds}%")
+                reported = time.monotonic()
             error = None
             try:
                 if number < len(mine):

@@ -61,10 +61,10 @@ def _grid(outcomes: list[Outcome]) -> Grid:
     lines = []
     for one in outcomes:
         state = "" if one.status == "done" else one.status.replace("open", "under way")
-        told = [Entry(spread(one.sample(key), key)) for key in QUANTITIES]
+        entries = [Entry(spread(one.sample(key), key)) for key in QUANTITIES]
         seeds = str(len(one.results))
         lines.append(
-            Line([Entry(label(one.cell), f"({state})" if state else ""), Entry(seeds), *told])
+            Line([Entry(label(one.cell), f"({state})" if state else ""), Entry(seeds), *entries])
         )
     return Grid(words("method", "seeds", *QUANTITIES.values()), lines)
 
@@ -134,5 +134,5 @@ def _moved(outcomes: list[Outcome]) -> list[Block]:
         f"the classes that gained ({len(gained)}) and lost ({len(lost)}) the most under"
         f" self-distillation, accuracy on {split} in %"
     )
-    told = "Of many classes some gain and some lose by chance: classes with few samples first."
-    return [Fold(TITLE, [Grid(head, lines, caption), *notes(told)], paper=True)]
+    caution = "Of many classes some gain and some lose by chance: classes with few samples first."
+    return [Fold(TITLE, [Grid(head, lines, caption), *notes(caution)], paper=True)]

@@ -80,13 +80,13 @@ class Drawing:
     Attributes:
         name: of its file, without .svg.
         svg: the whole file.
-        told: what it shows, for those who do not see it.
+        description: what it shows, for those who do not see it.
         caption: below it.
     """
 
     name: str
     svg: str
-    told: str
+    description: str
     caption: str
 
 
@@ -164,12 +164,12 @@ class Report:
         return [d for section in self.sections for d in of(section)]
 
 
-def words(*told: str) -> list[Entry]:
+def words(*texts: str) -> list[Entry]:
     """Entries of plain text."""
-    return [Entry(one) for one in told]
+    return [Entry(one) for one in texts]
 
 
-def notes(*told: str) -> list[Block]:
+def notes(*texts: str) -> list[Block]:
     """Small print; nothing where there is none to say."""
-    said = [one for one in dict.fromkeys(told) if one]
+    said = [one for one in dict.fromkeys(texts) if one]
     return [Text(said, notes=True)] if said else []

@@ -137,11 +137,11 @@ def _told_apart(contents: Contents, found: dict[str, Comparison]) -> Grid:
     """On which data sets the interval lies on either side of 0, or contains it, in words."""
     lines = []
     for name, one in found.items():
-        told = [
+        by_sign = [
             [contents.datasets[d].title for d, s in one.each.items() if s.n > 1 and s.sign == sign]
             for sign in (1, 0, -1)
         ]
-        sets = ("; ".join(titles) or NONE for titles in told)
+        sets = ("; ".join(titles) or NONE for titles in by_sign)
         lines.append(Line(words(contents.methods[name].title, *sets)))
     head = words("method", "interval above 0", "interval contains 0", "interval below 0")
     return Grid(head, lines, "data sets by where the 95% interval lies", labels=4)
@@ -159,7 +159,7 @@ def in_short(contents: Contents) -> list[str]:
         parts = []
         if pooled.n > 1:
             low, high = pooled.interval()
-            told = {
+            row = {
                 1: "which lies above 0",
                 -1: "which lies below 0",
                 0: "which contains 0: the two are not told apart",
@@ -167,7 +167,7 @@ def in_short(contents: Contents) -> list[str]:
             parts.append(
                 f"Self-distillation minus {other}, pooled over {pooled.n} data sets:"
                 f" {signed(pooled.mean)} points, 95% interval {plain(low, 2)} to {plain(high, 2)},"
-                f" {told}."
+                f" {row}."
             )
         signs = [s.sign for name, s in one.each.items() if s.n > 1 and name in one.over]
         if signs:

@@ -101,8 +101,8 @@ def curve(table: Reported, quantity: Quantity, name: str) -> Drawing | None:
         columns = min(3, len(lines))
         figure.legend(loc="outside upper left", ncols=columns, frameon=False)
         drawn = svg(figure)
-    told = f"{table.table.title}: {ylabel} over {table.table.x}, for {', '.join(lines)}"
-    return Drawing(name, drawn, told, "Error bars: standard deviation over seeds.")
+    description = f"{table.table.title}: {ylabel} over {table.table.x}, for {', '.join(lines)}"
+    return Drawing(name, drawn, description, "Error bars: standard deviation over seeds.")
 
 
 def _lines(table: Reported, key: str) -> dict[str, dict[float, Sample]]:
@@ -190,8 +190,10 @@ def forest(groups: dict[str, list[Branch]], name: str, xlabel: str) -> list[Draw
     for number, part in enumerate(parts):
         own = name if number == 0 else f"{name}-{number + 1}"
         drawn = _forest(part, xlabel, (low - margin, high + margin), _room(groups))
-        told = f"Forest plot: {xlabel}, for {', '.join(part)}"
-        drawings.append(Drawing(own, drawn, told, FOREST if number + 1 == len(parts) else ""))
+        description = f"Forest plot: {xlabel}, for {', '.join(part)}"
+        drawings.append(
+            Drawing(own, drawn, description, FOREST if number + 1 == len(parts) else "")
+        )
     return drawings
 
 

@@ -20,15 +20,15 @@ def _kind(block: Block) -> str:
 
 def _picture(drawing: Drawing) -> Markup:
     """A figure for those who see it, and its description for those who do not."""
-    told = jinja2.filters.do_forceescape(drawing.told)
-    start = f'<svg role="img" aria-label="{told}"'
+    description = jinja2.filters.do_forceescape(drawing.description)
+    start = f'<svg role="img" aria-label="{description}"'
     return Markup(inline(drawing).replace("<svg", start, 1))  # our own figure, not a user's text
 
 
 def _options(line: str) -> Markup:
     """A line that is typed: no option is broken at its hyphens."""
-    told = str(jinja2.filters.do_forceescape(line))
-    return Markup(re.sub(r"(?<!\S)--?[\w.]+", r"<i>\g<0></i>", told))  # escaped above
+    text = str(jinja2.filters.do_forceescape(line))
+    return Markup(re.sub(r"(?<!\S)--?[\w.]+", r"<i>\g<0></i>", text))  # escaped above
 
 
 def render(report: Report) -> str:

@@ -28,38 +28,38 @@ def escape(text: str) -> str:
 
 def render(report: Report) -> str:
     """The whole page."""
-    told = [f"# {escape(report.title)}", escape(report.lead)]
+    lines = [f"# {escape(report.title)}", escape(report.lead)]
     for section in report.sections:
-        told += _section(section, 2)
-    return "\n\n".join(one for one in told if one) + "\n"
+        lines += _section(section, 2)
+    return "\n\n".join(one for one in lines if one) + "\n"
 
 
 def _section(section: Section, level: int) -> list[str]:
-    told = [f"{'#' * level} {escape(section.title)}", *_blocks(section.blocks)]
+    lines = [f"{'#' * level} {escape(section.title)}", *_blocks(section.blocks)]
     for part in section.parts:
-        told += _section(part, level + 1)
-    return told
+        lines += _section(part, level + 1)
+    return lines
 
 
 def _blocks(blocks: Sequence[Block]) -> list[str]:
-    told: list[str] = []
+    parts: list[str] = []
     for block in blocks:
         if isinstance(block, Text):
             lines = [escape(part) for part in block.parts]
-            told.append(
+            parts.append(
                 "\n".join(f"- {one}" for one in lines) if block.notes else "\n\n".join(lines)
             )
         elif isinstance(block, Grid):
-            told.append(_grid(block))
+            parts.append(_grid(block))
         elif isinstance(block, Drawing):
-            told.append(f"![{escape(block.told)}]({FIGURES}/{block.name}.svg)")
-            told.append(escape(block.caption))
+            parts.append(f"![{escape(block.description)}]({FIGURES}/{block.name}.svg)")
+            parts.append(escape(block.caption))
         elif isinstance(block, Code):
-            told.append("\n".join(["```", *block.lines, "```"]))
+            parts.append("\n".join(["```", *block.lines, "```"]))
         elif isinstance(block, Fold):
-            told.append(f"<details><summary>{_html(block.title)}</summary>")
-            told += [*_blocks(block.blocks), "</details>"]
-    return told
+            parts.append(f"<details><summary>{_html(block.title)}</summary>")
+            parts += [*_blocks(block.blocks), "</details>"]
+    return parts
 
 
 def _html(text: str) -> str:
@@ -88,5 +88,5 @@ def _entry(entry: Entry, head: bool = False, paper: bool = False) -> str:
         text = f"**{text}**"
     if text and (paper or entry.style == "missing"):
         text = f"*{text}*"
-    told = f"{text} ({more})" if head and more else f"{text} {more}"
-    return told.strip()
+    cell = f"{text} ({more})" if head and more else f"{text} {more}"
+    return cell.strip()

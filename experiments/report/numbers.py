@@ -26,8 +26,8 @@ def plain(value: float, digits: int) -> str:
 
 def signed(value: float, digits: int = 2) -> str:
     """A difference, its sign always told."""
-    told = plain(value, digits)
-    return f"+{told}" if round(value, digits) > 0 else told
+    text = plain(value, digits)
+    return f"+{text}" if round(value, digits) > 0 else text
 
 
 def decimals(value: float) -> int:
@@ -43,8 +43,8 @@ def spread(sample: Sample, key: str) -> str:
     if not sample.n:
         return NONE
     if key == "seconds":
-        told = clock(sample.mean)
-        return told if sample.n < 2 else f"{told} ±{TIED}{sample.std:.0f}{TIED}s"
+        text = clock(sample.mean)
+        return text if sample.n < 2 else f"{text} ±{TIED}{sample.std:.0f}{TIED}s"
     digits = 2 if key == "score" else decimals(sample.mean)
     if key != "score" and 0 < abs(sample.mean) < 1e-5:
         mean, std = (f"{v:.1e}".replace("-", "−") for v in (sample.mean, sample.std))
@@ -71,9 +71,9 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def seconds_of(told: str) -> float:
+def seconds_of(text: str) -> float:
     """Seconds of a clock's hours, minutes and seconds."""
-    hours, minutes, seconds = (float(part) for part in told.split(":"))
+    hours, minutes, seconds = (float(part) for part in text.split(":"))
     return 3600 * hours + 60 * minutes + seconds
 
 

@@ -25,7 +25,7 @@ from selfdistill.experiments.spec import Options
 PAPERS_RATIO = 3.5
 
 
-def told(options: Options) -> str:
+def as_typed(options: Options) -> str:
     """Options between commas."""
     return ", ".join(f"{k} = {setting(v)}" for k, v in options.items())
 
@@ -37,7 +37,7 @@ def search(contents: Contents) -> list[Section]:
     """Every candidate with its validation score; searches over the same values in one grid."""
     groups: dict[tuple[str, ...], list[Choice]] = {}
     for choice in contents.choices.values():
-        groups.setdefault(tuple(told(o) for o, _ in choice.candidates), []).append(choice)
+        groups.setdefault(tuple(as_typed(o) for o, _ in choice.candidates), []).append(choice)
     if not groups:
         return []
     text = (

@@ -21,7 +21,7 @@ from selfdistill.experiments.report.blocks import (
     words,
 )
 from selfdistill.experiments.report.numbers import NONE
-from selfdistill.experiments.report.search import told
+from selfdistill.experiments.report.search import as_typed
 from selfdistill.experiments.report.sweep import Contents, Reported
 from selfdistill.experiments.spec import Scale
 
@@ -40,7 +40,7 @@ def settings(contents: Contents) -> list[Section]:
             [
                 Entry(f"{kind}s"),
                 Entry(scale.recipe),
-                Entry(told(scale.options) or NONE),
+                Entry(as_typed(scale.options) or NONE),
                 Entry(
                     "; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in scale.search.items())
                     or NONE
@@ -70,9 +70,9 @@ def _methods(contents: Contents) -> Grid:
     lines = []
     starts = {"model": "the model", "pretrain": "further pre-training", "distill": "distillation"}
     for method in contents.methods.values():
-        own = [told(method.options)]
+        own = [as_typed(method.options)]
         own += [
-            f"{k}s: {told(o)}" for k, o in (("image", method.image), ("text", method.text)) if o
+            f"{k}s: {as_typed(o)}" for k, o in (("image", method.image), ("text", method.text)) if o
         ]
         own += [f"{stage} {factor:g} times as long" for stage, factor in method.lengthen.items()]
         own += [f"{method.rounds} rounds"] if method.rounds > 1 else []
@@ -100,7 +100,7 @@ def _datasets(contents: Contents) -> Grid:
                     Entry(dataset.paper or NONE),
                     Entry(_same(dataset.paper, dataset.same)),
                     Entry(dataset.note or NONE),
-                    Entry(told(dataset.options) or NONE),
+                    Entry(as_typed(dataset.options) or NONE),
                     Entry(str(count or NONE)),
                     *(
                         Entry(f"{int(metrics.get(f'{s}_samples', 0)) or NONE}")

@@ -123,7 +123,7 @@ class Contents:
 
     def wanting(self, asked: Asked) -> str:
         """The command that runs what is missing of a table."""
-        told: dict[str, object] = {
+        entry: dict[str, object] = {
             "data_root": self.sweep.data_root,
             "output": self.root,
             "profile": self.sweep.profile,
@@ -132,7 +132,7 @@ class Contents:
             "only": ",".join(asked.only) or None,
             "seeds": asked.seeds,
         }
-        words = [w for k, v in told.items() if v is not None for w in (f"--{k}", str(v))]
+        words = [w for k, v in entry.items() if v is not None for w in (f"--{k}", str(v))]
         return shlex.join(["python", "-m", "experiments.run", asked.table, *words])
 
 

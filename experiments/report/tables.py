@@ -125,11 +125,11 @@ def cell(one: Outcome | None, key: str, state: str, bold: bool = False) -> Entry
     sample = one.sample(key) if one is not None else None
     if sample is None or not sample.n:
         return Entry(state or "–", style="missing" if state else "")
-    told = spread(sample, key)
+    text = spread(sample, key)
     if not state:
-        return Entry(told, f"({sample.n})", "best" if bold else "")
+        return Entry(text, f"({sample.n})", "best" if bold else "")
     assert one is not None
-    return Entry(state, f"{told} ({sample.n} of {one.cell.job.seeds})", "missing")
+    return Entry(state, f"{text} ({sample.n} of {one.cell.job.seeds})", "missing")
 
 
 def _unit(table: Reported, dataset: Dataset, quantity: Quantity) -> str:
@@ -169,10 +169,12 @@ def _papers(contents: Contents, table: Reported, number: int, quantity: Quantity
     figures = section.get(row.paper or contents.methods[row.method].paper or "", {})
     entries = []
     for dataset in table.datasets:
-        told = figures.get(dataset.paper or "") if of == quantity.key else None
+        published = figures.get(dataset.paper or "") if of == quantity.key else None
         # Without data there is nothing of ours that it could be mistaken to be comparable with.
         mark = "" if dataset.same else OTHER_SET
-        entries.append(Entry("") if told is None else Entry(told.replace("±", f" ±{TIED}"), mark))
+        entries.append(
+            Entry("") if published is None else Entry(published.replace("±", f" ±{TIED}"), mark)
+        )
     return entries
 
 
@@ -193,11 +195,11 @@ def _notes(
         )
     if marked:
         others = [d for d in table.datasets if not d.same and d.paper]
-        told = "; ".join(
+        text = "; ".join(
             f"{d.title}: {(d.note or 'divided anew, or made in another way').rstrip('.')}"
             for d in others
         )
-        said.append(f"{OTHER_SET} another set than the paper's: not comparable. {told}.")
+        said.append(f"{OTHER_SET} another set than the paper's: not comparable. {text}.")
     reasons: dict[str, None] = {}
     for (number, _), one in table.cells.items():
         if one.status in ("failed", "blocked"):

@@ -43,7 +43,7 @@ def attempt(check: str, look: Callable[[], Line | list[Line]]) -> list[Line]:
     except OSError as error:
         return [Line("FAILED", check, str(cli.machine_error(error) or error))]
     except Exception as error:  # any library's: a doctor that falls over helps nobody
-        what = f"{type(error).__name__}: {cli.one_line(error)}"
+        what = f"{type(error).__name__}: {cli.format_error(error)}"
         return [Line("FAILED", check, what, "install what is missing, or tell the authors")]
 
 

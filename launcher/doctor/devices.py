@@ -83,21 +83,21 @@ def find(
             f"--device {name}: not known; there are {', '.join(DEVICES)}{hint} For another one give"
             " --memory_gb and --tflops"
         )
-    told, memory = DEVICES[key]
-    peak = peak_flops(told, dtype, tf32=tf32) if tflops is None else tflops * 1e12
+    full_name, memory = DEVICES[key]
+    peak = peak_flops(full_name, dtype, tf32=tf32) if tflops is None else tflops * 1e12
     if peak is None:
         precision = str(dtype).removeprefix("torch.")
         raise UserError(
             f"--device {name}: it has no matrix units for {precision}: take another --precision, or"
             " give --tflops"
         )
-    return Device(told, (memory if memory_gb is None else memory_gb) * 1e9, peak)
+    return Device(full_name, (memory if memory_gb is None else memory_gb) * 1e9, peak)
 
 
 def best_precision(name: str) -> str:
     """What `--precision auto` takes on a device: fp32 where it is known to have no bf16 units."""
-    told = DEVICES.get(_key(name))
-    return "fp32" if told and peak_flops(told[0], torch.bfloat16) is None else "bf16"
+    known = DEVICES.get(_key(name))
+    return "fp32" if known and peak_flops(known[0], torch.bfloat16) is None else "bf16"
 
 
 def _key(name: str) -> str:

@@ -57,7 +57,7 @@ def devices(cuda: Any = None, driver: bool | None = None) -> Line:
             if torch.ones(8, device=f"cuda:{number}").sum().item() != 8:
                 raise RuntimeError("eight ones do not add up to 8")
         except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
-            found = f"GPU {number} ({about.name}) cannot compute: {cli.one_line(error)}"
+            found = f"GPU {number} ({about.name}) cannot compute: {cli.format_error(error)}"
             cure = "see nvidia-smi; leave it out with CUDA_VISIBLE_DEVICES"
             return Line("FAILED", "devices", found, cure)
         capability = f"compute capability {about.major}.{about.minor}"
@@ -81,7 +81,7 @@ def compiler(gpus: bool) -> Line:
         cure = "install g++, and put the environment's bin folder, which holds ninja, on PATH"
         found = f"{' and '.join(gone)} not on PATH: {why}"
         return Line("warning" if gpus else "FAILED", "compiler", found, cure)
-    told = []
+    versions = []
     for tool in (path, ninja):
         done = subprocess.run(
             [str(tool), "--version"], capture_output=True, text=True, timeout=30, check=False
@@ -89,8 +89,8 @@ def compiler(gpus: bool) -> Line:
         if done.returncode:
             found = f"{tool} --version ends with exit code {done.returncode}"
             return Line("FAILED", "compiler", found, "install it anew")
-        told.append(done.stdout.splitlines()[0] if done.stdout else str(tool))
-    return Line("ok", "compiler", f"{told[0]}, ninja {told[1]}")
+        versions.append(done.stdout.splitlines()[0] if done.stdout else str(tool))
+    return Line("ok", "compiler", f"{versions[0]}, ninja {versions[1]}")
 
 
 def _held(lock: Path) -> bool:

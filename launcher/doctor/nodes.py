@@ -240,7 +240,7 @@ def add_up(me: Task, timeout: float) -> list[Line]:
             good = one.item() == me.tasks
             dist.destroy_process_group()
         except (RuntimeError, ValueError, OSError) as error:
-            found, good = cli.one_line(error)[:200], False
+            found, good = cli.format_error(error)[:200], False
         if not good:
             lines.append(Line("FAILED", name, found, _NETWORK))
             break

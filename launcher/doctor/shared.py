@@ -71,18 +71,20 @@ def share(me: Task, output: Path, timeout: float) -> list[Line]:
         draft.rename(folder / f"{me.rank}.json")  # whole from the moment that it is seen
         seen = _wait(me, folder, "json", set(range(me.tasks)), timeout) | {me.rank}
         leader = me.rank == min(seen)
-        told = {r: json.loads((folder / f"{r}.json").read_text()) for r in seen} if leader else {}
+        reports = (
+            {r: json.loads((folder / f"{r}.json").read_text()) for r in seen} if leader else {}
+        )
         (folder / f"{me.rank}.done").touch()
         if leader:
             _wait(me, folder, "done", seen, timeout)
             shutil.rmtree(folder, ignore_errors=True)
-            made = {Path(path) for one in told.values() for path in one["made"]}
+            made = {Path(path) for one in reports.values() for path in one["made"]}
             remove(sorted(made, key=lambda path: -len(path.parts)))
     except (OSError, UserError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         cure = "choose an --output where every node may write"
         return [Line("FAILED", "shared folder", f"{folder}: {reason}", cure)]
-    lines = [_compare(me, told)] if len(told) > 1 else []
+    lines = [_compare(me, reports)] if len(reports) > 1 else []
     if missing := [me.host(rank) for rank in range(me.tasks) if rank not in seen]:
         found = (
             f"{output} as {me.host(me.rank)} sees it has no file of {', '.join(missing)} after"
@@ -108,19 +110,19 @@ def _wait(me: Task, folder: Path, suffix: str, ranks: set[int], timeout: float) 
         pause = min(1.0, 2 * pause)
 
 
-def _compare(me: Task, told: dict[int, dict[str, Any]]) -> Line:
+def _compare(me: Task, reports: dict[int, dict[str, Any]]) -> Line:
     """Whether Python and the packages have one version everywhere."""
-    first = min(told)
+    first = min(reports)
     other = [
         f"{name} is {there.get(name, 'none')} on {me.host(rank)} and {version} on {me.host(first)}"
-        for name, version in told[first]["versions"].items()
-        for rank in sorted(told)
-        if (there := told[rank]["versions"]).get(name) != version
+        for name, version in reports[first]["versions"].items()
+        for rank in sorted(reports)
+        if (there := reports[rank]["versions"]).get(name) != version
     ]
     if other:
         more = f", and {len(other) - 3} more" if len(other) > 3 else ""
         cure = "use one environment on a shared file system, or make venv on every node"
         return Line("FAILED", "versions", ", ".join(other[:3]) + more, cure)
-    count = len(told[first]["versions"]) - 1
-    found = f"Python and {count} packages are the same on {len(told)} nodes"
+    count = len(reports[first]["versions"]) - 1
+    found = f"Python and {count} packages are the same on {len(reports)} nodes"
     return Line("ok", "versions", found)

@@ -162,14 +162,14 @@ def shards(data: str, full: bool = False) -> Line:
 
 def _hashed(data: str) -> Line:
     """What `data.verify` says, on one line."""
-    told = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(told):
+        with contextlib.redirect_stdout(printed):
             verify.verify(data)
     except UserError:
-        lines = told.getvalue().splitlines()
+        lines = printed.getvalue().splitlines()
         if not lines:
             raise
         more = f" (and {len(lines) - 1} more: python -m data.verify {data})" if lines[1:] else ""
         return Line("FAILED", "data", lines[0] + more)
-    return Line("ok", "data", told.getvalue().strip())
+    return Line("ok", "data", printed.getvalue().strip())

@@ -178,12 +178,12 @@ def _stages(config: Config) -> list[tuple[str, Stage, int]]:
 
 def _manifests(config: Config) -> dict[str, Manifest]:
     """The splits that stages learn from: `train`, and `unlabelled` where stages 1 and 2 take it."""
-    path, cache, told = config.data.path, config.data.cache_dir, config.data.split
+    path, cache, split = config.data.path, config.data.cache_dir, config.data.split
     if path is None:
         return {}
     found = {}
     there = not is_remote(path) and (Path(path) / "unlabelled").is_dir()
-    if told == "unlabelled" or (told == "auto" and there):
+    if split == "unlabelled" or (split == "auto" and there):
         found["unlabelled"] = Manifest.load_split(path, "unlabelled", cache)
     if config.stage in ("finetune", "all") or not found:
         found["train"] = Manifest.load_split(path, "train", cache)

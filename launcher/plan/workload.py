@@ -140,8 +140,10 @@ class ImageWork:
             base = self.kind.load()
         else:
             base = _weightless(self._shape(path), path)
-        told = run.config.mae
-        shape = replace(base.shape, mask_ratio=told.ratio, normalize_pixels=told.normalize_pixels)
+        settings = run.config.mae
+        shape = replace(
+            base.shape, mask_ratio=settings.ratio, normalize_pixels=settings.normalize_pixels
+        )
         self.base, self.shape = replace(base, shape=shape), shape
         self.origin = (
             f"{path}: ViT-MAE, {shape.image_size} pixels, patches of {shape.patch_size}, encoder"
@@ -181,9 +183,9 @@ class ImageWork:
     def activations(self, stage: Stage, size: int) -> float:
         """See `Workload`."""
         if stage == "finetune":
-            told = self.config.finetune
-            mask = int(told.dropout > 0)
-            return whole_images(self.shape, size, mask=mask, cls_only=told.pool == "cls")
+            settings = self.config.finetune
+            mask = int(settings.dropout > 0)
+            return whole_images(self.shape, size, mask=mask, cls_only=settings.pool == "cls")
         masked = masked_images(self.shape, size)
         if stage == "pretrain":
             return masked

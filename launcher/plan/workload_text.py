@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, RobertaConfig
 
-from selfdistill.data.cli import one_line
+from selfdistill.data.cli import format_error
 from selfdistill.data.errors import UserError
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
@@ -52,13 +52,13 @@ class TextWork:
             )
         config = _read(path, run)
         self.limit = _limit(config)
-        told = run.config.text.max_length
-        if told is not None and told > self.limit:
+        limit = run.config.text.max_length
+        if limit is not None and limit > self.limit:
             raise UserError(
-                f"--text.max_length {told}: {path} takes {self.limit} tokens at most: give that or"
+                f"--text.max_length {limit}: {path} takes {self.limit} tokens at most: give that or"
                 " less"
             )
-        longest, bucket = told or self.limit, run.config.text.bucket
+        longest, bucket = limit or self.limit, run.config.text.bucket
         self.longest = min(longest, -(-longest // bucket) * bucket)
         self.tokens = min(float(longest), _mean(manifest) if tokens is None else tokens)
         self.base = Language(config, None, longest, {}, None, path, "")
@@ -146,10 +146,10 @@ def _read(path: str, run: Run) -> PreTrainedConfig:
             raise UserError(
                 "--model scratch needs --model.tokenizer: a folder made by python -m data.tokenizer"
             )
-        told = run.config.model.shape
+        sizes = run.config.model.shape
         longest = run.config.text.max_length or 512
         tokenizer = load_tokenizer(place, place)
-        return small_config(tokenizer, told.width, told.depth, told.heads, longest)
+        return small_config(tokenizer, sizes.width, sizes.depth, sizes.heads, longest)
     if not Path(path).exists():
         if path not in TEXTS:
             raise unknown(path)
@@ -166,7 +166,7 @@ def _read(path: str, run: Run) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be loaded: {one_line(error)[:200]}") from error
+        raise UserError(f"{path} cannot be loaded: {format_error(error)[:200]}") from error
     if config.model_type not in HEADS:
         raise UserError(
             f"{path} is a model of type {config.model_type!r}, of which masked language modelling"

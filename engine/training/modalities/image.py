@@ -56,27 +56,27 @@ class ImageModality(Modality):
         if path != "scratch":
             loaded = load_pretrained(path, config.model.image_size)
             for note in loaded.notes:
-                self.run.say(f"{path}: {note}")
+                self.run.info(f"{path}: {note}")
             return replace(loaded, shape=self._masked(loaded.shape))
-        told = config.model.shape
+        sizes = config.model.shape
         shape = Shape(
-            image_size=told.image_size,
-            patch_size=told.patch_size,
-            width=told.width,
-            depth=told.depth,
-            heads=told.heads,
-            mlp_width=4 * told.width,
-            decoder_width=told.decoder_width,
-            decoder_depth=told.decoder_depth,
-            decoder_heads=told.decoder_heads,
-            decoder_mlp_width=4 * told.decoder_width,
+            image_size=sizes.image_size,
+            patch_size=sizes.patch_size,
+            width=sizes.width,
+            depth=sizes.depth,
+            heads=sizes.heads,
+            mlp_width=4 * sizes.width,
+            decoder_width=sizes.decoder_width,
+            decoder_depth=sizes.decoder_depth,
+            decoder_heads=sizes.decoder_heads,
+            decoder_mlp_width=4 * sizes.decoder_width,
         )
         torch.manual_seed(config.seed)
         return Pretrained.fresh(ViTMAE(self._masked(shape)))
 
     def _masked(self, shape: Shape) -> Shape:
-        told = self.config.mae
-        return replace(shape, mask_ratio=told.ratio, normalize_pixels=told.normalize_pixels)
+        settings = self.config.mae
+        return replace(shape, mask_ratio=settings.ratio, normalize_pixels=settings.normalize_pixels)
 
     def check(self, manifest: Manifest, base: Pretrained) -> None:
         """See `Modality`."""
@@ -133,7 +133,7 @@ class ImageModality(Modality):
             model.encoder = ViTEncoder(base.shape, dropout)
         model.encoder.load_state_dict(base.encoder)
         if base.decoder is None:
-            self.run.say(
+            self.run.info(
                 f"warning: {base.origin} has no decoder: a new, random one takes its place; "
                 "weights with their decoder (facebook/vit-mae-base) start better"
             )
@@ -181,9 +181,10 @@ class ImageModality(Modality):
         self, base: Pretrained, section: Section, mode: TeacherMode, classes: int, batch: Batch
     ) -> float:
         """See `Modality`."""
-        told = self.config.finetune.pool if section == "finetune" else self.config.distill.feature
+        config = self.config
+        pool = config.finetune.pool if section == "finetune" else config.distill.feature
         one = flops.step_flops(
-            base.shape, section, teacher=mode, classes=classes, cls_only=told == "cls"
+            base.shape, section, teacher=mode, classes=classes, cls_only=pool == "cls"
         )
         return one * len(batch["images"])
 

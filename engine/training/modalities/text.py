@@ -82,8 +82,8 @@ class TextModality(Modality):
                 "--model scratch needs --model.tokenizer: a folder made by python -m data.tokenizer"
             )
         tokenizer = load_tokenizer(config.model.tokenizer, config.model.tokenizer)
-        told, longest = config.model.shape, config.text.max_length or 512
-        shape = small_config(tokenizer, told.width, told.depth, told.heads, longest)
+        sizes, longest = config.model.shape, config.text.max_length or 512
+        shape = small_config(tokenizer, sizes.width, sizes.depth, sizes.heads, longest)
         torch.manual_seed(config.seed)
         return fresh_language(shape, tokenizer, longest, self._counts(tokenizer))
 
@@ -116,7 +116,7 @@ class TextModality(Modality):
         lengths = np.array([len(encode(text)) for text in self._some(LOOKED_AT)])
         longer = float((lengths > base.max_length).mean())
         if longer:
-            self.run.say_once(
+            self.run.info_once(
                 f"{manifest.root}: about {100 * longer:.1f}% of the texts are longer than"
                 f" {base.max_length} tokens (looked at {len(lengths)}): only their beginnings"
                 " are read"
@@ -161,9 +161,9 @@ class TextModality(Modality):
                 f"the tokenizer of {base.origin} has no mask token: masked language modelling needs"
                 " one; take the tokenizer of a masked language model"
             )
-        told = self.config.mlm
+        settings = self.config.mlm
         return MaskTokens(
-            self.config.seed, told.ratio, told.policy, int(mask_id), len(base.tokenizer)
+            self.config.seed, settings.ratio, settings.policy, int(mask_id), len(base.tokenizer)
         )
 
     def augment(self, seed: int) -> None:
@@ -204,7 +204,7 @@ class TextModality(Modality):
         model = MaskedLanguageModel(with_dropout(base.config, rate))
         load_encoder(model.encoder, base.encoder, base.origin)
         if base.decoder is None:
-            self.run.say(
+            self.run.info(
                 f"warning: {base.origin} has no MLM head: a new, random one takes its place; "
                 "weights with their head start better"
             )
@@ -239,9 +239,12 @@ class TextModality(Modality):
 
     def record(self) -> dict[str, Any]:
         """See `Modality`."""
-        told = self.config
+        settings = self.config
         # How texts lie in rows changes no figure.
-        return {"mlm": told.mlm.model_dump(), "text": told.text.model_dump(exclude={"packed"})}
+        return {
+            "mlm": settings.mlm.model_dump(),
+            "text": settings.text.model_dump(exclude={"packed"}),
+        }
 
     def count(self, batch: Batch) -> int:
         """See `Modality`."""

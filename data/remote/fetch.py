@@ -1,9 +1,10 @@
-"""Transfers from elsewhere: bounded in time, tried again, and told of when they fail.
+"""Transfers from elsewhere: bounded in time, repeated, and reported when they fail.
 
-Whatever `webdataset.gopen` opens can be fetched: http and https (through curl), ``pipe:COMMAND``,
-gs, hf, sftp ... A transfer that fails for a reason that may pass (a 503, a connection that breaks
-or stands still, a file that comes short or damaged, a command that ends with an error) is tried
-again after 1, 2, 4, 8 and 16 s; what a server refuses for good (401, 403, 404, 410) is not.
+http and https go through httpx, s3, gs, az, hf, file and the like through fsspec, and
+``pipe:COMMAND`` through a shell. A transfer that fails for a reason that may pass (a 503, a
+connection that breaks or stands still, a file that comes short or damaged, a command that ends with
+an error) is repeated after 1, 2, 4, 8 and 16 s; what a server refuses for good (401, 403, 404, 410)
+is not.
 """
 
 import contextlib
@@ -12,16 +13,15 @@ import os
 import random
 import re
 import select
+import ssl
 import subprocess
 import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
-from urllib.parse import urlparse
 
-import webdataset
-from webdataset.gopen import Pipe, gopen_curl, gopen_schemes, rewrite_url
+import fsspec
 
 from selfdistill.data.errors import BrokenData, UserError
 
@@ -35,27 +35,15 @@ FIRST_WAIT = 1.0
 TIMEOUT = 30
 #: Bytes a second below which a transfer crawls.
 SLOWEST = 1000
-# Commands may think for longer before they say something: so many times TIMEOUT.
+# A command may take longer before its first byte: so many times TIMEOUT.
 _PATIENCE = 10
 # From so many first retries on, a process tells only of transfers that fail twice in a row.
 _TOLD = 20
 _CHUNK = 2**20
 
-# What curl's exit status means, where a user can do something with it.
-_SAID = {
-    5: "the proxy's name is not known",
-    6: "the host's name is not known",
-    7: "no connection",
-    18: "cut off",
-    35: "no secure connection",
-    52: "no answer",
-    56: "the connection broke",
-    60: "the certificate is not trusted",
-    67: "the login is refused",
-    78: "no such file",
-}
-# Of these no second try is better: bad addresses, logins, certificates; a file that is not there.
-_FINAL = {1, 2, 3, 4, 9, 47, 60, 67, 77, 78}
+#: Extras of this package that fsspec needs for a scheme.
+EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az"}
+
 # What a server says of its own state; other 4xx are about the request.
 _PASSING = {408, 425, 429}
 _GONE = {404, 410}
@@ -64,8 +52,8 @@ _told = itertools.count(1)
 # Not the global generator: it is seeded, and a training run may draw from it.
 _jitter = random.SystemRandom()
 
-# A worker forked while another thread starts curl would inherit curl's pipes, whose end then never
-# comes: no fork while a command is being started.
+# A worker forked while another thread starts a command would inherit the command's pipe, whose end
+# then never comes: no fork while a command is being started.
 _STARTING = threading.Lock()
 os.register_at_fork(
     before=_STARTING.acquire,
@@ -114,7 +102,7 @@ class Failure(Exception):
         kind = NotThere if self.absent else BrokenData
         return kind(
             f"cannot fetch {url} ({self}{count}): check the address and that this node reaches it"
-            " (schemes without a handler go through pipe:, e.g. 'pipe:aws s3 cp s3://... -')"
+            " (or take a command: 'pipe:aws s3 cp s3://... -')"
         )
 
 
@@ -161,74 +149,90 @@ def _output(process: "subprocess.Popen[bytes]", patience: float) -> Iterator[byt
         process.wait()
 
 
-def _curl(url: str, fresh: bool) -> Iterator[bytes]:
-    """Through curl: its proxies, its .curlrc and with it .netrc."""
+def _http(url: str, fresh: bool) -> Iterator[bytes]:
+    """Through httpx: proxies of the environment, logins of ~/.netrc, the system's certificates."""
+    import httpx2 as httpx  # a tenth of a second, which local sets need not wait for
+
     limit = timeout()
-    words = ["curl", "-f", "-sS", "-L", "--connect-timeout", str(limit)]
-    words += ["--speed-limit", str(SLOWEST), "--speed-time", str(limit)]
+    slow = Failure(f"no answer, or less than {SLOWEST / 1000:g} kB/s, for {limit} s")
+    headers = {"Accept-Encoding": "identity"}
     if fresh:  # a proxy that keeps a damaged copy would give it again
-        words += ["-H", "Cache-Control: no-cache"]
-    # Its messages go to memory: a pipe that nobody reads could fill up and stop it.
-    with os.fdopen(os.memfd_create("curl"), "w+b") as said:
-        try:
-            with _STARTING:
-                process = subprocess.Popen([*words, url], stdout=subprocess.PIPE, stderr=said)
-        except FileNotFoundError:
-            raise Failure("curl is not installed", again=False) from None
-        except OSError as error:  # no memory or no number for another process
-            raise Failure(f"curl does not start: {error.strerror}") from None
-        # Its own limits say more, so they come first; but it averages its speed over 5 s and more.
-        yield from _output(process, limit + 0.5)
-        if process.returncode:
-            said.seek(0)
-            raise _curl_failure(process.returncode, said.read().decode(errors="replace"), limit)
+        headers["Cache-Control"] = "no-cache"
+    try:
+        with httpx.stream(
+            "GET",
+            url,
+            headers=headers,
+            timeout=limit,
+            follow_redirects=True,
+            verify=ssl.create_default_context(),
+        ) as response:
+            status = response.status_code
+            if response.is_error:
+                again = status >= 500 or status in _PASSING
+                raise Failure(f"the server said {status}", again=again, absent=status in _GONE)
+            count, since = 0, time.monotonic()
+            for chunk in response.iter_raw():
+                count += len(chunk)
+                passed = time.monotonic() - since
+                if passed >= limit:
+                    if count < SLOWEST * passed:
+                        raise slow
+                    count, since = 0, time.monotonic()
+                yield chunk
+    except httpx.TimeoutException:
+        raise slow from None
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.TooManyRedirects) as error:
+        raise Failure(" ".join(str(error).split()), again=False) from None
+    except httpx.ConnectError as error:
+        text = " ".join(str(error).split())
+        raise Failure(f"no connection: {text}", again="CERTIFICATE" not in text) from None
+    except httpx.RemoteProtocolError as error:
+        cut = "incomplete" in str(error) or "complete message" in str(error)
+        raise Failure("cut off" if cut else "no answer") from None
+    except httpx.TransportError as error:
+        text = " ".join(str(error).split())
+        raise Failure(f"the connection broke{f': {text}' if text else ''}") from None
 
 
-def _curl_failure(code: int, said: str, limit: int) -> Failure:
-    # All refusals are exit 22; the text tells 404 from 403 and 503.
-    status = re.search(r"returned error: (\d{3})", said) if code == 22 else None
-    if status:
-        number = int(status[1])
-        return Failure(
-            f"the server said {number}",
-            again=number >= 500 or number in _PASSING,
-            absent=number in _GONE,
-        )
-    if code == 28:
-        return Failure(f"no answer, or less than {SLOWEST / 1000:g} kB/s, for {limit} s")
-    what = f"{_SAID[code]}, exit {code}" if code in _SAID else f"exit {code}"
-    return Failure(what, again=code not in _FINAL, absent=code == 78)
-
-
-def _other(url: str) -> Iterator[bytes]:
-    """Through webdataset's handler for it: a command, or a file."""
+def _command(command: str) -> Iterator[bytes]:
+    """What a shell command writes."""
     try:
         with _STARTING:
-            stream = webdataset.gopen(url, "rb")
-        if not isinstance(stream, Pipe):
-            with stream:
-                while chunk := stream.read(_CHUNK):
-                    yield chunk
-            return
-    except (ValueError, ImportError, FileNotFoundError) as error:
-        reason = " ".join(str(error).split())
-        absent = url.startswith("file:") and isinstance(error, FileNotFoundError)
-        raise Failure(reason, again=False, absent=absent) from None
-    except OSError as error:
-        raise Failure(" ".join(str(error).split()), again=not url.startswith("file:")) from None
-    yield from _output(stream.proc, _PATIENCE * timeout())
-    code = stream.proc.returncode
-    if code not in stream.ignore_status:
+            process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
+    except OSError as error:  # no memory or no number for another process
+        raise Failure(" ".join(str(error).split())) from None
+    yield from _output(process, _PATIENCE * timeout())
+    code = process.returncode
+    if code:
         # Commands have no status for a file that is not there. `cat`, also through ssh,
-        # `aws s3 cp` and `gsutil` end with 1 (ssh itself with 255), curl for hf with 22.
+        # `aws s3 cp` and `gsutil` end with 1 (ssh itself with 255), curl with 22.
         raise Failure(f"exit {code}", absent=code in (1, 22, 78))
+
+
+def _filesystem(url: str) -> Iterator[bytes]:
+    """Through fsspec's file system for the scheme."""
+    scheme = url.partition("://")[0]
+    try:
+        with fsspec.open(url, "rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                yield chunk
+    except FileNotFoundError as error:
+        raise Failure(" ".join(str(error).split()), again=False, absent=True) from None
+    except (ImportError, ValueError, PermissionError) as error:
+        extra = EXTRAS.get(scheme)
+        cure = f": pip install selfdistill[{extra}]" if extra else ""
+        raise Failure(f"{scheme}: {' '.join(str(error).split())}{cure}", again=False) from None
+    except Exception as error:  # each file system has its own
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise Failure(text, again=scheme != "file") from None
 
 
 def chunks(url: str, fresh: bool = False) -> Generator[bytes, None, None]:
     """The bytes of a URL, in one try.
 
     Args:
-        url: What `webdataset.gopen` opens.
+        url: http, https, what fsspec opens, or ``pipe:COMMAND``.
         fresh: Whether caches on the way should ask for it anew.
 
     Yields:
@@ -238,10 +242,12 @@ def chunks(url: str, fresh: bool = False) -> Generator[bytes, None, None]:
         Failure: It cannot be fetched.
         UserError: See `timeout`.
     """
-    real = rewrite_url(url)
-    # Whoever gave a scheme another handler gets that one.
-    own = gopen_schemes.get(urlparse(real).scheme) is gopen_curl
-    yield from _curl(real, fresh) if own else _other(url)
+    if url.startswith("pipe:"):
+        yield from _command(url.removeprefix("pipe:"))
+    elif url.startswith(("http://", "https://")):
+        yield from _http(url, fresh)
+    else:
+        yield from _filesystem(url)
 
 
 def retry(
@@ -288,7 +294,7 @@ def fetch_bytes(url: str, report: Report | None = None) -> bytes:
     """A small remote file, such as a manifest, whole.
 
     Args:
-        url: What `webdataset.gopen` opens.
+        url: See `chunks`.
         report: See `retry`.
 
     Returns:

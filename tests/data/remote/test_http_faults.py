@@ -30,8 +30,7 @@ from tests.kit.shards import uneven
 COUNTS = [4, 6, 5, 3, 2, 7, 1, 5]
 
 
-#: By curl's own limit, or by ours.
-STILL = r"\((no answer, or less than 1 kB/s, for 1 s|nothing came for 1.5 s) in 6 tries\)"
+STILL = r"\(no answer, or less than 1 kB/s, for 1 s in 6 tries\)"
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SELFDISTILL_FETCH_TIMEOUT", "1")
 
 
-@pytest.mark.filterwarnings("ignore::data.remote.fetch.Retrying")
+@pytest.mark.filterwarnings("ignore::selfdistill.data.remote.fetch.Retrying")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_batch_is_the_local_one(
     split: Manifest, server: Faulty, tmp_path: Path, workers: int
@@ -118,10 +117,10 @@ def test_training_ends_with_the_same_weights(tmp_path: Path) -> None:
     [
         ("503", 6, r"cannot fetch .*t-000000.tar \(the server said 503 in 6 tries\): check"),
         ("429", 6, r"the server said 429 in 6 tries"),
-        ("reset", 6, r"the connection broke, exit 56 in 6 tries|no answer, exit 52 in 6 tries"),
-        ("half", 6, r"cut off, exit 18 in 6 tries"),
+        ("reset", 6, r"the connection broke.* in 6 tries|no answer in 6 tries"),
+        ("half", 6, r"cut off in 6 tries"),
         ("short", 2, r"not the file that its manifest names \(\d+ bytes where \d+ belong in 2"),
-        ("stall", 6, r"\(nothing came for 1.5 s in 6 tries\)"),
+        ("stall", 6, STILL),
         ("mute", 6, STILL),
         ("flip", 6, r"comes damaged, each time otherwise \(another sha256 in 6 tries\): check the"),
         ("flip the same", 2, r"not the file .* \(another sha256 in 2 tries\): upload shards and"),
@@ -364,8 +363,10 @@ def _renew(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(table))
 
 
-def test_curl_dies_with_its_process(split: Manifest, server: Faulty, tmp_path: Path) -> None:
-    """A process that is killed while it waits for a server leaves no curl behind for long."""
+def test_a_killed_process_leaves_nobody_at_work(
+    split: Manifest, server: Faulty, tmp_path: Path
+) -> None:
+    """A process that waits for a server does it itself, without a program of its own."""
     server.always = "mute"
     info = split.shards[0]
     words = f"ShardCache({str(tmp_path / 'cache')!r}).path("
@@ -377,18 +378,6 @@ def test_curl_dies_with_its_process(split: Manifest, server: Faulty, tmp_path: P
     while not server.asked[info.name]:
         time.sleep(0.02)
         assert reader.poll() is None
-    children = Path(f"/proc/{reader.pid}/task/{reader.pid}/children").read_text().split()
-    assert children
+    assert not Path(f"/proc/{reader.pid}/task/{reader.pid}/children").read_text().split()
     reader.send_signal(signal.SIGKILL)
     reader.wait()
-    end = time.monotonic() + 5
-    while any(Path(f"/proc/{pid}/fd").exists() and _running(pid) for pid in children):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def _running(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False

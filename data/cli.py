@@ -195,13 +195,15 @@ def default_of(value: Any) -> str:
 def columns(rows: Sequence[tuple[str, str, str]]) -> list[str]:
     """Lines of a page of help: what is typed, its kind, what it is; as wide as the terminal."""
     first, second = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))
-    left = first + second + 6
-    width = max(shutil.get_terminal_size((120, 24)).columns - left, 40)
+    indent = first + second + 6
+    width = max(shutil.get_terminal_size((120, 24)).columns - indent, 40)
     lines = []
     for name, kind, text in rows:
         head = f"  {name:<{first}}  {kind:<{second}}"
         body = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
-        lines += [f"{head if i == 0 else '':<{left}}{line}".rstrip() for i, line in enumerate(body)]
+        lines += [
+            f"{head if i == 0 else '':<{indent}}{line}".rstrip() for i, line in enumerate(body)
+        ]
     return lines
 
 
@@ -217,10 +219,10 @@ def help_text(function: Callable[..., Any], name: str) -> str:
     """
     summary, _, rest = (inspect.getdoc(function) or "").partition("\n\nArgs:\n")
     entries = re.split(r"\n(?=\S)", textwrap.dedent(rest.partition("\n\n")[0]))
-    said = {entry.partition(":")[0]: " ".join(entry.split()[1:]) for entry in entries}
+    descriptions = {entry.partition(":")[0]: " ".join(entry.split()[1:]) for entry in entries}
     usage, rows = [name], []
     for parameter in inspect.signature(function).parameters.values():
-        text, kind = said.get(parameter.name, ""), kind_of(parameter.annotation)
+        text, kind = descriptions.get(parameter.name, ""), kind_of(parameter.annotation)
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
             usage.append(f"{parameter.name.upper()} ...")
             rows.append((parameter.name.upper(), kind, text))

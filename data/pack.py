@@ -276,8 +276,8 @@ def pack(
             size = choose_size(divided)
             found.notes.append(f"size {size} x {size} pixels (another one: --size)")
         if extra is not None:
-            more = _extra(Path(extra), found._replace(splits=divided), columns, found.notes)
-            divided[UNLABELLED] = more, []
+            additional = _extra(Path(extra), found._replace(splits=divided), columns, found.notes)
+            divided[UNLABELLED] = additional, []
         for note in found.notes:
             console.print(note, highlight=False, markup=False, soft_wrap=True)
         kind = _kind(found._replace(splits=divided), size, keep_original, metric, max_words)

@@ -51,13 +51,13 @@ class Choice:
             UserError: one has no score yet, or none will have any.
         """
         scored = self.scores(root)
-        left = [
+        candidates = [
             job.name
             for (_, job), (_, score) in zip(self.candidates, scored, strict=True)
             if score is None and not job.diverged(root)
         ]
-        if left:
-            raise UserError(f"{self.name} waits for {left[0]}, which has no validation score")
+        if candidates:
+            raise UserError(f"{self.name} waits for {candidates[0]}, which has no validation score")
         known = [(options, score) for options, score in scored if score is not None]
         if not known:
             raise UserError(f"{self.name}: every candidate of its search diverged: give others")

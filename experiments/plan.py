@@ -146,13 +146,13 @@ class Plan:
         What the method or the data set says itself is not searched.
         """
         scale, tuned = self.profile.of(dataset.kind), self._tuned(method)
-        said = tuned.of(dataset.kind) | method.of(dataset.kind) | dataset.options
+        fixed = tuned.of(dataset.kind) | method.of(dataset.kind) | dataset.options
         special = tuned.search | scale.tuning(tuned.name).search
         mine = method.search | scale.tuning(method.name).search
         common = {k: v for k, v in scale.search.items() if k not in special | mine}
         choices: list[Choice] = []
         for who, grid in ((tuned, common), (method, mine)):
-            free = {k: v for k, v in grid.items() if k not in said}
+            free = {k: v for k, v in grid.items() if k not in fixed}
             if free:
                 choices.append(self._choice(dataset, who, free, list(choices)))
         return choices
@@ -184,8 +184,8 @@ class Plan:
             slug = ",".join(f"{k.rpartition('.')[2]}={typed(v)}" for k, v in tried.items())
             name = f"{dataset.name}/search/{method.name}/{slug}"
             if name not in self.jobs:
-                more = tried | {"finetune.test": False, "finetune.train_scored": 0}
-                job = self._finetune(name, dataset, method, row, 1, more)
+                overrides = tried | {"finetune.test": False, "finetune.train_scored": 0}
+                job = self._finetune(name, dataset, method, row, 1, overrides)
                 job.words["seed"] = SEARCH_SEED
                 job.choices = list(given)
                 self.jobs[name] = job

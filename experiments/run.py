@@ -83,27 +83,29 @@ class Local:
         ends: dict[str, state.Status] = {
             job.name: "done" for job in jobs if state.status(self.root, job) == "done"
         }
-        left = [job for job in jobs if job.name not in ends]
+        remaining = [job for job in jobs if job.name not in ends]
         self.console.print(f"{len(jobs)} jobs, {len(ends)} of them complete")
-        while left or self.running:
-            self._collect(ends, left, len(jobs))
+        while remaining or self.running:
+            self._collect(ends, remaining, len(jobs))
             if self.asked_to_stop and not self.running:
                 self.console.print("interrupted: the jobs have saved; the same command goes on")
                 raise SystemExit(AGAIN)
-            for job in list(left):
+            for job in list(remaining):
                 if self.asked_to_stop or len(self.running) >= self.slots:
                     break
                 if any(ends.get(one.name) in ("failed", "blocked") for one in job.before):
                     ends[job.name] = "blocked"
-                    left.remove(job)
+                    remaining.remove(job)
                 elif all(ends.get(one.name) == "done" for one in job.before):
                     if time.monotonic() > self.until:
                         continue
-                    left.remove(job)
+                    remaining.remove(job)
                     # Rounds share a folder: one of them at a time.
                     self._start(job, ends)
             if time.monotonic() > self.until and not self.running:
-                self.console.print(f"the time is up: {len(left)} jobs are left for another call")
+                self.console.print(
+                    f"the time is up: {len(remaining)} jobs are left for another call"
+                )
                 break
             time.sleep(0.2)
         return sum(end != "done" for end in ends.values())
@@ -160,7 +162,7 @@ class Local:
             environment["OMP_NUM_THREADS"] = str(max(1, cores // (self.slots * self.ranks)))
         return environment
 
-    def _collect(self, ends: dict[str, state.Status], left: list[Job], total: int) -> None:
+    def _collect(self, ends: dict[str, state.Status], remaining: list[Job], total: int) -> None:
         """Takes in the jobs that have ended."""
         for one in [r for r in self.running if r.process.poll() is not None]:
             self.running.remove(one)
@@ -172,7 +174,7 @@ class Local:
             if code == AGAIN or busy or (code and self.asked_to_stop):
                 self.tries[job.name] = self.tries.get(job.name, 0) + 1
                 if self.asked_to_stop or self.tries[job.name] < _AGAIN:
-                    left.insert(0, job)
+                    remaining.insert(0, job)
                     continue
             if not code and job.result(self.root) is None:
                 code, message = 1, "it ended well and left no result"
@@ -185,18 +187,18 @@ class Local:
             outcome += "; it loses the search" if diverged else ""
             self.console.print(
                 f"[{ended}/{total}] {job.name}: {outcome} in {seconds:.0f} s"
-                f"{self._time_left(left)}",
+                f"{self._time_left(remaining)}",
                 style="red" if code else None,
             )
 
-    def _time_left(self, left: list[Job]) -> str:
+    def _time_left(self, remaining: list[Job]) -> str:
         """An estimate from the jobs that ran in this call."""
         means = {stage: sum(t) / len(t) for stage, t in self.took.items()}
-        if not left or not means:
+        if not remaining or not means:
             return ""
         usual = sum(means.values()) / len(means)
-        seconds = sum(means.get(job.stage, usual) for job in left) / self.slots
-        return f"; {len(left)} left, about {seconds / 3600:.1f} h"
+        seconds = sum(means.get(job.stage, usual) for job in remaining) / self.slots
+        return f"; {len(remaining)} left, about {seconds / 3600:.1f} h"
 
 
 def _end_with_parent() -> None:

@@ -155,14 +155,14 @@ def tensorboard(folder: Path) -> Iterator[str]:
     command += ["--load_fast", "false", "--reload_interval", "0", "--reload_task", "blocking"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        said: list[str] = []
+        lines: list[str] = []
         assert process.stderr is not None
         for line in process.stderr:
-            said.append(line.strip())
+            lines.append(line.strip())
             if address := re.search(r"http://127\.0\.0\.1:\d+", line):
                 break
         else:
-            raise UserError(f"TensorBoard did not start: {' '.join(said[-3:])}")
+            raise UserError(f"TensorBoard did not start: {' '.join(lines[-3:])}")
         yield address.group()
     finally:
         process.terminate()
@@ -242,10 +242,10 @@ def _check_tags(folder: Path, tab: Tab, tags: str) -> None:
         raise UserError(f"{folder}: tab {tab}: nothing to see; try another --tab")
     if not matching:
         some = sorted(found)
-        more = f" and {len(some) - 8} more" if len(some) > 8 else ""
+        others = f" and {len(some) - 8} more" if len(some) > 8 else ""
         raise UserError(
             f"no tag matches /{tags}/ in the tab {tab} of {folder}; there are"
-            f" {', '.join(some[:8])}{more}"
+            f" {', '.join(some[:8])}{others}"
         )
 
 

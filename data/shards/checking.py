@@ -219,7 +219,7 @@ def check_shard(
         names = _Names(tars.scan(path))
     except tarfile.TarError as error:
         broken = f"shard {place} is no whole tar ({error}): {_COPY}"
-    left: list[str] = []
+    unindexed: list[str] = []
     if table is not None and size:
         rows = table[file.starts[shard] : file.starts[shard + 1]]
         samples = _check_samples(
@@ -232,7 +232,7 @@ def check_shard(
                 inputs.append((digest, label, number))
             if label >= 0:
                 counts[label] += 1
-        left = [] if names is None else names.lost(file, rows)
+        unindexed = [] if names is None else names.lost(file, rows)
     if not same and not wrong:
         return Found(
             [
@@ -249,10 +249,10 @@ def check_shard(
         problems.append(f"shard {place}: {len(wrong) - _NAMED} more samples like these: {cure}")
     if broken and same:
         problems.append(broken)
-    if left and same and not wrong:
+    if unindexed and same and not wrong:
         problems.append(
-            f"shard {place} holds {len(left)} samples that members.npy lacks, such as {left[0]}:"
-            " make it anew (python -m data.index --overwrite)"
+            f"shard {place} holds {len(unindexed)} samples that members.npy lacks, such as"
+            f" {unindexed[0]}: make it anew (python -m data.index --overwrite)"
         )
     return Found(problems, counts, unreadable=len(unreadable), inputs=inputs)
 

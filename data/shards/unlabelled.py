@@ -35,13 +35,13 @@ def join_train(folder: Path, extra: Packed) -> Packed:
         What the split then is.
     """
     train = Manifest.load(str(folder / DIVIDED[0]))
-    more = Manifest.load(str(folder / UNLABELLED))
-    assert train.kind == more.kind
+    added = Manifest.load(str(folder / UNLABELLED))
+    assert train.kind == added.kind
     for shard in train.shards:
         _link(folder / DIVIDED[0] / shard.name, folder / UNLABELLED / shard.name)
-    members = np.concatenate([train.members, more.members])
+    members = np.concatenate([train.members, added.members])
     members[:, 2:] = -1
-    shards = [*train.shards, *more.shards]
+    shards = [*train.shards, *added.shards]
     manifest.write(
         folder / UNLABELLED,
         split=UNLABELLED,

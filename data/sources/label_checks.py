@@ -49,10 +49,10 @@ def check(splits: Splits) -> list[str]:
     for split in DIVIDED[1:]:
         absent = [name for name in classes if split in counts and not counts[split][name]]
         if absent:
-            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+            others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
             has = sum(counter[absent[0]] for counter in counts.values())
             notes.append(
-                f"note: class {absent[0]!r} ({has} samples in all){more} has no sample in {split}"
+                f"note: class {absent[0]!r} ({has} samples in all){others} has no sample in {split}"
             )
     return notes
 

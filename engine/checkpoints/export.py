@@ -134,9 +134,9 @@ def export_transformers(
         missing, strange = whole.load_state_dict(tensors, strict=False)
         named = dict(whole.named_parameters(remove_duplicate=False))
         given = {id(named[name]) for name in tensors}
-        left = [name for name in missing if id(named.get(name)) not in given]  # but tied ones
+        absent = [name for name in missing if id(named.get(name)) not in given]  # but tied ones
         assert not strange, strange
-        assert not left, left
+        assert not absent, absent
         whole.save_pretrained(target)
         tokenizer.save_pretrained(target)
         for path in target.iterdir():

@@ -293,8 +293,8 @@ def open_stage(run: Run, stage: str, record: dict[str, Any], data: str) -> bool:
             _check_complete(folder, done, record, data)
             print(f"{stage}: complete, skipped ({folder / RESULT}; --overwrite does it again)")
             return False
-        left = [p.name for p in folder.iterdir()] if folder.exists() else []
-        if left and resume == "never":
+        existing = [p.name for p in folder.iterdir()] if folder.exists() else []
+        if existing and resume == "never":
             raise UserError(
                 f"{folder} holds an unfinished stage: --resume auto continues it, "
                 "--overwrite deletes it"

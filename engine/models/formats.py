@@ -112,16 +112,16 @@ def _hugging_face(folder: Path, config: dict[str, Any], origin: str) -> Found:
         normalize_pixels=values.get("norm_pix_loss", False) if kind == "vit_mae" else True,
         **numbers,
     )
-    encoder, decoder, left = from_hugging_face(read_folder(folder))
+    encoder, decoder, unknown = from_hugging_face(read_folder(folder))
     # ViTForMaskedImageModeling's decoder, one convolution, is no MAE's.
     known = (*_HF_EXTRA, "decoder.") if kind == "vit" else _HF_EXTRA
-    strange = [k for k in left if not k.startswith(known) and k not in _HF_MASK]
+    strange = [k for k in unknown if not k.startswith(known) and k not in _HF_MASK]
     if strange:
         raise UserError(
             f"{origin} has {strange[0]}, which no plain ViT-MAE has: take an unmodified checkpoint"
         )
     found = Found(shape, encoder, decoder, origin)
-    dropped = sorted({k.removeprefix("vit.").split(".")[0] for k in left})
+    dropped = sorted({k.removeprefix("vit.").split(".")[0] for k in unknown})
     if dropped:
         found.notes.append(f"left out {', '.join(dropped)}: only the encoder is used")
     _read_processor(folder, found)

@@ -66,11 +66,11 @@ def from_hugging_face(tensors: Mapping[str, Tensor]) -> tuple[Tensors, Tensors, 
     Returns:
         encoder: ours; what the checkpoint lacks is absent.
         decoder: ours; empty if the checkpoint has none.
-        left: names that no part of encoder or decoder has.
+        unknown: names that no part of encoder or decoder has.
     """
     encoder: Tensors = {}
     decoder: Tensors = {}
-    left = []
+    unknown = []
     for name, tensor in tensors.items():
         bare = name.removeprefix("vit.")
         in_decoder = bare.startswith("decoder.")
@@ -82,8 +82,8 @@ def from_hugging_face(tensors: Mapping[str, Tensor]) -> tuple[Tensors, Tensors, 
         elif plain is not None:
             part[plain] = tensor
         else:
-            left.append(name)
-    return _fuse(encoder), _fuse(decoder), left
+            unknown.append(name)
+    return _fuse(encoder), _fuse(decoder), unknown
 
 
 def _fuse(tensors: Tensors) -> Tensors:

@@ -34,7 +34,7 @@ def locate(
     source: str,
     *,
     example: str = "facebook/vit-mae-base",
-    more: Iterable[str] = (),
+    patterns: Iterable[str] = (),
     bare: bool = False,
 ) -> Path:
     """The folder or file that `source` names; a hub name is fetched into the hub's own cache.
@@ -42,7 +42,7 @@ def locate(
     Args:
         source: path or hub name.
         example: a hub name, for messages.
-        more: patterns of files to fetch beside weights and configuration.
+        patterns: patterns of files to fetch beside weights and configuration.
         bare: a name without an owner may be the hub's.
 
     Raises:
@@ -60,7 +60,7 @@ def locate(
             f"no weights at {source}: give a folder, a .pth or .safetensors file, or a hub name "
             f"such as {example}"
         )
-    return _fetch(name, [*_CONFIGS, *more])
+    return _fetch(name, [*_CONFIGS, *patterns])
 
 
 def _fetch(name: str, configs: list[str]) -> Path:

@@ -75,7 +75,7 @@ def load_language(source: str, max_length: int | None = None) -> Language:
         UserError: unknown or unreadable source, a model without an MLM head that is known here,
             missing weights, a tokenizer that does not fit.
     """
-    folder = locate(source, example="FacebookAI/roberta-base", more=TOKENIZER_FILES, bare=True)
+    folder = locate(source, example="FacebookAI/roberta-base", patterns=TOKENIZER_FILES, bare=True)
     if not folder.is_dir() or not (folder / "config.json").is_file():
         raise UserError(f"{source} is no model's folder: a language model comes with config.json")
     kind = str(read_json(folder / "config.json").get("model_type"))

@@ -388,8 +388,8 @@ class _Line:
             parts.append(self.losses)
         if latest > first and now > began:
             pace = (latest - first) / (now - began)
-            left = timedelta(seconds=round((self.steps - step) / pace))
-            parts += [f"{pace * self.samples_per_step:.4g} {self.unit}/s", f"{left} left"]
+            remaining = timedelta(seconds=round((self.steps - step) / pace))
+            parts += [f"{pace * self.samples_per_step:.4g} {self.unit}/s", f"{remaining} left"]
         return "  ".join(parts)
 
     def close(self) -> None:

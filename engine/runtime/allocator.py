@@ -57,9 +57,9 @@ def release(engine: Any) -> None:
 def _tensors(roots: list[Any]) -> Iterator[Tensor]:
     """Tensors that modules and DeepSpeed's and torch's optimisers hold, with their gradients."""
     found: set[int] = set()
-    left = list(roots)
-    while left:
-        one = left.pop()
+    pending = list(roots)
+    while pending:
+        one = pending.pop()
         if id(one) in found:
             continue
         found.add(id(one))
@@ -67,14 +67,14 @@ def _tensors(roots: list[Any]) -> Iterator[Tensor]:
             yield one
             # ZeRO-3 hangs a parameter's shard onto it, ZeRO 1 and 2 the place of its master.
             gradient = one.grad if one.is_leaf else None
-            left += [gradient, *getattr(one, "__dict__", {}).values()]
+            pending += [gradient, *getattr(one, "__dict__", {}).values()]
         elif isinstance(one, torch.nn.Module):
-            left += [*one.parameters(), *one.buffers()]
+            pending += [*one.parameters(), *one.buffers()]
         elif isinstance(one, dict):
-            left += [*one.keys(), *one.values()]
+            pending += [*one.keys(), *one.values()]
         elif isinstance(one, (list, tuple, set)):
-            left += one
+            pending += one
         elif isinstance(one, torch.optim.Optimizer) or type(one).__module__.startswith(
             "deepspeed.runtime"
         ):
-            left += getattr(one, "__dict__", {}).values()
+            pending += getattr(one, "__dict__", {}).values()

@@ -46,10 +46,12 @@ def finetune_source(run: Run, start: str) -> tuple[str, str]:
         number = numbers[-1] if numbers and config.stage == "finetune" else config.rounds
         stage, name = f"distill-{number}", "finetune"
     if run.result(stage) is None:
-        more = f" --rounds {stage.removeprefix('distill-')}" if start.startswith("distill-") else ""
+        option = (
+            f" --rounds {stage.removeprefix('distill-')}" if start.startswith("distill-") else ""
+        )
         raise UserError(
             f"nothing to fine-tune: {run.folder / stage} is not complete: run --stage pretrain and "
-            f"--stage distill{more} first, or take --finetune.start model"
+            f"--stage distill{option} first, or take --finetune.start model"
         )
     return name, str(run.folder / stage / "export")
 
@@ -75,8 +77,10 @@ def finetune(run: Run, start: str) -> None:
         if key in final["metrics"]:
             value = final["metrics"][key]
             spread = final.get("std", {}).get(key)
-            more = f" ± {100 * spread:.2f} ({len(seeds)} seeds)" if spread is not None else ""
-            run.info(f"{name}: {key} {100 * value:.2f}%{more}")
+            spread_text = (
+                f" ± {100 * spread:.2f} ({len(seeds)} seeds)" if spread is not None else ""
+            )
+            run.info(f"{name}: {key} {100 * value:.2f}%{spread_text}")
 
 
 def _check_seeds(run: Run, name: str) -> None:

@@ -58,9 +58,9 @@ def overview(contents: Contents) -> Section:
     blocks: list[Block] = []
     if not any(one.status == "done" for one in contents.outcomes):
         blocks.append(Text([NOTHING]))
-    said = report_differences.in_short(contents)
-    if said:
-        blocks.append(Text(said))
+    summary = report_differences.in_short(contents)
+    if summary:
+        blocks.append(Text(summary))
         blocks += notes(report_differences.SHARED)
     results = _results(contents)
     counts = {

@@ -171,5 +171,5 @@ def words(*texts: str) -> list[Entry]:
 
 def notes(*texts: str) -> list[Block]:
     """Small print; nothing where there is none to say."""
-    said = [one for one in dict.fromkeys(texts) if one]
-    return [Text(said, notes=True)] if said else []
+    lines = [one for one in dict.fromkeys(texts) if one]
+    return [Text(lines, notes=True)] if lines else []

@@ -114,18 +114,18 @@ def difference(sample: Sample, what: str = "") -> Entry:
     """A mean difference with its interval; marked where that does not contain 0."""
     if not sample.n:
         return Entry(NONE)
-    more = f"{interval(sample)} ({sample.n}{what})".strip()
+    range_text = f"{interval(sample)} ({sample.n}{what})".strip()
     mean = signed(sample.mean)
     if sample.sign:
         up = sample.sign > 0
-        return Entry(f"{'▲' if up else '▼'}{TIED}{mean}", more, "up" if up else "down")
-    return Entry(mean, more)
+        return Entry(f"{'▲' if up else '▼'}{TIED}{mean}", range_text, "up" if up else "down")
+    return Entry(mean, range_text)
 
 
 def _left_out(contents: Contents, found: dict[str, Comparison]) -> str:
     """Data sets that are not pooled."""
-    left = {name for one in found.values() for name in one.each if name not in one.over}
-    titles = [contents.datasets[name].title for name in contents.datasets if name in left]
+    unpaired = {name for one in found.values() for name in one.each if name not in one.over}
+    titles = [contents.datasets[name].title for name in contents.datasets if name in unpaired]
     if not titles:
         return ""
     return (
@@ -149,7 +149,7 @@ def _told_apart(contents: Contents, found: dict[str, Comparison]) -> Grid:
 
 def in_short(contents: Contents) -> list[str]:
     """What self-distillation does to the score, in a sentence for each of the two references."""
-    said = []
+    lines = []
     for against in AGAINST:
         one = comparisons(contents, against).get("self_distillation")
         if one is None:
@@ -177,5 +177,5 @@ def in_short(contents: Contents) -> list[str]:
                 f" {signs.count(-1)} of {len(signs)}."
             )
         if parts:
-            said.append(" ".join(parts))
-    return said
+            lines.append(" ".join(parts))
+    return lines

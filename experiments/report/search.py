@@ -173,14 +173,16 @@ def cost(contents: Contents) -> list[Section]:
         "distillation / further pre-training",
         "search, all candidates",
     )
-    said = notes(
+    remarks = notes(
         "Wall time (h:m:s) of the stage alone, scoring and saving with it. Where several jobs ran"
         " at a time they shared the machine.",
         "Fine-tuning: mean over seeds, of the methods without options of their own.",
     )
     return [
         Section(
-            "cost-of-stages", "Cost of the stages", [Grid(head, lines, "time of each stage"), *said]
+            "cost-of-stages",
+            "Cost of the stages",
+            [Grid(head, lines, "time of each stage"), *remarks],
         )
     ]
 

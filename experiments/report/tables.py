@@ -186,9 +186,9 @@ def _notes(
     papers: bool,
     compared: bool,
 ) -> list[Block]:
-    said: list[str] = []
+    remarks: list[str] = []
     if compared:
-        said.append(
+        remarks.append(
             "Bold: the best mean of a column, where the 95% interval of its paired difference from"
             " the second best does not contain 0. In a column without bold the first two are not"
             " told apart."
@@ -199,22 +199,26 @@ def _notes(
             f"{d.title}: {(d.note or 'divided anew, or made in another way').rstrip('.')}"
             for d in others
         )
-        said.append(f"{OTHER_SET} another set than the paper's: not comparable. {text}.")
+        remarks.append(f"{OTHER_SET} another set than the paper's: not comparable. {text}.")
     reasons: dict[str, None] = {}
     for (number, _), one in table.cells.items():
         if one.status in ("failed", "blocked"):
             place = f"{table.title(number)} on {one.cell.dataset.title}"
             reasons[f"{place}, {one.status}: {one.message or 'no reason is known'}"] = None
     if papers and contents.profile.name != "paper":
-        said.append(
+        remarks.append(
             "The paper's figures are those of ViT-B/16 and RoBERTa-base with its own schedules"
             f" (profile paper); ours are those of profile {contents.profile.name}:"
             f" {contents.profile.title}."
         )
-    said = [*reasons, "; ".join(STATES[state] for state in STATES if state in states), *said]
+    remarks = [
+        *reasons,
+        "; ".join(STATES[state] for state in STATES if state in states),
+        *remarks,
+    ]
     used = dict.fromkeys(row.method for row in table.table.rows)
-    said += [f"{m.title}: {m.note}" for m in (contents.methods[n] for n in used) if m.note]
-    blocks = notes(*said)
+    remarks += [f"{m.title}: {m.note}" for m in (contents.methods[n] for n in used) if m.note]
+    blocks = notes(*remarks)
     packs = [d.pack or f"(no command is known that packs {d.name})" for d in table.datasets
              if d.name in table.absent]  # fmt: skip
     if packs:

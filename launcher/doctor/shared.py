@@ -120,9 +120,9 @@ def _compare(me: Task, reports: dict[int, dict[str, Any]]) -> Line:
         if (there := reports[rank]["versions"]).get(name) != version
     ]
     if other:
-        more = f", and {len(other) - 3} more" if len(other) > 3 else ""
+        others = f", and {len(other) - 3} more" if len(other) > 3 else ""
         cure = "use one environment on a shared file system, or make venv on every node"
-        return Line("FAILED", "versions", ", ".join(other[:3]) + more, cure)
+        return Line("FAILED", "versions", ", ".join(other[:3]) + others, cure)
     count = len(reports[first]["versions"]) - 1
     found = f"Python and {count} packages are the same on {len(reports)} nodes"
     return Line("ok", "versions", found)

@@ -148,9 +148,9 @@ def shards(data: str, full: bool = False) -> Line:
         if not away:
             assert len(file.members) == file.samples  # opened, and hashed where that is quick
     if wrong:
-        more = f", and {len(wrong) - 1} more shards like it" if len(wrong) > 1 else ""
+        others = f", and {len(wrong) - 1} more shards like it" if len(wrong) > 1 else ""
         cure = f"copy what is broken again; python -m data.verify {data} names all"
-        return Line("FAILED", "data", wrong[0] + more, cure)
+        return Line("FAILED", "data", wrong[0] + others, cure)
     count, samples = sum(len(f.shards) for f in found), sum(f.samples for f in found)
     size = sum(info.bytes for f in found for info in f.shards)
     what = f"{samples} samples in {count} shards, {size / 1e6:.1f} MB"
@@ -170,6 +170,6 @@ def _hashed(data: str) -> Line:
         lines = printed.getvalue().splitlines()
         if not lines:
             raise
-        more = f" (and {len(lines) - 1} more: python -m data.verify {data})" if lines[1:] else ""
-        return Line("FAILED", "data", lines[0] + more)
+        others = f" (and {len(lines) - 1} more: python -m data.verify {data})" if lines[1:] else ""
+        return Line("FAILED", "data", lines[0] + others)
     return Line("ok", "data", printed.getvalue().strip())

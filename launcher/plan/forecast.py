@@ -74,6 +74,11 @@ class Job:
         """Optimiser steps of one repeat, as the engine counts them."""
         return self.section.length(self.samples)
 
+    @property
+    def times(self) -> str:
+        """The repeats, as a factor in an arithmetic."""
+        return f" x {self.repeats}" if self.repeats > 1 else ""
+
 
 @dataclass(frozen=True)
 class Plan:

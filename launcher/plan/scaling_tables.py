@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich import box
-from rich.table import Table
-
 from selfdistill.engine.runtime import preemption, zero
 from selfdistill.launcher.plan import memory, scaling
 from selfdistill.launcher.plan.forecast import Job, Plan
+from selfdistill.launcher.plan.sheet import Sheet
 
 #: Numbers of devices that are set beside the one that is asked for.
 DEVICES = (8, 64, 1024)
@@ -96,72 +94,51 @@ def stage_rows(plan: Plan, job: Job) -> list[Row]:
         alone = (micro * accumulation if rest else batch) * one
         single = (1 - scaling.share_of_saving(saved, alone, every)) / one
         rate = batch / step.seconds * (1 - share)
+        sent, efficiency = scaling.volume(collectives, devices), rate / (devices * single)
         found.append(
-            Row(
-                job=job,
-                devices=devices,
-                strong=not rest,
-                micro=micro,
-                batch=batch,
-                sent=scaling.volume(collectives, devices),
-                step=step,
-                checkpoint=saved,
-                rate=rate,
-                efficiency=rate / (devices * single),
-                saving=share,
-            )
+            Row(job, devices, not rest, micro, batch, sent, step, saved, rate, efficiency, share)
         )
     return found
 
 
-def scaling_table(plan: Plan, shown: list[Row]) -> tuple[Table, list[str]]:
+def scaling_sheet(plan: Plan, shown: list[Row]) -> Sheet:
     """Time of a step by the number of devices, from `rows`."""
     options, setting = plan.options, Path(plan.config.zero).stem
-    table = Table(
-        title=f"a step at scale, ms: {setting}, {100 * options.mfu:g}% MFU",
-        title_justify="left",
-        box=box.SIMPLE,
-        padding=0,
+    names = ("devices", "batch", "each", "compute", "comm.", "exposed", "step")
+    sheet = Sheet(
+        f"a step at scale, ms: {setting}, {100 * options.mfu:g}% MFU",
+        ("stage", *names, f"{plan.work.samples}/s", "effic."),
+        notes=["* as asked for; each: of a device's micro-batch"],
     )
-    table.add_column("stage", no_wrap=True)
-    for name in ("devices", "batch", "each", "compute", "comm.", "exposed", "step"):
-        table.add_column(name, justify="right")
-    for name in (f"{plan.work.samples}/s", "effic."):
-        table.add_column(name, justify="right")
-    weak: dict[str, int] = {}
-    short = False
-    for found in shown:
-        step = found.step
-        if not found.strong:
-            weak[found.job.name] = found.micro
-        short = short or step.compute < scaling.SHORT_STEP
-        asked = found.devices == options.devices
-        table.add_row(
-            found.job.name,
-            f"{found.devices:,}{' *' if asked else ''}",
-            f"{found.batch:,}{'' if found.strong else ' w'}",
-            f"{found.micro:,}",
+    for row in shown:
+        step, asked = row.step, row.devices == options.devices
+        sheet.add(
+            row.job.name,
+            f"{row.devices:,}{' *' if asked else ''}",
+            f"{row.batch:,}{'' if row.strong else ' w'}",
+            f"{row.micro:,}",
             *(f"{1000 * t:.2f}" for t in (step.compute, step.communication, step.exposed)),
             f"{1000 * step.seconds:.2f}",
-            f"{found.rate:,.0f}",
-            f"{100 * found.efficiency:.0f}%",
-            style="bold" if asked else "",
+            f"{row.rate:,.0f}",
+            f"{100 * row.efficiency:.0f}%",
+            bold=asked,
         )
-    notes = ["* as asked for; each: of a device's micro-batch"]
+    weak = {row.job.name: row.micro for row in shown if not row.strong}
     if weak:
-        names = ", ".join(f"{name} {micro} {plan.work.samples}" for name, micro in weak.items())
-        notes.append(
+        listed = ", ".join(f"{name} {micro} {plan.work.samples}" for name, micro in weak.items())
+        sheet.notes.append(
             "w: the recipe's batch cannot be cut over so many devices: weak scaling, with the"
-            f" micro-batch that a device has on {options.devices} ({names}), and so a larger batch"
+            f" micro-batch that a device has on {options.devices} ({listed}), and so a larger batch"
             " than the recipe's, which trains otherwise. All other rows keep the recipe's batch:"
             " strong scaling"
         )
-    if short:
-        notes.append(
+    if any(row.step.compute < scaling.SHORT_STEP for row in shown):
+        sheet.notes.append(
             f"compute below {1000 * scaling.SHORT_STEP:g} ms is bound by launching kernels, and its"
             " real MFU is far lower"
         )
-    return table, [*notes, *_formulas(plan, shown)]
+    sheet.notes += _formulas(plan, shown)
+    return sheet
 
 
 def _formulas(plan: Plan, shown: list[Row]) -> list[str]:
@@ -211,35 +188,29 @@ def _formulas(plan: Plan, shown: list[Row]) -> list[str]:
     return lines
 
 
-def feed_table(plan: Plan, shown: list[Row]) -> tuple[Table, list[str]]:
+def feed_sheet(plan: Plan, shown: list[Row]) -> Sheet:
     """What the nodes read and save at scale, from `rows`."""
     options, every = plan.options, plan.config.save_every
-    table = Table(title="input and checkpoints at scale", title_justify="left", box=box.SIMPLE)
-    table.add_column("stage", no_wrap=True)
-    for name in ("devices", "nodes", "MB/s a node", "MB/s in all", "checkpoint, s", "of the time"):
-        table.add_column(name, justify="right")
-    stored = True
-    for found in shown:
-        size = found.job.sample_bytes
-        stored = stored and size is not None
-        flow = found.rate * (plan.work.input_bytes() if size is None else size) / 1e6
-        nodes = links(plan).nodes(found.devices)
-        asked = found.devices == options.devices
-        table.add_row(
-            found.job.name,
-            f"{found.devices:,}{' *' if asked else ''}",
-            f"{nodes:,}",
-            f"{flow / nodes:,.1f}",
-            f"{flow:,.1f}",
-            f"{found.checkpoint:.2f}" if every else "none",
-            f"{100 * found.saving:.1f}%" if every else "none",
-            style="bold" if asked else "",
+    names = ("devices", "nodes", "MB/s a node", "MB/s in all", "checkpoint, s", "of the time")
+    sheet = Sheet("input and checkpoints at scale", ("stage", *names))
+    for row in shown:
+        size = row.job.sample_bytes
+        flow = row.rate * (plan.work.input_bytes() if size is None else size) / 1e6
+        nodes, asked = links(plan).nodes(row.devices), row.devices == options.devices
+        saving = (f"{row.checkpoint:.2f}", f"{100 * row.saving:.1f}%") if every else ("none",) * 2
+        sheet.add(
+            row.job.name,
+            *(f"{row.devices:,}{' *' if asked else ''}", f"{nodes:,}"),
+            *(f"{flow / nodes:,.1f}", f"{flow:,.1f}", *saving),
+            bold=asked,
         )
-    notes = [
-        f"MB/s = {plan.work.samples}/s x bytes each"
-        + (" in the shards" if stored else " on the device (no data given)"),
-        f"checkpoint = 12 B x P / {options.storage_gbs:g} GB/s that the shared storage writes for"
-        " all nodes together (--storage_gbs), all ranks waiting; of the time: checkpoint /"
-        f" ({every} steps + checkpoint)",
-    ]
-    return table, notes if every else notes[:1]
+    stored = all(row.job.sample_bytes is not None for row in shown)
+    place = "in the shards" if stored else "on the device (no data given)"
+    sheet.notes.append(f"MB/s = {plan.work.samples}/s x bytes each {place}")
+    if every:
+        sheet.notes.append(
+            f"checkpoint = 12 B x P / {options.storage_gbs:g} GB/s that the shared storage writes"
+            " for all nodes together (--storage_gbs), all ranks waiting; of the time: checkpoint /"
+            f" ({every} steps + checkpoint)"
+        )
+    return sheet

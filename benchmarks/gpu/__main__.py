@@ -7,7 +7,7 @@ OUT/log.txt has all that the parts said. A first call, `--first true`, takes 75 
 whether the machine is fit for the long one; `--tiny true` rehearses either on any machine.
 
 On a machine with torch but without the rest, and without a network, `benchmarks/gpu.sh` installs
-the rest from a folder of wheels first (`make wheels`).
+the rest from a folder of wheels first (`benchmarks/wheels.sh`).
 """
 
 import difflib

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pydantic
@@ -26,6 +26,10 @@ from selfdistill.data.splits import SPLITS, UNLABELLED, Metric
 FORMAT = "selfdistill-shards"
 FILE = "manifest.json"
 MEMBERS = "members.npy"
+#: Of addresses that a manifest may name. Never a command: it may come from a stranger.
+SCHEMES = ("http", "https", "s3", "gs", "az", "hf")
+#: What a number of a manifest stays below: the integers that JSON's readers all keep exact.
+LARGEST = 2**53
 # The hash of a table up to this size is checked at every start (0.1 s); beyond, by data.verify.
 _HASHED_BYTES = 64 * 2**20
 
@@ -39,16 +43,20 @@ class ShardInfo(NamedTuple):
     samples: int
 
 
+_Hash = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
+_Number = Annotated[int, pydantic.Field(ge=0, lt=LARGEST)]
+
+
 class _Shard(pydantic.BaseModel):
     name: str
-    sha256: str
-    bytes: int = pydantic.Field(ge=0)
-    samples: int = pydantic.Field(ge=0)
+    sha256: _Hash
+    bytes: _Number
+    samples: _Number
 
 
 class _Members(pydantic.BaseModel):
     file: str
-    sha256: str
+    sha256: _Hash
 
 
 class _Text(pydantic.BaseModel):
@@ -65,8 +73,8 @@ class _File(pydantic.BaseModel):
     kind: Literal["image", "text"]
     split: str
     classes: list[str]
-    class_counts: list[int]
-    samples: int
+    class_counts: list[_Number]
+    samples: _Number
     image: dict[str, Any] | None = None
     text: _Text | None = None
     columns: list[str] = ["input", "label"]
@@ -164,10 +172,12 @@ class Manifest:
         if len(self.class_counts) != len(self.classes):
             raise UserError(f"{self.place}: class_counts and classes differ in length: {cure}")
         for name in [self.members_file.file, *(s.name for s in self.shards)]:
-            # A manifest fetched from elsewhere must not be able to run a command here.
-            own = is_remote(name) and (not name.startswith("pipe:") or not is_remote(self.root))
-            if not own and not is_plain(name):
-                raise UserError(f"{self.place}: {name!r} is no plain file name: {cure}")
+            scheme, address, _ = name.partition("://")
+            if not (address and scheme.lower() in SCHEMES) and not is_plain(name):
+                raise UserError(
+                    f"{self.place}: {name!r} is neither a plain file name nor an address of"
+                    f" {', '.join(SCHEMES)}: {cure}"
+                )
 
     @classmethod
     def load(cls, root: str, cache_dir: str | None = None) -> "Manifest":

@@ -96,23 +96,12 @@ class Stage:
         """An optimiser of the stage's own; None: AdamW."""
         return None
 
-    def start(self, engine: Any) -> None:
-        """Called once, when the engine is ready for its next step."""
-
     def keyed(self) -> Keyed | None:
         """The random numbers of the stage's view of a sample, keyed by position in the stream."""
         raise NotImplementedError
 
-    def inputs(self, batch: Batch) -> Batch:
-        """A loader's batch -> the objective's arguments, on the device."""
-        raise NotImplementedError
-
-    def units(self, batch: Batch) -> int | None:
-        """Masked units by whose number in the global batch the loss is divided.
-
-        None where the objective's loss is a mean already, over as many units in each batch.
-        """
-        return self.modality.count(batch) if self.reconstructs else None
+    def start(self, engine: Any) -> None:
+        """Called once, when the engine is ready for its next step."""
 
     def flops(self, batch: Batch) -> float:
         """FLOPs of a batch in one step, forward and backward; 0 where they are not known."""
@@ -125,6 +114,17 @@ class Stage:
     def teacher_mode(self) -> Any:
         """Of the teacher, which costs FLOPs in a step unless it is cached."""
         return "cached"
+
+    def units(self, batch: Batch) -> int | None:
+        """Masked units by whose number in the global batch the loss is divided.
+
+        None where the objective's loss is a mean already, over as many units in each batch.
+        """
+        return self.modality.count(batch) if self.reconstructs else None
+
+    def inputs(self, batch: Batch) -> Batch:
+        """A loader's batch -> the objective's arguments, on the device."""
+        raise NotImplementedError
 
     def after_update(self) -> None:
         """Called after each update of the weights."""

@@ -5,19 +5,18 @@ from typing import Protocol
 
 from selfdistill.data.cli import nearest
 from selfdistill.data.errors import UserError
-from selfdistill.data.sources.layouts import (
+from selfdistill.data.sources.layouts.archive import is_archive, opened
+from selfdistill.data.sources.layouts.base import Layout, Options
+from selfdistill.data.sources.layouts.images import (
     aircraft,
     cifar100,
     cub,
     dogs,
     dtd,
     flowers,
-    json_lines,
-    tweeteval,
     xray,
 )
-from selfdistill.data.sources.layouts.archive import is_archive, opened
-from selfdistill.data.sources.layouts.base import Layout, Options
+from selfdistill.data.sources.layouts.texts import json_lines, tweeteval
 
 __all__ = [
     "NAMES",
@@ -31,7 +30,10 @@ __all__ = [
 
 
 class _Known(Protocol):
-    """A layout: a module, or one of several sets that a module knows."""
+    """A layout: a module with these names, or one of several sets that a module knows.
+
+    `OPTIONS`, where a module has it, names those of `Options` that it follows.
+    """
 
     @property
     def NAME(self) -> str: ...

@@ -2,8 +2,10 @@
 
 import fcntl
 import http.server
+import json
 import multiprocessing
 import os
+import re
 import subprocess
 import threading
 import time
@@ -166,14 +168,34 @@ def test_pipe(split: Manifest, cache: str) -> None:
         Manifest.load("pipe:cat /nowhere 2>/dev/null; false #", cache)
 
 
-def test_a_remote_manifest_cannot_run_commands(split: Manifest, server: Server) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["pipe:touch x", "$(touch x)", "PIPE://touch x", "Pipe:touch x", "file:///x", "ssh://h/x"],
+)
+def test_a_manifest_cannot_run_commands(split: Manifest, server: Server, name: str) -> None:
+    """Neither a fetched one nor one in a folder that was downloaded."""
     path = Path(split.root) / "manifest.json"
-    path.write_text(path.read_text().replace("t-000000.tar", "pipe:touch x"))
-    with pytest.raises(UserError, match="'pipe:touch x' is no plain file name"):
+    path.write_text(path.read_text().replace("t-000000.tar", name))
+    said = f"{re.escape(repr(name))} is neither a plain file name nor an address"
+    with pytest.raises(UserError, match=said):
         Manifest.load_split(server.url, "train")
-    path.write_text(path.read_text().replace("pipe:touch x", "$(touch x)"))
-    with pytest.raises(UserError, match="is no plain file name"):
-        Manifest.load_split(server.url, "train")
+    with pytest.raises(UserError, match=said):
+        Manifest.load(split.root)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("sha256", "../x"), ("sha256", "A" * 64), ("bytes", -1), ("bytes", 2**53), ("samples", -1)],
+)
+def test_hashes_and_numbers_of_a_manifest_are_bounded(
+    split: Manifest, key: str, value: object
+) -> None:
+    path = Path(split.root) / "manifest.json"
+    content = json.loads(path.read_text())
+    content["shards"][0][key] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"is no manifest of this program: shards.0.{key}"):
+        Manifest.load(split.root)
 
 
 def test_a_lock_does_not_live_on_in_a_worker(split: Manifest, tmp_path: Path) -> None:

@@ -139,8 +139,10 @@ def edit(split: Manifest, **changes: object) -> None:
         (lambda s: edit(s, samples=16), "do not add up to 16"),
         (lambda s: edit(s, classes=["ant"]), "differ in length"),
         (
-            lambda s: edit(s, shards=[{"name": "../x", "sha256": "", "bytes": 1, "samples": 15}]),
-            "'../x' is no plain file name",
+            lambda s: edit(
+                s, shards=[{"name": "../x", "sha256": "0" * 64, "bytes": 1, "samples": 15}]
+            ),
+            "'../x' is neither a plain file name",
         ),
         (lambda s: (Path(s.root) / "members.npy").unlink(), "members.npy is missing"),
         (lambda s: (Path(s.root) / "members.npy").write_bytes(b"x"), "cannot be read"),

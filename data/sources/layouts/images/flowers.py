@@ -10,7 +10,8 @@ The release gives the classes numbers and no names.
 from pathlib import Path
 
 from selfdistill.data.errors import UserError
-from selfdistill.data.sources.layouts import base, mat
+from selfdistill.data.sources.layouts import base
+from selfdistill.data.sources.layouts.images import mat
 
 NAME = "flowers"
 TITLE = "Oxford Flowers 102"

@@ -6,7 +6,8 @@ lists/{train,test}_list.mat    file_list (cells), labels 1..120; also found besi
 
 from pathlib import Path, PurePosixPath
 
-from selfdistill.data.sources.layouts import base, mat
+from selfdistill.data.sources.layouts import base
+from selfdistill.data.sources.layouts.images import mat
 
 NAME = "dogs"
 TITLE = "Stanford Dogs"

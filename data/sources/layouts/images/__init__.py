@@ -1,0 +1,1 @@
+"""Layouts of image sets, a module each."""

@@ -1,0 +1,1 @@
+"""Layouts of text sets, a module each."""

@@ -168,7 +168,7 @@ def compared(
     """
     content, told = case.content(), parameters()
     stage, times = zero.stage_of(content), case.accumulation
-    theory = scaling.textbook(stage, told.trained, size=4, accumulation=times)
+    theory = scale_model.textbook(stage, told.trained, size=4, accumulation=times)
     plan = scaling.asked(content, told, size=4, accumulation=times)
     sums = [scaling.sent(kind, payload, ranks) for kind, (_, payload) in counts.items()]
     return {

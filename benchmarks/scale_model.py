@@ -121,3 +121,28 @@ def held(rounds: Sequence[Round], cores: int, parameters: Parameters) -> list[di
                 }
             )
     return rows
+
+
+def textbook(
+    stage: int, trained: int, *, size: int, accumulation: int = 1
+) -> list[scaling.Collective]:
+    """What a step takes by the ZeRO paper, each as one call; see docs/planning.md.
+
+    Args:
+        stage: of ZeRO.
+        trained: parameters with a gradient, P.
+        size: bytes of a value, e.
+        accumulation: micro-batches of a step, A.
+    """
+    whole = float(size * trained)
+    if stage == 0:
+        return [scaling.Collective("all-reduce", whole, 1, "backward")]
+    times = 1 if stage == 1 else accumulation
+    sums = scaling.Collective("reduce-scatter", times * whole, times, "backward")
+    if stage < 3:
+        return [sums, scaling.Collective("all-gather", whole, 1, "alone")]
+    return [
+        scaling.Collective("all-gather", times * whole, times, "forward"),
+        scaling.Collective("all-gather", times * whole, times, "backward"),
+        sums,
+    ]

@@ -67,7 +67,7 @@ def choose_size(splits: Splits) -> int:
             try:
                 width, height = images.read(content_of(sample)).size
             except ValueError:
-                continue  # what cannot be read is told of when it is packed
+                continue  # packing reports what cannot be read
             if width != height or width > DEFAULT_SIZE or side not in (0, width):
                 return DEFAULT_SIZE
             side = width

@@ -1,7 +1,7 @@
 """Runs the paper's experiments: `python -m experiments.run table1 table2 --data_root shards`.
 
 What is complete is not done again; what several tables need is done once; one failure stops only
-what depends on it. Interrupted, by whatever, the same command goes on.
+what depends on it. After an interruption the same command continues.
 """
 
 import contextlib

@@ -25,7 +25,7 @@ Grid = dict[str, list[bool | int | float | str]]
 
 
 class Spec(BaseModel):
-    """A file of specs. Fields that nobody declared are refused."""
+    """A file of specs. Undeclared fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -63,7 +63,7 @@ class Job:
     """One call of sbatch.
 
     Attributes:
-        name: what is told of it.
+        name: in messages.
         template: its script, in slurm/.
         options: of sbatch, without the dependency.
         variables: of its environment.
@@ -81,7 +81,7 @@ class Job:
 
     def command(self, after: str | None) -> list[str]:
         """The words of sbatch; `after` is the job that must succeed first."""
-        # Without the second option SLURM keeps a job for ever whose dependency has failed.
+        # Without the second option SLURM keeps a job whose dependency has failed in the queue.
         wait = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
         return ["sbatch", "--parsable", *self.options, *wait, str(self.script)]
 

@@ -66,7 +66,7 @@ def to_rgb(image: Image.Image, on_unreadable: OnUnreadable = None) -> Image.Imag
 
     Args:
         image: As Pillow opened it.
-        on_unreadable: Called where the orientation cannot be read: then it is taken as it lies.
+        on_unreadable: Called where the orientation cannot be read: the image is then not turned.
 
     Returns:
         The image in mode "L" or "RGB".

@@ -88,7 +88,7 @@ def stop(iterator: Any) -> None:
     They are asked first. Where that does not reach them (Python has collected the queue to them
     before the iterator) torch sends SIGTERM, which they ignore, and the program would wait for them
     at its end for ever: so they are killed. When one of them died nothing is asked: it may have
-    held a lock that all share, which nobody gives back.
+    held a lock that all share, and that is never released.
     """
     if not hasattr(iterator, "_shutdown_workers"):
         return

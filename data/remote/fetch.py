@@ -112,7 +112,7 @@ def as_retrying(line: str) -> None:
 
 
 def timeout() -> int:
-    """Seconds that a transfer may be silent (connecting, at its start, in its midst), or crawl.
+    """Seconds that a transfer may be silent or slow, from the connection to its end.
 
     Raises:
         UserError: SELFDISTILL_FETCH_TIMEOUT is no whole number above 0.

@@ -118,7 +118,7 @@ def write_split(
         overwrite: Replace the split if it is there.
         skip_broken: Leave out unreadable samples (counted) where they would be an error.
         progress: Where to show how far it is.
-        seen: Is told of every input.
+        seen: Called with every input.
 
     Returns:
         What was written.

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Section(BaseModel):
-    """A group of options. Fields that nobody declared are refused."""
+    """A group of options. Undeclared fields are refused."""
 
     model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=True)
 
@@ -257,7 +257,7 @@ class SupConSection(Section):
 
 
 class Config(Section):
-    """Everything a run is told."""
+    """All settings of a run."""
 
     stage: Literal["pretrain", "distill", "finetune", "all"] = "all"
     recipe: str | None = Field(None, description="name in recipes/, or a TOML file")

@@ -1,1 +1,1 @@
-"""What is told of a run: terminal, TensorBoard, figures."""
+"""What a run reports: terminal lines, TensorBoard, pictures, FLOPs."""

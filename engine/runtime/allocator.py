@@ -37,7 +37,8 @@ def release(engine: Any) -> None:
 
     DeepSpeed 0.19.8 goes on holding an engine that it has destroyed: under ZeRO-3 in its stack of
     modules, in the autograd classes that it makes for each module, and in a cache of the modules'
-    parameters. So the tensors are emptied, whoever still refers to them. Every rank calls it.
+    parameters. So the tensors are emptied, even if something still refers to them. Every rank calls
+    it.
 
     Args:
         engine: of a stage or a teacher; not to be used again, nor its module.

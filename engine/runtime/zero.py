@@ -146,7 +146,7 @@ def training_config(config: Config, plan: StageSection, world: int) -> dict[str,
 
 
 def numbers(precision: str) -> dict[str, Any]:
-    """What DeepSpeed is told of a precision; see `engine.runtime.precision`."""
+    """DeepSpeed's configuration of a precision; see `engine.runtime.precision`."""
     if precision == "bf16":
         # No module's gradients are rounded on their way between ranks.
         safe: list[str] = []

@@ -81,7 +81,7 @@ def build_engine(
             " the file, or take one of ds_configs/"
         ) from error
     if run.ranks.world == 1 and zero.stage_of(content) == 0:
-        # Nobody to add up with: DeepSpeed would copy all gradients together and back all the same.
+        # With one rank there is nothing to sum, but DeepSpeed would still copy all gradients twice.
         engine.enable_backward_allreduce = False
     if run.config.compile:
         engine.compile(compile_kwargs={"mode": run.config.compile_mode})

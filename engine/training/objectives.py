@@ -190,7 +190,7 @@ class DistillObjective(nn.Module):
         return out | {"loss": terms[0] + terms[1] if len(terms) == 2 else terms[0]}
 
     def _distill(self, target: Tensor, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_Distill, and what is told of it."""
+        """L_Distill, and the scalars that describe it."""
         tokens, counts = self.model.encode(cls_only=self.feature == "cls", **batch)
         student = pick(tokens, self.feature, counts).float()
         target = target.float()

@@ -16,7 +16,7 @@ from selfdistill.engine.runtime.distributed import Ranks, main_only, total
 
 
 class Skipped:
-    """The broken samples that the ranks left out, together: each counts once, whoever met it.
+    """The broken samples that all ranks left out; each counts once.
 
     In another epoch another rank meets the same sample, so the ranks' counts do not add up. The
     ids are exchanged on those log steps on which the sum of the counts shows that there are more.

@@ -18,7 +18,7 @@ from selfdistill.experiments.report.numbers import NONE, TIED, interval, plain, 
 from selfdistill.experiments.report.sweep import Contents
 from selfdistill.experiments.results import Comparison, Sample
 
-#: Methods from which the others are told.
+#: Methods that the others are compared with.
 AGAINST = ("fine_tuning", "further_pretraining")
 
 #: Data sets beside each other.

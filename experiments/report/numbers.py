@@ -1,4 +1,8 @@
-"""Numbers as a report prints them."""
+"""Numbers as a report prints them.
+
+No pandas: cells are texts with a spread, a mark and a style, which a frame would hold as objects,
+and grouping takes one dictionary. It would add 84 MB and a second of import.
+"""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def attempt(check: str, look: Callable[[], Line | list[Line]]) -> list[Line]:
         return [Line("FAILED", check, str(error))]
     except OSError as error:
         return [Line("FAILED", check, str(cli.machine_error(error) or error))]
-    except Exception as error:  # any library's: a doctor that falls over helps nobody
+    except Exception as error:  # of any library: the other checks must still run
         what = f"{type(error).__name__}: {cli.format_error(error)}"
         return [Line("FAILED", check, what, "install what is missing, or tell the authors")]
 

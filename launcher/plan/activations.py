@@ -1,19 +1,7 @@
 """Bytes that a sample's forward leaves for its backward, in closed form: an estimate.
 
-Counted are the tensors that autograd saves, as PyTorch's own hooks see them
-(tests/launcher/test_plan.py), with fused attention, which saves no attention matrix, and without
-recomputation. A block of width
-D and MLP width M saves for each token
-
-    2 D x 4 + (6 D + 2 M) e,   e bytes a value of a matrix product
-
-(inputs of both LayerNorms, in fp32; of the four linear layers; queries, keys and values;
-attention's output; GELU's input), beside the statistics of LayerNorm and attention, and 2 D values
-of dropout's masks (a byte each on CUDA, e on a CPU). With M = 4 D and e = 2 that is 36 bytes x
-tokens x D; equation 1 of Korthikanti et al. 2022 (arXiv 2205.05198) has 32, without dropout and the
-attention matrix: there LayerNorms' inputs have 2 bytes, as here under fp16. What
-lives for a moment only (gradients of activations, workspaces of cuBLAS) is not counted, nor what a
-caching allocator leaves unused.
+What autograd saves, as PyTorch's own hooks count it (tests/launcher/test_plan.py).
+docs/planning.md has the formulas.
 """
 
 from __future__ import annotations

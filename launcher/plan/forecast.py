@@ -214,7 +214,7 @@ def _work(options: Options, config: Config, manifests: dict[str, Manifest]) -> W
         return TextWork(run, options.tokens, manifest)
     work = ImageWork(run)
     if manifest:
-        work.kind.check(manifest, work.base)
+        work.modality.check(manifest, work.base)
     return work
 
 

@@ -1,8 +1,7 @@
 """Memory of a training step on one device: model states by ZeRO stage, in closed form.
 
-What DeepSpeed 0.19.8 keeps, counted over the tensors of real engines with AdamW on one and two
-ranks. Its own estimator assumes fp16 with fp32 gradients, 18 to 20 bytes a parameter, whatever the
-precision is, and knows neither buckets nor what ZeRO-3 gathers.
+What DeepSpeed 0.19.8 keeps, counted over the tensors of real engines (tests/launcher/test_plan.py).
+docs/planning.md has the formulas.
 """
 
 from __future__ import annotations
@@ -82,62 +81,40 @@ def need(
         teacher: bytes of the frozen encoder.
         activations: bytes of a micro-batch, and of the weights' copies for bf16 products.
     """
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    trained, stage = parameters.trained, stage_of(content)
-    zero = DeepSpeedZeroConfig(**content.get("zero_optimization", {}))
-    bucket = size * zero.reduce_bucket_size
-    if stage == 0:
-        return Need(
-            weights=size * parameters.all,
-            gradients=size * trained,
-            optimizer=8 * trained,
-            backward=0,
-            step=size * min(trained, ALL_REDUCE) if world > 1 else 0,
-            teacher=teacher,
-            activations=activations,
-        )
-    if stage < 3:
-        # Between micro-batches ZeRO-1 keeps whole gradients.
-        whole = stage == 1 and accumulation > 1
-        host = _offloaded(zero.offload_optimizer)
-        masters = 12 * trained / world
-        return Need(
-            weights=size * parameters.all,
-            gradients=size * trained / (1 if whole else world),
-            optimizer=0 if host else masters,
-            backward=bucket * (2 if zero.overlap_comm else 1),
-            step=0 if host else 4 * trained / world,
-            teacher=teacher,
-            activations=activations,
-            host=masters + (4 + size) * trained / world if host else 0,
-        )
-    shard = size * parameters.all / world
+    stage, zero = stage_of(content), settings(content)
+    trained, weights = parameters.trained, size * parameters.all
+    bucket, shard = size * zero.reduce_bucket_size, weights / world
+    own, masters, fp32 = size * trained / world, 12 * trained / world, 4 * trained / world
+    away, weights_away = offloaded(zero.offload_optimizer), offloaded(zero.offload_param)
     # ZeRO-3 keeps a parameter that is used again within max_reuse_distance: below a billion of
     # them, all are whole from the forward to the backward.
     gathered = size * min(parameters.all, zero.max_live_parameters)
-    states = 12 * trained / world
-    own, step = size * trained / world, 4 * trained / world
-    optimizer_away, weights_away = (
-        _offloaded(zero.offload_optimizer),
-        _offloaded(zero.offload_param),
-    )
-    held = 0.0 if weights_away else shard
-    if world > 1 or weights_away:
-        held += gathered
-    return Need(
-        weights=held,
-        gradients=0 if optimizer_away else own,
-        optimizer=0 if optimizer_away else states,
-        backward=bucket,
-        step=bucket + (0 if optimizer_away else step),
-        teacher=teacher,
-        activations=activations,
-        host=(states + own + step if optimizer_away else 0) + (shard if weights_away else 0),
-    )
+    held = (0 if weights_away else shard) + (gathered if world > 1 or weights_away else 0)
+    # Between micro-batches ZeRO-1 keeps whole gradients.
+    first = size * trained if accumulation > 1 else own
+    flat = size * min(trained, ALL_REDUCE) if world > 1 else 0
+    sums, step = bucket * (2 if zero.overlap_comm else 1), 0 if away else fp32
+    kept = 0 if away else masters
+    found = {
+        # stage: weights, gradients, optimiser, in the backward, in the step
+        0: (weights, size * trained, 8 * trained, 0, flat),
+        1: (weights, first, kept, sums, step),
+        2: (weights, own, kept, sums, step),
+        3: (held, 0 if away else own, kept, bucket, bucket + step),
+    }[stage]
+    host = (masters + own + fp32 if away else 0) + (shard if weights_away else 0)
+    return Need(*found, teacher, activations, host if stage else 0)
 
 
-def _offloaded(section: Any) -> bool:
+def settings(content: Mapping[str, Any]) -> Any:
+    """DeepSpeed's own reading of its section on ZeRO, defaults filled in."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return DeepSpeedZeroConfig(**content.get("zero_optimization", {}))
+
+
+def offloaded(section: Any) -> bool:
+    """Whether a section of ZeRO's configuration moves something to host memory or disk."""
     return section is not None and str(getattr(section.device, "value", section.device)) != "none"
 
 
@@ -176,52 +153,28 @@ def deepspeed_estimate(
         per_node: ranks of a node.
         nodes: number of nodes.
     """
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
-    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as third
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as second
 
-    zero = DeepSpeedZeroConfig(**content.get("zero_optimization", {}))
-    away = _offloaded(zero.offload_optimizer)
+    zero, ranks = settings(content), (per_node, nodes)
+    away, weights_away = offloaded(zero.offload_optimizer), offloaded(zero.offload_param)
     if stage_of(content) == 2:
-        return int(
-            estimate_zero2_model_states_mem_needs(
-                parameters.all, per_node, nodes, cpu_offload=away
-            )[1]
-        )
+        return int(second(parameters.all, *ranks, cpu_offload=away)[1])
     if stage_of(content) == 3:
-        return int(
-            estimate_zero3_model_states_mem_needs(
-                parameters.all,
-                parameters.largest,
-                per_node,
-                nodes,
-                cpu_offload=away,
-                cpu_offload_params=_offloaded(zero.offload_param),
-            )[1]
-        )
+        sizes = (parameters.all, parameters.largest)
+        return int(third(*sizes, *ranks, cpu_offload=away, cpu_offload_params=weights_away)[1])
     return None
 
 
 def notes(size: int, product: int, world: int) -> list[str]:
-    """The formulas of the table, and where DeepSpeed's differ."""
+    """The formulas of the table in short."""
+    copies = ", and bf16 copies of the weights 2 P" if product < size else ""
     return [
-        f"bytes a parameter, e = {size}, N = {world}: ZeRO 0 weights, gradients, optimiser"
-        f" {size} + {size} + 8;"
-        f" ZeRO 1, 2 {size} + ({size} + 12) / N; ZeRO 3 ({size} + {size} + 12) / N, and"
-        f" {size} x min(P, stage3_max_live_parameters) gathered where N > 1. 12: fp32 weights and"
-        " AdamW's two moments, which DeepSpeed keeps beside the weights in fp32, too (ZeRO 0: 8)."
-        " ZeRO 1 keeps whole gradients while micro-batches add up (--STAGE.accumulation).",
-        "buffers: reduce_bucket_size x e, twice with overlap_comm; or, if more is needed then,"
-        " 4 P / N of fp32 gradients in the optimiser's step. ZeRO 0: flat gradients of the"
-        " all-reduce.",
-        "activations: an estimate, bytes x samples of a micro-batch: a block saves 8 width +"
-        f" (6 width + 2 MLP width) x {product} a token (launcher/plan/activations.py)"
-        + (", and bf16 copies of the weights 2 P" if product < size else "")
-        + "; fused attention keeps no matrix of its scores"
-        f" ({product} x heads x tokens² a block elsewhere); compilation and allocator not counted.",
-        "theirs: DeepSpeed's own estimator, for ZeRO 2 and 3, model states alone: 2 + 18 / N"
-        " and 18 / N bytes a parameter with fp32 gradients beside 16-bit ones, and 4 x the largest"
-        " layer gathered; it knows neither fp32 training nor buckets, teacher and activations.",
-        "fits: total <= the data sheet's GB x 1e9; what the card has beyond is left to CUDA, NCCL"
-        " and fragmentation.",
+        f"bytes a parameter, e = {size}, N = {world}: ZeRO 0 {size} + {size} + 8; ZeRO 1, 2"
+        f" {size} + ({size} + 12) / N; ZeRO 3 ({size} + {size} + 12) / N and what is gathered."
+        " buffers: buckets in the backward, or fp32 gradients in the step.",
+        f"activations: an estimate, 8 width + (6 width + 2 MLP width) x {product} a token and"
+        f" block{copies}; compilation and allocator not counted.",
+        "theirs: DeepSpeed's own estimator, for ZeRO 2 and 3, model states alone. fits: total <="
+        " the data sheet's GB x 1e9. All formulas: docs/planning.md",
     ]

@@ -1,36 +1,6 @@
 """A step at scale, in closed form: what the ranks send each other, how long that takes, what hides.
 
-Bytes. Of a payload of S bytes each of N ranks in a ring sends 2 (N-1)/N x S in an all-reduce, and
-(N-1)/N x S in an all-gather, reduce-scatter, reduce or broadcast (there the mean over the ranks).
-With P trained and F frozen parameters of e bytes and A micro-batches a step, DeepSpeed 0.19.8 asks
-for
-
-    ZeRO 0   all-reduce e P after the backward
-    ZeRO 1   all-reduce e P in the last backward, all-gather e P after the step
-    ZeRO 2   all-reduce e P in each of A backwards, all-gather e P after the step
-    ZeRO 3   A times: all-gather e (P + F - S) in the forward, reduce-scatter e P in the backward;
-             all-gather e S after the step, parameter by parameter
-
-of which S are in parameters up to stage3_param_persistence_threshold, as counted in real steps:
-`python -m benchmarks.scale`. The textbook (Rajbhandari et al. 2020, ZeRO, section 7) has a
-reduce-scatter in place of the all-reduce of ZeRO 1 and 2, and two all-gathers in ZeRO 3. DeepSpeed
-sums the gradients of all ranks' parts in one bucket, of which each rank keeps its part
-(`use_multi_rank_bucket_allreduce`); and ZeRO 3 keeps what was gathered until the backward, where
-all parameters together are below stage3_max_live_parameters and stage3_max_reuse_distance. Where
-they are not, it gathers again in the backward.
-
-Time of a collective: calls x latency + bytes / bandwidth. Inside a node the bandwidth is the
-link's; across nodes the lesser of the link's and the whole node's network: NCCL lays one ring
-through each network card, and together they cross the border of a node once. Latencies are those of
-NCCL's tuning model for its Simple protocol (src/graph/tuning.cc): a ring makes N-1 hops, twice that
-in an all-reduce, of which one less than nodes (twice that) are through the network; an all-reduce
-takes a tree where that is shorter.
-
-Time of a step: compute = FLOPs / (peak x MFU), of which a third is the forward. Gathers of ZeRO 3
-hide behind the forward and sums of gradients behind the backward (ZeRO 1: behind the last one), up
-to its time; the rest is added. So is what has nothing to hide behind: the first gather of a forward
-(stage3_prefetch_bucket_size), the last bucket of a backward (reduce_bucket_size), and all that
-comes after it. Nothing hides under ZeRO 0 or without overlap_comm.
+docs/planning.md has the formulas and their sources.
 """
 
 from __future__ import annotations
@@ -38,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from selfdistill.engine.runtime.zero import stage_of
 from selfdistill.launcher.plan import memory
@@ -73,8 +43,7 @@ def sent(kind: Collected, payload: float, world: int) -> float:
     return (2 if kind == "all-reduce" else 1) * payload * (world - 1) / world
 
 
-@dataclass(frozen=True)
-class Collective:
+class Collective(NamedTuple):
     """Collectives of one kind in a step.
 
     Attributes:
@@ -88,29 +57,6 @@ class Collective:
     payload: float
     calls: int
     when: When
-
-
-def textbook(stage: int, trained: int, *, size: int, accumulation: int = 1) -> list[Collective]:
-    """What a step takes by the ZeRO paper, each as one call; see the module's text.
-
-    Args:
-        stage: of ZeRO.
-        trained: parameters with a gradient, P.
-        size: bytes of a value, e.
-        accumulation: micro-batches of a step, A.
-    """
-    whole = float(size * trained)
-    if stage == 0:
-        return [Collective("all-reduce", whole, 1, "backward")]
-    times = 1 if stage == 1 else accumulation
-    sums = Collective("reduce-scatter", times * whole, times, "backward")
-    if stage < 3:
-        return [sums, Collective("all-gather", whole, 1, "alone")]
-    return [
-        Collective("all-gather", times * whole, times, "forward"),
-        Collective("all-gather", times * whole, times, "backward"),
-        sums,
-    ]
 
 
 def asked(
@@ -134,10 +80,7 @@ def asked(
         accumulation: micro-batches of a step, A.
         sharded: parameters of a teacher whose weights are gathered for each micro-batch.
     """
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    stage = stage_of(content)
-    zero = DeepSpeedZeroConfig(**content.get("zero_optimization", {}))
+    stage, zero = stage_of(content), memory.settings(content)
     trained, whole = parameters.trained, float(size * parameters.trained)
     found: list[Collective] = []
     if sharded:
@@ -286,10 +229,7 @@ def step(
 
 def overlaps(content: Mapping[str, Any]) -> bool:
     """Whether DeepSpeed communicates while it computes: overlap_comm, from ZeRO 1 on."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    zero = DeepSpeedZeroConfig(**content.get("zero_optimization", {}))
-    return stage_of(content) > 0 and bool(zero.overlap_comm)
+    return stage_of(content) > 0 and bool(memory.settings(content).overlap_comm)
 
 
 def share_of_saving(seconds: float, step_seconds: float, every: int) -> float:

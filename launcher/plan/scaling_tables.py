@@ -152,33 +152,22 @@ def _formulas(plan: Plan, shown: list[Row]) -> list[str]:
         3: f"A x (all-gather {size} (P + frozen - S) + reduce-scatter {size} P) + all-gather"
         f" {size} S",
     }
+    most = max(row.devices for row in shown)
     lines = [
-        f"comm.: {sums[stage]}, A micro-batches a step; a rank sends 2 (N-1)/N bytes of each in an"
-        " all-reduce, (N-1)/N otherwise. That is what DeepSpeed 0.19.8 asks for (python -m"
-        " benchmarks.scale counts it); the textbook has reduce-scatters in ZeRO 1 and 2, and two"
-        " all-gathers in ZeRO 3."
-    ]
-    most = max(found.devices for found in shown)
-    lines += [
-        f"{found.job.name}: a rank sends {found.sent / 1e6:,.1f} MB a step on {most:,} devices"
-        for found in shown
-        if found.devices == most
-    ]
-    lines += [
+        f"comm.: {sums[stage]}, A micro-batches a step, as DeepSpeed 0.19.8 asks for it",
+        *(
+            f"{row.job.name}: a rank sends {row.sent / 1e6:,.1f} MB a step on {most:,} devices"
+            for row in shown
+            if row.devices == most
+        ),
         f"comm. = bytes / bandwidth + calls x latency: {options.link_gbs:g} GB/s a GPU in its node"
         f" (--link_gbs), min({options.link_gbs:g}, {options.network_gbs:g}) GB/s across nodes"
-        f" (--network_gbs, of a node: one ring a network card). Defaults are a DGX H100's."
-        f" Latency: NCCL's tuning model, {1e6 * scaling.RING_LINK:g} and"
-        f" {1e6 * scaling.RING_NETWORK:g} µs a hop in a ring of N-1 hops, or a tree's in an"
-        " all-reduce.",
+        " (--network_gbs); latencies of NCCL's tuning model. Defaults: a DGX H100",
         f"on {most:,} devices the ranks agree every {preemption.interval(most)} step(s) whether one"
         " was asked to leave: a sum on their processors,"
-        f" {1000 * preemption.seconds(most):.0f} ms beside the steps (gloo, a ring of hops of"
-        f" {1e6 * preemption.HOP:g} µs over TCP).",
-        "exposed: what does not hide. Assumed: gathers hide behind the forward (a third of"
-        " compute), sums of gradients behind the backward, up to its time; the first gather, the"
-        " last bucket and all that follows the backward do not; nothing does under ZeRO 0 or"
-        " without overlap_comm. step = compute + exposed.",
+        f" {1000 * preemption.seconds(most):.0f} ms beside the steps",
+        "exposed: what hides behind neither forward nor backward. step = compute + exposed. All"
+        " formulas: docs/planning.md",
     ]
     if stage == 3:
         lines.append(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from selfdistill.engine.models import formats
 from selfdistill.engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
 from selfdistill.engine.models.weights import Pretrained
 from selfdistill.engine.monitoring.flops import Stage, TeacherMode
+from selfdistill.engine.training.modalities.base import Modality
 from selfdistill.engine.training.modalities.image import ImageModality
 from selfdistill.engine.training.objectives import Feature
 from selfdistill.launcher.plan.activations import masked_images, whole_images
@@ -62,49 +64,56 @@ class Parameters:
         return [values for values in self.sizes if values <= threshold]
 
 
-class Workload(Protocol):
-    """A model at work on samples of one kind.
+class Workload(ABC):
+    """A model at work on samples of one modality.
 
     Attributes:
         samples: what a sample is called, in the plural.
         origin: the model's name or folder, and its shape in words.
+        modality: the engine's own, which counts FLOPs.
+        base: weights of which only the shape is known.
     """
 
     samples: str
     origin: str
+    modality: Modality
+    base: Any
+
+    @abstractmethod
+    def network(self, stage: Stage, classes: int) -> nn.Module:
+        """The network that a stage trains."""
+
+    @abstractmethod
+    def encoder(self) -> nn.Module:
+        """The frozen encoder of a teacher."""
+
+    @abstractmethod
+    def flops(self, stage: Stage, mode: TeacherMode, classes: int) -> float:
+        """FLOPs of a sample in one step: the engine's own count."""
+
+    @abstractmethod
+    def activations(self, stage: Stage, size: int) -> float:
+        """Bytes that a sample's forward leaves for its backward; size: bytes of a value, 4 or 2."""
+
+    @abstractmethod
+    def input_bytes(self) -> int:
+        """Bytes of a sample as it goes to the device."""
 
     def parameters(self, stage: Stage, classes: int) -> Parameters:
         """Of the network that a stage trains."""
-        ...
+        return count(lambda: self.network(stage, classes))
 
     def teacher(self) -> int:
         """Parameters of the frozen encoder."""
-        ...
-
-    def flops(self, stage: Stage, mode: TeacherMode, classes: int) -> float:
-        """FLOPs of a sample in one step: the engine's own count."""
-        ...
+        return count(self.encoder).all
 
     def encode_flops(self) -> float:
         """FLOPs of one forward of the encoder on an unmasked sample."""
-        ...
-
-    def activations(self, stage: Stage, size: int) -> float:
-        """Bytes that a sample's forward leaves for its backward.
-
-        Args:
-            stage: of the three.
-            size: bytes of a value, 4 or 2.
-        """
-        ...
+        return self.flops("distill", "replicated", 0) - self.flops("distill", "cached", 0)
 
     def feature(self, feature: Feature) -> tuple[int, ...] | None:
         """Shape of a sample's distilled feature; None where it differs between samples."""
-        ...
-
-    def input_bytes(self) -> int:
-        """Bytes of a sample as it goes to the device."""
-        ...
+        return self.modality.feature_shape(self.base, feature)
 
 
 def count(build: Callable[[], nn.Module]) -> Parameters:
@@ -128,16 +137,16 @@ def unknown(path: str) -> UserError:
     )
 
 
-class ImageWork:
+class ImageWork(Workload):
     """A ViT-MAE on images."""
 
     samples = "images"
 
     def __init__(self, run: Run) -> None:
-        self.config, self.kind = run.config, ImageModality(run)
+        self.config, self.modality = run.config, ImageModality(run)
         path = run.config.model.path
         if path is None or path == "scratch":
-            base = self.kind.load()
+            base = self.modality.load()
         else:
             base = _weightless(self._shape(path), path)
         settings = run.config.mae
@@ -161,24 +170,20 @@ class ImageWork:
             raise unknown(path)
         return replace(shape, image_size=self.config.model.image_size or shape.image_size)
 
-    def parameters(self, stage: Stage, classes: int) -> Parameters:
+    def network(self, stage: Stage, classes: int) -> nn.Module:
         """See `Workload`."""
         if stage == "finetune":
-            return count(lambda: ViTClassifier(ViTEncoder(self.shape), classes))
-        return count(lambda: ViTMAE(self.shape))
+            return ViTClassifier(ViTEncoder(self.shape), classes)
+        return ViTMAE(self.shape)
 
-    def teacher(self) -> int:
+    def encoder(self) -> nn.Module:
         """See `Workload`."""
-        return count(lambda: ViTEncoder(self.shape)).all
+        return ViTEncoder(self.shape)
 
     def flops(self, stage: Stage, mode: TeacherMode, classes: int) -> float:
         """See `Workload`."""
         one = {"images": torch.empty(1, device="meta")}
-        return self.kind.flops(self.base, stage, mode, classes, one)
-
-    def encode_flops(self) -> float:
-        """See `Workload`."""
-        return self.flops("distill", "replicated", 0) - self.flops("distill", "cached", 0)
+        return self.modality.flops(self.base, stage, mode, classes, one)
 
     def activations(self, stage: Stage, size: int) -> float:
         """See `Workload`."""
@@ -191,10 +196,6 @@ class ImageWork:
             return masked
         cls_only = self.config.distill.feature == "cls"
         return masked + whole_images(self.shape, size, cls_only=cls_only)
-
-    def feature(self, feature: Feature) -> tuple[int, ...] | None:
-        """See `Workload`."""
-        return self.kind.feature_shape(self.base, feature)
 
     def input_bytes(self) -> int:
         """See `Workload`: uint8 pixels."""

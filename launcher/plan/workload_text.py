@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, RobertaConfig
 
 from selfdistill.data.cli import format_error
@@ -17,15 +18,14 @@ from selfdistill.engine.models.language import HEADS, MaskedLanguageModel, TextC
 from selfdistill.engine.models.text_weights import Language, load_tokenizer
 from selfdistill.engine.monitoring.flops import Stage, TeacherMode
 from selfdistill.engine.training.modalities.text import TextModality
-from selfdistill.engine.training.objectives import Feature
 from selfdistill.launcher.plan.activations import CLS_ROW, Blocks, masked_texts, whole_texts
-from selfdistill.launcher.plan.workload import TEXTS, Parameters, count, unknown
+from selfdistill.launcher.plan.workload import TEXTS, Workload, unknown
 
 #: Bytes of English that make one token of RoBERTa's, roughly; special tokens of a text.
 BYTES_PER_TOKEN, SPECIAL = 4.2, 2
 
 
-class TextWork:
+class TextWork(Workload):
     """See `launcher.plan.workload.Workload`.
 
     Attributes:
@@ -63,7 +63,7 @@ class TextWork:
         self.tokens = min(float(longest), _mean(manifest) if tokens is None else tokens)
         self.base = Language(config, None, longest, {}, None, path, "")
         # There may be no data: TextModality looks at them to load weights, which a plan never does.
-        self.kind = TextModality(run, manifest)  # type: ignore[arg-type]
+        self.modality = TextModality(run, manifest)  # type: ignore[arg-type]
         mlp = int(getattr(config, "intermediate_size", 0) or config.hidden_dim)
         self.blocks = Blocks(
             int(config.num_hidden_layers),
@@ -76,17 +76,18 @@ class TextWork:
             f" {config.vocab_size} entries, up to {longest} tokens, {self.tokens:.0f} on average"
         )
 
-    def parameters(self, stage: Stage, classes: int) -> Parameters:
+    def network(self, stage: Stage, classes: int) -> nn.Module:
         """See `Workload`."""
         config = type(self.base.config).from_dict(self.base.config.to_dict())
         if stage == "finetune":
             config.num_labels = classes
-            return count(lambda: TextClassifier(config))
-        return count(lambda: MaskedLanguageModel(config))
+            return TextClassifier(config)
+        return MaskedLanguageModel(config)
 
-    def teacher(self) -> int:
+    def encoder(self) -> nn.Module:
         """See `Workload`."""
-        return count(lambda: MaskedLanguageModel(self.base.config).encoder).all
+        encoder: nn.Module = MaskedLanguageModel(self.base.config).encoder
+        return encoder
 
     def flops(self, stage: Stage, mode: TeacherMode, classes: int) -> float:
         """See `Workload`: of a text of mean length."""
@@ -95,11 +96,7 @@ class TextWork:
             "attention_mask": torch.ones(texts, length, dtype=torch.int64),
             "masked_at": torch.zeros(round(texts * self._masked(length)), dtype=torch.int64),
         }
-        return self.kind.flops(self.base, stage, mode, classes, batch) / texts
-
-    def encode_flops(self) -> float:
-        """See `Workload`."""
-        return self.flops("distill", "replicated", 0) - self.flops("distill", "cached", 0)
+        return self.modality.flops(self.base, stage, mode, classes, batch) / texts
 
     def _masked(self, tokens: float) -> float:
         """Masked tokens of a text; special ones never are."""
@@ -128,10 +125,6 @@ class TextWork:
         if self.config.distill.feature != "cls":
             first = None
         return masked + whole_texts(self.blocks, length, size, mask=int(rate > 0), cut=first)
-
-    def feature(self, feature: Feature) -> tuple[int, ...] | None:
-        """See `Workload`."""
-        return self.kind.feature_shape(self.base, feature)
 
     def input_bytes(self) -> int:
         """See `Workload`: int64 ids and attention mask of a text of mean length."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import scale_model
 from selfdistill.engine.config.options import load
 from selfdistill.engine.runtime import zero
 from selfdistill.launcher.plan import __main__ as plan
@@ -54,10 +55,10 @@ def test_a_ring_of_four() -> None:
 
 def test_the_textbook_is_2_2_2_and_3() -> None:
     for stage, times in ((0, 2), (1, 2), (2, 2), (3, 3)):
-        found = scaling.textbook(stage, 1000, size=4)
+        found = scale_model.textbook(stage, 1000, size=4)
         assert scaling.volume(found, 4) == times * 1000 * 4 * 3 / 4
-    assert scaling.volume(scaling.textbook(2, 1000, size=4, accumulation=3), 2) == 8000
-    assert scaling.volume(scaling.textbook(3, 1000, size=4, accumulation=3), 2) == 18000
+    assert scaling.volume(scale_model.textbook(2, 1000, size=4, accumulation=3), 2) == 8000
+    assert scaling.volume(scale_model.textbook(3, 1000, size=4, accumulation=3), 2) == 18000
 
 
 def test_what_deepspeed_asks_for() -> None:
@@ -126,7 +127,9 @@ def test_counted_bytes_of_two_ranks(name: str) -> None:
     told = scaling.asked(zero.read(name), SMALL, size=4)
     counted = sum(scaling.sent(kind, size, 2) for kind, size in COUNTED[name].items())
     assert scaling.volume(told, 2) == pytest.approx(counted, abs=16)
-    book = scaling.volume(scaling.textbook(zero.stage_of(zero.read(name)), 2_967_936, size=4), 2)
+    book = scaling.volume(
+        scale_model.textbook(zero.stage_of(zero.read(name)), 2_967_936, size=4), 2
+    )
     ratio = {"zero0": 1, "zero1": 1.5, "zero2": 1.5, "zero3": 2 / 3}[name]
     assert counted / book == pytest.approx(ratio, rel=5e-3)
 

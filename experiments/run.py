@@ -185,11 +185,9 @@ class Local:
             ended = sum(end == "done" for end in ends.values())
             outcome = f"failed ({message}), log: {log_of(self.root, job)}" if code else "done"
             outcome += "; it loses the search" if diverged else ""
-            self.console.print(
-                f"[{ended}/{total}] {job.name}: {outcome} in {seconds:.0f} s"
-                f"{self._time_left(remaining)}",
-                style="red" if code else None,
-            )
+            outcome += f" in {seconds:.0f} s{self._time_left(remaining)}"
+            style = "red" if code else None
+            self.console.print(f"[{ended}/{total}] {job.name}: {outcome}", style=style)
 
     def _time_left(self, remaining: list[Job]) -> str:
         """An estimate from the jobs that ran in this call."""

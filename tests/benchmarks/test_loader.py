@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 
-from benchmarks import loader, loader_peers, loader_tables
-from benchmarks.loader_peers import CONTESTANTS, Batches, Pictures
+from benchmarks.loader import __main__ as loader
+from benchmarks.loader import peers as loader_peers
+from benchmarks.loader import tables as loader_tables
+from benchmarks.loader.peers import CONTESTANTS, Batches, Pictures
 from selfdistill.data.errors import UserError
 from selfdistill.data.loading.reader import Reader
 

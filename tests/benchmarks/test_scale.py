@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import scale, scale_model, scale_ranks, scale_tables
+from benchmarks.scale import __main__ as scale
+from benchmarks.scale import model as scale_model
+from benchmarks.scale import ranks as scale_ranks
+from benchmarks.scale import tables as scale_tables
 from selfdistill.data.errors import UserError
 
 FLOAT = 4

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.lab import Cluster, obstacle
+from tests.cluster.kit.lab import Cluster, obstacle
 
 _NOT_RUN = pytest.StashKey[str]()
 

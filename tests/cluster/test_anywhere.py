@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from tests.cluster.lab import Cluster
-from tests.cluster.work import clone, last, signal, submit
+from tests.cluster.kit.lab import Cluster
+from tests.cluster.kit.work import clone, last, signal, submit
 from tests.engine.runtime.test_preemption import STAGES, figures, same_weights, samples
 from tests.kit.launches import ROOT
 
@@ -31,7 +31,7 @@ def test_preempted_at_every_kind_of_place(
     notes = root / "notes"
     notes.mkdir()
     (root / "engine").mkdir()
-    shutil.copy(ROOT / "tests" / "cluster" / "lingering_run.py", root / "engine" / "run.py")
+    shutil.copy(ROOT / "tests" / "cluster" / "kit" / "lingering_run.py", root / "engine" / "run.py")
 
     def start(name: str, places: str) -> str:
         env = {"PLACES": places, "NOTES": str(notes), "CLONE": str(ROOT)}

@@ -7,7 +7,7 @@ import pytest
 
 from selfdistill.experiments import results
 from selfdistill.experiments.state import Sweep
-from tests.cluster.lab import LOGIN, Cluster
+from tests.cluster.kit.lab import LOGIN, Cluster
 from tests.kit.experiments import command, make_specs, make_table
 from tests.kit.launches import ROOT, environment
 

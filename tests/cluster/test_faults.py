@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.lab import LOGIN, Cluster
-from tests.cluster.work import clone, last, pulse, resumed, signal, submit
+from tests.cluster.kit.lab import LOGIN, Cluster
+from tests.cluster.kit.work import clone, last, pulse, resumed, signal, submit
 from tests.engine.runtime.test_preemption import figures, same_weights, samples
 
 pytestmark = [pytest.mark.cluster, pytest.mark.faults]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.lab import Cluster
+from tests.cluster.kit.lab import Cluster
 from tests.kit.launches import COMMON, ROOT, environment, make_world
 
 pytestmark = pytest.mark.cluster
@@ -29,7 +29,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("selfdistill", "slurm", "launcher", "data", "recipes", "ds_configs", ".venv"):
         (root / name).symlink_to(ROOT / name)
     (root / "engine").mkdir()
-    (root / "engine" / "run.py").symlink_to(ROOT / "tests" / "cluster" / "gpu_run.py")
+    (root / "engine" / "run.py").symlink_to(ROOT / "tests" / "cluster" / "kit" / "gpu_run.py")
     return root
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.lab import LOGIN, Cluster
+from tests.cluster.kit.lab import LOGIN, Cluster
 
 pytestmark = pytest.mark.cluster
 

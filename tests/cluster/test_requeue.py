@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.lab import LOGIN, Cluster
+from tests.cluster.kit.lab import LOGIN, Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,7 +21,7 @@ class Stubs:
     def __init__(self, cluster: Cluster, root: Path) -> None:
         self.cluster, self.root = cluster, root
         (root / "engine").mkdir()
-        shutil.copy(ROOT / "tests" / "cluster" / "stub_run.py", root / "engine" / "run.py")
+        shutil.copy(ROOT / "tests" / "cluster" / "kit" / "stub_run.py", root / "engine" / "run.py")
         (root / "slurm").symlink_to(ROOT / "slurm")
 
     def submit(self, plan: str, *options: str, script: str = "selfdistill.sh", **env: str) -> str:

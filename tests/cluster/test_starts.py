@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.lab import LOGIN, Cluster
-from tests.cluster.work import clone
+from tests.cluster.kit.lab import LOGIN, Cluster
+from tests.cluster.kit.work import clone
 from tests.kit.launches import environment
 
 pytestmark = [pytest.mark.cluster, pytest.mark.faults]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from tests.cluster.lab import LOGIN, Cluster
+from tests.cluster.kit.lab import LOGIN, Cluster
 from tests.kit.launches import COMMON, ROOT, environment, make_world, metrics
 
 pytestmark = pytest.mark.cluster

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import scale_model
+from benchmarks.scale import model as scale_model
 from selfdistill.engine.config.options import load
 from selfdistill.engine.runtime import zero
 from selfdistill.launcher.plan import __main__ as plan

@@ -10,8 +10,8 @@ from tests.kit.launches import ROOT
 
 #: From the top down: each may import those after it.
 ROOMS = ("experiments", "launcher", "engine", "data")
-#: Folders hold no more files.
-MOST = 12
+#: Folders hold no more modules, files no more lines.
+MOST, LONGEST = 12, 400
 
 
 #: Under which all are imported.
@@ -113,7 +113,10 @@ def test_rooms_know_nothing_of_those_above() -> None:
         assert not [other for other in others if room_of(other) in above], name
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_no_folder_is_a_hall(room: str) -> None:
-    for folder in {path.parent for name, path in FILES.items() if room_of(name) == room}:
-        assert len([p for p in folder.glob("*.py") if p.name != "__init__.py"]) <= MOST, folder
+@pytest.mark.parametrize("room", [*ROOMS, "benchmarks", "tests"])
+def test_no_folder_is_a_hall_and_no_file_a_book(room: str) -> None:
+    files = [path for path in (ROOT / room).rglob("*.py") if path.name != "__init__.py"]
+    for folder in {path.parent for path in files}:
+        assert len([path for path in files if path.parent == folder]) <= MOST, folder
+    for path in files:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST, path

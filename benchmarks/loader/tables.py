@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import loader_peers, record
-from benchmarks.loader_peers import BATCH, CARRIED, LIMIT, OURS, OWN
+from benchmarks import record
+from benchmarks.loader import peers as loader_peers
+from benchmarks.loader.peers import BATCH, CARRIED, LIMIT, OURS, OWN
 
 PEERS = (loader_peers.WEBDATASET, loader_peers.FOLDER)
 #: Pixels of the images of the long run: 10**6 of them take a few minutes.

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from selfdistill.launcher.plan import scaling
 
-BASE = Path(__file__).resolve().parent.parent / "recipes" / "vit_small"
+BASE = Path(__file__).resolve().parents[2] / "recipes" / "vit_small"
 
 #: Images of a rank's micro-batch: where bytes are counted (they do not depend on it), where timed.
 COUNTED, TIMED = 2, 16

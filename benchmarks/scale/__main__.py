@@ -4,7 +4,7 @@ The step is that of the distillation stage, fp32, on the embedded ViT-MAE (recip
 pixels), its engine built as the stage builds it, with random images and features: no data, no
 teacher. The ranks are real processes under torchrun, joined by gloo.
 
-Bytes are those of the tensors that are asked for (`benchmarks.scale_ranks`); what a rank sends
+Bytes are those of the tensors that are asked for (`benchmarks.scale.ranks`); what a rank sends
 follows by the ring's formula (`launcher.plan.scaling.sent`), whatever gloo itself puts on the wire.
 """
 
@@ -26,15 +26,17 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import record, scale_model, scale_tables
-from benchmarks.scale_ranks import BASE, SETTING, SETTINGS
+from benchmarks import record
+from benchmarks.scale import model as scale_model
+from benchmarks.scale import tables as scale_tables
+from benchmarks.scale.ranks import BASE, SETTING, SETTINGS
 from selfdistill.data import cli
 from selfdistill.data.errors import UserError
 from selfdistill.engine.runtime import zero
 from selfdistill.launcher.plan import scaling
 from selfdistill.launcher.plan.workload import Parameters, count
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 #: Seconds after which ranks are ended, and those more for each timed step.
 PATIENCE, EACH = 900, 10
 
@@ -128,7 +130,7 @@ def measure(
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        code = f"from benchmarks.scale_ranks import work; work({str(file)!r})"
+        code = f"from benchmarks.scale.ranks import work; work({str(file)!r})"
         words = [
             *(sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"),
             *(f"--master_port={port}", "--no-python", sys.executable, "-c", code),

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from tests.cluster.lab import LOGIN, Cluster
+from tests.cluster.kit.lab import LOGIN, Cluster
 from tests.kit.launches import COMMON, ROOT, environment, make_world
 
 FOLDERS = (

@@ -20,8 +20,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks import loader_peers, record
-from benchmarks.loader_peers import (
+from benchmarks import record
+from benchmarks.loader import peers as loader_peers
+from benchmarks.loader.peers import (
     AHEAD,
     BATCH,
     CONTESTANTS,
@@ -30,7 +31,7 @@ from benchmarks.loader_peers import (
     Pictures,
     Stored,
 )
-from benchmarks.loader_tables import (
+from benchmarks.loader.tables import (
     STEPS,
     TINY,
     Rate,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks import record
-from benchmarks.scale_ranks import SETTING, SETTINGS, TIMED
+from benchmarks.scale.ranks import SETTING, SETTINGS, TIMED
 from selfdistill.engine.runtime import zero
 from selfdistill.launcher.plan import scaling
 from selfdistill.launcher.plan.workload import Parameters

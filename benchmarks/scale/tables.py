@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import record
-from benchmarks.scale_ranks import SETTING, TIMED
+from benchmarks.scale.ranks import SETTING, TIMED
 
 
 def text(

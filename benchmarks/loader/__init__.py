@@ -1,0 +1,1 @@
+"""The loader against its limit and its peers: `python -m benchmarks.loader`."""

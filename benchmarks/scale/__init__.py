@@ -1,0 +1,1 @@
+"""What ranks send each other, and weak scaling: `python -m benchmarks.scale`."""

@@ -1,0 +1,1 @@
+"""A SLURM cluster of namespaces, and what its jobs run."""

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import threading
 import time
 import warnings
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from selfdistill.data.errors import BrokenData, UserError
+from selfdistill.data.files import fresh, nofollow
 from selfdistill.data.remote import fetch
 from selfdistill.data.remote.fetch import NotThere, Report, fetch_bytes
 
@@ -104,7 +106,7 @@ class ShardCache:
     @contextmanager
     def _locked(self, name: str, wait: bool = True) -> Iterator[None]:
         """One process, and one thread of it, at a time; without `wait`, BlockingIOError."""
-        fd = os.open(self.folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        fd = nofollow(str(self.folder / f"{name}.lock"), os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
@@ -117,7 +119,7 @@ class ShardCache:
         """A descriptor of the local copy of a file; see `path`."""
         while True:
             try:
-                return os.open(self.path(url, sha256, size), os.O_RDONLY)
+                return nofollow(str(self.path(url, sha256, size)), os.O_RDONLY)
             except FileNotFoundError:  # dropped by another process between the two
                 continue
 
@@ -164,7 +166,8 @@ class ShardCache:
     def _hit(final: Path, size: int | None) -> bool:
         """Whether the file is there and whole; notes its use."""
         try:
-            if size is not None and final.stat().st_size != size:
+            status = final.lstat()
+            if not stat.S_ISREG(status.st_mode) or size not in (None, status.st_size):
                 return False
             os.utime(final)
         except FileNotFoundError:
@@ -179,7 +182,7 @@ class ShardCache:
         def once(attempt: int) -> None:
             digest, count = hashlib.sha256(), 0
             with (
-                part.open("wb") as file,
+                fresh(part, "wb") as file,
                 contextlib.closing(fetch.chunks(url, fresh=attempt > 1)) as stream,
             ):
                 for chunk in stream:
@@ -205,8 +208,8 @@ class ShardCache:
             note.unlink(missing_ok=True)
         except BrokenData as error:
             # For those that wait behind the lock: they would try for as long, one after another.
-            with contextlib.suppress(OSError):
-                note.write_text(json.dumps({"time": time.time(), "error": str(error)}))
+            with contextlib.suppress(OSError), fresh(note) as file:
+                json.dump({"time": time.time(), "error": str(error)}, file)
             raise
         finally:
             part.unlink(missing_ok=True)

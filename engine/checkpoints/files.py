@@ -6,6 +6,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from selfdistill.data.files import fresh
+
 
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
@@ -25,7 +27,7 @@ def fsync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a file atomically: temporary, fsynced, renamed."""
     draft = path.with_name(f".{path.name}.tmp")
-    with open(draft, "w", encoding="utf-8") as file:
+    with fresh(draft) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -18,6 +18,7 @@ import tomli_w
 import torch
 
 from selfdistill.data.errors import UserError
+from selfdistill.data.files import nofollow
 from selfdistill.data.loading.batches import Options
 from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.loader import warn_once
@@ -186,7 +187,8 @@ def _lock(path: Path, patience: float) -> IO[str]:
     Raises:
         UserError: another process holds it, and still does after `patience` seconds.
     """
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  held till exit
+    # Held till exit.
+    file = open(path, "a+", encoding="utf-8", opener=nofollow)  # noqa: SIM115
     end, reported = time.monotonic() + patience, False
     while True:
         try:

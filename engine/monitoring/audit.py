@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from selfdistill.data.files import nofollow
 from selfdistill.data.loading.batches import Batch
 from selfdistill.engine.checkpoints.files import write_text
 from selfdistill.engine.monitoring.monitor import json_lines
@@ -34,7 +35,8 @@ class SampleLog:
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
         main_only(ranks, cut)
-        self._file = open(places / f"rank-{ranks.rank:05d}.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        own = places / f"rank-{ranks.rank:05d}.jsonl"
+        self._file = open(own, "a", encoding="utf-8", opener=nofollow)  # noqa: SIM115
 
     def write(self, step: int, batches: list[Batch]) -> None:
         """Notes a finished step.

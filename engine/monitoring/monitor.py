@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from selfdistill.data.files import fresh, nofollow
 from selfdistill.engine.monitoring import pictures
 
 METRICS = "metrics.jsonl"
@@ -75,7 +76,8 @@ class Monitor:
 
         folder.mkdir(parents=True, exist_ok=True)
         cut_metrics(folder / METRICS, self.first, scored)
-        self._metrics = (folder / METRICS).open("a", encoding="utf-8")
+        log = folder / METRICS  # closed by `close`
+        self._metrics = open(log, "a", encoding="utf-8", opener=nofollow)  # noqa: SIM115
         # TensorBoard drops all that earlier event files of the folder hold from this step on.
         self._writer = SummaryWriter(str(folder), purge_step=self.first)
         self._latest: dict[str, int] = {}  # tag -> last step
@@ -320,7 +322,8 @@ def cut_metrics(path: Path, first: int, scored: int | None = None) -> None:
         )
     ]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(r, allow_nan=False) + "\n" for r in kept))
+    with fresh(temporary) as file:
+        file.writelines(json.dumps(r, allow_nan=False) + "\n" for r in kept)
     os.replace(temporary, path)
 
 

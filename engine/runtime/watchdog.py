@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from selfdistill.data.files import fresh
 from selfdistill.engine.runtime.preemption import AGAIN
 
 #: Waiting in these says that the rank waits for others.
@@ -155,7 +156,8 @@ class Watchdog:
             "at": _innermost(frame),
             "waits": _in_collective(frame),
         }
-        draft.write_text(json.dumps(content), encoding="utf-8")
+        with fresh(draft) as written:
+            json.dump(content, written)
         os.replace(draft, file)
 
     def _end(self, silent: float, frame: FrameType | None) -> None:
@@ -167,14 +169,15 @@ class Watchdog:
         hung: list[str] = []
 
         def tell() -> None:
-            with open(dump, "w", encoding="utf-8") as file:
+            with fresh(dump) as file:
                 file.write(lines[0] + "\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             lines.append(f"all threads' stacks: {dump}")
             if trace := _last_collectives():
                 record = dump.with_name(f"hang-{self.rank:05d}-nccl.json")
-                record.write_bytes(trace)
+                with fresh(record, "wb") as written:
+                    written.write(trace)
                 lines.append(f"NCCL's last collectives: {record}")
             # Others look a little earlier or later: what they have to say must be there, and they
             # must have left theirs before this process's end takes them along.

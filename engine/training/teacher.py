@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from selfdistill.data.errors import UserError
+from selfdistill.data.files import fresh
 from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.loader import Sequential
 from selfdistill.data.shards.manifest import Manifest
@@ -341,7 +342,7 @@ def _compute(
 
 def _save_part(part: Path, rows: np.ndarray) -> None:
     draft = part.with_name(f".{part.name}.tmp")
-    with open(draft, "wb") as file:
+    with fresh(draft, "wb") as file:
         np.save(file, rows)
         file.flush()
         os.fsync(file.fileno())
@@ -357,6 +358,7 @@ def _join(
     shape: tuple[int, ...],
 ) -> None:
     draft = folder / ".features.npy.tmp"
+    draft.unlink(missing_ok=True)  # no link that somebody left there is written through
     table = np.lib.format.open_memmap(draft, "w+", np.float32, (manifest.samples, *shape))
     for first, last in spans:
         table[first:last] = np.load(_part(folder, (first, last)), allow_pickle=False)

@@ -24,7 +24,7 @@ from typing import Annotated, Any, NamedTuple
 import fire
 import pydantic
 
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import UserError, printable
 
 # Failures of the machine that the user, not we, can mend.
 _USER_ERRNO = {
@@ -52,8 +52,8 @@ def nearest(word: str, options: Iterable[str], prefix: str = "--") -> str:
 
 
 def format_error(error: BaseException) -> str:
-    """The error's text on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The error's text on one line, without control characters."""
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def machine_error(error: OSError) -> UserError | None:

@@ -22,3 +22,17 @@ class WorkerLost(TryAgain):
 
 class PeerLost(TryAgain):
     """A collective failed because another rank is gone."""
+
+
+def printable(text: str) -> str:
+    r"""Text for a terminal: what could steer it (names of foreign files may) is escaped.
+
+    Args:
+        text: Any.
+
+    Returns:
+        The text, control characters, bidirectional marks and lone surrogates written as ``\x1b``.
+    """
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from selfdistill.data import cli
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import UserError, printable
 from selfdistill.data.formats.strays import is_stray
 from selfdistill.data.shards import manifest, tars
 from selfdistill.data.shards.scan import Scanned, scan
@@ -226,9 +226,11 @@ def _write(split: str, folder: Path, scanned: Sequence[Scanned], names: list[str
     if extras:
         suffixes = Counter(PurePosixPath(name).suffix or "no suffix" for name in extras)
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
-        print(f"note: {len(extras)} files belong to no sample ({kinds}), such as {extras[0]}")
+        note = f"note: {len(extras)} files belong to no sample ({kinds}), such as {extras[0]}"
+        print(printable(note))
     if empty := [name for name, count in zip(names, counts, strict=True) if count == 0]:
-        print(f"note: {len(empty)} classes have no sample in {split}, the first is {empty[0]}")
+        note = f"note: {len(empty)} classes have no sample in {split}, the first is {empty[0]}"
+        print(printable(note))
     if manifest.as_typed(folder).name != split:
         print(f"note: training looks for DATA/{split}: call the folder {split}, or link it there")
 

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import UserError, printable
 from selfdistill.data.formats import images
 from selfdistill.data.formats.texts import Stored
 from selfdistill.data.shards import duplicates, manifest
@@ -279,7 +279,7 @@ def pack(
             additional = _extra(Path(extra), found._replace(splits=divided), columns, found.notes)
             divided[UNLABELLED] = additional, []
         for note in found.notes:
-            console.print(note, highlight=False, markup=False, soft_wrap=True)
+            console.print(printable(note), highlight=False, markup=False, soft_wrap=True)
         kind = _kind(found._replace(splits=divided), size, keep_original, metric, max_words)
         staging = out_dir.parent / f".{out_dir.name}.{os.getpid()}.partial"
         bars = (
@@ -323,11 +323,11 @@ def pack(
             f" {p.bytes / 1e6:.1f} MB{skipped}"
         )
         for line in p.left_out[:_NAMED]:
-            print(f"note: left out: {line}")
+            print(printable(f"note: left out: {line}"))
         if p.skipped > _NAMED:
             print(f"note: and {p.skipped - _NAMED} more")
     for note in (*kind.notes(), *seen.notes()):
-        print(note)
+        print(printable(note))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import UserError, printable
 from selfdistill.data.shards import duplicates, manifest, tars
 from selfdistill.data.shards.checking import check_shard
 from selfdistill.data.shards.manifest import Manifest
@@ -128,7 +128,7 @@ def verify(data: str, decode: bool = False, workers: int = 4, cache_dir: str | N
     """
     files, problems = _manifests(data, cache_dir)
     for problem in problems:
-        print(problem, flush=True)
+        print(printable(problem), flush=True)
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -155,7 +155,7 @@ def verify(data: str, decode: bool = False, workers: int = 4, cache_dir: str | N
 
         def report(problem: str) -> None:
             problems.append(problem)
-            print(problem, flush=True)
+            print(printable(problem), flush=True)
 
         try:
             for file in files:
@@ -182,7 +182,7 @@ def verify(data: str, decode: bool = False, workers: int = 4, cache_dir: str | N
             " pixels are whole, and are taken as they lie"
         )
     for note in seen.notes():
-        print(note)
+        print(printable(note))
 
 
 def _verify_split(

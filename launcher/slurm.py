@@ -79,6 +79,12 @@ class Job:
         """The template's file."""
         return ROOT / "slurm" / self.template
 
+    @property
+    def log(self) -> str:
+        """Its log's name, as sbatch reads it."""
+        option = next(word for word in self.options if word.startswith("--output="))
+        return option.partition("=")[2]
+
     def command(self, after: str | None) -> list[str]:
         """The words of sbatch; `after` is the job that must succeed first."""
         # Without the second option SLURM keeps a job whose dependency has failed in the queue.
@@ -118,7 +124,8 @@ def plan(options: Options, engine: dict[str, cli.Typed]) -> list[Job]:
         elif name != "seed" or options.seeds == 1:
             arguments += option.words
     variables["ARGS"] = shlex.join(arguments)
-    logs = Path(config.output) / "slurm"
+    # sbatch reads %j and the like in a file's name.
+    logs = str(Path(config.output) / "slurm").replace("%", "%%")
     asked = {
         "nodes": options.nodes,
         "ntasks-per-node": options.ranks or options.gpus,
@@ -138,7 +145,7 @@ def plan(options: Options, engine: dict[str, cli.Typed]) -> list[Job]:
         if stage == "finetune" and options.seeds > 1:
             log, array = f"{stage}-%A_%a.log", [f"--array=0-{options.seeds - 1}"]
             environment["SEED"] = str(config.seed)
-        mine = [f"--job-name={stage}", f"--output={logs / log}"]
+        mine = [f"--job-name={stage}", f"--output={logs}/{log}"]
         jobs.append(Job(stage, "stage.sh", [*common, *mine, *array], environment))
     return jobs
 
@@ -154,8 +161,7 @@ def submit(jobs: Sequence[Job]) -> list[str]:
     ids: list[str] = []
     for job in jobs:
         # A log whose folder is missing is lost, and the job with it.
-        log = next(word for word in job.options if word.startswith("--output="))
-        Path(log.partition("=")[2]).parent.mkdir(parents=True, exist_ok=True)
+        Path(job.log.replace("%%", "%")).parent.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(
             job.command(ids[-1] if ids else None),
             env=os.environ | job.variables,
@@ -173,8 +179,8 @@ def submit(jobs: Sequence[Job]) -> list[str]:
 def tell(jobs: Sequence[Job], ids: Sequence[str]) -> None:
     """Prints what was queued, and how to follow it."""
     for job, number in zip(jobs, ids, strict=True):
-        log = next(word for word in job.options if word.startswith("--output=")).partition("=")[2]
-        print(f"{number}  {job.name}  {log.replace('%j', number).replace('%A_%a', number + '_*')}")
+        log = job.log.replace("%j", number).replace("%A_%a", number + "_*").replace("%%", "%")
+        print(f"{number}  {job.name}  {log}")
     listed = ",".join(ids)
     output = jobs[0].variables["OUTPUT"]
     print(f"follow: squeue --jobs {listed}; tail -F the logs; tensorboard --logdir {output}")

@@ -29,7 +29,13 @@ fi
 one_seed() {
     local run
     run=$(realpath -m "$OUTPUT")
-    SEED=$((${SEED:-0} + SLURM_ARRAY_TASK_ID))
+    case ${SEED:=0} in
+    *[!0-9]*) # an arithmetic expression could run commands
+        echo "error: SEED=$SEED is no whole number: correct it" >&2
+        exit 2
+        ;;
+    esac
+    SEED=$((SEED + SLURM_ARRAY_TASK_ID))
     OUTPUT=$run/seeds/$SEED
     mkdir -p "$OUTPUT" || exit 2
     local stage
@@ -70,7 +76,14 @@ export -f rank stale
 # launch OPTIONS...: runs the ranks, and ends the job as they ended.
 launch() {
     local words code first who node
-    eval "words=(${ARGS:-})" # as a shell reads it, so quotes hold
+    # Quotes hold, as in a shell, but nothing is expanded or run.
+    mapfile -d '' -t words < <(ARGS=${ARGS:-} python -c '
+import os, shlex
+print(*(f"{word}\0" for word in shlex.split(os.environ["ARGS"])), sep="", end="")' 2>/dev/null)
+    if ! wait $!; then
+        echo "error: ARGS=${ARGS:-}: its quotes are not balanced: correct them" >&2
+        exit 2
+    fi
     [ -z "$RECIPE" ] || words+=(--recipe "$RECIPE")
     [ -z "${MODEL:-}" ] || words+=(--model "$MODEL")
     [ -z "${DATA:-}" ] || words+=(--data "$DATA")

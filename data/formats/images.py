@@ -8,6 +8,7 @@ What stands beside the picture (profiles, texts, EXIF) costs no picture where it
 """
 
 import contextlib
+import functools
 import io
 import struct
 import zlib
@@ -41,6 +42,9 @@ SUFFIXES = frozenset(
     ]
 )
 
+
+# Pillow's names of them. It knows others, of which some run programs: an EPS runs Ghostscript.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA", "AVIF")
 
 #: Called once for an image of which something beside the picture could not be read.
 OnUnreadable = Callable[[], object] | None
@@ -137,9 +141,32 @@ def _read(
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of the formats that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def opened(content: bytes) -> Image.Image:
+    """An image as Pillow opens it, of a format that is read here.
+
+    Args:
+        content: The file's bytes.
+
+    Raises:
+        UnidentifiedImageError: It is of no such format.
+    """
+    formats = _formats()
+    if content.startswith(png.SIGNATURE):
+        formats = ("PNG",)
+    elif content.startswith(b"\xff\xd8"):
+        formats = ("JPEG",)
+    return Image.open(io.BytesIO(content), formats=formats)
+
+
 def _by_pillow(content: bytes, size: int | None, on_unreadable: OnUnreadable = None) -> Image.Image:
-    formats = ("PNG",) if content.startswith(png.SIGNATURE) else None
-    image = Image.open(io.BytesIO(content), formats=formats)
+    image = opened(content)
     if size is not None:
         least = size + size // 2
         image.draft(None, (least, least))  # of JPEGs; others have no such way

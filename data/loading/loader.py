@@ -14,7 +14,7 @@ from typing import Unpack
 
 import numpy as np
 
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import UserError, printable
 from selfdistill.data.loading.batches import Batch, Batches, Options
 from selfdistill.data.loading.codec import Codec, Images
 from selfdistill.data.loading.datasets import Keyed, Rows, Stream
@@ -26,7 +26,7 @@ from selfdistill.data.shards.manifest import Manifest
 @functools.cache  # an evaluation meets the same broken samples every time
 def warn_once(line: str) -> None:
     """A report for programs with a terminal: each line once, on stderr."""
-    print(f"warning: {line}", file=sys.stderr, flush=True)
+    print(printable(f"warning: {line}"), file=sys.stderr, flush=True)
 
 
 def _opened(manifest: Manifest, options: Options) -> tuple[Reader, Codec]:

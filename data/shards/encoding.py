@@ -3,12 +3,9 @@
 The other way, from what is stored to the tensors of a batch, is `data.loading.codec`.
 """
 
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
-
-from PIL import Image
 
 from selfdistill.data.errors import UserError
 from selfdistill.data.formats import images, texts
@@ -119,7 +116,7 @@ class ImageModality:
 
 def suffix(content: bytes) -> str:
     """The extension of an image file that has no name."""
-    kind = (Image.open(io.BytesIO(content)).format or "img").lower()
+    kind = (images.opened(content).format or "img").lower()
     return {"jpeg": "jpg"}.get(kind, kind)
 
 

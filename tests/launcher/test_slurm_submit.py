@@ -134,3 +134,45 @@ def test_the_example_replaces_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
     assert command_line.call(example.main, "images", tmp_path) == 2
     assert "is in the way" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["mine.txt"]
+
+
+LAUNCH = "source slurm/common.sh; one_seed() { :; }; launch --stage pretrain"
+
+
+def launched(
+    tmp_path: Path, script: str = LAUNCH, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a piece of the templates; there is no srun behind it."""
+    env = {"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "1"}
+    env |= {"RECIPE": "", "DATA": "d", "OUTPUT": str(tmp_path / "run"), **variables}
+    return subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("args", ["--a 'b", '--a "b', "--a b\\"])
+def test_quotes_that_are_not_balanced_are_refused(args: str, tmp_path: Path) -> None:
+    done = launched(tmp_path, ARGS=args)
+    assert done.returncode == 2
+    assert f"error: ARGS={args}: its quotes are not balanced" in done.stderr
+
+
+def test_variables_of_a_job_run_no_commands(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    done = launched(tmp_path, ARGS=f"--a $(touch {canary}) --b `touch {canary}`; touch {canary}")
+    assert "not balanced" not in done.stderr
+    array = {"SLURM_ARRAY_TASK_ID": "1", "SEED": f"x[$(touch {canary})]"}
+    done = launched(tmp_path, "source slurm/common.sh; one_seed", **array)
+    assert done.returncode == 2
+    assert "is no whole number" in done.stderr
+    assert not canary.exists()
+
+
+def test_a_percent_sign_in_the_run_folder_is_not_sbatchs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [w for w in GIVEN if not w.startswith("--output")]
+    assert call(*words, "--output", "runs/50%j", *CHAIN, "--dry_run") == 0
+    for variables, options in commands(capsys.readouterr().out):
+        assert variables["OUTPUT"] == "runs/50%j"
+        assert any(o.startswith("--output=runs/50%%j/slurm/") for o in options)

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import pytest
 
 from selfdistill.data.cli import columns, help_text, nearest, run
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import UserError, printable
 from selfdistill.engine.config import options as configuration
 from selfdistill.engine.config.options import parse
+from tests.kit.command import call
 from tests.kit.launches import ROOT
 
 CALLS: list[tuple[Any, ...]] = []
@@ -196,3 +197,13 @@ def test_another_python_is_told_of_the_environment(command: str) -> None:
 def test_nearest() -> None:
     assert nearest("sizee", ["size", "out"]) == " Did you mean --size?"
     assert nearest("qqq", ["size"]) == ""
+
+
+def test_names_of_strangers_do_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printable("a\x1b[2J\u202eb\ud800é\n") == "a\\x1b[2J\\u202eb\\ud800é\n"
+
+    def fail(name: str) -> None:
+        raise UserError(f"{name} is missing")
+
+    assert call(fail, "\x1b]0;title\x07") == 2
+    assert capsys.readouterr().err == "error: \\x1b]0;title\\x07 is missing\n"

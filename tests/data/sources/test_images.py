@@ -1,9 +1,12 @@
 """Every kind of image becomes the RGB that it means; broken ones are named."""
 
 import io
+import os
 import struct
 import warnings
 import zlib
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -326,3 +329,16 @@ def test_the_pixels_of_a_damaged_png_are_still_refused() -> None:
     whole[whole.index(b"IDAT") + 40] ^= 1
     with pytest.raises(ValueError, match="checksum of its chunk IDAT"):
         images.read(bytes(whole))
+
+
+def test_no_format_is_read_that_runs_a_program(tmp_path: Path, monkeypatch: Any) -> None:
+    """Pillow gives an EPS to Ghostscript, whatever the file is called."""
+    canary = tmp_path / "canary"
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {canary}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n"
+    with pytest.raises(ValueError, match="it is no image of a known kind"):
+        images.read(eps)
+    assert not canary.exists()

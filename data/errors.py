@@ -1,4 +1,9 @@
-"""The errors that a user can mend."""
+"""The errors that a user can mend, and how their text is made fit to be shown."""
+
+import re
+
+_ADDRESS = re.compile(r"""([A-Za-z][A-Za-z0-9+.-]*://)([^\s/@'"]*@)?([^\s'"]*)""")
+_QUERY = re.compile(r"([?&][^=&#]+=)[^&#]*")
 
 
 class UserError(Exception):
@@ -24,8 +29,25 @@ class PeerLost(TryAgain):
     """A collective failed because another rank is gone."""
 
 
+def redacted(text: str) -> str:
+    """Text without the secrets of addresses in it: logins, and values of a query.
+
+    Args:
+        text: Any, such as ``https://user:password@host/x?token=secret``.
+
+    Returns:
+        The text, with ``https://***@host/x?token=***``.
+    """
+
+    def hide(found: re.Match[str]) -> str:
+        scheme, login, rest = found.groups()
+        return scheme + ("***@" if login else "") + _QUERY.sub(r"\1***", rest)
+
+    return _ADDRESS.sub(hide, text)
+
+
 def printable(text: str) -> str:
-    r"""Text for a terminal: what could steer it (names of foreign files may) is escaped.
+    r"""Text for a terminal or a log: without secrets, and without what could steer a terminal.
 
     Args:
         text: Any.
@@ -34,5 +56,6 @@ def printable(text: str) -> str:
         The text, control characters, bidirectional marks and lone surrogates written as ``\x1b``.
     """
     return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
+        for c in redacted(text)
     )

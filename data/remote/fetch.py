@@ -23,7 +23,7 @@ from typing import TypeVar
 
 import fsspec
 
-from selfdistill.data.errors import BrokenData, UserError
+from selfdistill.data.errors import BrokenData, UserError, redacted
 
 Report = Callable[[str], None]  # takes a line that the user should see
 T = TypeVar("T")
@@ -40,6 +40,8 @@ _PATIENCE = 10
 # From so many first retries on, a process tells only of transfers that fail twice in a row.
 _TOLD = 20
 _CHUNK = 2**20
+#: Bytes of a file that is read whole, such as a manifest: a hundred times one of 10^5 shards.
+LARGEST = 2**30
 
 #: Extras of this package that fsspec needs for a scheme.
 EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az"}
@@ -88,7 +90,7 @@ class Failure(Exception):
 
     def error(self, url: str, tries: int) -> BrokenData:
         """The line for the user, after so many tries."""
-        count = f" in {tries} tries" if tries > 1 else ""
+        count, url = f" in {tries} tries" if tries > 1 else "", redacted(url)
         if self.damaged and self.again:  # never twice the same: not the file, but its way
             return BrokenData(
                 f"{url} comes damaged, each time otherwise ({self}{count}): check the server's disk"
@@ -283,9 +285,8 @@ def retry(
         # Many nodes that lost the same server must not all come back in the same moment.
         wait = FIRST_WAIT * 2 ** (attempt - 1) * _jitter.uniform(0.75, 1.25)
         if attempt > 1 or next(_told) <= _TOLD:
-            (report or as_retrying)(
-                f"{url}: {reason}; trying again in {wait:.2g} s ({attempt + 1} of {tries})"
-            )
+            following = f"trying again in {wait:.2g} s ({attempt + 1} of {tries})"
+            (report or as_retrying)(f"{redacted(url)}: {reason}; {following}")
         time.sleep(wait)
     raise AssertionError("unreachable")
 
@@ -307,11 +308,15 @@ def fetch_bytes(url: str, report: Report | None = None) -> bytes:
     """
 
     def once(attempt: int) -> bytes:
+        content = bytearray()
         with contextlib.closing(chunks(url, fresh=attempt > 1)) as stream:
-            content = b"".join(stream)
+            for chunk in stream:
+                content += chunk
+                if len(content) > LARGEST:
+                    raise Failure(f"more than {LARGEST >> 20} MiB", again=False)
         if not content:
             raise Failure("nothing came")
-        return content
+        return bytes(content)
 
     # The exit status by which commands say that a file is not there may mean anything: once more.
     return retry(url, once, report, tries_if_absent=2)

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfdistill.data.cli import format_error
-from selfdistill.data.errors import TryAgain, UserError
+from selfdistill.data.errors import TryAgain, UserError, printable
 from selfdistill.engine.checkpoints import training_state
 from selfdistill.engine.checkpoints.files import fsync, sha256, write_text
 from selfdistill.engine.runtime.distributed import Ranks, broadcast, main_only
@@ -220,7 +220,9 @@ class Checkpoints:
             if state is not None and not fault:
                 return self.folder / name, state
             if self.ranks.main:
-                print(f"warning: {self.folder / name}: {fault}; skipped", file=sys.stderr)
+                print(
+                    printable(f"warning: {self.folder / name}: {fault}; skipped"), file=sys.stderr
+                )
         if names:
             raise UserError(
                 f"{self.folder}: none of {len(names)} checkpoints is whole: put one back, or"

@@ -17,7 +17,7 @@ from typing import IO, Any
 import tomli_w
 import torch
 
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import UserError, printable
 from selfdistill.data.files import nofollow
 from selfdistill.data.loading.batches import Options
 from selfdistill.data.loading.codec import Codec
@@ -89,7 +89,7 @@ class Run:
     def info(self, line: str) -> None:
         """Prints a line on rank 0."""
         if self.ranks.main:
-            print(line, flush=True)
+            print(printable(line), flush=True)
 
     def info_once(self, line: str) -> None:
         """Prints a line on rank 0, however many stages have it to say."""

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import UserError, redacted
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -337,5 +337,5 @@ class Config(Section):
                 section.check_warmup(stage, section.steps)
 
     def toml(self) -> str:
-        """This configuration as TOML, which `--recipe` reads back."""
-        return tomli_w.dumps(self.model_dump(exclude_none=True, exclude={"local_rank"}))
+        """This configuration as TOML, which `--recipe` reads back; without secrets of addresses."""
+        return redacted(tomli_w.dumps(self.model_dump(exclude_none=True, exclude={"local_rank"})))

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from selfdistill.data.errors import redacted
 from selfdistill.data.files import fresh, nofollow
 from selfdistill.engine.monitoring import pictures
 
@@ -335,7 +336,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, int | float 
         if isinstance(value, Mapping):
             flat |= _flat(value, name + ".")
         elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            flat[name] = value
+            flat[name] = redacted(value) if isinstance(value, str) else value
         else:  # torch's writer would make 1.0 of True
             flat[name] = str(value).lower() if isinstance(value, bool | None) else str(value)
     return flat

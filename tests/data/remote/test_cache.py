@@ -352,7 +352,7 @@ def test_bad_caches(split: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match="cannot make the shard cache"):
         ShardCache(tmp_path / "file" / "cache")
     full = ShardCache(tmp_path / "full")
-    monkeypatch.setattr(Path, "open", _full)
+    monkeypatch.setattr("selfdistill.data.remote.cache.fresh", _full)
     with pytest.raises(UserError, match="No space left on device"):
         full.path(*wanted(split, 0))
     monkeypatch.setenv("SELFDISTILL_CACHE", "/a/b")
@@ -361,3 +361,19 @@ def test_bad_caches(split: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def _full(*_: object, **__: object) -> None:
     raise OSError(28, "No space left on device")
+
+
+def test_a_manifest_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "LARGEST", 2**20)
+    with pytest.raises(BrokenData, match=r"cannot fetch pipe:yes.* \(more than 1 MiB\)"):
+        fetch_bytes("pipe:yes #")
+
+
+def test_no_message_of_a_transfer_holds_a_secret() -> None:
+    lines: list[str] = []
+    with pytest.raises(BrokenData) as caught:
+        fetch_bytes("http://me:pass@127.0.0.1:1/x?token=abc", lines.append)
+    text = " ".join([str(caught.value), *lines])
+    assert "pass" not in text
+    assert "abc" not in text
+    assert "http://***@127.0.0.1:1/x?token=***" in text

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from selfdistill.data.cli import columns, help_text, nearest, run
-from selfdistill.data.errors import UserError, printable
+from selfdistill.data.errors import UserError, printable, redacted
 from selfdistill.engine.config import options as configuration
 from selfdistill.engine.config.options import parse
 from tests.kit.command import call
@@ -207,3 +207,21 @@ def test_names_of_strangers_do_not_steer_the_terminal(capsys: pytest.CaptureFixt
 
     assert call(fail, "\x1b]0;title\x07") == 2
     assert capsys.readouterr().err == "error: \\x1b]0;title\\x07 is missing\n"
+
+
+def test_secrets_of_addresses_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    url = "https://me:pass@host/x/train?token=abc&part=2"
+    assert redacted(url) == "https://***@host/x/train?token=***&part=***"
+    assert redacted("s3://bucket/train 'http://a/b'") == "s3://bucket/train 'http://a/b'"
+
+    def fail(name: str) -> None:
+        raise UserError(f"cannot fetch {name}: why")
+
+    assert call(fail, url) == 2
+    printed = capsys.readouterr().err
+    assert "pass" not in printed
+    assert "abc" not in printed
+    config = configuration.load({"data": url})
+    assert config.data.path == url
+    assert "pass" not in config.toml()
+    assert "***@host" in config.toml()

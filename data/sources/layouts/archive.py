@@ -1,9 +1,12 @@
 """The official archive file itself in place of the folder it extracts to."""
 
+import functools
 import shutil
+import stat
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +28,8 @@ def opened(root: Path, scratch: Path) -> Iterator[Path]:
     """The folder to read: `root` itself, or a temporary one with the archive's files.
 
     Nothing is written outside the temporary folder, whatever the names in the archive (PEP 706's
-    ``data`` filter for tars; zipfile drops ``..`` and leading slashes itself). It is removed in
-    the end.
+    ``data`` filter for tars; zipfile drops ``..`` and leading slashes itself). Links are refused:
+    one that leads to another could lead outside. The folder is removed in the end.
 
     Args:
         root: A folder or an archive file.
@@ -75,19 +78,39 @@ def _check_end(tar: tarfile.TarFile) -> None:
         rest = file.read(2**20)
 
 
+def _link(path: Path, name: str) -> UserError:
+    return UserError(
+        f"{path} holds a link, {name!r}, which could lead outside its folder: extract it yourself,"
+        " and pack the folder"
+    )
+
+
+def _no_link(path: Path, member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+    if member.issym() or member.islnk():
+        raise _link(path, member.name)
+    return tarfile.data_filter(member, folder)
+
+
 def _extract(path: Path, folder: Path) -> None:
     try:
         if path.name.lower().endswith(".zip"):
             with zipfile.ZipFile(path) as archive:
-                names = [name for name in archive.namelist() if not is_stray(name)]
-                archive.extractall(folder, members=names)
+                wanted = [info for info in archive.infolist() if not is_stray(info.filename)]
+                for info in wanted:
+                    if stat.S_ISLNK(info.external_attr >> 16):
+                        raise _link(path, info.filename)
+                archive.extractall(folder, members=wanted)
         else:
             with tarfile.open(path) as tar:
-                tar.extractall(folder, filter="data")
+                tar.extractall(folder, filter=functools.partial(_no_link, path))
                 _check_end(tar)
     except tarfile.FilterError as error:
         raise UserError(f"{path} leads outside its folder ({error}): do not use it") from None
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+    except (RuntimeError, NotImplementedError) as error:  # zipfile's: encrypted, another method
+        raise UserError(
+            f"{path} cannot be read ({error}): extract it yourself, and pack the folder"
+        ) from None
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(
             f"{path} is broken or cut short ({error}): take the official archive again"
         ) from None

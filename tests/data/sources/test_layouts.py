@@ -1,10 +1,6 @@
 """Tiny trees in each official layout, packed through the real command and read back."""
 
-import io
 import shutil
-import subprocess
-import tarfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -218,54 +214,6 @@ def test_xrays_in_another_format(tmp_path: Path) -> None:
             image.save(path.with_suffix(".webp"), lossless=True)
         path.unlink()
     assert packed(tmp_path / "source", tmp_path / "out") == EXPECTED["xray"]
-
-
-@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".zip"])
-@pytest.mark.parametrize("name", ["xray", "dtd", "flowers"])
-def test_the_archive_itself(name: str, suffix: str, tmp_path: Path) -> None:
-    root = tmp_path / "source"
-    root.mkdir()
-    MAKE[name](root)
-    archive = tmp_path / f"official{suffix}"
-    if suffix == ".zip":
-        with zipfile.ZipFile(archive, "w") as target:
-            for path in sorted(root.rglob("*")):
-                target.write(path, path.relative_to(root))
-    else:
-        subprocess.run(["tar", "-caf", archive, "-C", root, "."], check=True)
-    shutil.rmtree(root)
-    assert packed(archive, tmp_path / "out") == EXPECTED[name]
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {archive.name, "out"}  # nothing of the extraction is left
-
-
-def test_an_archive_of_class_folders(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "birds.zip", "w") as target:
-        for number in range(1, 5):
-            content = io.BytesIO()
-            numbered(number, 8).save(content, format="PNG")
-            name = ("ant", "bee")[number % 2]
-            target.writestr(f"birds/{name}/{number}.png", content.getvalue())
-    found = packed(tmp_path / "birds.zip", tmp_path / "out", "--splits", 1)
-    assert found == {"train": {1: "bee", 2: "ant", 3: "bee", 4: "ant"}}
-
-
-def test_an_archive_that_leads_outside_or_is_cut(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with tarfile.open(tmp_path / "evil.tar", "w") as tar:
-        tar.addfile(tarfile.TarInfo("../evil.txt"), io.BytesIO())
-    assert call(pack, tmp_path / "evil.tar", tmp_path / "out") == 2
-    assert "leads outside" in capsys.readouterr().err
-    cut = tmp_path / "cut.tar.gz"
-    with tarfile.open(cut, "w:gz") as tar:
-        info = tarfile.TarInfo("a")
-        info.size = 10**5
-        tar.addfile(info, io.BytesIO(np.random.default_rng(0).bytes(10**5)))
-    cut.write_bytes(cut.read_bytes()[:5000])
-    assert call(pack, cut, tmp_path / "out") == 2
-    assert "cut short" in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {"evil.tar", "cut.tar.gz"}
 
 
 def test_aircraft_banner_is_cut_off_unless_told(tmp_path: Path) -> None:

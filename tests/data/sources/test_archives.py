@@ -1,0 +1,106 @@
+"""Archives as a source: read as their folders are, refused where they lead outside or are cut."""
+
+import io
+import shutil
+import subprocess
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from selfdistill.data.pack import pack
+from tests.data.sources.test_layouts import EXPECTED, MAKE, packed
+from tests.kit.command import call
+from tests.kit.shards import numbered
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".zip"])
+@pytest.mark.parametrize("name", ["xray", "dtd", "flowers"])
+def test_the_archive_itself(name: str, suffix: str, tmp_path: Path) -> None:
+    root = tmp_path / "source"
+    root.mkdir()
+    MAKE[name](root)
+    archive = tmp_path / f"official{suffix}"
+    if suffix == ".zip":
+        with zipfile.ZipFile(archive, "w") as target:
+            for path in sorted(root.rglob("*")):
+                target.write(path, path.relative_to(root))
+    else:
+        subprocess.run(["tar", "-caf", archive, "-C", root, "."], check=True)
+    shutil.rmtree(root)
+    assert packed(archive, tmp_path / "out") == EXPECTED[name]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {archive.name, "out"}  # nothing of the extraction is left
+
+
+def test_an_archive_of_class_folders(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "birds.zip", "w") as target:
+        for number in range(1, 5):
+            content = io.BytesIO()
+            numbered(number, 8).save(content, format="PNG")
+            name = ("ant", "bee")[number % 2]
+            target.writestr(f"birds/{name}/{number}.png", content.getvalue())
+    found = packed(tmp_path / "birds.zip", tmp_path / "out", "--splits", 1)
+    assert found == {"train": {1: "bee", 2: "ant", 3: "bee", 4: "ant"}}
+
+
+def test_an_archive_that_leads_outside_or_is_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tarfile.open(tmp_path / "evil.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("../evil.txt"), io.BytesIO())
+    assert call(pack, tmp_path / "evil.tar", tmp_path / "out") == 2
+    assert "leads outside" in capsys.readouterr().err
+    cut = tmp_path / "cut.tar.gz"
+    with tarfile.open(cut, "w:gz") as tar:
+        info = tarfile.TarInfo("a")
+        info.size = 10**5
+        tar.addfile(info, io.BytesIO(np.random.default_rng(0).bytes(10**5)))
+    cut.write_bytes(cut.read_bytes()[:5000])
+    assert call(pack, cut, tmp_path / "out") == 2
+    assert "cut short" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"evil.tar", "cut.tar.gz"}
+
+
+def test_links_and_other_ways_of_archives_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Links, of which chains lead outside; entries that are encrypted or of an unknown method."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    with tarfile.open(tmp_path / "links.tar", "w") as tar:
+        for name, target in (("a", "."), ("a/b", ".."), ("a/b/c", str(victim))):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            tar.addfile(link)
+        tar.addfile(tarfile.TarInfo("a/b/c/written"), io.BytesIO())
+    hard = tarfile.TarInfo("x.png")
+    hard.type, hard.linkname = tarfile.LNKTYPE, "y.png"
+    with tarfile.open(tmp_path / "hard.tar", "w") as tar:
+        tar.addfile(hard)
+    link = zipfile.ZipInfo("x")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "link.zip", "w") as target:
+        target.writestr(link, str(victim))
+    for name, flag in (("locked.zip", (6, 1)), ("method.zip", (8, 99))):
+        with zipfile.ZipFile(tmp_path / name, "w") as target:
+            target.writestr("a/x.png", b"content")
+        content = bytearray((tmp_path / name).read_bytes())
+        directory = content.index(b"PK\x01\x02")
+        for header in (0, directory + 2):  # the central directory has two more bytes before it
+            content[header + flag[0]] = flag[1]
+        (tmp_path / name).write_bytes(content)
+    for name, said in (
+        ("links.tar", "holds a link, 'a', which could lead outside"),
+        ("hard.tar", "holds a link, 'x.png'"),
+        ("link.zip", "holds a link, 'x'"),
+        ("locked.zip", "cannot be read"),
+        ("method.zip", "cannot be read"),
+    ):
+        assert call(pack, tmp_path / name, tmp_path / "out") == 2, name
+        printed = capsys.readouterr().err
+        assert said in printed, (name, printed)
+        assert printed.count("\n") == 1
+    assert not list(victim.iterdir())

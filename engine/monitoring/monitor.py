@@ -77,8 +77,7 @@ class Monitor:
 
         folder.mkdir(parents=True, exist_ok=True)
         cut_metrics(folder / METRICS, self.first, scored)
-        log = folder / METRICS  # closed by `close`
-        self._metrics = open(log, "a", encoding="utf-8", opener=nofollow)  # noqa: SIM115
+        self._metrics = open(folder / METRICS, "a", opener=nofollow)  # noqa: SIM115
         # TensorBoard drops all that earlier event files of the folder hold from this step on.
         self._writer = SummaryWriter(str(folder), purge_step=self.first)
         self._latest: dict[str, int] = {}  # tag -> last step
@@ -312,16 +311,13 @@ def cut_metrics(path: Path, first: int, scored: int | None = None) -> None:
     """
     if not path.exists():
         return
-    kept = [
-        record
-        for record in read_metrics(path)
-        if record["step"] < first
-        and (
-            scored is None
-            or record["step"] <= scored
-            or not any(tag.startswith(("val/", "test/")) for tag in record)
-        )
-    ]
+
+    def stays(record: dict[str, Any]) -> bool:
+        scores = any(tag.startswith(("val/", "test/")) for tag in record)
+        late = scored is not None and record["step"] > scored
+        return record["step"] < first and not (scores and late)
+
+    kept = [record for record in read_metrics(path) if stays(record)]
     temporary = path.with_suffix(".tmp")
     with fresh(temporary) as file:
         file.writelines(json.dumps(r, allow_nan=False) + "\n" for r in kept)

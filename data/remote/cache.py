@@ -115,21 +115,22 @@ class ShardCache:
             fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
-    def open(self, url: str, sha256: str, size: int | None) -> int:
+    def open(self, url: str, sha256: str, size: int | None, most: int | None = None) -> int:
         """A descriptor of the local copy of a file; see `path`."""
         while True:
             try:
-                return nofollow(str(self.path(url, sha256, size)), os.O_RDONLY)
+                return nofollow(str(self.path(url, sha256, size, most)), os.O_RDONLY)
             except FileNotFoundError:  # dropped by another process between the two
                 continue
 
-    def path(self, url: str, sha256: str, size: int | None) -> Path:
+    def path(self, url: str, sha256: str, size: int | None, most: int | None = None) -> Path:
         """The local copy of a file, fetched when it is not there.
 
         Args:
             url: Where it comes from.
             sha256: What it must be, in hex.
             size: In bytes, where known.
+            most: Where it is not known: bytes beyond which it is refused.
 
         Returns:
             Its path. Another process may drop it to make room: prefer `open`.
@@ -138,9 +139,11 @@ class ShardCache:
             BrokenData: It cannot be fetched, or is not the file that the manifest means.
             UserError: The cache is too small, or its disk full.
         """
-        return self._obtain(url, sha256, size, drop_kept=True)
+        return self._obtain(url, sha256, size, most, drop_kept=True)
 
-    def _obtain(self, url: str, sha256: str, size: int | None, drop_kept: bool) -> Path:
+    def _obtain(
+        self, url: str, sha256: str, size: int | None, most: int | None, *, drop_kept: bool
+    ) -> Path:
         """See `path`; what prefetching wants is dropped last, or not at all."""
         final = self.folder / sha256
         began = time.time()
@@ -150,7 +153,7 @@ class ShardCache:
                     if not self._hit(final, size):
                         self._heed(sha256, began)
                         self._room(size or 0, frozenset((sha256,)), url)
-                        self._fetch(url, sha256, size)
+                        self._fetch(url, sha256, size, most)
                 return final
             except OSError as error:
                 with contextlib.suppress(OSError):
@@ -174,10 +177,11 @@ class ShardCache:
             return False
         return True
 
-    def _fetch(self, url: str, sha256: str, size: int | None) -> None:
+    def _fetch(self, url: str, sha256: str, size: int | None, most: int | None) -> None:
         """Downloads under the file's lock."""
         part, note = (self.folder / f"{sha256}.{end}" for end in ("part", "failed"))
         wrong: set[str] = set()
+        most = most if size is None else size
 
         def once(attempt: int) -> None:
             digest, count = hashlib.sha256(), 0
@@ -188,13 +192,13 @@ class ShardCache:
                 for chunk in stream:
                     digest.update(chunk)
                     count += len(chunk)
-                    if size is not None and count > size:
+                    if most is not None and count > most:
                         break
                     file.write(chunk)
             if digest.hexdigest() != sha256:
                 found, what = digest.hexdigest(), "another sha256"
-                if size is not None and count > size:
-                    found, what = "more", f"more than {size} bytes"
+                if most is not None and count > most:
+                    found, what = "more", f"more than {most} bytes"
                 elif size is not None and count < size:
                     what = f"{count} bytes where {size} belong"
                 # Twice the same is no accident of the transfer.
@@ -348,4 +352,4 @@ class ShardCache:
                 if self._hit(self.folder / sha256, size):
                     continue
                 if self._room(size, frozenset((sha256,)), url, drop_kept=False):
-                    self._obtain(url, sha256, size, drop_kept=False)
+                    self._obtain(url, sha256, size, None, drop_kept=False)

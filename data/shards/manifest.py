@@ -286,7 +286,8 @@ class Manifest:
             from selfdistill.data.remote.cache import ShardCache
 
             # By its descriptor: another process may drop the file to make room for a shard.
-            held = ShardCache(self.cache_dir).open(place, self.members_file.sha256, None)
+            most = 4096 + 32 * self.samples  # npy's header, four numbers a sample
+            held = ShardCache(self.cache_dir).open(place, self.members_file.sha256, None, most)
             path = Path(f"/proc/self/fd/{held}")
         else:
             path = Path(place)

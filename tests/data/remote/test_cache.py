@@ -377,3 +377,14 @@ def test_no_message_of_a_transfer_holds_a_secret() -> None:
     assert "pass" not in text
     assert "abc" not in text
     assert "http://***@127.0.0.1:1/x?token=***" in text
+
+
+def test_a_table_without_end_fills_no_disk(split: Manifest, tmp_path: Path) -> None:
+    with (Path(split.root) / "members.npy").open("ab") as file:
+        file.write(bytes(2**20))
+    cache = tmp_path / "cache"
+    remote = Manifest.load(f"pipe:cat {split.root}", str(cache))
+    most = 4096 + 32 * split.samples
+    with pytest.raises(BrokenData, match=rf"is not the file .*more than {most} bytes"):
+        _ = remote.members
+    assert not list(cache.glob("*.part"))

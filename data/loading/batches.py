@@ -40,6 +40,7 @@ class Options(TypedDict, total=False):
         workers: Processes that read and decode; 0 does it in this one.
         cache_dir: Folder of fetched shards on this node.
         cache_gb: Its limit in GB (1e9 bytes).
+        verify: Hash what that folder holds before its first use in a process.
         skip_broken: Tolerated share of broken samples; 0 makes the first one an error.
         report: Told of each skipped sample, and of a cache that is too small, in a line; by default
             a Python warning.
@@ -51,6 +52,7 @@ class Options(TypedDict, total=False):
     workers: int
     cache_dir: str | None
     cache_gb: float | None
+    verify: bool
     skip_broken: float
     report: Report | None
     codec: Codec | None

@@ -45,6 +45,7 @@ def _opened(manifest: Manifest, options: Options) -> tuple[Reader, Codec]:
         cache_dir=options.get("cache_dir"),
         cache_gb=options.get("cache_gb"),
         report=options.get("report"),
+        verify=options.get("verify", False),
     )
     if not options.get("skip_broken"):
         reader.check_shards()

@@ -47,6 +47,7 @@ class Reader:
         cache_gb: Limit of that folder in GB (1e9 bytes).
         max_open: Shards kept open.
         report: See `ShardCache`.
+        verify: See `ShardCache`.
     """
 
     def __init__(
@@ -56,13 +57,15 @@ class Reader:
         cache_gb: float | None = None,
         max_open: int = 64,
         report: Report | None = None,
+        verify: bool = False,
     ) -> None:
         self.manifest = manifest
         self.max_open = max_open
         self.remote = any(is_remote(manifest.shard_place(s)) for s in range(len(manifest.shards)))
         self.cache: ShardCache | None = None
         if self.remote:
-            self.cache = ShardCache(cache_dir or manifest.cache_dir, cache_gb, report)
+            place = cache_dir or manifest.cache_dir
+            self.cache = ShardCache(place, cache_gb, report, verify)
         self._open: OrderedDict[int, int] = OrderedDict()
         self._failed: dict[int, str] = {}
         self._pid = os.getpid()

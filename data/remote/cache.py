@@ -59,6 +59,8 @@ class ShardCache:
             first. By default 64.
         report: Told when it or its disk is too small, and of transfers that are tried again; by
             default Python warnings, `as_python_warning` and `fetch.as_retrying`.
+        verify: Whether a process hashes what it finds in the folder before its first use: somebody
+            else may have put it there.
 
     Raises:
         UserError: The folder cannot be made.
@@ -69,7 +71,9 @@ class ShardCache:
         folder: str | Path | None = None,
         limit_gb: float | None = None,
         report: Report | None = None,
+        verify: bool = False,
     ) -> None:
+        self.verify = verify
         self.folder = Path(folder) if folder else default_folder()
         self.report = report or as_python_warning
         self._retrying = report or fetch.as_retrying
@@ -93,10 +97,12 @@ class ShardCache:
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
         self._told = False
+        # Name, inode and size of what this process has hashed.
+        self._verified: set[tuple[str, int, int]] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Only where and how much: each process has its own thread."""
-        kept = ("folder", "limit", "report", "_fits", "_retrying")
+        kept = ("folder", "limit", "report", "verify", "_fits", "_retrying")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -165,13 +171,21 @@ class ShardCache:
                 ) from None
         return final
 
-    @staticmethod
-    def _hit(final: Path, size: int | None) -> bool:
+    def _hit(self, final: Path, size: int | None) -> bool:
         """Whether the file is there and whole; notes its use."""
         try:
             status = final.lstat()
             if not stat.S_ISREG(status.st_mode) or size not in (None, status.st_size):
                 return False
+            known = (final.name, status.st_ino, status.st_size)
+            if self.verify and known not in self._verified:
+                with open(final, "rb", opener=nofollow) as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if digest != final.name:
+                    self.report(f"{final} is not what its name says: it is fetched again")
+                    final.unlink(missing_ok=True)
+                    return False
+                self._verified.add(known)
             os.utime(final)
         except FileNotFoundError:
             return False

@@ -81,6 +81,7 @@ class Run:
             "workers": self.workers,
             "cache_dir": config.cache_dir,
             "cache_gb": config.cache_gb,
+            "verify": config.check == "always",
             "skip_broken": config.skip_broken,
             "report": warn_once,
             "pin": self.ranks.device.type == "cuda",

@@ -44,7 +44,7 @@ class DataSection(Section):
     skip_broken: float = Field(0.0, ge=0, lt=1, description="share of broken samples to skip")
     check: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="hash local shards first (auto = what has no checksum of its own, to 2 GiB)",
+        description="hash shards first (auto = local ones without checksums, to 2 GiB)",
     )
 
 

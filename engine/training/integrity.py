@@ -20,7 +20,7 @@ def check_shards(run: Run, manifests: list[Manifest], *, labels: bool) -> None:
     """Hashes the local shards of splits before a stage reads them, as `--data.check` says.
 
     PNGs carry checksums, which a loader tests; other files do not, nor do labels. Remote shards are
-    hashed when they are fetched.
+    hashed when they are fetched, and under `always` in the cache before their first use.
 
     Args:
         run: The launch.

@@ -77,3 +77,19 @@ def test_links_in_a_cache_destroy_nothing(victim: Path, tmp_path: Path) -> None:
     (cache.folder / f"{split.shards[1].sha256}.lock").symlink_to(victim)
     with pytest.raises(UserError, match="is a symbolic link"):
         cache.path("pipe:false", split.shards[1].sha256, split.shards[1].bytes)
+
+
+def test_a_swapped_file_of_a_cache_is_noticed_where_it_is_asked_for(tmp_path: Path) -> None:
+    split = uneven(tmp_path / "train", [2, 2])
+    info = split.shards[0]
+    url = f"pipe:cat {split.root}/{info.name}"
+    content = (Path(split.root) / info.name).read_bytes()
+    lines: list[str] = []
+    ShardCache(tmp_path / "cache").path(url, info.sha256, info.bytes)
+    place = tmp_path / "cache" / info.sha256
+    place.write_bytes(bytes(info.bytes))
+    trusting = ShardCache(tmp_path / "cache", report=lines.append)
+    assert trusting.path(url, info.sha256, info.bytes).read_bytes() == bytes(info.bytes)
+    careful = ShardCache(tmp_path / "cache", report=lines.append, verify=True)
+    assert careful.path(url, info.sha256, info.bytes).read_bytes() == content
+    assert lines == [f"{place} is not what its name says: it is fetched again"]

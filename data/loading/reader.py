@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from selfdistill.data.errors import BrokenData, UserError
 from selfdistill.data.formats import labels
 from selfdistill.data.remote.cache import Report, ShardCache
-from selfdistill.data.shards.manifest import Manifest, is_remote
+from selfdistill.data.shards.manifest import FILE, MEMBERS, Manifest, is_remote
 from selfdistill.data.shards.tars import BLOCK, parse_header
 
 # Read label and input in one go when no more than this lies between them.
@@ -72,7 +72,7 @@ class Reader:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files, and without what is made of the manifest."""
-        made = ("_starts", "_members", "_places")
+        made = ("_starts", "_members", "_places", "_sizes", "_all_labelled")
         kept = {k: v for k, v in self.__dict__.items() if k not in made}
         return {**kept, "_open": OrderedDict()}
 
@@ -182,6 +182,9 @@ class Reader:
         shard = bisect.bisect_right(self._starts, sample) - 1
         at, size, label_at, label_size = self._members[sample].tolist()
         fd = self._descriptor(shard)
+        name = f"sample {sample - self._starts[shard]}"
+        if fault := self._fault(shard, at, size, label_at, label_size):
+            raise self._broken(shard, name, fault)
         span, label = (at - BLOCK, at + size), -1
         if label_at < 0:
             parts = [(os.pread(fd, span[1] - span[0], span[0]), 0)]
@@ -193,18 +196,40 @@ class Reader:
                 parts = [(whole, span[0] - low), (whole, label_span[0] - low)]
             else:
                 parts = [(os.pread(fd, b - a, a), 0) for a, b in (span, label_span)]
-        name = f"sample {sample - self._starts[shard]}"
         try:
             content, name = self._member(*parts[0], size)
             if label_at >= 0:
                 label = self._label(self._member(*parts[1], label_size)[0])
         except ValueError as error:
-            raise BrokenData(
-                f"shard {self._places[shard]}, {name}: {error}: check the shards"
-                " (python -m data.verify) and fetch or pack this one anew, or allow some to be"
-                " skipped (--data.skip_broken 0.01)"
-            ) from None
+            raise self._broken(shard, name, str(error)) from None
         return Record(content, label, f"shard {self._places[shard]}, {name}")
+
+    def _broken(self, shard: int, name: str, fault: str) -> BrokenData:
+        return BrokenData(
+            f"shard {self._places[shard]}, {name}: {fault}: check the shards"
+            " (python -m data.verify) and fetch or pack this one anew, or allow some to be"
+            " skipped (--data.skip_broken 0.01)"
+        )
+
+    def _fault(self, shard: int, at: int, size: int, label_at: int, label_size: int) -> str:
+        """What is wrong with a row of the table of members, which may come from elsewhere."""
+        end = self._sizes[shard]
+        if not (size >= 0 and BLOCK <= at <= end - size):
+            return f"{MEMBERS} places it at byte {at}, with {size} bytes, in a shard of {end}"
+        if label_at == -1 and self._all_labelled:
+            return f"{MEMBERS} has no label for it, and {FILE} says that all samples have one"
+        if label_at != -1 and not (label_size >= 0 and BLOCK <= label_at <= end - label_size):
+            return f"{MEMBERS} places its label at byte {label_at} of a shard of {end}"
+        return ""
+
+    @functools.cached_property
+    def _sizes(self) -> list[int]:
+        """Bytes of each shard."""
+        return [info.bytes for info in self.manifest.shards]
+
+    @functools.cached_property
+    def _all_labelled(self) -> bool:
+        return self.manifest.samples == self.manifest.labelled > 0
 
     @functools.cached_property
     def _starts(self) -> list[int]:

@@ -14,6 +14,7 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 import pydantic
@@ -97,7 +98,20 @@ def is_plain(name: str) -> bool:
 
     Such a name is the same in a path, a URL and a shell's command.
     """
-    return bool(re.fullmatch(r"[\w.+=@-][\w./+=@-]*", name)) and ".." not in name.split("/")
+    parts = name.split("/")
+    short = all(len(part.encode()) <= 255 for part in parts)  # what file systems bear
+    return bool(re.fullmatch(r"[\w.+=@-][\w./+=@-]*", name)) and ".." not in parts and short
+
+
+def is_address(name: str) -> bool:
+    """Whether a shard, or a table, may be fetched from a URL of its own; see `SCHEMES`."""
+    scheme, separator, rest = name.partition("://")
+    if not (separator and scheme.lower() in SCHEMES and re.fullmatch(r"[!-~]+", rest)):
+        return False
+    try:
+        return bool(urlsplit(name).hostname)
+    except ValueError:  # such as http://[bad
+        return False
 
 
 def as_typed(path: Path) -> Path:
@@ -171,9 +185,15 @@ class Manifest:
             )
         if len(self.class_counts) != len(self.classes):
             raise UserError(f"{self.place}: class_counts and classes differ in length: {cure}")
-        for name in [self.members_file.file, *(s.name for s in self.shards)]:
-            scheme, address, _ = name.partition("://")
-            if not (address and scheme.lower() in SCHEMES) and not is_plain(name):
+        if self.split not in SPLITS:
+            raise UserError(f"{self.place}: split is {self.split!r}, none of {SPLITS}: {cure}")
+        names = [self.members_file.file, *(s.name for s in self.shards)]
+        for what, entries in (("class", self.classes), ("file", names)):
+            if len(set(entries)) < len(entries):
+                twice = next(e for i, e in enumerate(entries) if e in entries[:i])
+                raise UserError(f"{self.place}: the {what} {twice!r} stands there twice: {cure}")
+        for name in names:
+            if not is_address(name) and not is_plain(name):
                 raise UserError(
                     f"{self.place}: {name!r} is neither a plain file name nor an address of"
                     f" {', '.join(SCHEMES)}: {cure}"

@@ -1,5 +1,6 @@
 """Broken shards in training: each error names shard, sample and cure; skipping is asked for."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -124,7 +125,7 @@ def test_a_shard_of_the_right_size_but_other_members(split: Manifest) -> None:
         read_all(split)
 
 
-def edit(split: Manifest, **changes: object) -> None:
+def edit(split: Manifest, /, **changes: object) -> None:
     path = Path(split.root) / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -302,3 +303,53 @@ def test_headers_of_all_kinds() -> None:
             tars.parse_header(block[:50] + b"z" + block[51:])
     with pytest.raises(ValueError, match="broken"):
         tars.parse_header(bytes(512))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        *((0, at, "places it at byte") for at in (-1, 0, 2**40, 2**63 - 1, -(2**63))),
+        *((1, size, "places it at byte") for size in (-1, 2**40, 2**63 - 1, -(2**63))),
+        (2, -1, "has no label for it"),
+        (2, -2, "places its label at byte -2"),
+        *((3, size, "places its label at byte") for size in (-1, 2**63 - 1)),
+    ],
+)
+def test_a_row_of_the_table_that_leads_nowhere_is_named(
+    split: Manifest, column: int, value: int, said: str
+) -> None:
+    table = Path(split.root) / "members.npy"
+    rows = np.load(table)
+    rows[7, column] = value
+    np.save(table, rows)
+    manifest = json.loads((Path(split.root) / "manifest.json").read_text())
+    manifest["members"]["sha256"] = hashlib.sha256(table.read_bytes()).hexdigest()
+    edit(split, members=manifest["members"])
+    with pytest.raises(UserError, match=rf"t-000001.tar, sample 3: members.npy {said}"):
+        list(Sequential(Manifest.load(split.root), batch=15))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"split": "../x"}, "split is '../x', none of"),
+        ({"classes": ["a", "a", "c"]}, "the class 'a' stands there twice"),
+        ({"class_counts": [-1, 1, 15]}, "class_counts.0"),
+        ({"samples": 2**63}, "samples"),
+    ],
+)
+def test_a_manifest_that_cannot_be_meant(
+    split: Manifest, changes: dict[str, object], said: str
+) -> None:
+    edit(split, **changes)
+    with pytest.raises(UserError, match=said):
+        Manifest.load(split.root)
+
+
+@pytest.mark.parametrize("name", ["t-000000.tar", "http://[bad", "http://h/\0", "x" * 300])
+def test_a_shards_name_that_cannot_be_meant(split: Manifest, name: str) -> None:
+    shards = json.loads((Path(split.root) / "manifest.json").read_text())["shards"]
+    shards[1]["name"] = name
+    edit(split, shards=shards)
+    with pytest.raises(UserError, match=r"stands there twice|is neither a plain file name"):
+        Manifest.load(split.root)

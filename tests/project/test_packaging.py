@@ -39,10 +39,14 @@ def installed(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) 
 
 def run(installed: Path, *words: str | Path) -> str:
     """Runs a command of the installed copy, away from the clone; what it printed."""
+    return run_in(installed, *words, path=installed / "site")
+
+
+def run_in(folder: Path, *words: str | Path, path: Path | None = None) -> str:
     done = subprocess.run(
         list(map(str, words)),
-        cwd=installed,
-        env=environment(PYTHONPATH=str(installed / "site")),
+        cwd=folder,
+        env=environment(PYTHONPATH=str(path or folder)),
         capture_output=True,
         text=True,
     )
@@ -91,3 +95,14 @@ def test_an_installed_copy_trains(installed: Path) -> None:
         *(f"--{name}={value}" for name, value in options.items()),
     )
     assert (installed / "run" / "pretrain" / "result.json").exists()
+
+
+def test_a_clone_whose_links_were_not_kept(tmp_path: Path) -> None:
+    """Git without symbolic links writes a file with the link's text in its place."""
+    (tmp_path / "selfdistill").mkdir()
+    shutil.copy(ROOT / "selfdistill" / "__init__.py", tmp_path / "selfdistill")
+    for folder in FOLDERS:
+        (tmp_path / folder).symlink_to(ROOT / folder)
+        (tmp_path / "selfdistill" / folder).write_text(f"../{folder}")
+    code = "from selfdistill.engine.config import schema; print(schema.__file__)"
+    assert run_in(tmp_path, sys.executable, "-c", code).startswith(str(tmp_path))

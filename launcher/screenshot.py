@@ -126,7 +126,7 @@ def chromium(width: int = 1400, height: int = 1000) -> Iterator["Page"]:
         from playwright.sync_api import sync_playwright
     except ImportError:
         raise UserError(
-            "playwright, which drives Chromium, is not installed: pip install selfdistill[docs]"
+            "playwright, which drives Chromium, is not installed: pip install playwright"
         ) from None
     program = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if program is None:

@@ -43,9 +43,6 @@ _CHUNK = 2**20
 #: Bytes of a file that is read whole, such as a manifest: a hundred times one of 10^5 shards.
 LARGEST = 2**30
 
-#: Extras of this package that fsspec needs for a scheme.
-EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az"}
-
 # What a server says of its own state; other 4xx are about the request.
 _PASSING = {408, 425, 429}
 _GONE = {404, 410}
@@ -222,9 +219,8 @@ def _filesystem(url: str) -> Iterator[bytes]:
     except FileNotFoundError as error:
         raise Failure(" ".join(str(error).split()), again=False, absent=True) from None
     except (ImportError, ValueError, PermissionError) as error:
-        extra = EXTRAS.get(scheme)
-        cure = f": pip install selfdistill[{extra}]" if extra else ""
-        raise Failure(f"{scheme}: {' '.join(str(error).split())}{cure}", again=False) from None
+        # Where a package is missing, fsspec names it.
+        raise Failure(f"{scheme}: {' '.join(str(error).split())}", again=False) from None
     except Exception as error:  # each file system has its own
         text = " ".join(f"{type(error).__name__}: {error}".split())
         raise Failure(text, again=scheme != "file") from None

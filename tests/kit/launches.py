@@ -1,8 +1,10 @@
 """Small data, small models and real launches, shared by the tests."""
 
+import contextlib
 import io
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -102,10 +104,16 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of loopback that nobody listens on.
+
+    Below those that the system gives to connections (32768 and above): one of them could take it in
+    the seconds until a launch's first rank listens.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def launch(

@@ -9,7 +9,8 @@ import pytest
 import tomli_w
 
 from tests.cluster.kit.lab import LOGIN, Cluster
-from tests.kit.launches import COMMON, ROOT, environment, make_world, metrics
+from tests.cluster.kit.work import clone
+from tests.kit.launches import COMMON, environment, metrics
 
 pytestmark = pytest.mark.cluster
 
@@ -20,9 +21,7 @@ WAIT = 600
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny world, a recipe for it, and a clone: the folder that jobs are submitted from."""
-    root = make_world(tmp_path_factory.mktemp("jobs"))
-    for name in ("slurm", "engine", "launcher", "data", "recipes", "ds_configs", ".venv"):
-        (root / name).symlink_to(ROOT / name)
+    root = clone(tmp_path_factory.mktemp("jobs"))
     tree: dict[str, object] = {}
     for name, value in COMMON.items():
         section, _, leaf = name.rpartition(".")

@@ -88,19 +88,20 @@ class Failure(Exception):
     def error(self, url: str, tries: int) -> BrokenData:
         """The line for the user, after so many tries."""
         count, url = f" in {tries} tries" if tries > 1 else "", redacted(url)
+        reason = redacted(str(self))
         if self.damaged and self.again:  # never twice the same: not the file, but its way
             return BrokenData(
-                f"{url} comes damaged, each time otherwise ({self}{count}): check the server's disk"
-                " and memory, and the proxies on the way"
+                f"{url} comes damaged, each time otherwise ({reason}{count}): check the server's"
+                " disk and memory, and the proxies on the way"
             )
         if self.damaged:
             return BrokenData(
-                f"{url} is not the file that its manifest names ({self}{count}): upload shards and"
-                " manifest.json of the same packing again"
+                f"{url} is not the file that its manifest names ({reason}{count}): upload shards"
+                " and manifest.json of the same packing again"
             )
         kind = NotThere if self.absent else BrokenData
         return kind(
-            f"cannot fetch {url} ({self}{count}): check the address and that this node reaches it"
+            f"cannot fetch {url} ({reason}{count}): check the address and that this node reaches it"
             " (or take a command: 'pipe:aws s3 cp s3://... -')"
         )
 
@@ -282,7 +283,8 @@ def retry(
         wait = FIRST_WAIT * 2 ** (attempt - 1) * _jitter.uniform(0.75, 1.25)
         if attempt > 1 or next(_told) <= _TOLD:
             following = f"trying again in {wait:.2g} s ({attempt + 1} of {tries})"
-            (report or as_retrying)(f"{redacted(url)}: {reason}; {following}")
+            # The reason, too: libraries put the address into their errors.
+            (report or as_retrying)(redacted(f"{url}: {reason}; {following}"))
         time.sleep(wait)
     raise AssertionError("unreachable")
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from selfdistill.data.errors import redacted
 from selfdistill.data.loading.loader import Sequential, warn_once
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
@@ -222,8 +223,9 @@ def evaluate(
         spans=spans,
         **run.reading(modality.codec(base, manifest), require_labels=True),
     )
+    where = f"scoring {redacted(manifest.root)}"  # in .pulse files and messages
     for batch in batches:
-        run.boundary(f"scoring {manifest.root}")
+        run.boundary(where)
         labels = sent(batch["labels"], ranks.device)
         # Padding and skipped samples bear -1, which no cross-entropy takes; the tally skips them.
         out = engine(labels=labels.clamp(min=0), **view(batch, modality.full, ranks.device))

@@ -20,6 +20,9 @@ from selfdistill.engine.training.record import record_of
 class Stage:
     """One training of a run. `training.loop` calls the methods in the order that they stand here.
 
+    A subclass must have `build`, `keyed`, `inputs` and `finish`, which raise NotImplementedError
+    here; the others do what most stages want.
+
     Attributes:
         section: its section of the configuration.
         labelled: whether every sample must have a label.

@@ -19,7 +19,6 @@ from selfdistill.experiments.report.blocks import Code, Fold, Report, Section
 from selfdistill.experiments.report.sweep import Contents
 from selfdistill.experiments.state import Asked, Sweep
 from tests.kit.report import (
-    example,
     finish,
     grids,
     look,
@@ -31,21 +30,6 @@ from tests.kit.report import (
     stands,
     sweep_of,
 )
-
-
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    return example(tmp_path_factory.mktemp("report"))
-
-
-@pytest.fixture(scope="module")
-def contents(sweep: Sweep) -> Contents:
-    return report_sweep.read(sweep.root)
-
-
-@pytest.fixture(scope="module")
-def built(contents: Contents) -> Report:
-    return report.build(contents)
 
 
 def test_cells_are_mean_and_standard_deviation(built: Report, sweep: Sweep) -> None:

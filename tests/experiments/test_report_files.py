@@ -18,11 +18,9 @@ from selfdistill.experiments.report import markdown as report_markdown
 from selfdistill.experiments.report import numbers as report_numbers
 from selfdistill.experiments.report import sweep as report_sweep
 from selfdistill.experiments.report.blocks import Entry, Grid, Line, Report, Section, Text
-from selfdistill.experiments.report.sweep import Contents
 from selfdistill.experiments.state import Asked, Sweep
 from tests.kit.report import (
     Tags,
-    example,
     finish,
     grids,
     look,
@@ -32,21 +30,6 @@ from tests.kit.report import (
     stands,
     sweep_of,
 )
-
-
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    return example(tmp_path_factory.mktemp("report"))
-
-
-@pytest.fixture(scope="module")
-def contents(sweep: Sweep) -> Contents:
-    return report_sweep.read(sweep.root)
-
-
-@pytest.fixture(scope="module")
-def built(contents: Contents) -> Report:
-    return report.build(contents)
 
 
 @pytest.fixture(scope="module")

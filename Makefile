@@ -19,7 +19,7 @@ export UV_HTTP_TIMEOUT ?= 300
 # The deepspeed launcher looks for `python` and `ninja` on PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help venv quickstart quickstart-text test test-browser test-cluster test-faults slurm chromium lint format bench pictures
+.PHONY: help venv quickstart quickstart-text test test-browser test-cluster test-faults fuzz slurm chromium lint audit format bench pictures
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -36,7 +36,7 @@ $(STAMP): requirements.lock
 	    [ -x $$uv ] || { "$(PYTHON)" -m venv .cache/uv && .cache/uv/bin/python -m pip install --quiet uv; }; fi; \
 	set -x; \
 	[ -x $(PY) ] || $$uv venv --python "$(PYTHON)" $(VENV); \
-	$$uv pip install --compile-bytecode --python $(PY) --requirements requirements.lock; \
+	$$uv pip install --compile-bytecode --require-hashes --python $(PY) --requirements requirements.lock; \
 	touch $(STAMP)
 
 quickstart: venv ## the main job on a small real set: pack, pretrain, distill, finetune, and a table
@@ -84,6 +84,18 @@ lint: venv ## ruff (rules and format) and mypy
 format: venv ## let ruff put files in order
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+# Where the index has no table of vulnerabilities, as mirrors have none, the audit can say nothing.
+audit: venv ## known vulnerabilities of the locked packages, where the index tells of them
+	@if uv --version >/dev/null 2>&1; then uv=uv; else uv=.cache/uv/bin/uv; fi; \
+	found=$$($$uv tool run --python $(PY) pip-audit --disable-pip --no-deps -r requirements.lock 2>&1) && code=0 || code=$$?; \
+	case $$found in \
+	*"could not be audited"*) echo "audit: this index tells of no vulnerabilities" ;; \
+	*) printf '%s\n' "$$found"; exit $$code ;; \
+	esac
+
+fuzz: venv ## an hour of broken and hostile inputs (ARGS="--seconds 60" takes less)
+	$(PY) -m tests.fuzz $(ARGS)
 
 bench: venv ## time a training step
 	$(PY) -m benchmarks.step $(ARGS)

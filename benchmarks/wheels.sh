@@ -14,7 +14,7 @@ pure="deepspeed hjson fire termcolor webdataset braceexpand tomli-w"
 compiled="pydantic pydantic-core annotated-types typing-extensions typing-inspection"
 locked() {
     for name in $1; do
-        grep -iE "^$(echo "$name" | sed 's/[-_]/[-_]/g')==" requirements.lock || {
+        grep -iE "^$(echo "$name" | sed 's/[-_]/[-_]/g')==" requirements.lock | tr -d "\\\\ " || {
             echo "error: requirements.lock has no $name: leave it out of benchmarks/wheels.sh" >&2
             exit 2
         }

@@ -33,6 +33,10 @@ _USER_ERRNO = {
     errno.EACCES: "choose a place that you may read and write, or change its permissions",
     errno.EPERM: "choose a place that you may read and write, or change its permissions",
     errno.EROFS: "choose a folder on a writable disk",
+    errno.ENAMETOOLONG: "take a shorter name or path",
+    errno.ELOOP: "its links lead in a circle: remove them",
+    errno.ENOTDIR: "a part of this path is a file: correct it",
+    errno.EISDIR: "this is a folder: give a file",
 }
 
 
@@ -298,6 +302,8 @@ def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> None
             sys.exit(0)
         check_arguments(function, words)
         # Fire would read 2024 as a number and 1e3 as a float although a folder's name is meant.
+        # And it would end the arguments at a "-", which no word equals any more.
+        words += ["--", "--separator=\0"]
         fire.Fire(fire.decorators.SetParseFn(str)(_validated(function)), command=words, name=name)
     except UserError as error:
         print(f"error: {format_error(error)}", file=sys.stderr)

@@ -1,6 +1,7 @@
-"""Opens files in folders that others may write to: run folders, caches.
+"""Opens files that others may have put there: regular ones alone, and no more than is borne.
 
-A link that somebody left there could lead anywhere. It is neither followed nor written through.
+In folders that others may write to, run folders and caches, a link could lead anywhere: there it is
+neither followed nor written through.
 """
 
 import errno
@@ -9,7 +10,59 @@ import stat
 from pathlib import Path
 from typing import IO, Any
 
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import UserError, printable
+
+#: Bytes of a file that is read whole, such as a manifest: a hundred times one of 10^5 shards.
+LARGEST = 2**30
+
+
+def regular(path: Path, cure: str) -> None:
+    """Refuses what is there and no regular file: a library that opens a pipe waits for ever.
+
+    Args:
+        path: Of the file; a link is followed.
+        cure: What the user can do.
+
+    Raises:
+        UserError: It is a folder, a device or a named pipe.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{printable(str(path))} is no regular file: {cure}")
+
+
+def read(path: Path, cure: str, most: int = LARGEST) -> bytes:
+    """A whole file, where it is a regular one and not too large.
+
+    Args:
+        path: Of the file; a link is followed, as the caches of hubs are made of links.
+        cure: What the user can do.
+        most: Bytes beyond which it is refused.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        FileNotFoundError: There is none.
+        UserError: It is a folder, a device or a named pipe, too large, or cannot be read.
+    """
+    place = printable(str(path))
+    try:
+        # Of a named pipe O_NONBLOCK does not wait for the writer.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(handle, "rb") as file:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"{place} is no regular file: {cure}")
+            if status.st_size > most:
+                raise UserError(f"{place} has {status.st_size:,} bytes, above {most:,}: {cure}")
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+    except ValueError:  # a NUL, or what cannot be a name here
+        raise UserError(f"{place} can be no file's name: {cure}") from None
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise UserError(f"{place} cannot be read ({reason}): {cure}") from None
 
 
 def nofollow(path: str, flags: int) -> int:

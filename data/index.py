@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from selfdistill.data import cli
+from selfdistill.data import cli, files
 from selfdistill.data.errors import UserError, printable
 from selfdistill.data.formats.strays import is_stray
 from selfdistill.data.shards import manifest, tars
@@ -114,7 +114,7 @@ def _class_names(path: str | None, scanned: Sequence[Scanned]) -> list[str]:
     if path is None:
         return [str(number) for number in range(greatest + 1)]
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = files.read(Path(path), "give a text file").decode()
     except (FileNotFoundError, UnicodeDecodeError):
         raise UserError(
             f"--classes {path}: no text file there: give one with a class name a line, in the order"

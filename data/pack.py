@@ -189,6 +189,7 @@ def pack(
     label_column: str = "label",
     metric: Metric | None = None,
     max_words: int = MAX_WORDS,
+    max_pixels: int = images.MOST_PIXELS,
     samples_per_shard: int = 1000,
     seed: int = 0,
     skip_broken: bool = False,
@@ -228,11 +229,14 @@ def pack(
             theirs, others are scored by accuracy.
         max_words: The longest text, in words; more are an error, since a model would read the
             first few hundred tokens only.
+        max_pixels: The largest image, in pixels; a small file may say that it holds more than
+            memory does.
         samples_per_shard: Samples in a tar.
         seed: Of the division into splits.
         skip_broken: Leave unreadable samples out, and say how many.
         overwrite: Replace shards that are in `out`.
     """
+    images.allow(max_pixels)
     console = Console(stderr=True)
     out_dir, root = Path(out), Path(source)
     extra = unlabelled if isinstance(unlabelled, str) else None

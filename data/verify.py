@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from selfdistill.data.errors import UserError, printable
+from selfdistill.data.formats import images
 from selfdistill.data.shards import duplicates, manifest, tars
 from selfdistill.data.shards.checking import check_shard
 from selfdistill.data.shards.manifest import Manifest
@@ -114,7 +115,13 @@ def _manifests(data: str, cache_dir: str | None) -> tuple[list[Manifest], list[s
     return loaded, problems
 
 
-def verify(data: str, decode: bool = False, workers: int = 4, cache_dir: str | None = None) -> None:
+def verify(
+    data: str,
+    decode: bool = False,
+    workers: int = 4,
+    cache_dir: str | None = None,
+    max_pixels: int = images.MOST_PIXELS,
+) -> None:
     """Checks every shard of a data set: presence, size, sha256, tar headers, labels.
 
     Args:
@@ -122,10 +129,12 @@ def verify(data: str, decode: bool = False, workers: int = 4, cache_dir: str | N
         decode: Decode every image, or read every text, too.
         workers: Shards that are checked at the same time.
         cache_dir: Where shards of a URL are kept on this machine.
+        max_pixels: The largest image, in pixels; more are a problem.
 
     Raises:
         UserError: There are problems; each has been printed as a line of its own.
     """
+    images.allow(max_pixels)
     files, problems = _manifests(data, cache_dir)
     for problem in problems:
         print(printable(problem), flush=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from selfdistill.data import records
 from selfdistill.data.errors import UserError
+from selfdistill.engine.checkpoints.results import RESULT, read_result
 from selfdistill.experiments.spec import Dataset, Options
 
 Stage = Literal["pretrain", "distill", "finetune"]
@@ -115,10 +116,11 @@ class Job:
 
     def result(self, root: Path) -> dict[str, Any] | None:
         """What it left; None before it is complete."""
-        found = _json(root / self.leaves / "result.json")
-        if found is None or self.stage != "finetune":
-            return found
-        return found if int(found.get("n", 1)) >= self.seeds else None
+        try:
+            found = read_result(root / self.leaves / RESULT)
+        except (FileNotFoundError, UserError):
+            return None
+        return found if self.stage != "finetune" or (found.get("n") or 1) >= self.seeds else None
 
     def record(self, root: Path) -> Path:
         """File of what is known of its launches (`experiments.state`)."""
@@ -183,6 +185,6 @@ def typed(value: object) -> str:
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        return records.read_object(path)
+    except (FileNotFoundError, UserError):
         return None

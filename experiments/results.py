@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from selfdistill.data.errors import UserError
+from selfdistill.engine.checkpoints.results import read_result
 from selfdistill.experiments import state
 from selfdistill.experiments.jobs import Job
 from selfdistill.experiments.plan import Cell
@@ -84,7 +85,7 @@ class Outcome:
     @property
     def metric(self) -> str:
         """What the set is scored by."""
-        return next((str(r["metric"]) for r in self.results.values()), "accuracy")
+        return next((str(r.get("metric") or "accuracy") for r in self.results.values()), "accuracy")
 
     def sample(self, key: str) -> Sample:
         """A quantity of each seed.
@@ -102,7 +103,7 @@ class Outcome:
 
 def _quantity(result: dict[str, Any], key: str, before: float) -> float | None:
     if key == "score":
-        score = result["metrics"].get(f"test_{result['metric']}")
+        score = result["metrics"].get(f"test_{result.get('metric') or 'accuracy'}")
         return None if score is None else 100 * float(score)
     if key == "seconds":
         return before + float(result["seconds"])
@@ -119,9 +120,9 @@ def outcome(root: Path, cell: Cell) -> Outcome:
     # One fine-tuning lies in its folder, several lie in folders below it: their mean has no seed.
     for path in (stage / "result.json", *stage.glob("seed-*/result.json")):
         try:
-            found = dict(json.loads(path.read_text(encoding="utf-8")))
-            results[int(found["seed"])] = found
-        except (OSError, ValueError, KeyError):
+            found = read_result(path)
+            results[found["seed"]] = found
+        except (FileNotFoundError, UserError, KeyError):
             continue
     results = dict(sorted(results.items()))
     record = state.read(root, cell.job)

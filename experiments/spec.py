@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from selfdistill.data import records
 from selfdistill.data.errors import UserError
 from selfdistill.engine.config import options as configuration
 
@@ -233,10 +234,8 @@ class Specs:
             hint = f"; did you mean {close[0]}?" if close else ""
             raise UserError(f"no {part[:-1]} {name!r}: there are {', '.join(known)}{hint}")
         try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
+            content = records.read_toml(path, "correct it")
             return kind(**{"name": name} | content)
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not valid TOML: {error}") from error
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(p) for p in first["loc"]) or "the file"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from selfdistill.data import records
 from selfdistill.data.errors import UserError
 from selfdistill.data.shards.manifest import FILE, Manifest
 from selfdistill.data.splits import UNLABELLED
@@ -29,6 +30,22 @@ class Asked:
     datasets: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     seeds: int | None = None
+
+
+class _Asked(records.Record):
+    table: str
+    datasets: list[str]
+    only: list[str]
+    seeds: records.Count | None
+
+
+class _Written(records.Record):
+    """`Sweep` as its file has it."""
+
+    profile: str
+    data_root: str
+    specs: str | None
+    asked: list[_Asked]
 
 
 @dataclass
@@ -57,23 +74,19 @@ class Sweep:
             UserError: there is none.
         """
         path = root / SWEEP
+        cure = (
+            "this is not what experiments.run wrote: remove it, and run the tables again; what is"
+            " complete stays so"
+        )
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            asked = [
-                Asked(a["table"], tuple(a["datasets"]), tuple(a["only"]), a["seeds"])
-                for a in content["asked"]
-            ]
-            specs = None if content["specs"] is None else Path(content["specs"])
-            return cls(root, content["profile"], Path(content["data_root"]), specs, asked)
-        except (FileNotFoundError, NotADirectoryError):
+            written: _Written = records.checked(_Written, records.read_json(path, cure), path, cure)
+        except FileNotFoundError:
             raise UserError(
                 f"{root} holds no experiments ({SWEEP} is missing): run experiments.run first"
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} is not what experiments.run wrote ({error!r}): remove it, and run the"
-                " tables again; what is complete stays so"
-            ) from None
+        asked = [Asked(a.table, tuple(a.datasets), tuple(a.only), a.seeds) for a in written.asked]
+        specs = None if written.specs is None else Path(written.specs)
+        return cls(root, written.profile, Path(written.data_root), specs, asked)
 
     def save(self) -> None:
         """Writes it."""
@@ -146,8 +159,8 @@ def record(root: Path, job: Job) -> Path:
 def read(root: Path, job: Job) -> dict[str, Any]:
     """A job's record; empty where it has none."""
     try:
-        return dict(json.loads(record(root, job).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        return records.read_object(record(root, job))
+    except (FileNotFoundError, UserError):
         return {}
 
 

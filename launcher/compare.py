@@ -4,16 +4,15 @@ A run made with `--stage all --compare true` holds three fine-tunings: from the 
 from the further pre-trained one, and from the self-distilled one.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from selfdistill.data import cli
 from selfdistill.data.errors import UserError
+from selfdistill.engine.checkpoints.results import RESULT, numbered, read_result
 
 #: Method, its fine-tuning, and the stages whose time it needs as well.
 METHODS = (
@@ -35,20 +34,12 @@ class Row:
     seconds: float
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}): run the stage again") from error
-
-
 def _methods(run: Path) -> list[tuple[str, str, tuple[str, ...]]]:
     """`METHODS`, and between them the earlier rounds of self-distillation, if they were scored."""
-    rounds = {int(p.name.rpartition("-")[2]): p.name for p in run.glob("finetune-distill-*")}
     between: list[tuple[str, str, tuple[str, ...]]] = []
-    for number, stage in sorted(rounds.items()):
+    for number, folder in numbered(run, "finetune-distill-").items():
         before = ("pretrain", *(f"distill-{k}" for k in range(1, number + 1)))
-        between.append((f"self-distillation, round {number}", stage, before))
+        between.append((f"self-distillation, round {number}", folder.name, before))
     return [*METHODS[:-1], *between, METHODS[-1]]
 
 
@@ -64,24 +55,23 @@ def rows(run: Path, metric: str | None = None) -> list[Row]:
     """
     found = []
     for method, stage, before in _methods(run):
-        path = run / stage / "result.json"
+        path = run / stage / RESULT
         if not path.is_file():
             continue
-        result = _read(path)
-        metric = metric or f"test_{result.get('metric', 'accuracy')}"
+        result = read_result(path)
+        metric = metric or f"test_{result.get('metric') or 'accuracy'}"
         if metric not in result["metrics"]:
             known = ", ".join(result["metrics"])
             raise UserError(f"{path} has no {metric!r}; it has {known or 'no metrics'}")
-        n = int(result.get("n", 1))
+        n = result.get("n") or 1
         seconds = float(result["seconds"]) / n
         for pattern in before:
-            seconds += sum(float(_read(p)["seconds"]) for p in run.glob(f"{pattern}/result.json"))
+            results = map(read_result, run.glob(f"{pattern}/{RESULT}"))
+            seconds += sum(float(one["seconds"]) for one in results)
         std = result.get("std", {}).get(metric)
         found.append(Row(method, metric, float(result["metrics"][metric]), std, n, seconds))
     if not found:
-        below = {
-            p.parents[1] for _, stage, _ in METHODS for p in run.glob(f"*/{stage}/result.json")
-        }
+        below = {p.parents[1] for _, stage, _ in METHODS for p in run.glob(f"*/{stage}/{RESULT}")}
         cure = "run engine/run.py --stage all --compare true first"
         if below:
             cure = f"did you mean {' or '.join(map(str, sorted(below)))}?"

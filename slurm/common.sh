@@ -9,7 +9,8 @@ ROOT=$(cd "${SELFDISTILL_ROOT:-$SLURM_SUBMIT_DIR}" && pwd) || exit 2
 [ ! -x "$ROOT/.venv/bin/python" ] || PATH=$ROOT/.venv/bin:$PATH
 OUTPUT=${OUTPUT:-runs/slurm/run}
 # Node-local, since a compiled op belongs to one kind of machine.
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-/tmp/selfdistill-$(id -un)/torch_extensions}
+OWN=/tmp/selfdistill-$(id -un)
+export OWN TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$OWN/torch_extensions}
 # srun does not take this over from sbatch by itself.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # A signal to all of the job is for the ranks: this shell stays, to see how they ended.
@@ -56,6 +57,18 @@ stale() {
     esac
 }
 
+# own: makes this node's folder of compiled ops, for this user alone: whoever can write there has
+# the ranks run his code.
+own() {
+    [ "$TORCH_EXTENSIONS_DIR" = "$OWN/torch_extensions" ] || return 0
+    mkdir -p -m 700 "$OWN" 2>/dev/null
+    if [ -L "$OWN" ] || [ ! -O "$OWN" ] || ! chmod 700 "$OWN"; then
+        echo "error: $OWN on $SLURMD_NODENAME is another user's, and compiled code is loaded from" \
+            "it: have it removed, or set TORCH_EXTENSIONS_DIR to a folder of yours" >&2
+        return 2
+    fi
+}
+
 # rank COMMAND...: one task of srun. The first that fails leaves its exit code in $FIRST; what the
 # others end with says nothing of the cause, since srun ends them.
 rank() {
@@ -64,14 +77,14 @@ rank() {
     for lock in "$TORCH_EXTENSIONS_DIR"/*/lock; do
         if [ -e "$lock" ] && stale "$lock"; then rm -f "$lock"; fi
     done
-    "$@"
+    own && "$@"
     code=$?
     if [ $code != 0 ]; then
         (set -o noclobber && echo "$code $SLURM_PROCID $SLURMD_NODENAME" >"$FIRST") 2>/dev/null
     fi
     return $code
 }
-export -f rank stale
+export -f own rank stale
 
 # launch OPTIONS...: runs the ranks, and ends the job as they ended.
 launch() {

@@ -10,15 +10,17 @@ What stands beside the picture (profiles, texts, EXIF) costs no picture where it
 import contextlib
 import functools
 import io
+import math
 import struct
+import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from selfdistill.data.errors import BrokenData
+from selfdistill.data.errors import BrokenData, UserError
 from selfdistill.data.formats import metadata, png
 
 SUFFIXES = frozenset(
@@ -53,16 +55,56 @@ OnUnreadable = Callable[[], object] | None
 _BROKEN = (
     *(OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError),
     *(struct.error, zlib.error, OverflowError, ZeroDivisionError, AttributeError, AssertionError),
-    *(RecursionError, NotImplementedError),
+    RuntimeError,
 )
+
+#: Pixels of an image at most, where no more are allowed: what Pillow warns of.
+MOST_PIXELS = 89_478_485
+_ROWS = 2**22  # pixels that are computed at a time, so that large images need little memory
+
+
+# Pillow refuses twice as many, and warns between: here they are refused.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def allow(pixels: int) -> None:
+    """Lets this process, and those that it forks, decode larger images, or only smaller ones.
+
+    Args:
+        pixels: Of an image at most.
+    """
+    if pixels < 1:
+        raise UserError(f"max_pixels is {pixels}: give 1 or more")
+    Image.MAX_IMAGE_PIXELS = pixels
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes of whole rows, from the top to the bottom."""
+    width, height = image.size
+    rows = max(1, _ROWS // max(1, width))
+    for top in range(0, height, rows):
+        yield 0, top, width, min(height, top + rows)
 
 
 def _scaled(image: Image.Image) -> Image.Image:
     """A 16-bit grey image as 8-bit."""
-    values = np.asarray(image).astype(np.int64)
-    if values.size and (values.min() < 0 or values.max() > 65535):
-        raise ValueError("its 32-bit values are beyond 16 bits; convert it to 8 or 16 bits")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8), "L")
+    scaled = Image.new("L", image.size)
+    for box in _bands(image):
+        values = np.asarray(image.crop(box)).astype(np.int64)
+        if values.size and (values.min() < 0 or values.max() > 65535):
+            raise ValueError("its 32-bit values are beyond 16 bits; convert it to 8 or 16 bits")
+        scaled.paste(Image.fromarray(((values + 128) // 257).astype(np.uint8)), box)
+    return scaled
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """An image with transparency as RGB."""
+    laid = Image.new("RGB", image.size)
+    for box in _bands(image):
+        part = image.crop(box).convert("RGBA")
+        white = Image.new("RGBA", part.size, (255, 255, 255, 255))
+        laid.paste(Image.alpha_composite(white, part).convert("RGB"), box)
+    return laid
 
 
 def to_rgb(image: Image.Image, on_unreadable: OnUnreadable = None) -> Image.Image:
@@ -94,9 +136,7 @@ def to_rgb(image: Image.Image, on_unreadable: OnUnreadable = None) -> Image.Imag
     if image.mode == "1":
         return image.convert("L")
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        return _over_white(image)
     return image.convert("RGB")
 
 
@@ -117,6 +157,8 @@ def _read(
             plain = png.plain(content)
             if plain is not None:
                 return plain
+            _limit(png.size(content))
+            png.check_rows(content)
         try:
             return _by_pillow(content, size, on_unreadable)
         except _BROKEN:
@@ -133,8 +175,8 @@ def _read(
             return image
     except UnidentifiedImageError:
         raise ValueError("it is no image of a known kind" if content else "it is empty") from None
-    except Image.DecompressionBombError:
-        raise ValueError("it has too many pixels; make it smaller") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(_too_many()) from None
     except MemoryError:
         raise ValueError("it does not fit in memory; make it smaller") from None
     except _BROKEN as error:
@@ -148,21 +190,45 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
+def _too_many() -> str:
+    most = Image.MAX_IMAGE_PIXELS or MOST_PIXELS
+    return (
+        f"it has too many pixels (more than {most:,}); make it smaller, or allow them (max_pixels)"
+    )
+
+
+def _limit(size: tuple[int, int]) -> None:
+    if math.prod(size) > (Image.MAX_IMAGE_PIXELS or MOST_PIXELS):
+        raise ValueError(_too_many())
+
+
 def opened(content: bytes) -> Image.Image:
-    """An image as Pillow opens it, of a format that is read here.
+    """An image as Pillow opens it, of a format that is read here; its pixels come later.
 
     Args:
         content: The file's bytes.
 
     Raises:
         UnidentifiedImageError: It is of no such format.
+        ValueError: It has more pixels than are allowed.
     """
     formats = _formats()
     if content.startswith(png.SIGNATURE):
         formats = ("PNG",)
     elif content.startswith(b"\xff\xd8"):
         formats = ("JPEG",)
-    return Image.open(io.BytesIO(content), formats=formats)
+    image = Image.open(io.BytesIO(content), formats=formats)
+    _limit(image.size)
+    return image
+
+
+def kind_of(content: bytes) -> str | None:
+    """An image's usual extension, such as "jpg"; None where it is no image."""
+    try:
+        kind = (opened(content).format or "").lower()
+    except _BROKEN:
+        return None
+    return {"jpeg": "jpg", "jpeg2000": "jp2"}.get(kind, kind) or None
 
 
 def _by_pillow(content: bytes, size: int | None, on_unreadable: OnUnreadable = None) -> Image.Image:

@@ -5,6 +5,8 @@ import re
 
 # Names under which the number may stand in a JSON object.
 JSON_KEYS = ("label", "cls", "class", "target")
+#: Bytes of a label's member at most.
+LARGEST = 2**20
 #: A number from here on means something else: an id, a date, a hash.
 MAX_CLASSES = 2**20
 

@@ -26,6 +26,14 @@ _HEADER = struct.Struct(">16xII5B")
 _PLAIN_MODES = {(8, 0, 0, 0, 0): "L", (8, 2, 0, 0, 0): "RGB"}
 _PLAIN_CHUNKS = {b"IHDR", b"IDAT", b"IEND"}
 _FIRST = _CHUNK.pack(13, b"IHDR")
+# Of Adam7's passes: the first column and row, and the steps to the next.
+_ADAM7 = (
+    *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2)),
+    (0, 1, 1, 2),
+)
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_PIECE = 2**20
+_UNTOUCHED = 0x5A  # what a row that was not decoded shows; few are all of it
 _KEPT = 2**20  # pixels, up to which an image stays to be decoded into
 
 
@@ -52,6 +60,8 @@ def check(content: bytes) -> tuple[set[bytes], bytes]:
         if wrong and kind not in METADATA:
             raise ValueError(f"the checksum of its chunk {kind.decode('latin-1')} is wrong")
         kinds.add(kind)
+        if kind == b"IHDR" and (size != 13 or at != len(SIGNATURE)):
+            raise ValueError("its header is broken")
         if kind == b"IDAT":
             parts.append(view[at + 8 : end])
         elif kind == b"IEND":
@@ -60,17 +70,57 @@ def check(content: bytes) -> tuple[set[bytes], bytes]:
     raise ValueError("it ends too early")
 
 
+def size(content: bytes) -> tuple[int, int]:
+    """Width and height of a PNG that `check` has passed."""
+    width, height, *_ = _HEADER.unpack_from(content)
+    return width, height
+
+
+def check_rows(content: bytes) -> None:
+    """Refuses a PNG with fewer rows than its header says: Pillow leaves the others black.
+
+    Args:
+        content: The whole file, not larger than it may be.
+
+    Raises:
+        ValueError: Rows are missing, or cannot be decompressed.
+    """
+    _, compressed = check(content)
+    width, height, bits, colour, _, _, interlaced = _HEADER.unpack_from(content)
+    wanted = 0
+    for left, top, across, down in _ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -(-(width - left) // across), -(-(height - top) // down)
+        if columns > 0 and rows > 0:
+            wanted += rows * (1 + -(-columns * bits * _CHANNELS.get(colour, 1) // 8))
+    inflate, found = zlib.decompressobj(), 0
+    try:
+        part = inflate.decompress(compressed, _PIECE)
+        while part and found < wanted:
+            found += len(part)
+            part = inflate.decompress(inflate.unconsumed_tail, _PIECE)
+    except zlib.error as error:
+        raise ValueError(f"its pixels cannot be decompressed ({error})") from None
+    if found < wanted:
+        raise ValueError(f"it has {found} bytes of pixels, its size asks for {wanted}")
+
+
 class _Canvas(threading.local):
-    """The image that this thread decoded last: quicker to clear than another is to make."""
+    """The image that this thread decoded last: quicker to use again than another is to make."""
 
     image: Image.Image | None = None
 
     def of(self, mode: str, size: tuple[int, int]) -> Image.Image:
-        """A black image."""
+        """An image whose last row, where it is not decoded, shows `_UNTOUCHED`."""
+        image = self._any(mode, size)
+        width, height = size
+        image.paste(
+            _UNTOUCHED if mode == "L" else (_UNTOUCHED,) * 3, (0, height - 1, width, height)
+        )
+        return image
+
+    def _any(self, mode: str, size: tuple[int, int]) -> Image.Image:
         image = self.image
         if image is not None and image.mode == mode and image.size == size:
-            # Of a file with fewer rows than it says, Pillow leaves the others black.
-            image.paste(0, (0, 0, *size))
             return image
         image = Image.new(mode, size)
         if math.prod(size) <= _KEPT:
@@ -111,4 +161,6 @@ def plain(content: bytes) -> NDArray[np.uint8] | None:
     except (ValueError, OSError, MemoryError):
         return None
     pixels = np.frombuffer(image.tobytes(), np.uint8)
+    if pixels[-1] == _UNTOUCHED and (pixels[-width:] == _UNTOUCHED).all():
+        check_rows(content)
     return pixels.reshape(height, width, *(() if mode == "L" else (3,)))

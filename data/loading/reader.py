@@ -12,6 +12,7 @@ Remote shards are checked against their sha256 when they are fetched.
 import bisect
 import functools
 import os
+import stat
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfdistill.data.errors import BrokenData, UserError
+from selfdistill.data.files import LARGEST
 from selfdistill.data.formats import labels
 from selfdistill.data.remote.cache import Report, ShardCache
 from selfdistill.data.shards.manifest import FILE, MEMBERS, Manifest, is_remote
@@ -108,7 +110,10 @@ class Reader:
 
     def _check_size(self, shard: int, place: str, fd: int | None) -> None:
         try:
-            found = (os.stat(place) if fd is None else os.fstat(fd)).st_size
+            status = os.stat(place) if fd is None else os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(0, "it is no regular file")
+            found = status.st_size
         except OSError as error:
             raise BrokenData(
                 f"shard {place} cannot be opened: {error.strerror}: put it back, or pack the data"
@@ -138,7 +143,7 @@ class Reader:
                 fd = self.cache.open(place, info.sha256, info.bytes)
             else:
                 try:
-                    fd = os.open(place, os.O_RDONLY)
+                    fd = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                 except OSError:
                     self._check_size(shard, place, None)
                     raise
@@ -214,12 +219,16 @@ class Reader:
     def _fault(self, shard: int, at: int, size: int, label_at: int, label_size: int) -> str:
         """What is wrong with a row of the table of members, which may come from elsewhere."""
         end = self._sizes[shard]
-        if not (size >= 0 and BLOCK <= at <= end - size):
+        if not (0 <= size <= LARGEST and BLOCK <= at <= end - size):
             return f"{MEMBERS} places it at byte {at}, with {size} bytes, in a shard of {end}"
         if label_at == -1 and self._all_labelled:
             return f"{MEMBERS} has no label for it, and {FILE} says that all samples have one"
-        if label_at != -1 and not (label_size >= 0 and BLOCK <= label_at <= end - label_size):
-            return f"{MEMBERS} places its label at byte {label_at} of a shard of {end}"
+        fits = 0 <= label_size <= labels.LARGEST and BLOCK <= label_at <= end - label_size
+        if label_at != -1 and not fits:
+            return (
+                f"{MEMBERS} places its label at byte {label_at}, with {label_size} bytes, in a"
+                f" shard of {end}"
+            )
         return ""
 
     @functools.cached_property
@@ -229,7 +238,7 @@ class Reader:
 
     @functools.cached_property
     def _all_labelled(self) -> bool:
-        return self.manifest.samples == self.manifest.labelled > 0
+        return bool(self.manifest.samples == self.manifest.labelled > 0)
 
     @functools.cached_property
     def _starts(self) -> list[int]:

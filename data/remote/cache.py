@@ -88,6 +88,12 @@ class ShardCache:
                 f"cannot make the shard cache {self.folder} ({error.strerror}): give a folder on a"
                 " disk of this node (cache_dir, or the variable SELFDISTILL_CACHE)"
             ) from None
+        if self.folder.stat().st_mode & stat.S_IWOTH:
+            raise UserError(
+                f"the shard cache {self.folder} may be written by everybody, who could put other"
+                f" data there: take that away (chmod o-w {self.folder}), or give another folder,"
+                " which may lie in it"
+            )
         self._reset()
 
     def _reset(self) -> None:
@@ -186,9 +192,12 @@ class ShardCache:
                     final.unlink(missing_ok=True)
                     return False
                 self._verified.add(known)
-            os.utime(final)
+            with contextlib.suppress(PermissionError):
+                os.utime(final)
         except FileNotFoundError:
             return False
+        except OSError as error:
+            return error.errno == errno.EROFS  # it is read all the same
         return True
 
     def _fetch(self, url: str, sha256: str, size: int | None, most: int | None) -> None:

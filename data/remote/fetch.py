@@ -13,6 +13,7 @@ import os
 import random
 import re
 import select
+import signal
 import ssl
 import subprocess
 import threading
@@ -24,6 +25,7 @@ from typing import TypeVar
 import fsspec
 
 from selfdistill.data.errors import BrokenData, UserError, redacted
+from selfdistill.data.files import LARGEST
 
 Report = Callable[[str], None]  # takes a line that the user should see
 T = TypeVar("T")
@@ -40,9 +42,6 @@ _PATIENCE = 10
 # From so many first retries on, a process tells only of transfers that fail twice in a row.
 _TOLD = 20
 _CHUNK = 2**20
-#: Bytes of a file that is read whole, such as a manifest: a hundred times one of 10^5 shards.
-LARGEST = 2**30
-
 # What a server says of its own state; other 4xx are about the request.
 _PASSING = {408, 425, 429}
 _GONE = {404, 410}
@@ -117,13 +116,16 @@ def timeout() -> int:
     Raises:
         UserError: SELFDISTILL_FETCH_TIMEOUT is no whole number above 0.
     """
-    given = os.environ.get("SELFDISTILL_FETCH_TIMEOUT", "")
+    return _variable("SELFDISTILL_FETCH_TIMEOUT", TIMEOUT, "seconds", 30)
+
+
+def _variable(name: str, default: int, unit: str, example: int) -> int:
+    """A whole number above 0 from the environment."""
+    given = os.environ.get(name, "")
     if not given:
-        return TIMEOUT
+        return default
     if not re.fullmatch(r"[1-9][0-9]{0,6}", given):
-        raise UserError(
-            f"the variable SELFDISTILL_FETCH_TIMEOUT is {given!r}: give whole seconds, e.g. 30"
-        )
+        raise UserError(f"the variable {name} is {given!r}: give whole {unit}, e.g. {example}")
     return int(given)
 
 
@@ -144,7 +146,9 @@ def _output(process: "subprocess.Popen[bytes]", patience: float) -> Iterator[byt
             yield chunk
         process.wait()
     finally:
-        process.kill()
+        # What the shell started, too: it may go on without it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.stdout.close()
         process.wait()
 
@@ -172,7 +176,8 @@ def _http(url: str, fresh: bool) -> Iterator[bytes]:
                 again = status >= 500 or status in _PASSING
                 raise Failure(f"the server said {status}", again=again, absent=status in _GONE)
             count, since = 0, time.monotonic()
-            for chunk in response.iter_raw():
+            coded = "content-encoding" in response.headers  # though it was asked for none
+            for chunk in response.iter_bytes() if coded else response.iter_raw():
                 count += len(chunk)
                 passed = time.monotonic() - since
                 if passed >= limit:
@@ -186,7 +191,11 @@ def _http(url: str, fresh: bool) -> Iterator[bytes]:
         raise Failure(" ".join(str(error).split()), again=False) from None
     except httpx.ConnectError as error:
         text = " ".join(str(error).split())
+        if "CERTIFICATE" in text:  # of a server that signs its own, say
+            text += "; SSL_CERT_FILE=ca.pem names one to be trusted"
         raise Failure(f"no connection: {text}", again="CERTIFICATE" not in text) from None
+    except httpx.DecodingError as error:
+        raise Failure(f"its Content-Encoding is broken: {' '.join(str(error).split())}") from None
     except httpx.RemoteProtocolError as error:
         cut = "incomplete" in str(error) or "complete message" in str(error)
         raise Failure("cut off" if cut else "no answer") from None
@@ -199,7 +208,7 @@ def _command(command: str) -> Iterator[bytes]:
     """What a shell command writes."""
     try:
         with _STARTING:
-            process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
+            process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, process_group=0)
     except OSError as error:  # no memory or no number for another process
         raise Failure(" ".join(str(error).split())) from None
     yield from _output(process, _PATIENCE * timeout())
@@ -304,14 +313,18 @@ def fetch_bytes(url: str, report: Report | None = None) -> bytes:
         NotThere: There is no such file.
         BrokenData: It cannot be fetched.
     """
+    most = _variable("SELFDISTILL_FETCH_LARGEST", LARGEST >> 20, "MiB", 4096) << 20
 
     def once(attempt: int) -> bytes:
         content = bytearray()
         with contextlib.closing(chunks(url, fresh=attempt > 1)) as stream:
             for chunk in stream:
                 content += chunk
-                if len(content) > LARGEST:
-                    raise Failure(f"more than {LARGEST >> 20} MiB", again=False)
+                if len(content) > most:
+                    raise Failure(
+                        f"more than {most >> 20} MiB; SELFDISTILL_FETCH_LARGEST=MIB allows more",
+                        again=False,
+                    )
         if not content:
             raise Failure("nothing came")
         return bytes(content)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
+from selfdistill.data import files
 from selfdistill.data.errors import UserError
 from selfdistill.data.formats import images, texts
 from selfdistill.data.sources.samples import Sample
@@ -27,9 +28,11 @@ def content_of(sample: Sample) -> bytes:
     """
     if isinstance(sample.source, Path):
         try:
-            return sample.source.read_bytes()
-        except OSError as error:
-            raise ValueError(f"it cannot be opened ({error.strerror})") from None
+            return files.read(sample.source, "give a regular file")
+        except FileNotFoundError:
+            raise ValueError("it is not there") from None
+        except UserError as error:
+            raise ValueError(f"it {str(error).removeprefix(f'{sample.source} ')}") from None
     if isinstance(sample.source, bytes):
         return sample.source
     assert not isinstance(sample.source, texts.Text)  # texts have no file of their own
@@ -116,8 +119,7 @@ class ImageModality:
 
 def suffix(content: bytes) -> str:
     """The extension of an image file that has no name."""
-    kind = (images.opened(content).format or "img").lower()
-    return {"jpeg": "jpg"}.get(kind, kind)
+    return images.kind_of(content) or "img"
 
 
 @dataclass(frozen=True)

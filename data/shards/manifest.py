@@ -12,14 +12,16 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
+from selfdistill.data import files, records
 from selfdistill.data.errors import UserError
 from selfdistill.data.sources import unpacked
 from selfdistill.data.splits import SPLITS, UNLABELLED, Metric
@@ -29,8 +31,6 @@ FILE = "manifest.json"
 MEMBERS = "members.npy"
 #: Of addresses that a manifest may name. Never a command: it may come from a stranger.
 SCHEMES = ("http", "https", "s3", "gs", "az", "hf")
-#: What a number of a manifest stays below: the integers that JSON's readers all keep exact.
-LARGEST = 2**53
 # The hash of a table up to this size is checked at every start (0.1 s); beyond, by data.verify.
 _HASHED_BYTES = 64 * 2**20
 
@@ -44,29 +44,25 @@ class ShardInfo(NamedTuple):
     samples: int
 
 
-_Hash = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
-_Number = Annotated[int, pydantic.Field(ge=0, lt=LARGEST)]
-
-
-class _Shard(pydantic.BaseModel):
+class _Shard(records.Record):
     name: str
-    sha256: _Hash
-    bytes: _Number
-    samples: _Number
+    sha256: records.Hash
+    bytes: records.Count
+    samples: records.Count
 
 
-class _Members(pydantic.BaseModel):
+class _Members(records.Record):
     file: str
-    sha256: _Hash
+    sha256: records.Hash
 
 
-class _Text(pydantic.BaseModel):
+class _Text(records.Record):
     pairs: bool
     stored: Literal["txt", "json"]
     metric: Metric | None = None
 
 
-class _File(pydantic.BaseModel):
+class _File(records.Record):
     """manifest.json, format version 1."""
 
     format: Literal["selfdistill-shards"]
@@ -74,11 +70,11 @@ class _File(pydantic.BaseModel):
     kind: Literal["image", "text"]
     split: str
     classes: list[str]
-    class_counts: list[_Number]
-    samples: _Number
+    class_counts: list[records.Count]
+    samples: records.Count
     image: dict[str, Any] | None = None
     text: _Text | None = None
-    columns: list[str] = ["input", "label"]
+    columns: list[str] = pydantic.Field(["input", "label"])
     members: _Members
     shards: list[_Shard]
 
@@ -100,7 +96,11 @@ def is_plain(name: str) -> bool:
     """
     parts = name.split("/")
     short = all(len(part.encode()) <= 255 for part in parts)  # what file systems bear
-    return bool(re.fullmatch(r"[\w.+=@-][\w./+=@-]*", name)) and ".." not in parts and short
+    return (
+        bool(re.fullmatch(r"[\w.+=@-][\w./+=@-]*", name))
+        and short
+        and not {"", ".", ".."} & {*parts}
+    )
 
 
 def is_address(name: str) -> bool:
@@ -153,15 +153,10 @@ class Manifest:
         self.cache_dir = cache_dir
         self.place = join(root, FILE)
         self.hash = hashlib.sha256(content).hexdigest()
-        try:
-            file = _File.model_validate_json(content)
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            raise UserError(
-                f"{self.place} is no manifest of this program: {where}: {first['msg']}:"
-                " pack the data anew (python -m data.pack) or index the tars (python -m data.index)"
-            ) from None
+        cure = "pack the data anew (python -m data.pack) or index the tars (python -m data.index)"
+        what = f"{self.place} is no manifest of this program"
+        value = records.from_json(content, what, cure)
+        file = records.checked(_File, value, what, cure)
         self.kind = file.kind
         self.split = file.split
         self.classes = file.classes
@@ -185,12 +180,14 @@ class Manifest:
             )
         if len(self.class_counts) != len(self.classes):
             raise UserError(f"{self.place}: class_counts and classes differ in length: {cure}")
+        if sum(self.class_counts) > self.samples:
+            raise UserError(f"{self.place}: class_counts add up to more than its samples: {cure}")
         if self.split not in SPLITS:
             raise UserError(f"{self.place}: split is {self.split!r}, none of {SPLITS}: {cure}")
         names = [self.members_file.file, *(s.name for s in self.shards)]
         for what, entries in (("class", self.classes), ("file", names)):
             if len(set(entries)) < len(entries):
-                twice = next(e for i, e in enumerate(entries) if e in entries[:i])
+                twice = Counter(entries).most_common(1)[0][0]
                 raise UserError(f"{self.place}: the {what} {twice!r} stands there twice: {cure}")
         for name in names:
             if not is_address(name) and not is_plain(name):
@@ -220,18 +217,14 @@ class Manifest:
             from selfdistill.data.remote.cache import fetch_bytes
 
             return cls(fetch_bytes(place), root, cache_dir)
+        if Path(root).is_file():
+            raise UserError(f"{root} is a file: give the folder of the shards")
         try:
-            content = Path(place).read_bytes()
+            content = files.read(Path(place), "check its permissions, or fetch it again")
         except FileNotFoundError:
             raise UserError(
                 f"no {FILE} in {root}: pack the data first (python -m data.pack SOURCE SHARDS),"
                 " or index tars made elsewhere (python -m data.index)"
-            ) from None
-        except NotADirectoryError:
-            raise UserError(f"{root} is a file: give the folder of the shards") from None
-        except OSError as error:
-            raise UserError(
-                f"cannot read {place}: {error.strerror}: check its permissions"
             ) from None
         return cls(content, root, cache_dir)
 
@@ -313,7 +306,7 @@ class Manifest:
             path = Path(place)
         cure = "fetch it anew, or make it anew (python -m data.pack or python -m data.index)"
         try:
-            table: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False)
+            table = records.read_table(path, np.int64, (self.samples, 4), cure, place)
             if path.stat().st_size <= _HASHED_BYTES:
                 with path.open("rb") as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -324,16 +317,9 @@ class Manifest:
                     )
         except FileNotFoundError:
             raise UserError(f"{place} is missing beside {FILE}: {cure}") from None
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{place} cannot be read as a table ({error}): {cure}") from None
         finally:
             if held is not None:
                 os.close(held)
-        if table.shape != (self.samples, 4) or table.dtype != np.int64:
-            raise UserError(
-                f"{place} is {table.dtype} {list(table.shape)} where {self.place} wants"
-                f" int64 [{self.samples}, 4]: {cure}"
-            )
         return table
 
     @property
@@ -371,7 +357,9 @@ def write(
         image: What is known of the images, "size" among it (None where sizes differ).
         text: What is known of the texts, see `Manifest`; for kind "text" in place of `image`.
     """
-    assert all(is_plain(shard.name) for shard in shards)  # or nothing could read what this writes
+    for shard in shards:
+        if not is_plain(shard.name):
+            raise UserError(f"{shard.name!r} is no name for a shard, see `is_plain`: rename it")
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(members, dtype=np.int64), allow_pickle=False)
     (folder / MEMBERS).write_bytes(buffer.getbuffer())

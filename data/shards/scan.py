@@ -163,6 +163,11 @@ def _class(path: Path, sample: _Sample, extension: str, file: BinaryIO) -> tuple
     if not extension:
         return -1, -1, -1
     member = sample.members[extension]
+    if member.size > labels.LARGEST:
+        raise UserError(
+            f"shard {path}, sample {sample.key}: its label .{extension} has {member.size:,} bytes:"
+            " name another file (--label EXTENSION), or take none (--unlabelled)"
+        )
     file.seek(member.offset)
     try:
         return member.offset, member.size, labels.parse(file.read(member.size))

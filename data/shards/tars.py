@@ -107,14 +107,16 @@ def _entries(file: BinaryIO, total: int) -> Iterator[_Entry]:
             raise tarfile.ReadError(f"it ends at byte {total}, within {name}")
         at = begin + -(-size // BLOCK) * BLOCK
         if info.type in _LONG or info.type in (*_RECORDS, tarfile.XGLTYPE):
+            if size > _CHUNK:
+                raise tarfile.ReadError(f"the header at byte {begin} goes on for {size} bytes")
             content = file.read(size)
             if info.type in _LONG:
                 text = content.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
                 own[_LONG[info.type]] = text
             elif info.type == tarfile.XGLTYPE:
-                shared |= _records(content, begin)
+                shared.update(_records(content, begin))
             else:
-                own |= _records(content, begin)
+                own.update(_records(content, begin))
             continue
         if info.type in _LINKS:
             target = given.get("linkpath", info.linkname)
@@ -122,7 +124,11 @@ def _entries(file: BinaryIO, total: int) -> Iterator[_Entry]:
                 target = posixpath.join(posixpath.dirname(name), target)
             yield _Entry(name, 0, 0, target)
         elif info.type in _FILES and not any(key.startswith("GNU.sparse") for key in given):
-            if parse_header(block).size != size:
+            try:
+                same = parse_header(block).size == size
+            except ValueError:
+                raise tarfile.ReadError(f"the header at byte {begin - BLOCK} is broken") from None
+            if not same:
                 raise tarfile.ReadError(
                     f"the header of {name} at byte {begin - BLOCK} gives another size than its pax"
                     " record"
@@ -157,15 +163,15 @@ def _records(content: bytes, at: int) -> dict[str, str]:
         tarfile.ReadError: They are broken.
     """
     found: dict[str, str] = {}
-    rest = content
-    while rest:
-        match = _RECORD.match(rest)
-        end = int(match[1]) if match else 0
-        if match is None or end <= match.end() or rest[end - 1 : end] != b"\n":
+    begin = 0
+    while begin < len(content):
+        match = _RECORD.match(content, begin)
+        end = begin + int(match[1]) if match else 0
+        if match is None or end <= match.end() or content[end - 1 : end] != b"\n":
             raise tarfile.ReadError(f"the pax header at byte {at} is broken")
         key = match[2].decode("utf-8", "backslashreplace")
-        found[key] = rest[match.end() : end - 1].decode("utf-8", "backslashreplace")
-        rest = rest[end:]
+        found[key] = content[match.end() : end - 1].decode("utf-8", "backslashreplace")
+        begin = end
     if not re.fullmatch("[0-9]{1,18}", found.get("size", "0")):
         raise tarfile.ReadError(f"the pax header at byte {at} is broken")
     return found

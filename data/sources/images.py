@@ -53,12 +53,20 @@ class _Walk:
         return self._found[folder]
 
     def _walk(self, folder: Path) -> Iterator[Path]:
+        linked: dict[Path, Path] = {}
         for base, folders, files in os.walk(folder, followlinks=True, onerror=_unlisted):
             folders[:] = sorted(f for f in folders if not is_stray(f))
-            for name in folders:
-                inner = Path(base, name)
-                if inner.is_symlink() and Path(base).resolve().is_relative_to(inner.resolve()):
+            for inner in (Path(base, name) for name in folders):
+                if not inner.is_symlink():
+                    continue
+                place = inner.resolve()
+                if Path(base).resolve().is_relative_to(place):
                     raise UserError(f"{inner} is a link to a folder that it lies in: remove it")
+                # Links to folders of links could lead to more places than there is time for.
+                if linked.setdefault(place, inner) != inner:
+                    raise UserError(
+                        f"{linked[place]} and {inner} are links to one folder: remove one of them"
+                    )
             for file in files:
                 if is_stray(file):
                     continue
@@ -248,6 +256,8 @@ def find(
         beside = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
         hint = nearest(root.name, beside, "") or " Give a folder or a file of images or texts."
         raise UserError(f"there is no {root}.{hint}")
+    if not root.is_dir() and not root.is_file():
+        raise UserError(f"{root} is neither a folder nor a regular file: give one")
     if root.is_file():
         if root.suffix.lower() != ".csv":
             raise UserError(

@@ -4,10 +4,13 @@ import csv
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from selfdistill.data.errors import UserError
 from selfdistill.data.splits import ALIASES, DIVIDED
+
+#: Characters, or bytes, of a line at most: what follows no line's end is not read whole.
+LONGEST = 2**28
 
 
 def read(path: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, str]]]]:
@@ -34,9 +37,9 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
             if not tsv:
-                form = {"delimiter": _separator(file.readline()), "strict": True}
+                form = {"delimiter": _separator(file.readline(LONGEST)), "strict": True}
                 file.seek(0)
-            reader = csv.DictReader(file, **form)
+            reader = csv.DictReader(_lines(path, file), **form)
             header = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             twice = next((c for i, c in enumerate(header) if c in header[:i]), None)
             if twice is not None:
@@ -56,6 +59,13 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise UserError(f"{path}: {error}: correct the file") from None
     except OSError as error:
         raise UserError(f"{path} cannot be opened ({error.strerror}): check it") from None
+
+
+def _lines(path: Path, file: TextIO) -> Iterator[str]:
+    while line := file.readline(LONGEST):
+        if len(line) >= LONGEST:
+            raise UserError(f"{path} has a line of more than {LONGEST:,} characters: divide it")
+        yield line
 
 
 def _separator(header: str) -> str:

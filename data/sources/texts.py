@@ -186,7 +186,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines, numbered from 1; only a newline ends one, as in JSON Lines."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(tables.LONGEST), b""), 1):
+                if len(line) >= tables.LONGEST:
+                    raise UserError(
+                        f"{path} line {number} has more than {tables.LONGEST:,} bytes: divide it"
+                    )
                 try:
                     yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
                 except UnicodeDecodeError as error:

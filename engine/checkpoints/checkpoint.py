@@ -18,17 +18,20 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from selfdistill.data import records
 from selfdistill.data.cli import format_error
 from selfdistill.data.errors import TryAgain, UserError, printable
 from selfdistill.engine.checkpoints import training_state
 from selfdistill.engine.checkpoints.files import fsync, sha256, write_text
+from selfdistill.engine.checkpoints.results import numbered
 from selfdistill.engine.runtime.distributed import Ranks, broadcast, main_only
 
 VERSION = 2
@@ -83,6 +86,33 @@ class State:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+class _Optimizer(records.Record):
+    step: records.Count
+    scaler: dict[str, bool | int | records.Finite] = pydantic.Field({})
+
+
+class _Written(records.Record):
+    """`State` as a file has it, which may be a stranger's."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
+
+    step: records.Count
+    position: records.Count
+    config: dict[str, Any]
+    manifest: str
+    world: Annotated[int, pydantic.Field(ge=1, lt=2**31)]
+    version: int
+    files: dict[
+        Annotated[str, pydantic.Field(pattern=r"^part-[0-9]{5,9}-of-[0-9]{5,9}\.safetensors$")],
+        Annotated[tuple[records.Count, records.Hash], pydantic.Strict(False)],
+    ]
+    optimizer: _Optimizer
+    scored: records.Count
+    last: dict[str, float]
+    seconds: Annotated[records.Finite, pydantic.Field(ge=0)]
+    digest: records.Hash
+
+
 class Checkpoints:
     """The folder `checkpoints/` of one stage.
 
@@ -101,11 +131,7 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """Names of the saved steps, oldest first."""
-        found = [p.name for p in self.folder.glob("step-*") if p.is_dir()]
-        return sorted(
-            (n for n in found if n.removeprefix("step-").isdigit()),
-            key=lambda n: int(n.removeprefix("step-")),
-        )
+        return [path.name for path in numbered(self.folder, "step-").values()]
 
     def save(self, engine: Any, state: State) -> None:
         """Saves engine and state as `step-N`. Every rank calls it; a step is saved once.
@@ -171,18 +197,24 @@ class Checkpoints:
 
     def _read_state(self, name: str) -> tuple[State | None, str]:
         """The record of a saved step, or None and what is wrong with it."""
+        path = self.folder / name / "state.json"
         try:
-            content = json.loads((self.folder / name / "state.json").read_text(encoding="utf-8"))
-            if content["version"] == VERSION:
-                state = State(**content)
-                whole = state.digest == state.content_digest() and name == f"step-{state.step:08d}"
-                return (state, "") if whole else (None, "state.json is not what was written")
-        except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError) as error:
-            return None, f"state.json: {format_error(error)}"
-        raise UserError(
-            f"{self.folder / name} has format version {content['version']}, this program reads"
-            f" {VERSION}: go on with the program that wrote it, or --overwrite starts it anew"
-        )
+            content = records.read_object(path)
+            if content.get("version") == VERSION:
+                records.checked(_Written, content, path)
+        except FileNotFoundError:
+            return None, "state.json is missing"
+        except UserError as error:
+            return None, format_error(error).removeprefix(f"{path.parent}/")
+        if content.get("version") != VERSION:
+            raise UserError(
+                f"{self.folder / name} has format version {content.get('version')!r}, this program"
+                f" reads {VERSION}: go on with the program that wrote it, or --overwrite starts it"
+                " anew"
+            )
+        state = State(**content)
+        whole = state.digest == state.content_digest() and name == f"step-{state.step:08d}"
+        return (state, "") if whole else (None, "state.json is not what was written")
 
     def _fault(self, name: str, state: State) -> str:
         """What is wrong with the files; each rank hashes its share. Every rank calls it."""

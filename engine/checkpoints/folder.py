@@ -14,27 +14,45 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import pydantic
 import tomli_w
 import torch
 
+from selfdistill.data import records
 from selfdistill.data.errors import UserError, printable
 from selfdistill.data.files import nofollow
+from selfdistill.data.formats import images
 from selfdistill.data.loading.batches import Options
 from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.loader import warn_once
 from selfdistill.engine.checkpoints.checkpoint import BEFORE, FREE
 from selfdistill.engine.checkpoints.files import write_text
+from selfdistill.engine.checkpoints.results import RESULT, read_result
 from selfdistill.engine.config.schema import Config
 from selfdistill.engine.runtime import precision, zero
 from selfdistill.engine.runtime.distributed import Ranks, few_cores, main_only
 from selfdistill.engine.runtime.preemption import Agreement, Preempted, asked
 from selfdistill.engine.runtime.watchdog import Watchdog
 
-RESULT = "result.json"
 CONFIG = "config.toml"
 
 #: Loader processes of a rank on a GPU at most, by themselves: twice what an H100 can eat.
 _WORKERS = 16
+
+
+class _Model(records.Record):
+    path: str | None = None
+
+
+class _Written(records.Record):
+    """What is used of the configuration that an earlier launch left."""
+
+    model: _Model = _Model()
+    precision: str | None = None
+    pretrain: dict[str, Any] = pydantic.Field({})
+    distill: dict[str, Any] = pydantic.Field({})
+    finetune: dict[str, Any] = pydantic.Field({})
+
 
 #: Sections of the configuration that belong to one stage.
 STAGES = ("pretrain", "distill", "finetune")
@@ -126,15 +144,10 @@ class Run:
 
     def result(self, stage: str) -> dict[str, Any] | None:
         """What a complete stage left as result.json, or None."""
-        path = self.folder / stage / RESULT
-        if not path.is_file():
-            return None
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise UserError(
-                f"{path}: not valid JSON ({error}): delete it to redo the stage"
-            ) from error
+            return read_result(self.folder / stage / RESULT)
+        except FileNotFoundError:
+            return None
 
 
 def _restarted() -> bool:
@@ -151,12 +164,13 @@ def open_run(config: Config, ranks: Ranks) -> Run:
     if not config.output:
         raise UserError("--output is missing: name the run folder, such as --output runs/first")
     precision.set_switches(config, ranks.device)
+    images.allow(config.data.max_pixels)
     run = Run(config, ranks, Path(config.output))
 
     def enter() -> tuple[str | None, tuple[str, str]]:
         run.folder.mkdir(parents=True, exist_ok=True)
         run.lock = _lock(run.folder / ".lock", _patience(config.watchdog))
-        before = _read_toml(run.folder / CONFIG)
+        before = read_config(run.folder / CONFIG)
         known, path = before.get("model", {}).get("path"), config.model.path
         if known is not None and not config.given("model"):
             path = known  # the run's own model, whatever the recipe's is
@@ -228,14 +242,19 @@ def _lock(path: Path, patience: float) -> IO[str]:
     return file
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
-    """A configuration that an earlier launch left; empty if there is none."""
-    if not path.exists():
-        return {}
+def read_config(path: Path) -> dict[str, Any]:
+    """A configuration that an earlier launch left; empty if there is none.
+
+    Raises:
+        UserError: It is not as a launch writes it.
+    """
+    cure = "mend it, or delete it"
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML ({error}): mend it, or delete it") from error
+        content = records.read_toml(path, cure)
+    except FileNotFoundError:
+        return {}
+    records.checked(_Written, content, path, cure)
+    return content
 
 
 def _check_complete(
@@ -243,7 +262,7 @@ def _check_complete(
 ) -> None:
     """Refuses to take a complete stage for another one than it is."""
     made, record = (
-        result.get("record", record) | {"data": result["manifest"]},
+        result.get("record", record) | {"data": result.get("manifest")},
         record | {"data": data},
     )
     stage = next(key.split(".")[0] for key in record if key.endswith(".steps"))
@@ -314,7 +333,7 @@ def open_stage(run: Run, stage: str, record: dict[str, Any], data: str) -> bool:
 
 def _joined(path: Path, config: Config, stage: str) -> str:
     """The run's configuration: this launch's, with the sections of stages that it did not do."""
-    before, now = _read_toml(path), tomllib.loads(config.toml())
+    before, now = read_config(path), tomllib.loads(config.toml())  # ours
     for section in STAGES:
         if section in before and not stage.startswith(section):
             now[section] = before[section]

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from selfdistill.data.errors import UserError
 from selfdistill.engine.runtime.zero import gathered
 
 WEIGHT = "fp32"
@@ -219,7 +220,7 @@ def load_weights(module: nn.Module, read: Callable[[str], Tensor]) -> None:
         read: "fp32/NAME" -> tensor.
     """
     for name, parameter in module.named_parameters():
-        parameter.copy_(read(f"{WEIGHT}/{name}"))
+        parameter.copy_(_fitting(read(f"{WEIGHT}/{name}"), name, parameter.shape))
 
 
 @torch.no_grad()
@@ -246,9 +247,25 @@ def restore(engine: Any, rank: int, read: Callable[[str], Tensor], scalars: dict
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             for key in (WEIGHT, *kept(inner, parameter)):
-                how.set(parameter, key, read(f"{key}/{name}"))
-    for name, value in scalars.get("scaler", {}).items():
-        setattr(_scaler(engine), name, value)
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                how.set(parameter, key, _fitting(read(f"{key}/{name}"), name, shape))
+    for name in _SCALER:
+        if name in scalars.get("scaler", {}):
+            setattr(_scaler(engine), name, scalars["scaler"][name])
+
+
+def _fitting(saved: Tensor, name: str, shape: torch.Size) -> Tensor:
+    """A saved tensor, which must have its parameter's shape: copying would stretch a smaller one.
+
+    Raises:
+        UserError: it has not.
+    """
+    if saved.shape != shape or saved.dtype != torch.float32:
+        raise UserError(
+            f"the checkpoint's {name} is {saved.dtype} {list(saved.shape)}, the model's is"
+            f" {list(shape)}: --overwrite starts the stage again"
+        )
+    return saved
 
 
 def numbers(engine: Any, rank: int) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from fire.parser import DefaultParseValue
 from pydantic import ValidationError
 
-from selfdistill.data import cli
+from selfdistill.data import cli, records
 from selfdistill.data.errors import UserError
 from selfdistill.engine.config.schema import ROOT, Config, Section
 
@@ -120,10 +119,7 @@ def load(overrides: dict[str, Any]) -> Config:
     given: dict[str, str] = {}
     if overrides.get("recipe"):
         path = recipe_file(str(overrides["recipe"]))
-        try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"recipe {path}: not valid TOML: {error}") from error
+        content = records.read_toml(path, "correct the recipe")
         for name, value in _flatten(content).items():
             if name in _PLACES and (path.parent / str(value)).exists():
                 value = str(path.parent / str(value))  # what lies beside its recipe

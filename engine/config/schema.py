@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tomli_w
 from pydantic import (
@@ -17,6 +17,8 @@ from pydantic import (
 )
 
 from selfdistill.data.errors import UserError, redacted
+from selfdistill.data.formats.images import MOST_PIXELS
+from selfdistill.data.records import BOUND
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,7 +26,16 @@ ROOT = Path(__file__).resolve().parents[2]
 class Section(BaseModel):
     """A group of options. Undeclared fields are refused."""
 
-    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", coerce_numbers_to_str=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _bounded(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) >= BOUND:
+            raise ValueError("must be below 2^53")
+        return value
 
 
 class DataSection(Section):
@@ -42,6 +53,9 @@ class DataSection(Section):
     cache_dir: str | None = Field(None, description="node-local folder for remote shards")
     cache_gb: float = Field(50.0, gt=0, description="size limit of that folder, GB (1e9 bytes)")
     skip_broken: float = Field(0.0, ge=0, lt=1, description="share of broken samples to skip")
+    max_pixels: int = Field(
+        MOST_PIXELS, ge=1, description="of an image; beyond, it counts as broken"
+    )
     check: Literal["auto", "always", "never"] = Field(
         "auto",
         description="hash shards first (auto = local ones without checksums, to 2 GiB)",

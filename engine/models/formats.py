@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,13 @@ import torch
 from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransformer
 from torch import Tensor, nn
 
+from selfdistill.data import records
 from selfdistill.data.errors import UserError
+from selfdistill.data.files import regular
 from selfdistill.engine.models.layout import Tensors, from_fair, from_hugging_face
 from selfdistill.engine.models.source import (
     TORCH_FILES,
     read_folder,
-    read_json,
     read_safetensors,
     read_torch,
 )
@@ -44,6 +46,17 @@ _HF_NUMBERS: dict[str, tuple[str, float]] = {
 _HF_EXTRA = ("pooler.", "vit.pooler.", "classifier.")
 _HF_MASK = ("embeddings.mask_token", "vit.embeddings.mask_token")
 _TIMM_EXTRA = ("head.",)
+_BLOCK = re.compile(r"blocks\.([0-9]{1,6})\..+")
+#: A decoder without weights may be so much larger than its encoder; a file may say anything.
+_DECODER_GROWTH = 4
+
+
+class _Processor(records.Record):
+    """What is used of preprocessor_config.json."""
+
+    do_normalize: bool = True
+    image_mean: list[records.Finite] | records.Finite | None = None
+    image_std: list[records.Finite] | records.Finite | None = None
 
 
 @dataclass
@@ -73,13 +86,14 @@ def read(path: Path, origin: str) -> Found:
         raise UserError(
             f"{origin} is neither {', '.join(TORCH_FILES)} nor .safetensors: give one of them"
         )
+    regular(path if not path.is_dir() else path / "config.json", "give another")
     # A classifier that pools by the mean is exported for timm alone.
     folder = path if (path / "config.json").exists() else path / "timm"
     if not (folder / "config.json").exists():
         raise UserError(
             f"{origin} has no config.json: give a model's folder as transformers or timm save it"
         )
-    config = read_json(folder / "config.json")
+    config = records.read_object(folder / "config.json")
     if "architecture" in config:
         return _timm(folder, config, origin)
     return _hugging_face(folder, config, origin)
@@ -101,15 +115,18 @@ def _hugging_face(folder: Path, config: dict[str, Any], origin: str) -> Found:
         )
     numbers = {name: values.get(key, default) for name, (key, default) in _HF_NUMBERS.items()}
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        kinds = (int,) if isinstance(_HF_NUMBERS[name][1], int) else (int, float)
+        if type(value) not in kinds or not 0 < value < records.BOUND:
             raise UserError(
                 f"{origin}: {_HF_NUMBERS[name][0]} is {value!r} in config.json, not a positive "
                 "number: fetch the file again"
             )
-    shape = Shape(
+    normalized = values.get("norm_pix_loss", False) if kind == "vit_mae" else True
+    shape = _shape(
+        origin,
         image_size=_square(values, "image_size", 224, origin),
         patch_size=_square(values, "patch_size", 16, origin),
-        normalize_pixels=values.get("norm_pix_loss", False) if kind == "vit_mae" else True,
+        normalize_pixels=records.checked(bool, normalized, f"{origin}: norm_pix_loss"),
         **numbers,
     )
     encoder, decoder, unknown = from_hugging_face(read_folder(folder))
@@ -130,10 +147,19 @@ def _hugging_face(folder: Path, config: dict[str, Any], origin: str) -> Found:
 
 def _square(config: Mapping[str, Any], key: str, default: int, origin: str) -> int:
     value = config.get(key, default)
-    sides = set(value) if isinstance(value, list) else {value}
-    if len(sides) != 1 or not isinstance(side := sides.pop(), int):
+    sides = value if isinstance(value, list) else [value]
+    if not sides or any(type(side) is not int or side != sides[0] for side in sides):
         raise UserError(f"{origin}: {key} {value} is not square: only square images are supported")
+    side: int = sides[0]
     return side
+
+
+def _shape(origin: str, **values: Any) -> Shape:
+    """A shape that a file tells; what is wrong with it is said of the file."""
+    try:
+        return Shape(**values)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
 
 
 def _read_processor(folder: Path, found: Found) -> None:
@@ -145,14 +171,32 @@ def _read_processor(folder: Path, found: Found) -> None:
             "mean and standard deviation"
         )
         return
-    processor = read_json(path)
+    processor: _Processor = records.checked(_Processor, records.read_object(path), path)
     # ViTImageProcessor's own defaults are 0.5.
-    half = [0.5] * found.shape.channels
-    if processor.get("do_normalize", True):
-        found.mean = tuple(processor.get("image_mean") or half)
-        found.std = tuple(processor.get("image_std") or half)
-    else:
-        found.mean, found.std = (0.0,) * found.shape.channels, (1.0,) * found.shape.channels
+    mean, std = processor.image_mean or 0.5, processor.image_std or 0.5
+    if not processor.do_normalize:
+        mean, std = 0.0, 1.0
+    _normalise(found, mean, std, path)
+
+
+def _normalise(found: Found, mean: Any, std: Any, place: object) -> None:
+    """Notes mean and standard deviation: a number for each channel, or one for all.
+
+    Raises:
+        UserError: They are none, or nothing could be divided by them.
+    """
+    channels = found.shape.channels
+    both = []
+    for name, given in (("mean", mean), ("std", std)):
+        values = list(given) if isinstance(given, list | tuple) else [given] * channels
+        values = records.checked(list[records.Finite], values, f"{place}: {name}")
+        if len(values) != channels or (name == "std" and min(values) <= 0):
+            raise UserError(
+                f"{place}: the {name} {values} is not one {'positive ' * (name == 'std')}number for"
+                f" each of {channels} channels: correct it"
+            )
+        both.append(tuple(float(value) for value in values))
+    found.mean, found.std = both
 
 
 def _bare(tensors: dict[str, Tensor], args: dict[str, Any], origin: str) -> Found:
@@ -167,6 +211,15 @@ def _bare(tensors: dict[str, Tensor], args: dict[str, Any], origin: str) -> Foun
             + (hint or "give such a checkpoint, or a folder with its config.json")
         )
     notes = []
+    dimensions = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "mask_token": 3}
+    for part in (encoder, decoder):
+        for name, tensor in part.items():
+            wanted = 2 if name.endswith("mlp.fc1.weight") else dimensions.get(name, tensor.ndim)
+            if tensor.ndim != wanted:
+                raise UserError(
+                    f"{origin}: {name} is {list(tensor.shape)}, where {wanted} dimensions are"
+                    " wanted: it is no ViT or MAE under FAIR's or timm's names"
+                )
     width, channels, patch = encoder["patch_embed.proj.weight"].shape[:3]
     grid = round((encoder["pos_embed"].shape[1] - 1) ** 0.5)
     heads = _FAIR_HEADS.get(width) or max(1, width // 64)
@@ -182,7 +235,8 @@ def _bare(tensors: dict[str, Tensor], args: dict[str, Any], origin: str) -> Foun
             "decoder_heads": max(1, decoder_width // 32),
             "decoder_mlp_width": decoder["blocks.0.mlp.fc1.weight"].shape[0],
         }
-    shape = Shape(
+    shape = _shape(
+        origin,
         image_size=grid * patch,
         patch_size=patch,
         width=width,
@@ -192,7 +246,9 @@ def _bare(tensors: dict[str, Tensor], args: dict[str, Any], origin: str) -> Foun
         channels=channels,
         norm_eps=1e-6,
         mask_ratio=args.get("mask_ratio", 0.75),
-        normalize_pixels=args.get("norm_pix_loss", True),
+        normalize_pixels=records.checked(
+            bool, args.get("norm_pix_loss", True), f"{origin}: norm_pix_loss"
+        ),
         **dropout,
     )
     found = Found(shape, encoder, decoder, origin, notes=notes)
@@ -201,7 +257,8 @@ def _bare(tensors: dict[str, Tensor], args: dict[str, Any], origin: str) -> Foun
 
 
 def _depth(tensors: Mapping[str, Tensor]) -> int:
-    return 1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks."))
+    """One more than the highest number of a block; what is no block is refused by name later."""
+    return 1 + max(int(found[1]) for k in tensors if (found := _BLOCK.fullmatch(k)))
 
 
 def _drop_head(found: Found) -> None:
@@ -215,18 +272,20 @@ def _timm(folder: Path, config: dict[str, Any], origin: str) -> Found:
     """A folder as timm's hub saves it: the shape is asked of the model that timm builds from it."""
     import timm
 
-    name = config["architecture"]
+    name = records.checked(str, config["architecture"], f"{origin}: architecture")
+    _check_arguments(config.get("model_args"), origin)
     try:
         with torch.device("meta"):
             model: Any = timm.create_model(f"local-dir:{folder}", pretrained=False)
-    except (RuntimeError, TypeError, KeyError, AttributeError, AssertionError) as error:
+    except Exception as error:  # its models take any arguments, and fail by them anyhow
         raise UserError(
             f"{origin}: timm cannot build its {name} ({' '.join(str(error).split())[:80]}): check "
             "config.json, or update timm"
         ) from error
     _check_plain(model, name, origin)
     block = model.blocks[0]
-    shape = Shape(
+    shape = _shape(
+        origin,
         image_size=model.patch_embed.img_size[0],
         patch_size=model.patch_embed.patch_size[0],
         width=model.embed_dim,
@@ -238,16 +297,56 @@ def _timm(folder: Path, config: dict[str, Any], origin: str) -> Found:
         norm_eps=config.get("norm_eps", block.norm1.eps),
     )
     found = Found(shape, read_folder(folder), {}, origin)
-    found.mean = tuple(model.pretrained_cfg.get("mean", IMAGENET_MEAN))
-    found.std = tuple(model.pretrained_cfg.get("std", IMAGENET_STD))
+    told = model.pretrained_cfg
+    _normalise(found, told.get("mean", IMAGENET_MEAN), told.get("std", IMAGENET_STD), origin)
     _drop_head(found)
     return found
+
+
+def _check_arguments(arguments: Any, origin: str) -> None:
+    """Refuses what would keep timm building for ever."""
+    values = records.checked(dict[str, Any] | None, arguments, f"{origin}: model_args") or {}
+    for name, value in values.items():
+        for one in value if isinstance(value, list) else [value]:
+            most = 2**10 if name in ("depth", "num_heads") else 2**24
+            if isinstance(one, int | float) and not -most <= one <= most:
+                raise UserError(f"{origin}: {name} is {value!r} in config.json: fetch it again")
+
+
+def check_sizes(found: Found) -> None:
+    """Compares depths with the tensors that are there, before a model is built by them.
+
+    Raises:
+        UserError: They contradict each other.
+    """
+    shape = found.shape
+    parts = (
+        ("encoder", found.encoder, shape.depth),
+        ("decoder", found.decoder, shape.decoder_depth),
+    )
+    for part, tensors, depth in parts:
+        numbers = {int(block[1]) for name in tensors if (block := _BLOCK.fullmatch(name))}
+        if tensors and len(numbers) != depth:
+            raise UserError(
+                f"{found.origin}: its {part} has {len(numbers)} blocks, its configuration asks for"
+                f" {depth}: take a complete checkpoint"
+            )
+    if not found.decoder:
+        own = shape.depth * shape.width * (4 * shape.width + 2 * shape.mlp_width)
+        width = shape.decoder_width
+        new = shape.decoder_depth * width * (4 * width + 2 * shape.decoder_mlp_width)
+        if new > _DECODER_GROWTH * max(own, 10**7):
+            raise UserError(
+                f"{found.origin}: config.json describes a decoder of {new:,} weights beside an"
+                f" encoder of {own:,}: correct decoder_hidden_size and decoder_num_hidden_layers"
+            )
 
 
 def _check_plain(model: Any, name: str, origin: str) -> None:
     """Refuses what our encoder would compute otherwise: registers, layer scale, other norms..."""
     plain = (
         type(model) is VisionTransformer
+        and len(model.blocks) > 0
         and type(block := model.blocks[0]) is Block
         and type(block.attn) is Attention
         and type(block.mlp) is Mlp

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 import re
 import textwrap
-from collections.abc import Callable, Iterable
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from selfdistill.data.cli import format_error
 from selfdistill.data.errors import UserError
+from selfdistill.data.files import regular
+from selfdistill.data.records import checked, read_object
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Names on the hub that have no owner, from its first days: roberta-base, bert-base-uncased.
@@ -27,6 +30,8 @@ TORCH_FILES = (".pth", ".pt", ".bin", ".ckpt", ".pth.tar", ".pt.tar")
 _STATE = ("model", "state_dict", "model_state_dict")
 #: What wrappers put before every name: DataParallel, Lightning and others, torch.compile.
 _PREFIXES = ("module.", "model.", "_orig_mod.")
+#: Tensors may share their numbers, as tied embeddings do: so many times the file's size at most.
+_TIED = 4
 _CONFIGS = ["config.json", "preprocessor_config.json"]
 
 
@@ -83,17 +88,6 @@ def _fetch(name: str, configs: list[str]) -> Path:
     return folder
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; UserError if the file is broken."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): fetch it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object: fetch it again")
-    return content
-
-
 def read_folder(folder: Path) -> dict[str, Tensor]:
     """All tensors of a model's folder: safetensors, else pytorch_model.bin, whole or in shards.
 
@@ -115,12 +109,13 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 
 def _read_shards(index: Path, reader: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors that an index names, from the files beside it."""
-    places = read_json(index).get("weight_map")
+    places = read_object(index).get("weight_map")
     cure = "fetch the model again, whole"
-    if not isinstance(places, dict) or not places:
+    if not places:
         raise UserError(f"{index} names no tensors (it has no weight_map): {cure}")
+    checked(dict[str, str], places, f"{index}: weight_map", cure)
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(map(str, places.values()))):
+    for name in sorted(set(places.values())):
         if name != Path(name).name:
             raise UserError(f"{index} names {name!r}, which is no file beside it: {cure}")
         if not (index.parent / name).is_file():
@@ -137,10 +132,39 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Tensors of one safetensors file."""
+    regular(path, "fetch it again")
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}): fetch it again") from error
+        tensors = load_file(path)
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, MemoryError) as error:
+        raise UserError(f"{path} cannot be read ({format_error(error)}): fetch it again") from error
+    _check_plain(path, tensors)
+    return tensors
+
+
+def _check_plain(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses what is no plain table of floating-point numbers, or says to be more than the file.
+
+    A torch file's tensor may repeat one number a million million times; a copy of it would not fit.
+
+    Raises:
+        UserError: Names the first.
+    """
+    total = 0
+    for name, tensor in tensors.items():
+        plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.is_quantized or not tensor.is_floating_point():
+            if plain and tensor.dtype in (torch.int64, torch.int32, torch.bool) and tensor.ndim < 3:
+                continue  # numbers of positions, which no model here trains
+            raise UserError(
+                f"{path}: {name} is no plain table of floating-point numbers ({tensor.dtype}): take"
+                " weights that are neither quantised nor sparse"
+            )
+        total += tensor.numel() * tensor.element_size()
+    if total > _TIED * path.stat().st_size:
+        raise UserError(
+            f"{path}: its tensors are said to have {total:,} bytes, and the file has fewer: fetch"
+            " it again, or save it anew"
+        )
 
 
 def read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -153,7 +177,13 @@ def read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: refused, broken, or without a dict of tensors.
     """
+    regular(path, "fetch it again")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                stored = sum(info.file_size for info in archive.infolist())
+            if stored > path.stat().st_size:
+                raise ValueError("compressed")  # torch.save writes none; what would it come to?
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -162,7 +192,7 @@ def read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} holds more than tensors ({found[1] if found else 'a pickled object'}), and "
             "loading it could run code: refused; save its state dict alone, or as safetensors"
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever its unpickler meets in a broken file
         raise UserError(f"{path} is no readable torch file: fetch it again") from error
     args = content.get("args") if isinstance(content, dict) else None
     for name in _STATE if isinstance(content, dict) else ():
@@ -177,6 +207,7 @@ def read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} is no state dict: {strange[0]} is no tensor; save the model's state_dict()"
         )
     tensors = {str(k): v for k, v in content.items()}
+    _check_plain(path, tensors)
     while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in tensors)), ""):
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
     return tensors, vars(args) if isinstance(args, argparse.Namespace) else {}

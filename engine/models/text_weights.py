@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -23,19 +22,16 @@ from transformers import (
 
 from selfdistill.data.cli import format_error
 from selfdistill.data.errors import UserError
+from selfdistill.data.files import regular
+from selfdistill.data.records import read_object
 from selfdistill.engine.models.fresh import fresh_roberta
 from selfdistill.engine.models.language import HEADS
-from selfdistill.engine.models.source import locate, read_json
+from selfdistill.engine.models.source import locate
 from selfdistill.engine.models.weights import fingerprint
 
 #: Files that a model's folder on the hub may have beside its weights.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
 
-#: What transformers raises on folders that are not as it wrote them.
-_BROKEN = (
-    *(OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError),
-    *(AssertionError, pickle.UnpicklingError, SafetensorError, StrictDataclassError),
-)
 #: Models that number positions from pad_token_id + 1.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
@@ -78,26 +74,30 @@ def load_language(source: str, max_length: int | None = None) -> Language:
     folder = locate(source, example="FacebookAI/roberta-base", patterns=TOKENIZER_FILES, bare=True)
     if not folder.is_dir() or not (folder / "config.json").is_file():
         raise UserError(f"{source} is no model's folder: a language model comes with config.json")
-    kind = str(read_json(folder / "config.json").get("model_type"))
+    settings = read_object(folder / "config.json")
+    kind = str(settings.get("model_type"))
     if kind not in HEADS:
         raise UserError(
             f"{source} is a model of type {kind!r}, of which masked language modelling is not known"
             f" here: take one of {', '.join(HEADS)}"
         )
+    _check_settings(settings, source)
+    with _foreign(f"{source} cannot be loaded", "fetch the model again"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _check_numbers(config, source)
     tokenizer = load_tokenizer(str(folder), source)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with _foreign(f"{source} cannot be loaded", "fetch the model again"):
         if config.pad_token_id is None:  # by which positions are counted, and embeddings left out
             config.pad_token_id = tokenizer.pad_token_id
+        _check_size(config, folder, source)
         model, info = AutoModelForMaskedLM.from_pretrained(
             folder,
             config=config,
             dtype=torch.float32,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
-    except _BROKEN as error:
-        raise UserError(f"{source} cannot be loaded: {format_error(error)[:200]}") from error
     prefix = model.base_model_prefix + "."
     missing = sorted(info["missing_keys"])
     wrong = [*(k for k in missing if k.startswith(prefix)), *map(str, info["mismatched_keys"])]
@@ -107,6 +107,70 @@ def load_language(source: str, max_length: int | None = None) -> Language:
             " model again"
         )
     return _record(config, tokenizer, model, max_length, source, headless=bool(missing))
+
+
+@contextmanager
+def _foreign(what: str, cure: str) -> Iterator[None]:
+    """Turns what transformers and its tokenizers raise on folders that they did not write.
+
+    Those in Rust raise bare exceptions, and panic beside `Exception`.
+
+    Raises:
+        UserError: in place of it.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, UserError):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what}: {format_error(error)[:200]}: {cure}") from error
+
+
+def _check_settings(settings: dict[str, Any], source: str) -> None:
+    """Refuses weights that are no plain numbers, and sizes that no model has.
+
+    Raises:
+        UserError: names the entry of config.json.
+    """
+    if settings.get("quantization_config") is not None:
+        raise UserError(
+            f"{source} is quantised (quantization_config in config.json), and is to be trained:"
+            " take the weights that it was made from"
+        )
+    for name, value in settings.items():
+        most = 2**10 if "layers" in name or "heads" in name else 2**26
+        if isinstance(value, int | float) and not -most <= value <= most:
+            raise UserError(f"{source}: {name} is {value} in config.json: fetch the file again")
+
+
+def _check_numbers(config: PreTrainedConfig, source: str) -> None:
+    """Refuses what transformers takes as it stands in config.json."""
+    for name in ("vocab_size", "hidden_size", "pad_token_id", "max_position_embeddings"):
+        value = getattr(config, name, None)
+        wrong = type(value) is not int or value < 0
+        if value is not None and (wrong or (name.endswith("size") and value == 0)):
+            raise UserError(f"{source}: {name} is {value!r} in config.json: fetch the file again")
+
+
+def _check_size(config: PreTrainedConfig, folder: Path, source: str) -> None:
+    """Compares the weights that config.json asks for with the files, before any are made.
+
+    Raises:
+        UserError: there are far fewer.
+    """
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    for path in weights:
+        regular(path, "fetch the model again")
+    stored = sum(path.stat().st_size for path in weights)
+    with torch.device("meta"):
+        model: Any = AutoModelForMaskedLM.from_config(config, trust_remote_code=False)
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    # Two bytes a number at least; the MLM head, as large as the embeddings, may be missing.
+    if wanted > 2 * stored:
+        raise UserError(
+            f"{source}: config.json asks for {wanted:,} weights, its files have {stored:,} bytes:"
+            " fetch the model again"
+        )
 
 
 def fresh_language(
@@ -132,19 +196,20 @@ def load_tokenizer(folder: str, source: str) -> Any:
     """
     if not Path(folder).is_dir():
         raise UserError(f"there is no tokenizer at {source}: give its folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except _BROKEN as error:
-        raise UserError(
-            f"{source} has no tokenizer that can be read ({format_error(error)[:120]}): put"
-            " tokenizer.json, or vocab.json and merges.txt, beside its weights"
-        ) from error
+    cure = "put tokenizer.json, or vocab.json and merges.txt, beside its weights"
+    with _foreign(f"{source} has no tokenizer that can be read", cure):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     for name in ("pad", "cls", "sep"):
         if getattr(tokenizer, f"{name}_token_id") is None:
             raise UserError(
                 f"the tokenizer of {source} has no {name} token: take the one that the model was"
                 " trained with"
             )
+    with _foreign(f"the tokenizer of {source} is broken", cure):
+        tokenizer(["a b", "a"], padding=True)  # some fail at their first text alone
+        _ = min(tokenizer.model_max_length, 2**31), max(tokenizer.get_vocab().values())
     return tokenizer
 
 

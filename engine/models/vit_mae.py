@@ -24,6 +24,15 @@ from selfdistill.data.errors import UserError
 from selfdistill.engine.models.patches import KeptPatchEmbed, patchify, pick
 from selfdistill.engine.models.rows_block import CLS, RowsBlock
 
+#: The largest that a shape may have, well beyond any published: a file may say anything.
+_MOST = {
+    **dict.fromkeys(("image_size", "patch_size"), 2**14),
+    **dict.fromkeys(("width", "decoder_width"), 2**16),
+    **dict.fromkeys(("depth", "decoder_depth", "heads", "decoder_heads"), 2**10),
+    **dict.fromkeys(("mlp_width", "decoder_mlp_width"), 2**18),
+    "channels": 2**8,
+}
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -53,6 +62,13 @@ class Shape:
 
     def __post_init__(self) -> None:
         """Refuses a shape that no model can have, with a UserError."""
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 0 < value <= most:
+                raise UserError(f"{name} is {value!r}: it must be a whole number, 1 to {most}")
+        for name, value in (("norm_eps", self.norm_eps), ("mask_ratio", self.mask_ratio)):
+            if type(value) not in (int, float) or not 0 < value < 1:
+                raise UserError(f"{name} is {value!r}: it must be a number between 0 and 1")
         if self.image_size % self.patch_size:
             raise UserError(
                 f"image size {self.image_size} is not a multiple of patch size {self.patch_size}: "

@@ -67,6 +67,7 @@ def load_pretrained(source: str, image_size: int | None = None) -> Pretrained:
             an image size that is no multiple of the patch size.
     """
     found = formats.read(locate(source), source)
+    formats.check_sizes(found)
     encoder = _complete("encoder", found, found.encoder)
     decoder = _complete("decoder", found, found.decoder) if found.decoder else None
     shape, notes = found.shape, list(found.notes)
@@ -102,7 +103,7 @@ def _complete(part: str, found: Found, given: Mapping[str, Tensor]) -> Tensors:
     """Copies into NaN-filled tensors of the shape's own names, so that nothing missed is silent."""
     with torch.device("meta"):
         model: Any = getattr(ViTMAE(found.shape), part)
-    wanted = {k: torch.full(v.shape, torch.nan) for k, v in model.state_dict().items()}
+    wanted = model.state_dict()  # shapes alone, until all are known to be right
     missing = sorted(wanted.keys() - given.keys())
     strange = sorted(given.keys() - wanted.keys())
     if missing or strange:
@@ -117,6 +118,8 @@ def _complete(part: str, found: Found, given: Mapping[str, Tensor]) -> Tensors:
                 f"{found.origin}: {part}.{name} is {tuple(given[name].shape)}, its configuration "
                 f"asks for {tuple(tensor.shape)}: the two do not belong together"
             )
+    wanted = {name: torch.full(tensor.shape, torch.nan) for name, tensor in wanted.items()}
+    for name, tensor in wanted.items():
         tensor.copy_(given[name])
         if not tensor.isfinite().all():
             raise UserError(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from selfdistill.data.files import nofollow
 from selfdistill.data.loading.batches import Batch
+from selfdistill.data.records import read_lines
 from selfdistill.engine.checkpoints.files import write_text
-from selfdistill.engine.monitoring.monitor import json_lines
 from selfdistill.engine.runtime.distributed import Ranks, main_only
 
 
@@ -31,7 +31,7 @@ class SampleLog:
         def cut() -> None:
             places.mkdir(exist_ok=True)
             for path in places.glob("rank-*.jsonl"):
-                kept = [line for line in json_lines(path) if line["step"] <= start]
+                kept = [line for line in read_lines(path) if line.get("step", 0) <= start]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
         main_only(ranks, cut)

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from selfdistill.data import records
 from selfdistill.data.errors import redacted
 from selfdistill.data.files import fresh, nofollow
 from selfdistill.engine.monitoring import pictures
@@ -287,18 +288,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     # A line counts once its newline is there: the writer adds both in one write.
-    return json_lines(path)
-
-
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines, up to the first that is none."""
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-        try:
-            found.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            break
-    return found
+    return records.read_lines(path)
 
 
 def cut_metrics(path: Path, first: int, scored: int | None = None) -> None:
@@ -314,8 +304,11 @@ def cut_metrics(path: Path, first: int, scored: int | None = None) -> None:
 
     def stays(record: dict[str, Any]) -> bool:
         scores = any(tag.startswith(("val/", "test/")) for tag in record)
-        late = scored is not None and record["step"] > scored
-        return record["step"] < first and not (scores and late)
+        step = record.get("step")
+        if not isinstance(step, int | float):
+            return False
+        late = scored is not None and step > scored
+        return step < first and not (scores and late)
 
     kept = [record for record in read_metrics(path) if stays(record)]
     temporary = path.with_suffix(".tmp")

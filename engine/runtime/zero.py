@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selfdistill.data import records
 from selfdistill.data.errors import UserError
 from selfdistill.engine.config.schema import ROOT, Config, StageSection
 
@@ -67,12 +67,7 @@ def read(name: str) -> dict[str, Any]:
         close = difflib.get_close_matches(name, known(), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UserError(f"--zero {name}: no such setting; there are {', '.join(known())}{hint}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"--zero {path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--zero {path}: must hold one JSON object")
+    content = records.read_object(path, "correct the file that --zero names")
     _check_zero(content, path)
     twice = [k for k in OWNED if k in content]
     if twice:

@@ -157,10 +157,10 @@ def _teaching_stage(run: Run, number: int) -> str | None:
 def _same_origin(run: Run, number: int, base: Any) -> None:
     """Refuses to distil into another theta_init than the run's teacher started from."""
     stage = _teaching_stage(run, number)
-    origin = stage and (run.shared_result(stage) or {}).get("model", {})
+    origin = stage and (run.shared_result(stage) or {}).get("model")
     if origin and origin["sha256"] != base.sha256:
         raise UserError(
-            f"{run.folder / str(stage)}, the teacher, started from {origin['path']}, --model"
+            f"{run.folder / str(stage)}, the teacher, started from {origin.get('path')}, --model"
             f" {base.origin} has other weights: give the first, or another --output"
         )
 

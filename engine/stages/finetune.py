@@ -13,6 +13,7 @@ from selfdistill.data.errors import UserError
 from selfdistill.data.loading.datasets import Keyed
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run, write_result
+from selfdistill.engine.checkpoints.results import RESULT, numbered
 from selfdistill.engine.regularizers import REGULARIZERS
 from selfdistill.engine.runtime.distributed import main_only
 from selfdistill.engine.stages.splits import labelled_splits
@@ -41,9 +42,9 @@ def finetune_source(run: Run, start: str) -> tuple[str, str]:
     if start == "pretrain" or start.startswith("distill-"):
         stage, name = start, f"finetune-{start}"
     else:
-        done = [p.parent.name for p in run.folder.glob("distill-*/result.json")]
-        numbers = sorted(int(n.removeprefix("distill-")) for n in done)
-        number = numbers[-1] if numbers and config.stage == "finetune" else config.rounds
+        rounds = numbered(run.folder, "distill-")
+        done = [number for number, folder in rounds.items() if (folder / RESULT).is_file()]
+        number = done[-1] if done and config.stage == "finetune" else config.rounds
         stage, name = f"distill-{number}", "finetune"
     if run.result(stage) is None:
         option = (
@@ -73,7 +74,7 @@ def finetune(run: Run, start: str) -> None:
     final = run.shared_result(name)
     assert final is not None
     for split in ("val", "test"):
-        key = f"{split}_{final['metric']}"
+        key = f"{split}_{final.get('metric')}"
         if key in final["metrics"]:
             value = final["metrics"][key]
             spread = final.get("std", {}).get(key)
@@ -99,7 +100,8 @@ def _check_seeds(run: Run, name: str) -> None:
 
 
 def _summary(name: str, source: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    columns = {k: [r["metrics"][k] for r in results] for k in results[0]["metrics"]}
+    shared = [k for k in results[0]["metrics"] if all(k in r["metrics"] for r in results)]
+    columns = {k: [r["metrics"][k] for r in results] for k in shared}
     # A stage that an earlier version completed has no analysis.
     analyses = [scalars(r.get("analysis", {})) for r in results]
     analysed = {k: [a[k] for a in analyses] for k in analyses[0] if all(k in a for a in analyses)}
@@ -107,13 +109,13 @@ def _summary(name: str, source: str, results: list[dict[str, Any]]) -> dict[str,
         "stage": name,
         "start": source,
         "n": len(results),
-        "metric": results[0]["metric"],
+        "metric": results[0].get("metric"),
         "metrics": {k: statistics.fmean(v) for k, v in columns.items()},
         # Sample standard deviation (n - 1), as papers report it.
         "std": {k: statistics.stdev(v) for k, v in columns.items()},
         "analysis": {k: statistics.fmean(v) for k, v in analysed.items()},
         "analysis_std": {k: statistics.stdev(v) for k, v in analysed.items()},
-        "seeds": [r["seed"] for r in results],
+        "seeds": [r.get("seed") for r in results],
         "each": columns,
         "seconds": sum(r["seconds"] for r in results),
     }

@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 import torch
 import torch.distributed as dist
 
+from selfdistill.data import records
+from selfdistill.data.errors import UserError
 from selfdistill.data.loading.loader import Loader
 from selfdistill.engine.checkpoints.files import write_text
 from selfdistill.engine.runtime.distributed import Ranks, main_only, total
+
+_Listed = dict[Annotated[str, pydantic.Field(pattern="^[0-9]{1,15}$")], str]
 
 
 class Skipped:
@@ -39,8 +44,8 @@ class Skipped:
                 file.unlink(missing_ok=True)
             if not file.exists():
                 return {}
-            with contextlib.suppress(ValueError):  # a list that was cut off begins anew
-                return dict(json.loads(file.read_text(encoding="utf-8")))
+            with contextlib.suppress(UserError):  # a list that was cut off begins anew
+                return dict(records.checked(_Listed, records.read_object(file), file))
             return {}
 
         loader.broken |= {int(k): v for k, v in main_only(ranks, listed).items()}

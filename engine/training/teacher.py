@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from selfdistill.data import records
 from selfdistill.data.errors import UserError
 from selfdistill.data.files import fresh
 from selfdistill.data.loading.codec import Codec
@@ -257,11 +258,11 @@ def build_table(
 
 def _read_key(path: Path) -> dict[str, Any] | None:
     """A key that was written; None where there is none."""
-    if not path.exists():
-        return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
+        return records.read_object(path)
+    except FileNotFoundError:
+        return None
+    except UserError:
         return {"unreadable": True}
 
 
@@ -361,7 +362,7 @@ def _join(
     draft.unlink(missing_ok=True)  # no link that somebody left there is written through
     table = np.lib.format.open_memmap(draft, "w+", np.float32, (manifest.samples, *shape))
     for first, last in spans:
-        table[first:last] = np.load(_part(folder, (first, last)), allow_pickle=False)
+        table[first:last] = _open(_part(folder, (first, last)), last - first, shape)
         run.watchdog.beat()
     table.flush()
     del table
@@ -373,10 +374,5 @@ def _join(
 
 
 def _open(file: Path, samples: int, shape: tuple[int, ...]) -> np.ndarray:
-    table: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
-    if table.shape != (samples, *shape) or table.dtype != np.float32:
-        raise UserError(
-            f"{file}: shape {table.shape} is not {(samples, *shape)}: delete its folder to "
-            "compute the features anew"
-        )
-    return table
+    cure = "delete its folder to compute the features anew"
+    return records.read_table(file, np.float32, (samples, *shape), cure)

@@ -103,7 +103,7 @@ def packages(project: Mapping[str, Any] | None = None, lock: Path | None = None)
     locked: dict[str, str] = {}
     if lock.is_file():
         for line in lock.read_text(encoding="utf-8").splitlines():
-            name, equals, version = line.partition("#")[0].partition("==")
+            name, equals, version = line.partition("#")[0].rstrip(" \\\n").partition("==")
             if equals:
                 locked[canonicalize_name(name.strip())] = version.strip()
     wrong, other = [], []

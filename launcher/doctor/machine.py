@@ -5,6 +5,7 @@ import importlib.util
 import os
 import resource
 import shutil
+import stat
 import subprocess
 import time
 import warnings
@@ -136,6 +137,12 @@ def locks(root: Path, by_existence: bool | None = None) -> Line | None:
     return None
 
 
+def _open_to_others(folder: Path) -> bool:
+    """Whether everybody may replace what lies in a folder."""
+    mode = folder.stat().st_mode
+    return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
+
+
 def builds(root: Path | None = None, by_existence: bool | None = None) -> Line:
     """The folder into which DeepSpeed's parts are built: writable, and locked by no dead build.
 
@@ -152,6 +159,11 @@ def builds(root: Path | None = None, by_existence: bool | None = None) -> Line:
         cure = "set TORCH_EXTENSIONS_DIR to a folder where you may write"
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         return Line("FAILED", "builds", f"{root} cannot be written to: {reason}", cure)
+    others = [path for path in (root, root.parent) if path.exists() and _open_to_others(path)]
+    if others:
+        found = f"{others[0]} may be written by others, whose code every start would then run"
+        cure = "chmod o-w it, or set TORCH_EXTENSIONS_DIR to a folder of your own"
+        return Line("FAILED", "builds", found, cure)
     return locks(root, by_existence) or Line(
         "ok", "builds", f"{root} can be written to, no build holds it"
     )

@@ -137,7 +137,7 @@ def test_the_best_validation_score_is_taken(root: Path, tmp_path: Path) -> None:
         file = tmp_path / candidate.leaves / "result.json"
         file.parent.mkdir(parents=True)
         metrics = {"val_accuracy": score, "val_macro_f1": 1 - score}
-        file.write_text(json.dumps({"metric": "accuracy", "metrics": metrics}))
+        file.write_text(json.dumps({"metric": "accuracy", "metrics": metrics, "seconds": 1}))
     assert job.options(tmp_path)["finetune.lr"] == 2e-3
 
 

@@ -42,7 +42,13 @@ def test_what_was_made_otherwise_is_refused(root: Path, tmp_path: Path) -> None:
     begin("--finetune.lr", "0.002", "--finetune.seeds", "5")
     with pytest.raises(UserError, match=r"made with --finetune\.weights here, now it is there"):
         begin("--finetune.lr", "0.002", "--finetune.weights", str(tmp_path / "there"))
-    result = {"manifest": "of other data", "metric": "accuracy", "metrics": {}, "n": 5}
+    result = {
+        "manifest": "of other data",
+        "metric": "accuracy",
+        "metrics": {},
+        "n": 5,
+        "seconds": 1.0,
+    }
     (tmp_path / job.leaves / "result.json").write_text(json.dumps(result))
     with pytest.raises(UserError, match="learnt from other data"):
         begin("--finetune.lr", "0.002")

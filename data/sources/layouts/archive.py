@@ -1,8 +1,11 @@
 """The official archive file itself in place of the folder it extracts to."""
 
+import errno
 import functools
+import lzma
 import shutil
 import stat
+import struct
 import tarfile
 import tempfile
 import zipfile
@@ -110,7 +113,14 @@ def _extract(path: Path, folder: Path) -> None:
         raise UserError(
             f"{path} cannot be read ({error}): extract it yourself, and pack the folder"
         ) from None
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # none: gzip; EINVAL: a place before the file
+            raise
+        raise UserError(f"{path} is broken: take the official archive again") from None
+    except (
+        *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError),
+        *(ValueError, OverflowError, struct.error),  # of the parsers of their headers
+    ) as error:
         raise UserError(
             f"{path} is broken or cut short ({error}): take the official archive again"
         ) from None

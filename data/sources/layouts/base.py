@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from selfdistill.data.errors import UserError
+from selfdistill.data.files import read
 from selfdistill.data.sources.samples import Sample
 from selfdistill.data.splits import Metric
 
@@ -71,7 +72,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         UserError: The file is missing or is not text.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read(path, "extract the official archive again").decode()
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing: extract the official archive again, whole, without moving files"

@@ -2,10 +2,8 @@
 
 import fcntl
 import http.server
-import json
 import multiprocessing
 import os
-import re
 import subprocess
 import threading
 import time
@@ -166,36 +164,6 @@ def test_pipe(split: Manifest, cache: str) -> None:
         assert np.array_equal(a["images"], b["images"])
     with pytest.raises(BrokenData, match=r"cannot fetch pipe:cat /no.*exit 1"):
         Manifest.load("pipe:cat /nowhere 2>/dev/null; false #", cache)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["pipe:touch x", "$(touch x)", "PIPE://touch x", "Pipe:touch x", "file:///x", "ssh://h/x"],
-)
-def test_a_manifest_cannot_run_commands(split: Manifest, server: Server, name: str) -> None:
-    """Neither a fetched one nor one in a folder that was downloaded."""
-    path = Path(split.root) / "manifest.json"
-    path.write_text(path.read_text().replace("t-000000.tar", name))
-    said = f"{re.escape(repr(name))} is neither a plain file name nor an address"
-    with pytest.raises(UserError, match=said):
-        Manifest.load_split(server.url, "train")
-    with pytest.raises(UserError, match=said):
-        Manifest.load(split.root)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("sha256", "../x"), ("sha256", "A" * 64), ("bytes", -1), ("bytes", 2**53), ("samples", -1)],
-)
-def test_hashes_and_numbers_of_a_manifest_are_bounded(
-    split: Manifest, key: str, value: object
-) -> None:
-    path = Path(split.root) / "manifest.json"
-    content = json.loads(path.read_text())
-    content["shards"][0][key] = value
-    path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=rf"is no manifest of this program: shards.0.{key}"):
-        Manifest.load(split.root)
 
 
 def test_a_lock_does_not_live_on_in_a_worker(split: Manifest, tmp_path: Path) -> None:
@@ -361,40 +329,3 @@ def test_bad_caches(split: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def _full(*_: object, **__: object) -> None:
     raise OSError(28, "No space left on device")
-
-
-def test_a_manifest_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "LARGEST", 2**20)
-    with pytest.raises(BrokenData, match=r"cannot fetch pipe:yes.* \(more than 1 MiB\)"):
-        fetch_bytes("pipe:yes #")
-
-
-def test_no_message_of_a_transfer_holds_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does a library's own error in it, which may hold the address."""
-    monkeypatch.setattr(fetch, "FIRST_WAIT", 0.01)
-    url, lines = "http://me:pass@127.0.0.1:1/x?token=abc", list[str]()
-
-    def fail(attempt: int) -> None:
-        raise fetch.Failure(f"no luck with {url}")
-
-    for tried in (
-        lambda: fetch_bytes(url, lines.append),
-        lambda: fetch.retry(url, fail, lines.append),
-    ):
-        with pytest.raises(BrokenData) as caught:
-            tried()
-        text = " ".join([str(caught.value), *lines])
-        assert "pass" not in text
-        assert "abc" not in text
-        assert "http://***@127.0.0.1:1/x?token=***" in text
-
-
-def test_a_table_without_end_fills_no_disk(split: Manifest, tmp_path: Path) -> None:
-    with (Path(split.root) / "members.npy").open("ab") as file:
-        file.write(bytes(2**20))
-    cache = tmp_path / "cache"
-    remote = Manifest.load(f"pipe:cat {split.root}", str(cache))
-    most = 4096 + 32 * split.samples
-    with pytest.raises(BrokenData, match=rf"is not the file .*more than {most} bytes"):
-        _ = remote.members
-    assert not list(cache.glob("*.part"))

@@ -338,7 +338,9 @@ def test_a_full_disk_gives_way(tmp_path: Path) -> None:
     disk.mkdir()
     script = tmp_path / "full.py"
     script.write_text(FULL)
-    inner = f"mount -t tmpfs -o size=1m tmpfs {disk} && {sys.executable} {script} {split.root}"
+    inner = (
+        f"mount -t tmpfs -o size=1m,mode=755 tmpfs {disk} && {sys.executable} {script} {split.root}"
+    )
     flags = ["-m"] if os.geteuid() == 0 else ["-rm"]
     done = subprocess.run(
         ["unshare", *flags, "sh", "-c", f"{inner} {disk}"],

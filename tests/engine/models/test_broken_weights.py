@@ -89,7 +89,7 @@ def broken(saved: Path, folder: Path, fault: str) -> Path:
         ("missing query", "encoder lacks blocks.1.attn.qkv.weight"),
         ("missing in decoder", "decoder lacks pred.bias"),
         ("strange", "has vit.encoder.layer.0.lambda_1"),
-        ("more blocks", "encoder has blocks.1"),
+        ("more blocks", "encoder has 2 blocks"),
         ("other width", "its configuration asks for (100"),
         ("nan", "holds NaN"),
         ("relu", "only gelu"),
@@ -97,7 +97,7 @@ def broken(saved: Path, folder: Path, fault: str) -> Path:
         ("oblong", "not square"),
         ("truncated", "cannot be read"),
         ("no weights", "no weights"),
-        ("broken json", "cannot be read as JSON"),
+        ("broken json", "not valid JSON"),
     ],
 )
 def test_faulty_folders_are_named(saved: Path, tmp_path: Path, fault: str, says: str) -> None:

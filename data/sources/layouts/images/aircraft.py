@@ -12,6 +12,7 @@ import functools
 import io
 from pathlib import Path
 
+from selfdistill.data import files
 from selfdistill.data.formats import images
 from selfdistill.data.sources.layouts import base
 
@@ -29,7 +30,7 @@ def where(root: Path) -> Path | None:
 
 def _cropped(path: Path) -> bytes:
     """The picture without its banner, as a PNG."""
-    image = images.read(path.read_bytes())
+    image = images.read(files.read(path, "extract the archive again"))
     if image.height <= BANNER:
         raise ValueError(f"it has {image.height} rows, the banner alone has {BANNER}")
     out = io.BytesIO()

@@ -96,11 +96,8 @@ def is_plain(name: str) -> bool:
     """
     parts = name.split("/")
     short = all(len(part.encode()) <= 255 for part in parts)  # what file systems bear
-    return (
-        bool(re.fullmatch(r"[\w.+=@-][\w./+=@-]*", name))
-        and short
-        and not {"", ".", ".."} & {*parts}
-    )
+    inside = not {"", ".", ".."} & set(parts)
+    return bool(re.fullmatch(r"[\w.+=@-][\w./+=@-]*", name)) and inside and short
 
 
 def is_address(name: str) -> bool:

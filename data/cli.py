@@ -33,6 +33,7 @@ _USER_ERRNO = {
     errno.EACCES: "choose a place that you may read and write, or change its permissions",
     errno.EPERM: "choose a place that you may read and write, or change its permissions",
     errno.EROFS: "choose a folder on a writable disk",
+    errno.EFBIG: "files may not be so large here: raise the limit (ulimit -f)",
     errno.ENAMETOOLONG: "take a shorter name or path",
     errno.ELOOP: "its links lead in a circle: remove them",
     errno.ENOTDIR: "a part of this path is a file: correct it",

@@ -11,6 +11,7 @@ OUTPUT=${OUTPUT:-runs/slurm/run}
 # Node-local, since a compiled op belongs to one kind of machine.
 OWN=/tmp/selfdistill-$(id -un)
 export OWN TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$OWN/torch_extensions}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$OWN/inductor}
 # srun does not take this over from sbatch by itself.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # A signal to all of the job is for the ranks: this shell stays, to see how they ended.
@@ -60,11 +61,11 @@ stale() {
 # own: makes this node's folder of compiled ops, for this user alone: whoever can write there has
 # the ranks run his code.
 own() {
-    [ "$TORCH_EXTENSIONS_DIR" = "$OWN/torch_extensions" ] || return 0
+    case $TORCH_EXTENSIONS_DIR:$TORCHINDUCTOR_CACHE_DIR in *"$OWN"/*) ;; *) return 0 ;; esac
     mkdir -p -m 700 "$OWN" 2>/dev/null
     if [ -L "$OWN" ] || [ ! -O "$OWN" ] || ! chmod 700 "$OWN"; then
         echo "error: $OWN on $SLURMD_NODENAME is another user's, and compiled code is loaded from" \
-            "it: have it removed, or set TORCH_EXTENSIONS_DIR to a folder of yours" >&2
+            "it: have it removed, or set TORCH_EXTENSIONS_DIR and TORCHINDUCTOR_CACHE_DIR" >&2
         return 2
     fi
 }

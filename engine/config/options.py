@@ -121,6 +121,11 @@ def load(overrides: dict[str, Any]) -> Config:
         path = recipe_file(str(overrides["recipe"]))
         content = records.read_toml(path, "correct the recipe")
         for name, value in _flatten(content).items():
+            if isinstance(value, str) and value.startswith("pipe:"):
+                raise UserError(
+                    f"recipe {path.name}: {name} is a command, which the command line alone may"
+                    f" give: take it out, and type --{name} 'pipe:…'"
+                )
             if name in _PLACES and (path.parent / str(value)).exists():
                 value = str(path.parent / str(value))  # what lies beside its recipe
             _insert(tree, name, value, f"recipe {path.name}")

@@ -168,6 +168,25 @@ def test_variables_of_a_job_run_no_commands(tmp_path: Path) -> None:
     assert not canary.exists()
 
 
+def test_a_folder_of_compiled_code_is_ones_own(tmp_path: Path) -> None:
+    """Whoever made it, or made it a link, could have the ranks run his code."""
+    canary, place = tmp_path / "ran", tmp_path / "own"
+    words = f"source slurm/common.sh; OWN={place}; TORCH_EXTENSIONS_DIR=$OWN/torch_extensions"
+    words += f"; rank touch {canary}"
+    more = {"SLURMD_NODENAME": "node1", "SLURM_PROCID": "0", "FIRST": str(tmp_path / "first")}
+    (tmp_path / "theirs").mkdir()
+    place.symlink_to(tmp_path / "theirs")
+    done = launched(tmp_path, words, **more)
+    assert done.returncode == 2
+    assert f"error: {place} on node1 is another user's" in done.stderr
+    assert not canary.exists()
+    place.unlink()
+    place.mkdir(mode=0o777)
+    assert launched(tmp_path, words, **more).returncode == 0
+    assert place.stat().st_mode & 0o777 == 0o700
+    assert canary.exists()
+
+
 def test_a_percent_sign_in_the_run_folder_is_not_sbatchs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

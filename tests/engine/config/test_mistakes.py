@@ -54,6 +54,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     (root / "bad.toml").write_text("steps = = 3")
     (root / "odd.toml").write_text("[pretrain]\nstep = 3\n")
+    (root / "command.toml").write_text(f"[data]\npath = 'pipe:touch {root}/ran; cat'\n")
     (root / "zero.json").write_text('{"optimizer": {"type": "Adam"}}')
     (root / "broken.json").write_text("{")
     (root / "nine.json").write_text('{"zero_optimization": {"stage": 9}}')
@@ -102,6 +103,7 @@ def table(root: Path) -> list[tuple[str, tuple[str, list[str]], str]]:
         ),
         ("option without its section", engine(r, steps=3), "--pretrain.steps"),
         ("unknown option of a recipe", engine(r, recipe=r / "odd.toml"), "pretrain.step"),
+        ("a recipe's command", engine(r, recipe=r / "command.toml"), "the command line alone"),
         ("wrong type", engine(r, **{"pretrain.steps": "many"}), "valid integer"),
         ("fraction for a whole number", engine(r, **{"pretrain.steps": 2.5}), "valid integer"),
         ("negative rate", engine(r, **{"pretrain.lr": -1}), "greater than 0"),

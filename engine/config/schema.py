@@ -250,8 +250,12 @@ class RecAdamSection(Section):
 class MarsSection(Section):
     """MARS (Gouk et al. 2021): a limit on each row of a weight matrix's way from its start."""
 
-    radius: float = Field(4.0, gt=0, description="largest absolute row sum of W - W_init")
-    head_radius: float = Field(20.0, gt=0, description="the same of the fresh head, around 0")
+    radius: float = Field(
+        4.0, gt=0, allow_inf_nan=True, description="largest absolute row sum of W - W_init"
+    )
+    head_radius: float = Field(
+        20.0, gt=0, allow_inf_nan=True, description="the same of the fresh head, around 0"
+    )
 
 
 class R3FSection(Section):

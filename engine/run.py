@@ -111,12 +111,16 @@ def _run(argv: list[str]) -> None:
 
 def run_stages(run: Run) -> None:
     """Runs what `--stage` names, in order; complete stages are skipped."""
+    from selfdistill.engine.stages.decoder import train_decoder
     from selfdistill.engine.stages.distill import Distill
     from selfdistill.engine.stages.finetune import finetune
     from selfdistill.engine.stages.pretrain import pretraining
     from selfdistill.engine.training.loop import run_stage
 
     config = run.config
+    if config.stage in ("decoder", "all"):
+        run.boundary("decoder", wait=True)
+        train_decoder(run)
     if config.stage in ("pretrain", "all"):
         run.boundary("pretrain", wait=True)
         run_stage(pretraining(run))

@@ -17,8 +17,8 @@ from selfdistill.engine.checkpoints.results import RESULT, numbered, read_result
 #: Method, its fine-tuning, and the stages whose time it needs as well.
 METHODS = (
     ("fine-tuning", "finetune-model", ()),
-    ("further pre-training", "finetune-pretrain", ("pretrain",)),
-    ("self-distillation", "finetune", ("pretrain", "distill-*")),
+    ("further pre-training", "finetune-pretrain", ("decoder", "pretrain")),
+    ("self-distillation", "finetune", ("decoder", "pretrain", "distill-*")),
 )
 
 
@@ -38,7 +38,7 @@ def _methods(run: Path) -> list[tuple[str, str, tuple[str, ...]]]:
     """`METHODS`, and between them the earlier rounds of self-distillation, if they were scored."""
     between: list[tuple[str, str, tuple[str, ...]]] = []
     for number, folder in numbered(run, "finetune-distill-").items():
-        before = ("pretrain", *(f"distill-{k}" for k in range(1, number + 1)))
+        before = ("decoder", "pretrain", *(f"distill-{k}" for k in range(1, number + 1)))
         between.append((f"self-distillation, round {number}", folder.name, before))
     return [*METHODS[:-1], *between, METHODS[-1]]
 

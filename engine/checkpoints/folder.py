@@ -49,13 +49,14 @@ class _Written(records.Record):
 
     model: _Model = _Model()
     precision: str | None = None
+    decoder: dict[str, Any] = pydantic.Field({})
     pretrain: dict[str, Any] = pydantic.Field({})
     distill: dict[str, Any] = pydantic.Field({})
     finetune: dict[str, Any] = pydantic.Field({})
 
 
 #: Sections of the configuration that belong to one stage.
-STAGES = ("pretrain", "distill", "finetune")
+STAGES = ("decoder", "pretrain", "distill", "finetune")
 
 
 @dataclass

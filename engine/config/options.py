@@ -138,7 +138,7 @@ def load(overrides: dict[str, Any]) -> Config:
             stage, _, leaf = name.rpartition(".")
             if leaf == length and f"{stage}.{other}" not in overrides:
                 tree[stage][other] = None
-    for stage in ("pretrain", "distill", "finetune"):
+    for stage in ("decoder", "pretrain", "distill", "finetune"):
         if tree.get(stage, {}).get("epochs") is not None and "steps" not in tree[stage]:
             tree[stage]["steps"] = None  # the default length gives way, too
     try:

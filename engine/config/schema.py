@@ -179,6 +179,17 @@ class StageSection(Section):
             )
 
 
+class DecoderSection(StageSection):
+    """Stage 0: a decoder, on the frozen encoder, for models that come without."""
+
+    steps: int | None = 1000
+    lr: float = Field(1e-3, gt=0)
+    data: str | None = Field(
+        None, description="packed data set to learn from (left out: the target's own)"
+    )
+    auto: bool = Field(True, description="with --stage all, where the model has no decoder")
+
+
 class PretrainSection(StageSection):
     """Stage 1: further pre-training (Algorithm 2)."""
 
@@ -277,7 +288,7 @@ class SupConSection(Section):
 class Config(Section):
     """All settings of a run."""
 
-    stage: Literal["pretrain", "distill", "finetune", "all"] = "all"
+    stage: Literal["decoder", "pretrain", "distill", "finetune", "all"] = "all"
     recipe: str | None = Field(None, description="name in recipes/, or a TOML file")
     kind: Literal["auto", "image", "text"] = Field(
         "auto", description="what a recipe is for; other data are refused"
@@ -289,6 +300,7 @@ class Config(Section):
     mlm: TokenSection = Field(default_factory=TokenSection)
     text: TextSection = Field(default_factory=TextSection)
     teacher: TeacherSection = Field(default_factory=TeacherSection)
+    decoder: DecoderSection = Field(default_factory=DecoderSection)
     pretrain: PretrainSection = Field(default_factory=PretrainSection)
     distill: DistillSection = Field(default_factory=DistillSection)
     finetune: FinetuneSection = Field(default_factory=FinetuneSection)

@@ -14,7 +14,7 @@ import torch
 
 from selfdistill.engine.models.vit_mae import Shape
 
-Stage = Literal["pretrain", "distill", "finetune"]
+Stage = Literal["decoder", "pretrain", "distill", "finetune"]
 TeacherMode = Literal["replicated", "sharded", "cached"]
 
 
@@ -33,7 +33,8 @@ def step_flops(
 
     Args:
         shape: of the model.
-        stage: pretrain (MAE), distill (MAE, the student's full view, the teacher), finetune.
+        stage: decoder (of MAE, alone), pretrain (MAE), distill (MAE, the student's full view, the
+            teacher), finetune.
         teacher: in distill; a cached one costs nothing in a step.
         classes: in finetune, outputs of the head.
         cls_only: of the full view the CLS vector alone is read (`RowsBlock`).
@@ -45,6 +46,8 @@ def step_flops(
     if stage == "finetune":
         return 3 * (full + 2 * shape.width * classes)
     mae = encoder_flops(shape, shape.kept) + decoder_flops(shape)
+    if stage == "decoder":  # the encoder is frozen, and has no backward
+        return mae + 2 * decoder_flops(shape)
     if stage == "pretrain":
         return 3 * mae
     return 3 * mae + 3 * full + (0 if teacher == "cached" else full)

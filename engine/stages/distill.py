@@ -11,6 +11,7 @@ from selfdistill.data.loading.datasets import Keyed
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.regularizers import matching
 from selfdistill.engine.runtime.distributed import main_only
+from selfdistill.engine.stages.decoder import initial
 from selfdistill.engine.stages.pretrain import export_autoencoder
 from selfdistill.engine.stages.splits import unlabelled_split
 from selfdistill.engine.training.modalities import modality_of
@@ -51,7 +52,7 @@ class Distill(Stage):
         )
         train = unlabelled_split(run)
         modality = modality_of(run, train)
-        base = modality.load()
+        base = initial(run, modality)
         record = {"model": base.sha256}
         self.teacher_weights = None
         if self.source is not None:

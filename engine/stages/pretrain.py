@@ -10,6 +10,7 @@ from selfdistill.data.loading.datasets import Keyed
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.regularizers import supcon
+from selfdistill.engine.stages.decoder import initial
 from selfdistill.engine.stages.splits import train_split, unlabelled_split
 from selfdistill.engine.training.modalities import modality_of
 from selfdistill.engine.training.modalities.base import Batch, Modality
@@ -26,7 +27,7 @@ class Pretrain(Stage):
     def __init__(self, run: Run) -> None:
         train = self.split(run)
         modality = modality_of(run, train)
-        base = modality.load()
+        base = initial(run, modality)
         record = {"model": base.sha256} | modality.record() | self.settings(run)
         super().__init__(
             run, "pretrain", train, modality, base, seed=run.config.seed, record=record

@@ -13,7 +13,12 @@ from selfdistill.engine.runtime.distributed import main_only
 
 def unlabelled_split(run: Run) -> Manifest:
     """What stages 1 and 2 learn from: the split `unlabelled` where there is one, else train."""
-    path, split, cache = _data(run), run.config.data.split, run.config.data.cache_dir
+    return split_of(run, _data(run))
+
+
+def split_of(run: Run, path: str) -> Manifest:
+    """A data set's split `unlabelled` where there is one, else train; or as --data.split says."""
+    split, cache = run.config.data.split, run.config.data.cache_dir
     if split == "auto":
         there = not is_remote(path) and (Path(path) / "unlabelled").is_dir()
         split = "unlabelled" if there else "train"

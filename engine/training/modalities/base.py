@@ -15,7 +15,7 @@ from selfdistill.engine.training.objectives import Feature
 
 Batch = dict[str, Tensor]
 #: A stage's section of the configuration.
-Section = Literal["pretrain", "distill", "finetune"]
+Section = Literal["decoder", "pretrain", "distill", "finetune"]
 TeacherMode = Literal["replicated", "sharded", "cached"]
 
 

@@ -126,18 +126,13 @@ class ImageModality(Modality):
         return {name: batch[name][rows] for name in self.full}
 
     def autoencoder(self, base: Pretrained, dropout: float | None = None) -> ImageAutoencoder:
-        """See `Modality`; a missing decoder is new, and said so."""
+        """See `Modality`; a missing decoder is new."""
         torch.manual_seed(self.config.seed)
         model = ViTMAE(base.shape)
         if dropout:
             model.encoder = ViTEncoder(base.shape, dropout)
         model.encoder.load_state_dict(base.encoder)
-        if base.decoder is None:
-            self.run.info(
-                f"warning: {base.origin} has no decoder: a new, random one takes its place; "
-                "weights with their decoder (facebook/vit-mae-base) start better"
-            )
-        else:
+        if base.decoder is not None:
             model.decoder.load_state_dict(base.decoder)
         return ImageAutoencoder(model, Normalize(base.mean, base.std))
 

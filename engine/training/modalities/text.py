@@ -198,17 +198,12 @@ class TextModality(Modality):
         return asked
 
     def autoencoder(self, base: Language, dropout: float | None = None) -> MaskedLanguageModel:
-        """See `Modality`; a missing MLM head is new, and said so."""
+        """See `Modality`; a missing MLM head is new."""
         torch.manual_seed(self.config.seed)
         rate = self.config.mlm.dropout if dropout is None else dropout
         model = MaskedLanguageModel(with_dropout(base.config, rate))
         load_encoder(model.encoder, base.encoder, base.origin)
-        if base.decoder is None:
-            self.run.info(
-                f"warning: {base.origin} has no MLM head: a new, random one takes its place; "
-                "weights with their head start better"
-            )
-        else:
+        if base.decoder is not None:
             model.network.load_state_dict(base.decoder, strict=False)
         return model
 
@@ -274,7 +269,10 @@ class TextModality(Modality):
         if section == "finetune":
             return 3 * (encoder(1) + len(lengths) * 2 * width * (width + classes))
         masked = len(batch["masked_at"])
-        mlm = encoder(masked / len(lengths)) + masked * 2 * width * (width + int(config.vocab_size))
+        head = masked * 2 * width * (width + int(config.vocab_size))
+        mlm = encoder(masked / len(lengths)) + head
+        if section == "decoder":  # the encoder is frozen, and has no backward
+            return mlm + 2 * head
         if section == "pretrain":
             return 3 * mlm
         full = encoder(1 if self.config.distill.feature == "cls" else None)

@@ -1,0 +1,181 @@
+"""Stage 0: a decoder for an encoder that has none.
+
+Most pre-trained encoders come without the decoder that masked auto-encoding needs (phi_init). A
+random one sends random gradients into the encoder in stage 1's first steps, and what that was
+pre-trained for is lost. Here the encoder is frozen, and the decoder learns alone. It is kept, and
+found again by what it was made of: one decoder serves all data sets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from selfdistill.data.errors import UserError
+from selfdistill.data.loading.datasets import Keyed
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints.checkpoint import FREE
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.checkpoints.results import RESULT, read_result
+from selfdistill.engine.runtime.distributed import main_only
+from selfdistill.engine.stages.splits import split_of, unlabelled_split
+from selfdistill.engine.training.loop import run_stage
+from selfdistill.engine.training.modalities import modality_of
+from selfdistill.engine.training.modalities.base import Batch, Modality
+from selfdistill.engine.training.objectives import MaskedObjective
+from selfdistill.engine.training.stage import Stage
+from selfdistill.engine.training.teacher import view
+
+NAME = "decoder"
+
+
+class Decoder(Stage):
+    """L_MAE of the decoder alone, on a frozen encoder.
+
+    Args:
+        run: the launch.
+        base: weights without a decoder.
+        modality: of the inputs.
+    """
+
+    section = "decoder"
+
+    def __init__(self, run: Run, base: Any, modality: Modality) -> None:
+        train = _source(run)
+        record = {"model": base.sha256} | modality.record()
+        seed = run.config.seed
+        super().__init__(run, NAME, train, modality, base, seed=seed, record=record)
+
+    def build(self) -> nn.Module:
+        """See `Stage`. Nothing of the encoder's forward is kept for a backward: it has none."""
+        self.model = self.modality.autoencoder(self.base, dropout=0.0)
+        self.model.encoder.requires_grad_(False)
+        return MaskedObjective(self.model)
+
+    def keyed(self) -> Keyed | None:
+        """See `Stage`: the masks."""
+        return self.modality.mask(self.base)
+
+    def inputs(self, batch: Batch) -> Batch:
+        """See `Stage`: the masked view."""
+        return view(batch, self.modality.masked, self.ranks.device)
+
+    def finish(self, engine: Any) -> dict[str, Any]:
+        """See `Stage`: encoder and decoder, a base that others can start from."""
+        folder = self.run.folder / NAME / "export"
+        self.modality.export_autoencoder(folder, engine.module.model, self.base)
+        return {"export": str(folder)}
+
+
+def _source(run: Run) -> Manifest:
+    """What the decoder learns from: general data, or the target's own."""
+    config = run.config
+    if config.decoder.data is None:
+        return unlabelled_split(run)
+    return split_of(run, config.decoder.data)
+
+
+def train_decoder(run: Run) -> None:
+    """Stage 0, where the model has no decoder; with --stage all nothing else is asked for.
+
+    Raises:
+        UserError: the model has one, and --stage decoder asks for it.
+    """
+    config = run.config
+    modality = modality_of(run, unlabelled_split(run) if config.data.path else _source(run))
+    base = modality.load()
+    if base.decoder is not None:
+        if config.stage == NAME:
+            raise UserError(
+                f"{base.origin} has a decoder: nothing is to be done: go on with --stage pretrain"
+            )
+        return
+    begun = (run.folder / "pretrain").exists() and not (run.folder / NAME).exists()
+    if config.stage == "all" and (not config.decoder.auto or main_only(run.ranks, lambda: begun)):
+        return
+    stage = Decoder(run, base, modality)
+    kept = _shelf() / _key(stage)
+    if main_only(run.ranks, lambda: _take(run, kept)):
+        run.info(f"{NAME}: found again ({kept}): made of the same encoder, data and settings")
+    run_stage(stage)
+    main_only(run.ranks, lambda: _keep(run, kept))
+
+
+def initial(run: Run, modality: Modality) -> Any:
+    """theta_init and phi_init: --model, with the decoder of stage 0 where it has none of its own.
+
+    Raises:
+        UserError: the run's decoder was trained for another encoder.
+    """
+    base = modality.load()
+    if base.decoder is not None:
+        return base
+    made = run.shared_result(NAME)
+    if made is None:
+        run.info_once(
+            f"warning: {base.origin} has no decoder: a new, random one takes its place, which"
+            " spoils the encoder in its first steps; --stage decoder trains one before"
+        )
+        return base
+    if (made.get("record") or {}).get("model") != base.sha256:
+        raise UserError(
+            f"{run.folder / NAME} is the decoder of another encoder than {base.origin}: give the"
+            " model that it was trained for, or another --output"
+        )
+    return modality.load(str(run.folder / NAME / "export"))
+
+
+def _shelf() -> Path:
+    """Where decoders are kept: $SELFDISTILL_DECODERS, or in the user's cache folder."""
+    own = os.environ.get("SELFDISTILL_DECODERS")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(own) if own else Path(base) / "selfdistill" / "decoders"
+
+
+def _key(stage: Stage) -> str:
+    """Hash of all that a decoder depends on: encoder, data, settings; not the layout."""
+    record = {k: v for k, v in stage.record.items() if k.rsplit(".", 1)[-1] not in FREE}
+    content = json.dumps(record | {"data": stage.train.hash}, sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _take(run: Run, kept: Path) -> bool:
+    """Copies a decoder that was made before into a run that has not begun one."""
+    target = run.folder / NAME
+    if target.exists() or not (kept / RESULT).is_file() or run.config.overwrite:
+        return False
+    read_result(kept / RESULT)
+    _copy(kept, target)
+    return True
+
+
+def _keep(run: Run, kept: Path) -> None:
+    """Keeps the run's decoder for other runs; a full disk costs no run."""
+    if kept.exists():
+        return
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        _copy(run.folder / NAME, kept)
+    except OSError as error:
+        run.info(f"note: the decoder is not kept for other runs ({error.strerror}): {kept}")
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies export and result, whole or not at all."""
+    draft = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=target.parent))
+    try:
+        shutil.copytree(source / "export", draft / "export")
+        shutil.copyfile(source / RESULT, draft / RESULT)
+        draft.chmod(0o755)
+        draft.rename(target)
+    except OSError:
+        shutil.rmtree(draft, ignore_errors=True)
+        if not target.exists():  # else another run was first
+            raise

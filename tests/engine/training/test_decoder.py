@@ -1,0 +1,148 @@
+"""Stage 0 on two real ranks: the decoder alone is trained, kept, and found again."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, RobertaForMaskedLM
+
+from tests.engine.training.test_parity_text import batches, kind_of
+from tests.kit import texts as text_kit
+from tests.kit.launches import make_world, metrics, run_cases
+from tests.kit.plain_loop import RATE, STEPS, ZERO3, adamw, is_bias_or_1d, largest_difference
+
+pytestmark = pytest.mark.multi
+
+ZEROS = ("zero0", "zero1", "zero2", "zero3")
+
+
+def without_decoder(whole: Path, folder: Path) -> Path:
+    """A ViT-MAE's folder with its encoder alone."""
+    shutil.copytree(whole, folder)
+    tensors = load_file(whole / "model.safetensors")
+    kept = {k: v for k, v in tensors.items() if not k.startswith("decoder.")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    root = tmp_path_factory.mktemp("decoder")
+    before = os.environ.get("SELFDISTILL_DECODERS")
+    os.environ["SELFDISTILL_DECODERS"] = str(root / "shelf")
+    yield root
+    del os.environ["SELFDISTILL_DECODERS"]
+    if before is not None:
+        os.environ["SELFDISTILL_DECODERS"] = before
+
+
+@pytest.fixture(scope="module")
+def said(root: Path) -> str:
+    text_kit.make_texts(root / "shards")
+    for seed, name in enumerate(("base", "other")):
+        whole = text_kit.make_language(root / f"whole-{name}", seed=seed)
+        AutoModel.from_pretrained(whole, add_pooling_layer=False).save_pretrained(root / name)
+        text_kit.make_tokenizer().save_pretrained(root / name)
+    make_world(root / "images")
+    encoder = without_decoder(root / "images" / "base", root / "images" / "encoder")
+    (root / "zero3.json").write_text(ZERO3)
+    common = {"data": str(root / "shards"), "model": str(root / "base"), "text.bucket": 8}
+    common |= {"decoder.steps": STEPS, "decoder.batch": 8, "decoder.lr": RATE}
+    images = common | {"data": str(root / "images" / "shards"), "model": str(encoder)}
+    del images["text.bucket"]
+    runs = root / "runs"
+    cases: list[dict[str, Any]] = []
+    for zero in ZEROS:
+        setting = {"zero": zero if zero != "zero3" else str(root / "zero3.json")}
+        # The layout is no part of what a decoder is known by: so that none finds another's.
+        own = {"stage": "decoder", "output": str(runs / zero)}
+        cases.append(common | setting | own | {"decoder.eps": (1.1 + len(cases)) * 1e-8})
+    cases += [
+        common | {"stage": "all", "output": str(runs / "all")},
+        images | {"stage": "all", "output": str(runs / "images")},
+        images | {"stage": "all", "output": str(runs / "again")},
+        images | {"stage": "pretrain", "output": str(runs / "none")},
+        images | {"stage": "all", "output": str(runs / "off"), "decoder.auto": False},
+        images
+        | {"stage": "decoder", "output": str(runs / "whole")}
+        | {"model": str(root / "images" / "base"), "expect_error": "has a decoder: nothing"},
+        common
+        | {"stage": "pretrain", "output": str(runs / "zero0"), "model": str(root / "other")}
+        | {"expect_error": "is the decoder of another encoder"},
+    ]
+    return run_cases(root, cases)
+
+
+def test_it_equals_a_plain_loop(root: Path, said: str) -> None:
+    """transformers' model, its encoder frozen; the fresh head is random: the oracle takes ours."""
+    kind = kind_of(root)
+    ours = kind.autoencoder(kind.load(str(root / "base")), 0.0)
+    model = RobertaForMaskedLM.from_pretrained(root / "base").train()
+    model.load_state_dict(ours.network.state_dict())
+    model.roberta.requires_grad_(False)
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer: Any = adamw(model, is_bias_or_1d, RATE, (0.9, 0.95))
+    for step, batch in enumerate(batches(root, kind, masked=True)):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * (STEPS - step) / STEPS
+        labels = torch.full_like(batch["input_ids"], -100).flatten()
+        labels[batch["masked_at"]] = batch["originals"]
+        labels = labels.view_as(batch["input_ids"])
+        mask = batch["attention_mask"]
+        loss = model(batch["masked_ids"], attention_mask=mask, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert largest_difference(start, model.state_dict()) > 1e-3  # it did train
+    for zero in ZEROS:
+        found = RobertaForMaskedLM.from_pretrained(root / "runs" / zero / "decoder" / "export")
+        assert largest_difference(found.state_dict(), model.state_dict()) < 1e-5, zero
+
+
+def test_the_encoder_stays_bit_for_bit(root: Path, said: str) -> None:
+    base = AutoModel.from_pretrained(root / "base", add_pooling_layer=False).state_dict()
+    for run in (*ZEROS, "all"):
+        export = root / "runs" / run / "decoder" / "export"
+        found = RobertaForMaskedLM.from_pretrained(export).roberta.state_dict()
+        assert all(torch.equal(found[name], base[name]) for name in base), run
+    before = load_file(root / "images" / "encoder" / "model.safetensors")
+    after = load_file(root / "runs" / "images" / "decoder" / "export" / "model.safetensors")
+    queries = "encoder.layer.0.attention.attention.query.weight"
+    old = {k: v for k, v in before.items() if k.endswith(("query.weight", "q_proj.weight"))}
+    assert torch.equal(after[f"vit.{queries}"], next(iter(old.values())))
+
+
+def test_stage_1_starts_from_it(root: Path, said: str) -> None:
+    """Its first loss is that of the trained decoder, and not that of a random one."""
+    for run, loss in (("all", "loss/mlm"), ("images", "loss/mae")):
+        alone = metrics(root / "runs" / run / "decoder")
+        first = metrics(root / "runs" / run / "pretrain")[0]
+        assert first[loss] < alone[0][loss]
+    random = metrics(root / "runs" / "none" / "pretrain")[0]["loss/mae"]
+    assert metrics(root / "runs" / "images" / "pretrain")[0]["loss/mae"] < random
+    assert metrics(root / "runs" / "off" / "pretrain")[0]["loss/mae"] == random
+    assert said.count("has no decoder: a new, random one takes its place") == 2
+    assert not (root / "runs" / "off" / "decoder").exists()
+    for run in ("all", "images", "none"):
+        result = json.loads((root / "runs" / run / "pretrain" / "result.json").read_text())
+        assert len(result["model"]["sha256"]) == 64
+    assert (root / "runs" / "images" / "finetune" / "result.json").exists()
+
+
+def test_it_is_found_again(root: Path, said: str) -> None:
+    """By encoder, data and settings: another run takes it, and what comes of it is the same."""
+    assert said.count("decoder: found again") == 1
+    assert len(list((root / "shelf").iterdir())) == len(ZEROS) + 2  # one more of texts, one of images
+    for stage in ("decoder", "pretrain", "distill-1"):
+        first, second = (
+            load_file(root / "runs" / run / stage / "export" / "model.safetensors")
+            for run in ("images", "again")
+        )
+        assert all(torch.equal(first[name], second[name]) for name in first), stage
+    assert not (root / "runs" / "again" / "decoder" / "checkpoints").exists()

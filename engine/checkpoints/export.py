@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from selfdistill.data.errors import UserError
-from selfdistill.engine.models.layout import to_hugging_face
+from selfdistill.engine.models.formats import DECODER
+from selfdistill.engine.models.layout import to_dinov2, to_hugging_face
 from selfdistill.engine.models.vit_mae import Shape
 
 if TYPE_CHECKING:  # images need none of it: a tenth of a start
@@ -54,7 +56,12 @@ def export_mae(
             "mask_ratio": shape.mask_ratio,
             "norm_pix_loss": shape.normalize_pixels,
         }
-        _write_hugging_face(target, config, to_hugging_face(encoder, decoder), shape, mean, std)
+        tensors = to_hugging_face(encoder, decoder)
+        if shape.layer_scale:  # transformers' class of it has no decoder: that lies beside
+            config |= _dino_config(shape, "Model")
+            tensors = to_dinov2(encoder)
+            _write_tensors(target / DECODER, decoder)
+        _write_hugging_face(target, config, tensors, shape, mean, std)
 
     _replace(Path(folder), write)
 
@@ -89,12 +96,20 @@ def export_classifier(
     """
 
     def write(target: Path) -> None:
-        if pool == "cls":
+        if shape.layer_scale:
+            # transformers' class reads CLS and the mean of the patches: the other half is zero.
+            other = torch.zeros_like(head["weight"])
+            halves = [head["weight"], other] if pool == "cls" else [other, head["weight"]]
+            tensors = to_dinov2(encoder, f"{_dino_config(shape, '')['model_type']}.")
+            tensors |= {"classifier.weight": torch.cat(halves, 1), "classifier.bias": head["bias"]}
+            config = _config(shape) | _dino_config(shape, "ForImageClassification")
+            config |= _labels(classes)
+            _write_hugging_face(target, config, tensors, shape, mean, std)
+        elif pool == "cls":
             config = _config(shape) | {
                 "architectures": ["ViTForImageClassification"],
                 "model_type": "vit",
-                "id2label": {str(i): name for i, name in enumerate(classes)},
-                "label2id": {name: i for i, name in enumerate(classes)},
+                **_labels(classes),
             }
             tensors = to_hugging_face(encoder, None)
             tensors |= {f"classifier.{k}": v for k, v in head.items()}
@@ -102,6 +117,10 @@ def export_classifier(
         (target / "timm").mkdir()
         _write_json(target / "timm" / "config.json", _timm_config(shape, classes, pool, mean, std))
         tensors = dict(encoder) | {f"head.{k}": v for k, v in head.items()}
+        if shape.registers:  # timm has no position of CLS then
+            table = tensors["pos_embed"]
+            tensors["cls_token"] = tensors["cls_token"] + table[:, :1]
+            tensors["pos_embed"] = table[:, 1:]
         _write_tensors(target / "timm" / "model.safetensors", tensors)
 
     _replace(Path(folder), write)
@@ -145,6 +164,29 @@ def export_transformers(
     _replace(Path(folder), write)
 
 
+def _labels(classes: Sequence[str]) -> dict[str, Any]:
+    return {
+        "id2label": {str(i): name for i, name in enumerate(classes)},
+        "label2id": {name: i for i, name in enumerate(classes)},
+    }
+
+
+def _dino_config(shape: Shape, head: str) -> dict[str, Any]:
+    """What config.json says of a DINOv2, beside what it says of every ViT."""
+    ratio = shape.mlp_width / shape.width
+    kind: dict[str, Any] = {"model_type": "dinov2"}
+    if shape.registers:
+        kind = {"model_type": "dinov2_with_registers", "num_register_tokens": shape.registers}
+    name = "Dinov2WithRegisters" if shape.registers else "Dinov2"
+    return {
+        **kind,
+        "architectures": [f"{name}{head}"],
+        "layerscale_value": 1.0,
+        "mlp_ratio": int(ratio) if ratio.is_integer() else ratio,
+        "use_swiglu_ffn": False,
+    }
+
+
 def _config(shape: Shape) -> dict[str, Any]:
     return {
         "attention_probs_dropout_prob": 0.0,
@@ -185,6 +227,8 @@ def _timm_config(
             "mlp_ratio": (shape.mlp_width + 0.5) / shape.width,
             "global_pool": "token" if pool == "cls" else "avg",
             "fc_norm": False,
+            **({"init_values": 1.0} if shape.layer_scale else {}),
+            **({"reg_tokens": shape.registers, "no_embed_class": True} if shape.registers else {}),
         },
         "pretrained_cfg": {
             "input_size": [shape.channels, shape.image_size, shape.image_size],

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, LayerScale, Mlp, VisionTransformer
 from torch import Tensor, nn
 
 from selfdistill.data import records
 from selfdistill.data.errors import UserError
 from selfdistill.data.files import regular
-from selfdistill.engine.models.layout import Tensors, from_fair, from_hugging_face
+from selfdistill.engine.models.found import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Found,
+    depth_of,
+    normalise,
+    shape_of,
+)
+from selfdistill.engine.models.layout import from_fair, from_hugging_face
 from selfdistill.engine.models.source import (
     TORCH_FILES,
     read_folder,
     read_safetensors,
     read_torch,
 )
-from selfdistill.engine.models.vit_mae import Shape
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 #: Heads of FAIR's MAE encoders by width; a file of tensors does not tell them.
 _FAIR_HEADS = {768: 12, 1024: 16, 1280: 16}
 #: Shape's field -> key in transformers' config.json, and the default where it is silent.
@@ -42,13 +45,16 @@ _HF_NUMBERS: dict[str, tuple[str, float]] = {
     "norm_eps": ("layer_norm_eps", 1e-12),
     "mask_ratio": ("mask_ratio", 0.75),
 }
+#: transformers' model_type of DINOv2, without and with registers.
+_DINO = ("dinov2", "dinov2_with_registers")
+#: The decoder's file in an export whose encoder is of a class that has none.
+DECODER = "decoder.safetensors"
 #: What fine-tuned and other checkpoints have beside the encoder.
 _HF_EXTRA = ("pooler.", "vit.pooler.", "classifier.")
-_HF_MASK = ("embeddings.mask_token", "vit.embeddings.mask_token")
+_HF_MASK = tuple(
+    f"{prefix}embeddings.mask_token" for prefix in ("", "vit.", "dinov2.", "dinov2_with_registers.")
+)
 _TIMM_EXTRA = ("head.",)
-_BLOCK = re.compile(r"blocks\.([0-9]{1,6})\..+")
-#: A decoder without weights may be so much larger than its encoder; a file may say anything.
-_DECODER_GROWTH = 4
 
 
 class _Processor(records.Record):
@@ -57,19 +63,6 @@ class _Processor(records.Record):
     do_normalize: bool = True
     image_mean: list[records.Finite] | records.Finite | None = None
     image_std: list[records.Finite] | records.Finite | None = None
-
-
-@dataclass
-class Found:
-    """What a checkpoint holds, under our names, not yet checked for completeness."""
-
-    shape: Shape
-    encoder: Tensors
-    decoder: Tensors
-    origin: str
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    notes: list[str] = field(default_factory=list)
 
 
 def read(path: Path, origin: str) -> Found:
@@ -102,12 +95,14 @@ def read(path: Path, origin: str) -> Found:
 def _hugging_face(folder: Path, config: dict[str, Any], origin: str) -> Found:
     """Reads the ViTMAE and ViT classes of transformers."""
     kind = config.get("model_type")
-    if kind not in ("vit_mae", "vit"):
+    if kind not in (*_DINO, "vit_mae", "vit"):
         raise UserError(
-            f"{origin} is a {kind or 'model of unknown type'}, not a ViT-MAE or ViT: give image "
-            "weights such as facebook/vit-mae-base"
+            f"{origin} is a {kind or 'model of unknown type'}, not a ViT, ViT-MAE or DINOv2: give"
+            " image weights such as facebook/vit-mae-base or facebook/dinov2-base"
         )
     values: dict[str, Any] = {"hidden_act": "gelu", "qkv_bias": True} | config
+    if kind in _DINO:
+        values = _dino(values, kind, origin)
     if values["hidden_act"] != "gelu" or not values["qkv_bias"]:
         raise UserError(
             f"{origin} has activation {values['hidden_act']} and qkv_bias {values['qkv_bias']}:"
@@ -122,14 +117,20 @@ def _hugging_face(folder: Path, config: dict[str, Any], origin: str) -> Found:
                 "number: fetch the file again"
             )
     normalized = values.get("norm_pix_loss", False) if kind == "vit_mae" else True
-    shape = _shape(
+    if kind in _DINO:
+        normalized = values.get("norm_pix_loss", True)
+    shape = shape_of(
         origin,
         image_size=_square(values, "image_size", 224, origin),
         patch_size=_square(values, "patch_size", 16, origin),
         normalize_pixels=records.checked(bool, normalized, f"{origin}: norm_pix_loss"),
+        layer_scale=kind in _DINO,
+        registers=values.get("num_register_tokens", 4) if kind == _DINO[1] else 0,
         **numbers,
     )
     encoder, decoder, unknown = from_hugging_face(read_folder(folder))
+    if (folder / DECODER).exists():  # beside an encoder whose class has none
+        decoder = read_safetensors(folder / DECODER)
     # ViTForMaskedImageModeling's decoder, one convolution, is no MAE's.
     known = (*_HF_EXTRA, "decoder.") if kind == "vit" else _HF_EXTRA
     strange = [k for k in unknown if not k.startswith(known) and k not in _HF_MASK]
@@ -137,12 +138,34 @@ def _hugging_face(folder: Path, config: dict[str, Any], origin: str) -> Found:
         raise UserError(
             f"{origin} has {strange[0]}, which no plain ViT-MAE has: take an unmodified checkpoint"
         )
-    found = Found(shape, encoder, decoder, origin)
-    dropped = sorted({k.removeprefix("vit.").split(".")[0] for k in unknown})
+    found = Found(shape, encoder, decoder, origin, antialias=kind != "dinov2")
+    others = [k for k in unknown if k not in _HF_MASK]
+    dropped = sorted({k.removeprefix("vit.").split(".")[0] for k in others})
     if dropped:
         found.notes.append(f"left out {', '.join(dropped)}: only the encoder is used")
     _read_processor(folder, found)
     return found
+
+
+def _dino(values: dict[str, Any], kind: str, origin: str) -> dict[str, Any]:
+    """DINOv2's configuration as a ViT's: the MLP's width from its ratio; what we have not refused.
+
+    Raises:
+        UserError: It has SwiGLU.
+    """
+    if values.get("use_swiglu_ffn"):
+        raise UserError(
+            f"{origin} has SwiGLU layers (DINOv2 giant), which are not known here: take small, base"
+            " or large"
+        )
+    width, ratio = values.get("hidden_size", 768), values.get("mlp_ratio", 4)
+    if type(width) is not int or type(ratio) not in (int, float) or not 0 < ratio < 64:
+        raise UserError(f"{origin}: mlp_ratio is {ratio!r} in config.json: fetch the file again")
+    return (
+        {"layer_norm_eps": 1e-6, "patch_size": 14}
+        | values
+        | {"intermediate_size": int(width * ratio)}
+    )
 
 
 def _square(config: Mapping[str, Any], key: str, default: int, origin: str) -> int:
@@ -152,14 +175,6 @@ def _square(config: Mapping[str, Any], key: str, default: int, origin: str) -> i
         raise UserError(f"{origin}: {key} {value} is not square: only square images are supported")
     side: int = sides[0]
     return side
-
-
-def _shape(origin: str, **values: Any) -> Shape:
-    """A shape that a file tells; what is wrong with it is said of the file."""
-    try:
-        return Shape(**values)
-    except UserError as error:
-        raise UserError(f"{origin}: {error}") from None
 
 
 def _read_processor(folder: Path, found: Found) -> None:
@@ -176,32 +191,16 @@ def _read_processor(folder: Path, found: Found) -> None:
     mean, std = processor.image_mean or 0.5, processor.image_std or 0.5
     if not processor.do_normalize:
         mean, std = 0.0, 1.0
-    _normalise(found, mean, std, path)
-
-
-def _normalise(found: Found, mean: Any, std: Any, place: object) -> None:
-    """Notes mean and standard deviation: a number for each channel, or one for all.
-
-    Raises:
-        UserError: They are none, or nothing could be divided by them.
-    """
-    channels = found.shape.channels
-    both = []
-    for name, given in (("mean", mean), ("std", std)):
-        values = list(given) if isinstance(given, list | tuple) else [given] * channels
-        values = records.checked(list[records.Finite], values, f"{place}: {name}")
-        if len(values) != channels or (name == "std" and min(values) <= 0):
-            raise UserError(
-                f"{place}: the {name} {values} is not one {'positive ' * (name == 'std')}number for"
-                f" each of {channels} channels: correct it"
-            )
-        both.append(tuple(float(value) for value in values))
-    found.mean, found.std = both
+    normalise(found, mean, std, path)
 
 
 def _bare(tensors: dict[str, Tensor], args: dict[str, Any], origin: str) -> Found:
     """A file of tensors alone under FAIR's or timm's names; the shape is read off the tensors."""
     encoder, decoder = from_fair(tensors)
+    if "register_tokens" in encoder:
+        encoder["reg_token"] = encoder.pop("register_tokens")
+    if decoder.keys() == {"mask_token"}:  # DINOv2's own, of its training
+        decoder = {}
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     absent = [k for k in needed if k not in encoder]
     if absent:
@@ -230,21 +229,23 @@ def _bare(tensors: dict[str, Tensor], args: dict[str, Any], origin: str) -> Foun
         decoder_width = decoder["mask_token"].shape[2]
         dropout = {
             "decoder_width": decoder_width,
-            "decoder_depth": _depth(decoder),
+            "decoder_depth": depth_of(decoder),
             # FAIR's decoders have 16 heads at width 512, whatever the encoder.
             "decoder_heads": max(1, decoder_width // 32),
             "decoder_mlp_width": decoder["blocks.0.mlp.fc1.weight"].shape[0],
         }
-    shape = _shape(
+    shape = shape_of(
         origin,
         image_size=grid * patch,
         patch_size=patch,
         width=width,
-        depth=_depth(encoder),
+        depth=depth_of(encoder),
         heads=heads,
         mlp_width=encoder["blocks.0.mlp.fc1.weight"].shape[0],
         channels=channels,
         norm_eps=1e-6,
+        layer_scale="blocks.0.ls1.gamma" in encoder,
+        registers=encoder["reg_token"].shape[1] if "reg_token" in encoder else 0,
         mask_ratio=args.get("mask_ratio", 0.75),
         normalize_pixels=records.checked(
             bool, args.get("norm_pix_loss", True), f"{origin}: norm_pix_loss"
@@ -252,13 +253,16 @@ def _bare(tensors: dict[str, Tensor], args: dict[str, Any], origin: str) -> Foun
         **dropout,
     )
     found = Found(shape, encoder, decoder, origin, notes=notes)
+    _join_positions(found)
     _drop_head(found)
     return found
 
 
-def _depth(tensors: Mapping[str, Tensor]) -> int:
-    """One more than the highest number of a block; what is no block is refused by name later."""
-    return 1 + max(int(found[1]) for k in tensors if (found := _BLOCK.fullmatch(k)))
+def _join_positions(found: Found) -> None:
+    """Timm's models with registers keep no position for CLS: it is in the token already."""
+    table = found.encoder.get("pos_embed")
+    if table is not None and found.shape.registers and table.shape[1] == found.shape.patches:
+        found.encoder["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
 
 
 def _drop_head(found: Found) -> None:
@@ -284,7 +288,7 @@ def _timm(folder: Path, config: dict[str, Any], origin: str) -> Found:
         ) from error
     _check_plain(model, name, origin)
     block = model.blocks[0]
-    shape = _shape(
+    shape = shape_of(
         origin,
         image_size=model.patch_embed.img_size[0],
         patch_size=model.patch_embed.patch_size[0],
@@ -295,10 +299,13 @@ def _timm(folder: Path, config: dict[str, Any], origin: str) -> Found:
         channels=model.in_chans,
         # timm's configuration cannot express it; our exports write it beside.
         norm_eps=config.get("norm_eps", block.norm1.eps),
+        layer_scale=isinstance(block.ls1, LayerScale),
+        registers=model.num_prefix_tokens - 1,
     )
     found = Found(shape, read_folder(folder), {}, origin)
+    _join_positions(found)
     told = model.pretrained_cfg
-    _normalise(found, told.get("mean", IMAGENET_MEAN), told.get("std", IMAGENET_STD), origin)
+    normalise(found, told.get("mean", IMAGENET_MEAN), told.get("std", IMAGENET_STD), origin)
     _drop_head(found)
     return found
 
@@ -313,37 +320,8 @@ def _check_arguments(arguments: Any, origin: str) -> None:
                 raise UserError(f"{origin}: {name} is {value!r} in config.json: fetch it again")
 
 
-def check_sizes(found: Found) -> None:
-    """Compares depths with the tensors that are there, before a model is built by them.
-
-    Raises:
-        UserError: They contradict each other.
-    """
-    shape = found.shape
-    parts = (
-        ("encoder", found.encoder, shape.depth),
-        ("decoder", found.decoder, shape.decoder_depth),
-    )
-    for part, tensors, depth in parts:
-        numbers = {int(block[1]) for name in tensors if (block := _BLOCK.fullmatch(name))}
-        if tensors and len(numbers) != depth:
-            raise UserError(
-                f"{found.origin}: its {part} has {len(numbers)} blocks, its configuration asks for"
-                f" {depth}: take a complete checkpoint"
-            )
-    if not found.decoder:
-        own = shape.depth * shape.width * (4 * shape.width + 2 * shape.mlp_width)
-        width = shape.decoder_width
-        new = shape.decoder_depth * width * (4 * width + 2 * shape.decoder_mlp_width)
-        if new > _DECODER_GROWTH * max(own, 10**7):
-            raise UserError(
-                f"{found.origin}: config.json describes a decoder of {new:,} weights beside an"
-                f" encoder of {own:,}: correct decoder_hidden_size and decoder_num_hidden_layers"
-            )
-
-
 def _check_plain(model: Any, name: str, origin: str) -> None:
-    """Refuses what our encoder would compute otherwise: registers, layer scale, other norms..."""
+    """Refuses what our encoder would compute otherwise: other norms, SwiGLU, no CLS token..."""
     plain = (
         type(model) is VisionTransformer
         and len(model.blocks) > 0
@@ -353,12 +331,11 @@ def _check_plain(model: Any, name: str, origin: str) -> None:
         and isinstance(block.mlp.act, nn.GELU)
         and block.mlp.act.approximate == "none"
         and block.attn.qkv.bias is not None
-        and model.num_prefix_tokens == 1
         and model.has_class_token
-        and not model.no_embed_class
+        and model.no_embed_class == (model.num_prefix_tokens > 1)
         and model.pos_embed is not None
         and isinstance(model.norm_pre, nn.Identity)
-        and isinstance(block.ls1, nn.Identity)
+        and isinstance(block.ls1, nn.Identity | LayerScale)
         and isinstance(block.attn.q_norm, nn.Identity)
         and isinstance(model.norm, nn.LayerNorm)
         and isinstance(block.norm1, nn.LayerNorm)

@@ -17,6 +17,7 @@ Tensors = dict[str, Tensor]
 #: Hugging Face name, without "vit.", -> ours. Identical in transformers 4 and 5.
 _ENCODER = {
     "embeddings.cls_token": "cls_token",
+    "embeddings.register_tokens": "reg_token",
     "embeddings.position_embeddings": "pos_embed",
     "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
     "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
@@ -41,6 +42,8 @@ _BLOCK = (
     ("attention.attention.key", "attention.k_proj", "attn.k"),
     ("attention.attention.value", "attention.v_proj", "attn.v"),
     ("attention.output.dense", "attention.o_proj", "attn.proj"),
+    ("norm1", "norm1", "norm1"),  # DINOv2's
+    ("norm2", "norm2", "norm2"),
     ("layernorm_before", "layernorm_before", "norm1"),
     ("layernorm_after", "layernorm_after", "norm2"),
     ("intermediate.dense", "mlp.fc1", "mlp.fc1"),
@@ -52,6 +55,11 @@ _TO_BLOCK = {ours: old for old, _, ours in _BLOCK}
 #: Blocks: "encoder.layer.N" and "layers.N" (transformers 4, 5); in the decoder "decoder_layers.N"
 #: (4, 5) and "decoder_encoder.layer.N", which `save_pretrained` of transformers 5.23 writes.
 _HF_ENCODER_BLOCK = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")
+#: DINOv2's factors of what a block adds.
+_HF_SCALE = re.compile(r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1")
+_OUR_SCALE = re.compile(r"blocks\.(\d+)\.ls([12])\.gamma")
+#: What classes with a head put before the names of their encoder.
+_PREFIXES = ("vit.", "dinov2.", "dinov2_with_registers.")
 _HF_DECODER_BLOCK = re.compile(
     r"decoder\.(?:decoder_layers|decoder_encoder\.layer)\.(\d+)\.(.+)\.(weight|bias)"
 )
@@ -72,12 +80,16 @@ def from_hugging_face(tensors: Mapping[str, Tensor]) -> tuple[Tensors, Tensors, 
     decoder: Tensors = {}
     unknown = []
     for name, tensor in tensors.items():
-        bare = name.removeprefix("vit.")
+        prefix = next((p for p in _PREFIXES if name.startswith(p)), "")
+        bare = name.removeprefix(prefix)
         in_decoder = bare.startswith("decoder.")
         part = decoder if in_decoder else encoder
         block = (_HF_DECODER_BLOCK if in_decoder else _HF_ENCODER_BLOCK).fullmatch(bare)
         plain = _DECODER.get(bare.removeprefix("decoder.")) if in_decoder else _ENCODER.get(bare)
-        if block is not None and block[2] in _FROM_BLOCK:
+        scale = _HF_SCALE.fullmatch(bare)
+        if scale is not None:
+            part[f"blocks.{scale[1]}.ls{scale[2]}.gamma"] = tensor
+        elif block is not None and block[2] in _FROM_BLOCK:
             part[f"blocks.{block[1]}.{_FROM_BLOCK[block[2]]}.{block[3]}"] = tensor
         elif plain is not None:
             part[plain] = tensor
@@ -108,14 +120,29 @@ def to_hugging_face(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]
     return named
 
 
+def to_dinov2(encoder: Mapping[str, Tensor], prefix: str = "") -> Tensors:
+    """Renames ours to the names of transformers' Dinov2 classes (`prefix` of those with a head)."""
+    named = _to_hugging_face(encoder, _ENCODER, prefix, f"{prefix}encoder.layer")
+    for old, new in (("layernorm_before", "norm1"), ("layernorm_after", "norm2")):
+        named = {name.replace(old, new): tensor for name, tensor in named.items()}
+    for old, new in (("intermediate.dense", "mlp.fc1"), (".output.dense", ".mlp.fc2")):
+        named = {
+            name if ".attention." in name else name.replace(old, new): tensor
+            for name, tensor in named.items()
+        }
+    return named
+
+
 def _to_hugging_face(
     tensors: Mapping[str, Tensor], plain: Mapping[str, str], prefix: str, blocks: str
 ) -> Tensors:
     theirs = {ours: name for name, ours in plain.items()}
     named = {}
     for name, tensor in tensors.items():
-        block = _OUR_BLOCK.fullmatch(name)
-        if block is None:
+        block, scale = _OUR_BLOCK.fullmatch(name), _OUR_SCALE.fullmatch(name)
+        if scale is not None:
+            named[f"{blocks}.{scale[1]}.layer_scale{scale[2]}.lambda1"] = tensor
+        elif block is None:
             named[prefix + theirs[name]] = tensor
         elif block[2] == "attn.qkv":
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):

@@ -85,7 +85,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Ten
 
 
 class RowsBlock(Block):
-    """timm's `Block`, with biases and without its extras (norms of queries, layer scale)."""
+    """timm's `Block`, with biases, perhaps layer scale, and without its other extras."""
 
     def __init__(self, dim: int, num_heads: int, **options: Any) -> None:
         """See timm's `Block`; the state-dict keys are the same."""
@@ -93,7 +93,7 @@ class RowsBlock(Block):
 
     def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
         """Tokens [B, T, D] to [B, T, D], or to those of the given rows [B, R, D]."""
-        seen = self.attn(self.norm1(x), rows)
+        seen = self.ls1(self.attn(self.norm1(x), rows))
         x = (x if rows is None else x[:, rows]) + seen
-        part: Tensor = x + self.mlp(self.norm2(x))
+        part: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
         return part

@@ -209,7 +209,10 @@ def load_tokenizer(folder: str, source: str) -> Any:
             )
     with _foreign(f"the tokenizer of {source} is broken", cure):
         tokenizer(["a b", "a"], padding=True)  # some fail at their first text alone
-        _ = min(tokenizer.model_max_length, 2**31), max(tokenizer.get_vocab().values())
+        longest = int(min(tokenizer.model_max_length, 2**31))
+        _ = max(tokenizer.get_vocab().values())
+    if longest < 3:
+        raise UserError(f"the tokenizer of {source} takes {longest} tokens: correct its config")
     return tokenizer
 
 

@@ -42,7 +42,8 @@ class Shape:
     hidden width of a block's MLP. ``norm_eps`` is 1e-12 in Hugging Face's models and 1e-6 in FAIR's
     and timm's: it travels with the weights. ``mask_ratio`` is the share of patches that the encoder
     does not see in pre-training. ``normalize_pixels``: the target is each patch's pixels less their
-    mean, over their standard deviation.
+    mean, over their standard deviation. ``layer_scale`` and ``registers`` are DINOv2's: a learnt
+    factor for each channel of what a block adds, and tokens beside the patches that no one reads.
     """
 
     image_size: int
@@ -59,6 +60,8 @@ class Shape:
     norm_eps: float = 1e-12
     mask_ratio: float = 0.75
     normalize_pixels: bool = True
+    layer_scale: bool = False
+    registers: int = 0
 
     def __post_init__(self) -> None:
         """Refuses a shape that no model can have, with a UserError."""
@@ -66,6 +69,8 @@ class Shape:
             value = getattr(self, name)
             if type(value) is not int or not 0 < value <= most:
                 raise UserError(f"{name} is {value!r}: it must be a whole number, 1 to {most}")
+        if type(self.registers) is not int or not 0 <= self.registers <= 64:
+            raise UserError(f"registers is {self.registers!r}: it must be a whole number, 0 to 64")
         for name, value in (("norm_eps", self.norm_eps), ("mask_ratio", self.mask_ratio)):
             if type(value) not in (int, float) or not 0 < value < 1:
                 raise UserError(f"{name} is {value!r}: it must be a number between 0 and 1")
@@ -216,6 +221,7 @@ class ViTEncoder(VisionTransformer):
             num_heads=shape.heads,
             mlp_ratio=_mlp_ratio(shape.mlp_width, shape.width),
             qkv_bias=True,
+            init_values=1.0 if shape.layer_scale else None,
             pos_drop_rate=dropout,
             proj_drop_rate=dropout,
             norm_layer=partial(nn.LayerNorm, eps=shape.norm_eps),
@@ -224,6 +230,8 @@ class ViTEncoder(VisionTransformer):
             embed_layer=KeptPatchEmbed,
         )
         self.shape = shape
+        if shape.registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, shape.registers, shape.width))
         for block in self.blocks:
             block.mlp.drop1.p = 0.0
         self.apply(_initialise)
@@ -247,12 +255,17 @@ class ViTEncoder(VisionTransformer):
         tokens = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype), keep)
         positions = self.pos_embed[:, 1:] if keep is None else self.pos_embed[0, 1:][keep]
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
-        tokens = self.pos_drop(torch.cat([cls, tokens + positions], dim=1))
+        given, registers = [cls, tokens + positions], self.shape.registers
+        if registers:
+            given.insert(1, self.reg_token.expand(tokens.shape[0], -1, -1))
+        tokens = self.pos_drop(torch.cat(given, dim=1))
         *blocks, last = self.blocks
         for block in blocks:
             tokens = block(tokens)
         tokens = last(tokens, CLS if cls_only else None)
         encoded: Tensor = self.norm(tokens)
+        if registers and not cls_only:
+            encoded = torch.cat([encoded[:, :1], encoded[:, 1 + registers :]], dim=1)
         return encoded
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selfdistill.data.errors import UserError
 from selfdistill.engine.models import formats
-from selfdistill.engine.models.formats import IMAGENET_MEAN, IMAGENET_STD, Found
+from selfdistill.engine.models.found import IMAGENET_MEAN, IMAGENET_STD, Found, check_sizes
 from selfdistill.engine.models.layout import Tensors
 from selfdistill.engine.models.source import locate
 from selfdistill.engine.models.vit_mae import Shape, ViTMAE, position_table
@@ -67,7 +67,7 @@ def load_pretrained(source: str, image_size: int | None = None) -> Pretrained:
             an image size that is no multiple of the patch size.
     """
     found = formats.read(locate(source), source)
-    formats.check_sizes(found)
+    check_sizes(found)
     encoder = _complete("encoder", found, found.encoder)
     decoder = _complete("decoder", found, found.decoder) if found.decoder else None
     shape, notes = found.shape, list(found.notes)
@@ -75,7 +75,8 @@ def load_pretrained(source: str, image_size: int | None = None) -> Pretrained:
         old, shape = shape, replace(shape, image_size=image_size)
         for part in (encoder, decoder):
             if part is not None:
-                part["pos_embed"], how = _move(part["pos_embed"], old.grid, shape.grid)
+                table, antialias = part["pos_embed"], found.antialias
+                part["pos_embed"], how = _move(table, old.grid, shape.grid, antialias)
         notes.append(f"image size {old.image_size} -> {image_size}: position embeddings {how}")
     return Pretrained(
         shape=shape,
@@ -133,10 +134,12 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _move(table: Tensor, old: int, new: int) -> tuple[Tensor, str]:
+def _move(table: Tensor, old: int, new: int, antialias: bool) -> tuple[Tensor, str]:
     """Position embeddings [1, 1 + old², D] for a grid of new², and how they were made."""
     width = table.shape[2]
     if torch.allclose(table, position_table(width, old), atol=1e-3):
         return position_table(width, new), "(sine-cosine) computed anew"
-    moved: Tensor = resample_abs_pos_embed(table, [new, new], [old, old], num_prefix_tokens=1)
+    moved: Tensor = resample_abs_pos_embed(
+        table, [new, new], [old, old], num_prefix_tokens=1, antialias=antialias
+    )
     return moved.contiguous(), "resampled (bicubic)"

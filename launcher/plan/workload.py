@@ -14,7 +14,7 @@ from torch import nn
 
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints.folder import Run
-from selfdistill.engine.models import formats
+from selfdistill.engine.models import formats, found
 from selfdistill.engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
 from selfdistill.engine.models.weights import Pretrained
 from selfdistill.engine.monitoring.flops import Stage, TeacherMode
@@ -204,6 +204,4 @@ class ImageWork(Workload):
 
 def _weightless(shape: Shape, origin: str) -> Pretrained:
     """A record of a model of which only the shape is known."""
-    return Pretrained(
-        shape, {}, None, formats.IMAGENET_MEAN, formats.IMAGENET_STD, origin, sha256=""
-    )
+    return Pretrained(shape, {}, None, found.IMAGENET_MEAN, found.IMAGENET_STD, origin, sha256="")

@@ -89,7 +89,8 @@ class ImageModality(Modality):
 
     def same_architecture(self, taught: Pretrained, base: Pretrained) -> None:
         """See `Modality`."""
-        for field in ("image_size", "patch_size", "width", "depth", "heads", "mlp_width"):
+        sizes = ("image_size", "patch_size", "width", "depth", "heads", "mlp_width")
+        for field in (*sizes, "layer_scale", "registers"):
             theirs, ours = getattr(taught.shape, field), getattr(base.shape, field)
             if theirs != ours:
                 raise UserError(

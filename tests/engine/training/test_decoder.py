@@ -138,7 +138,9 @@ def test_stage_1_starts_from_it(root: Path, said: str) -> None:
 def test_it_is_found_again(root: Path, said: str) -> None:
     """By encoder, data and settings: another run takes it, and what comes of it is the same."""
     assert said.count("decoder: found again") == 1
-    assert len(list((root / "shelf").iterdir())) == len(ZEROS) + 2  # one more of texts, one of images
+    assert (
+        len(list((root / "shelf").iterdir())) == len(ZEROS) + 2
+    )  # one more of texts, one of images
     for stage in ("decoder", "pretrain", "distill-1"):
         first, second = (
             load_file(root / "runs" / run / stage / "export" / "model.safetensors")

@@ -32,6 +32,16 @@ def _distilbert_head(lm: Any, hidden: Tensor) -> Tensor:
     return logits
 
 
+def _electra_head(lm: Any, hidden: Tensor) -> Tensor:
+    logits: Tensor = lm.generator_lm_head(lm.generator_predictions(hidden))
+    return logits
+
+
+def _modernbert_head(lm: Any, hidden: Tensor) -> Tensor:
+    logits: Tensor = lm.decoder(lm.head(hidden))
+    return logits
+
+
 def _attribute(name: str) -> Callable[[Any, Tensor], Tensor]:
     return lambda lm, hidden: getattr(lm, name)(hidden)
 
@@ -45,6 +55,9 @@ HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "bert": _attribute("cls"),
     "deberta-v2": _attribute("cls"),
     "distilbert": _distilbert_head,
+    "electra": _electra_head,
+    "modernbert": _modernbert_head,
+    "eurobert": _attribute("lm_head"),
 }
 
 #: Names under which configs hold their dropout rates.
@@ -57,6 +70,9 @@ _DROPOUTS = (
     "seq_classif_dropout",
     "classifier_dropout",
     "cls_dropout",
+    "summary_last_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
 )
 
 
@@ -117,7 +133,9 @@ class _Inputs:
         self.counts_from_pad = config.model_type != "bert"
         # transformers asks a mask of two dimensions whether it masks anything, and so waits for the
         # device; one that is ready it takes as it is, where attention is PyTorch's own.
-        self.ready = getattr(encoder.config, "_attn_implementation", "") == _SDPA
+        # EuroBERT's classifier counts with the mask.
+        ready = getattr(encoder.config, "_attn_implementation", "") == _SDPA
+        self.ready = ready and config.model_type != "eurobert"
 
     def __call__(
         self,

@@ -12,6 +12,9 @@ from transformers import (
     CamembertConfig,
     DebertaV2Config,
     DistilBertConfig,
+    ElectraConfig,
+    EuroBertConfig,
+    ModernBertConfig,
     MPNetConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
@@ -84,8 +87,13 @@ def config_of(kind: str, vocabulary: int) -> PreTrainedConfig:
         "mpnet": MPNetConfig,
         "bert": BertConfig,
         "deberta-v2": DebertaV2Config,
+        "electra": ElectraConfig,
+        "modernbert": ModernBertConfig,
+        "eurobert": EuroBertConfig,
     }[kind]
+    more = {"tie_word_embeddings": True} if kind == "eurobert" else {}
     return factory(
+        **more,
         vocab_size=vocabulary,
         hidden_size=24,
         num_hidden_layers=2,

@@ -23,8 +23,6 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from selfdistill.data.errors import UserError
-
 
 def _distilbert_head(lm: Any, hidden: Tensor) -> Tensor:
     hidden = lm.activation(lm.vocab_transform(hidden))
@@ -396,20 +394,3 @@ class TextClassifier(nn.Module):
         with self.rows.cls(packed_to):  # all that heads and poolers of models that cut ever read
             logits: Tensor = self.network(**inputs).logits
         return logits
-
-
-def load_encoder(encoder: nn.Module, weights: dict[str, Tensor], origin: str) -> list[str]:
-    """Loads an encoder's weights; what they lack (BERT's pooler) stays new and is returned.
-
-    Raises:
-        UserError: anything but a pooler is missing, or does not fit.
-    """
-    try:
-        missing, strange = encoder.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise UserError(f"{origin}: its weights do not fit its configuration: {error}") from error
-    new = [name for name in missing if "pooler" in name]
-    if len(new) < len(missing) or strange:
-        which = next(iter([n for n in missing if n not in new] or strange))
-        raise UserError(f"{origin}: {which} does not belong to its encoder: take whole weights")
-    return new

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -287,3 +287,20 @@ def _fit(config: PreTrainedConfig, tokenizer: Any, origin: str) -> None:
             f"the tokenizer of {origin} has {largest + 1} entries, the model {config.vocab_size}"
             " embeddings: take the tokenizer that the model was trained with"
         )
+
+
+def load_encoder(encoder: nn.Module, weights: dict[str, Tensor], origin: str) -> list[str]:
+    """Loads an encoder's weights; what they lack (BERT's pooler) stays new and is returned.
+
+    Raises:
+        UserError: anything but a pooler is missing, or does not fit.
+    """
+    try:
+        missing, strange = encoder.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{origin}: its weights do not fit its configuration: {error}") from error
+    new = [name for name in missing if "pooler" in name]
+    if len(new) < len(missing) or strange:
+        which = next(iter([n for n in missing if n not in new] or strange))
+        raise UserError(f"{origin}: {which} does not belong to its encoder: take whole weights")
+    return new

@@ -24,12 +24,12 @@ from selfdistill.engine.models.language import (
     TextClassifier,
     TextEncoder,
     cuts,
-    load_encoder,
     with_dropout,
 )
 from selfdistill.engine.models.text_weights import (
     Language,
     fresh_language,
+    load_encoder,
     load_language,
     load_tokenizer,
 )

@@ -30,6 +30,23 @@ def regular(path: Path, cure: str) -> None:
         raise UserError(f"{printable(str(path))} is no regular file: {cure}")
 
 
+def refuse_open(folder: Path, what: str) -> None:
+    """Refuses a folder of ours that everybody may write to, who could put other data there.
+
+    Args:
+        folder: need not be there.
+        what: it is, for the message.
+
+    Raises:
+        UserError: everybody may write to it.
+    """
+    if folder.is_dir() and folder.stat().st_mode & stat.S_IWOTH:
+        raise UserError(
+            f"{what} {folder} may be written by everybody, who could put other data there: take"
+            f" that away (chmod o-w {folder}), or give another folder, which may lie in it"
+        )
+
+
 def read(path: Path, cure: str, most: int = LARGEST) -> bytes:
     """A whole file, where it is a regular one and not too large.
 

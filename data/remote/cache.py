@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from selfdistill.data.errors import BrokenData, UserError
-from selfdistill.data.files import fresh, nofollow
+from selfdistill.data.files import fresh, nofollow, refuse_open
 from selfdistill.data.remote import fetch
 from selfdistill.data.remote.fetch import NotThere, Report, fetch_bytes
 
@@ -88,12 +88,7 @@ class ShardCache:
                 f"cannot make the shard cache {self.folder} ({error.strerror}): give a folder on a"
                 " disk of this node (cache_dir, or the variable SELFDISTILL_CACHE)"
             ) from None
-        if self.folder.stat().st_mode & stat.S_IWOTH:
-            raise UserError(
-                f"the shard cache {self.folder} may be written by everybody, who could put other"
-                f" data there: take that away (chmod o-w {self.folder}), or give another folder,"
-                " which may lie in it"
-            )
+        refuse_open(self.folder, "the shard cache")
         self._reset()
 
     def _reset(self) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from selfdistill.data.errors import UserError
+from selfdistill.data.files import refuse_open
 from selfdistill.data.loading.datasets import Keyed
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.checkpoint import FREE
@@ -149,6 +150,7 @@ def _key(stage: Stage) -> str:
 def _take(run: Run, kept: Path) -> bool:
     """Copies a decoder that was made before into a run that has not begun one."""
     target = run.folder / NAME
+    refuse_open(kept.parent, "the folder of decoders")
     if target.exists() or not (kept / RESULT).is_file() or run.config.overwrite:
         return False
     read_result(kept / RESULT)

@@ -113,11 +113,14 @@ def run_stages(run: Run) -> None:
     """Runs what `--stage` names, in order; complete stages are skipped."""
     from selfdistill.engine.stages.decoder import train_decoder
     from selfdistill.engine.stages.distill import Distill
-    from selfdistill.engine.stages.finetune import finetune
+    from selfdistill.engine.stages.finetune import check_labels, finetune
     from selfdistill.engine.stages.pretrain import pretraining
+    from selfdistill.engine.stages.splits import labelled_splits
     from selfdistill.engine.training.loop import run_stage
 
     config = run.config
+    if config.stage == "all":
+        check_labels(labelled_splits(run)["train"])  # before hours of the stages that need none
     if config.stage in ("decoder", "all"):
         run.boundary("decoder", wait=True)
         train_decoder(run)

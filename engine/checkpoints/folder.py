@@ -347,5 +347,7 @@ def write_result(run: Run, stage: str, content: dict[str, Any]) -> None:
     def write() -> None:
         (run.folder / stage).mkdir(parents=True, exist_ok=True)
         write_text(run.folder / stage / RESULT, json.dumps(content, indent=1) + "\n")
+        if not run.config.keep_finished:  # the export is what is used from here on
+            shutil.rmtree(run.folder / stage / "checkpoints", ignore_errors=True)
 
     main_only(run.ranks, write)

@@ -182,7 +182,7 @@ class StageSection(Section):
 class DecoderSection(StageSection):
     """Stage 0: a decoder, on the frozen encoder, for models that come without."""
 
-    steps: int | None = 1000
+    steps: int | None = Field(1000, ge=1, description="optimiser steps")
     lr: float = Field(1e-3, gt=0)
     data: str | None = Field(
         None, description="packed data set to learn from (left out: the target's own)"
@@ -193,7 +193,7 @@ class DecoderSection(StageSection):
 class PretrainSection(StageSection):
     """Stage 1: further pre-training (Algorithm 2)."""
 
-    steps: int | None = 20_000
+    steps: int | None = Field(20_000, ge=1, description="optimiser steps")
     objective: Literal["mae", "supcon"] = Field(
         "mae", description="masked auto-encoding, or the supervised contrastive loss on labels"
     )
@@ -202,7 +202,7 @@ class PretrainSection(StageSection):
 class DistillSection(StageSection):
     """Stage 2: self-distillation (Algorithm 1, Eq. 3)."""
 
-    steps: int | None = 20_000
+    steps: int | None = Field(20_000, ge=1, description="optimiser steps")
     feature: Literal["cls", "mean", "tokens"] = Field("cls", description="distilled feature")
     weight: float = Field(1.0, ge=0, description="weight of L_Distill")
     mae_weight: float = Field(1.0, ge=0, description="weight of L_MAE (0 freezes the decoder)")
@@ -220,7 +220,7 @@ class DistillSection(StageSection):
 class FinetuneSection(StageSection):
     """Stage 3: supervised fine-tuning with a fresh head."""
 
-    steps: int | None = 10_000
+    steps: int | None = Field(10_000, ge=1, description="optimiser steps")
     batch: int = Field(32, ge=1, description="global batch")
     lr: float = Field(1e-4, gt=0)
     betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW, such as 0.9,0.999")
@@ -333,6 +333,7 @@ class Config(Section):
     overwrite: bool = Field(False, description="delete what the stage left before")
     save_every: int = Field(1000, ge=0, description="checkpoint interval in steps (0 = none)")
     keep: int = Field(2, ge=1, description="checkpoints kept")
+    keep_finished: bool = Field(True, description="also those of stages that are complete")
     log_every: int = Field(50, ge=1, description="steps between log lines")
     log_samples: bool = Field(False, description="write each step's sample ids, for audits")
     watchdog: float = Field(
@@ -345,6 +346,12 @@ class Config(Section):
     def given(self, section: str) -> bool:
         """Whether the command line, and not a recipe, names a section's path (--model PATH)."""
         return bool({section, f"{section}.path"} & self._given)
+
+    @model_validator(mode="after")
+    def _compared(self) -> Config:
+        if self.compare and self.stage != "all":
+            raise ValueError("compare is for --stage all: leave it out, or run all stages")
+        return self
 
     @field_validator("resume")
     @classmethod

@@ -121,6 +121,24 @@ def _summary(name: str, source: str, results: list[dict[str, Any]]) -> dict[str,
     }
 
 
+def check_labels(train: Manifest) -> None:
+    """Refuses a training split without labels, or with a class that none of its samples has.
+
+    Raises:
+        UserError: says which.
+    """
+    if not train.classes:
+        raise UserError(
+            f"{train.root} has no labels: fine-tuning needs a set packed with its classes; stages 1"
+            " and 2 run alone (--stage pretrain, --stage distill)"
+        )
+    if 0 in train.class_counts:
+        empty = train.classes[train.class_counts.index(0)]
+        raise UserError(
+            f"{train.root}: class {empty!r} has no training sample: add some, or pack without it"
+        )
+
+
 class Finetune(Stage):
     """Cross-entropy of a fresh head and the encoder, with one seed.
 
@@ -138,16 +156,7 @@ class Finetune(Stage):
     def __init__(self, run: Run, name: str, source: str, seed: int) -> None:
         self.splits, self.source = labelled_splits(run), source
         train = self.splits["train"]
-        if not train.classes:
-            raise UserError(
-                f"{train.root} has no labels: fine-tuning needs a set packed with its classes"
-            )
-        if 0 in train.class_counts:
-            empty = train.classes[train.class_counts.index(0)]
-            raise UserError(
-                f"{train.root}: class {empty!r} has no training sample: add some, or pack"
-                " without it"
-            )
+        check_labels(train)
         modality = modality_of(run, train)
         base = modality.load(source)
         self.regularizer = REGULARIZERS[run.config.finetune.regularizer](run, base)

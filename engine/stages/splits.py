@@ -57,7 +57,9 @@ def labelled_splits(run: Run) -> dict[str, Manifest]:
             try:
                 there[split] = Manifest.load_split(data, split, cache)
             except NotThere as error:
-                run.info(f"no {split} split, nothing is scored on it: {str(error).split(': ')[0]}")
+                run.info_once(
+                    f"no {split} split, nothing is scored on it: {str(error).split(': ')[0]}"
+                )
         return there
 
     # One rank decides, or they might disagree on what to score, and wait for each other.
@@ -68,5 +70,5 @@ def labelled_splits(run: Run) -> dict[str, Manifest]:
                 f"{manifest.root}: its classes are not those of the train split: pack both together"
             )
     if len(found) == 1:
-        run.info(f"{data}: neither val nor test split: nothing will be scored")
+        run.info_once(f"{data}: neither val nor test split: nothing will be scored")
     return found

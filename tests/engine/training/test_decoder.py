@@ -67,8 +67,10 @@ def said(root: Path) -> str:
         common | {"stage": "all", "output": str(runs / "all")},
         images | {"stage": "all", "output": str(runs / "images")},
         images | {"stage": "all", "output": str(runs / "again")},
-        images | {"stage": "pretrain", "output": str(runs / "none")},
-        images | {"stage": "all", "output": str(runs / "off"), "decoder.auto": False},
+        images | {"stage": "pretrain", "output": str(runs / "none"), "save_every": 1},
+        images
+        | {"stage": "all", "output": str(runs / "off"), "decoder.auto": False}
+        | {"save_every": 1, "keep_finished": False},
         images
         | {"stage": "decoder", "output": str(runs / "whole")}
         | {"model": str(root / "images" / "base"), "expect_error": "has a decoder: nothing"},
@@ -133,6 +135,12 @@ def test_stage_1_starts_from_it(root: Path, said: str) -> None:
         result = json.loads((root / "runs" / run / "pretrain" / "result.json").read_text())
         assert len(result["model"]["sha256"]) == 64
     assert (root / "runs" / "images" / "finetune" / "result.json").exists()
+
+
+def test_checkpoints_of_what_is_complete_may_go(root: Path, said: str) -> None:
+    assert (root / "runs" / "none" / "pretrain" / "checkpoints").is_dir()
+    assert (root / "runs" / "off" / "finetune" / "result.json").exists()
+    assert not list((root / "runs" / "off").rglob("checkpoints"))
 
 
 def test_it_is_found_again(root: Path, said: str) -> None:

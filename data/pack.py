@@ -187,6 +187,7 @@ def pack(
     text_column: str = "text",
     pair_column: str = "text_pair",
     label_column: str = "label",
+    group_column: str | None = None,
     metric: Metric | None = None,
     max_words: int = MAX_WORDS,
     max_pixels: int = images.MOST_PIXELS,
@@ -225,6 +226,7 @@ def pack(
         text_column: Column of the text.
         pair_column: Column of the second text of a pair; it need not be there.
         label_column: Column of the label.
+        group_column: Column of what must stay in one split: the patient, the recording, the author.
         metric: What texts are scored by: accuracy, macro_f1 or micro_f1; known data sets bring
             theirs, others are scored by accuracy.
         max_words: The longest text, in words; more are an error, since a model would read the
@@ -261,7 +263,7 @@ def pack(
             f"{out_dir / UNLABELLED} holds the inputs of the old train split too: make it anew"
             " (--unlabelled PATH), or remove it"
         )
-    columns = Columns(path_column, text_column, pair_column, label_column)
+    columns = Columns(path_column, text_column, pair_column, label_column, group=group_column)
     options = layouts.Options(fold=fold, trainval=trainval, keep_banner=keep_banner)
     with layouts.opened(root, out_dir.parent) as folder:
         found = _find(folder, layout, options, columns, unlabelled is True, split)
@@ -274,6 +276,14 @@ def pack(
         divided = sources.settle(found.splits, root, splits, split, seed, val_fraction)
         if split is not None:
             divided = _renumbered(divided, split, out_dir)
+        if group_column is not None and not any(
+            isinstance(part, list) and any(s.group is not None for s in part)
+            for part, _ in divided.values()
+        ):
+            raise UserError(
+                "--group_column is for tables with labels (.csv, .tsv, .jsonl) that have such a"
+                " column: drop it"
+            )
         if not found.known:
             found.notes.extend(label_checks.check(divided))
         if found.kind == "image" and not keep_original and size is None:

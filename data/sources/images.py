@@ -191,6 +191,7 @@ def from_csv(
     cure = "correct the file"
     header, lines = tables.read(path)
     wanted = [columns.path] if unlabelled else [columns.path, columns.label]
+    wanted += [columns.group] if columns.group else []
     for column in wanted:
         if column not in header:
             raise UserError(
@@ -220,7 +221,8 @@ def from_csv(
             raise UserError(f"{where}: {given} has no label: {cure}, or pack with --unlabelled")
         split = tables.split_of(row, where)
         key = os.path.splitext(str(image.relative_to(path.parent)))[0]
-        rows.append(Row(split, where, key, image, label))
+        group = row[columns.group].strip() or None if columns.group else None
+        rows.append(Row(split, where, key, image, label, group))
     if not rows:
         raise UserError(f"{path} has no rows below its header: add one an image")
     if notes is not None and (ignored := [c for c in header if c not in (*wanted, "split")]):

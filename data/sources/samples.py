@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from selfdistill.data.errors import UserError
 from selfdistill.data.formats.texts import Text
 from selfdistill.data.splits import DIVIDED
 
+# Of groups, which are joined to splits: shares are met to a twentieth.
+_FOLDS = 20
 DEFAULT_SHARES = (0.8, 0.1, 0.1)
 
 
@@ -28,6 +31,7 @@ class Columns:
         pair: of the second of a pair; it need not be there.
         label: of the class, a name or a number.
         key: of the samples' names; it need not be there. No two may be equal.
+        group: of what must stay in one split, such as patients; None: every sample for itself.
     """
 
     path: str = "path"
@@ -35,18 +39,21 @@ class Columns:
     pair: str = "text_pair"
     label: str = "label"
     key: str = "id"
+    group: str | None = None
 
 
 class Sample(NamedTuple):
     """One sample to pack: key, what it is, its class number (None: unlabelled).
 
-    `where` names it in messages; by default its file, or the key.
+    `where` names it in messages; by default its file, or the key. Samples of one `group` stay in
+    one split.
     """
 
     key: str
     source: Path | bytes | Callable[[], bytes] | Text
     label: int | None
     where: str | None = None
+    group: str | None = None
 
     @property
     def name(self) -> str:
@@ -103,14 +110,24 @@ class Row(NamedTuple):
     key: str
     source: Path | Text
     label: str | None
+    group: str | None = None
 
 
 def grouped(rows: list[Row]) -> Splits:
     """Samples by split, their labels numbered.
 
     Raises:
-        UserError: there is a split train, and it lacks a class that another split has.
+        UserError: there is a split train, and it lacks a class that another split has; or a group
+            lies in two splits.
     """
+    home: dict[str, Row] = {}
+    for row in rows:
+        first = row if row.group is None else home.setdefault(row.group, row)
+        if first.split != row.split:
+            raise UserError(
+                f"{row.where}: group {row.group!r} is in split {row.split}, and in"
+                f" {first.split} ({first.where}): put it into one, or take --group_column out"
+            )
     classes = class_order(row.label for row in rows if row.label is not None)
     number = {name: i for i, name in enumerate(classes)}
     taught = {row.label for row in rows if row.split == "train"}
@@ -123,7 +140,7 @@ def grouped(rows: list[Row]) -> Splits:
     found: Splits = {}
     for split in (*DIVIDED, ""):
         samples = [
-            Sample(r.key, r.source, None if r.label is None else number[r.label], r.where)
+            Sample(r.key, r.source, None if r.label is None else number[r.label], r.where, r.group)
             for r in rows
             if r.split == split
         ]
@@ -178,7 +195,10 @@ def divide(samples: Samples, shares: tuple[float, ...], seed: int) -> dict[str, 
     Returns:
         Per split its samples in their old order. A class of n gives each split its share of n
         rounded (boundaries are rounded, so nothing is lost); train gets at least one of each.
+        Groups stay whole, and the shares are met as nearly as they allow.
     """
+    if isinstance(samples, list) and any(sample.group is not None for sample in samples):
+        return _divide_groups(samples, shares, seed)
     if isinstance(samples, Stream):
         labels = np.full(len(samples), -1)
     else:
@@ -196,6 +216,38 @@ def divide(samples: Samples, shares: tuple[float, ...], seed: int) -> dict[str, 
         rows = owner == i
         if rows.any():
             found[split] = _take(samples, rows)
+    return found
+
+
+def _divide_groups(
+    samples: list[Sample], shares: tuple[float, ...], seed: int
+) -> dict[str, Samples]:
+    """`divide` for samples in groups: folds of whole groups with about equal classes, joined.
+
+    Raises:
+        UserError: there are fewer groups than splits.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold  # a second to import
+
+    groups = np.array([f"{s.group}" if s.group else f"\0{i}" for i, s in enumerate(samples)])
+    labels = np.array([-1 if s.label is None else s.label for s in samples])
+    count, wanted = len(np.unique(groups)), sum(share > 0 for share in shares)
+    if count < wanted:
+        raise UserError(
+            f"--group_column: {count} groups cannot fill {wanted} splits: add some, or give fewer"
+            " shares (--splits)"
+        )
+    most = int(np.unique(labels, return_counts=True)[1].max())  # more folds than that it refuses
+    folds = StratifiedGroupKFold(min(_FOLDS, count, most), shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer samples than folds
+        parts = [rows for _, rows in folds.split(labels, labels, groups)]
+    bounds = np.rint(np.cumsum(shares) * len(parts)).astype(int)
+    bounds[0] = max(1, bounds[0])
+    found: dict[str, Samples] = {}
+    for split, begin, end in zip(DIVIDED, [0, *bounds[:-1]], bounds, strict=False):
+        if rows := [row for part in parts[begin:end] for row in part.tolist()]:
+            found[split] = [samples[row] for row in sorted(rows)]
     return found
 
 

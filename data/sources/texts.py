@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,9 @@ def recognise(root: Path, columns: Columns) -> bool:
     suffix = root.suffix.lower()
     if suffix == ".csv" and root.is_file():
         header, _ = tables.read(root)
-        return columns.text in header and (columns.path not in header or columns != Columns())
+        return columns.text in header and (
+            columns.path not in header or replace(columns, group=None) != Columns()
+        )
     return suffix in SUFFIXES and suffix != ".csv" and root.is_file()
 
 
@@ -291,7 +294,10 @@ def _labelled(field: _Field, columns: Columns) -> Row:
     if isinstance(label, int) and label < 0:
         raise UserError(f"{field.where}: its label {label} stands for none: {cure}")
     key = field.values.get(columns.key)
-    return Row(field.split, field.where, "" if key is None else str(key), text, str(label).strip())
+    group = _value(field, columns.group, "--group_column") if columns.group else None
+    named = None if group in (None, "") else str(group)
+    key = "" if key is None else str(key)
+    return Row(field.split, field.where, key, text, str(label).strip(), named)
 
 
 def _refuse_twins(rows: list[Row]) -> None:

@@ -2,8 +2,8 @@
 
 import re
 
-_ADDRESS = re.compile(r"""([A-Za-z][A-Za-z0-9+.-]*://)([^\s/@'"]*@)?([^\s'"]*)""")
-_QUERY = re.compile(r"([?&][^=&#]+=)[^&#]*")
+_ADDRESS = re.compile(r"""([A-Za-z][A-Za-z0-9+.-]*://)([^\s/]*@)?(\S*)""")
+_QUERY = re.compile(r"([?&#][^=&#\s]+=)[^&#]*|([?&#])[^=&#\s]+(?=[&#]|$)")
 
 
 class UserError(Exception):
@@ -41,7 +41,8 @@ def redacted(text: str) -> str:
 
     def hide(found: re.Match[str]) -> str:
         scheme, login, rest = found.groups()
-        return scheme + ("***@" if login else "") + _QUERY.sub(r"\1***", rest)
+        shown = _QUERY.sub(lambda part: f"{part[1] or part[2]}***", rest)
+        return scheme + ("***@" if login else "") + shown
 
     return _ADDRESS.sub(hide, text)
 

@@ -7,6 +7,7 @@ neither followed nor written through.
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,17 +63,35 @@ def read(path: Path, cure: str, most: int = LARGEST) -> bytes:
         FileNotFoundError: There is none.
         UserError: It is a folder, a device or a named pipe, too large, or cannot be read.
     """
+    with opened(path, cure) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise UserError(f"{printable(str(path))} has {size:,} bytes, above {most:,}: {cure}")
+        try:
+            return file.read()
+        except OSError as error:
+            raise UserError(f"{printable(str(path))} cannot be read ({error}): {cure}") from None
+
+
+def opened(path: Path, cure: str) -> BufferedReader:
+    """A regular file, open for reading; a link to one is followed.
+
+    Args:
+        path: Of the file.
+        cure: What the user can do.
+
+    Raises:
+        FileNotFoundError: There is none.
+        UserError: It is a folder, a device or a named pipe, or cannot be read.
+    """
     place = printable(str(path))
     try:
         # Of a named pipe O_NONBLOCK does not wait for the writer.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(handle, "rb") as file:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode):
-                raise UserError(f"{place} is no regular file: {cure}")
-            if status.st_size > most:
-                raise UserError(f"{place} has {status.st_size:,} bytes, above {most:,}: {cure}")
-            return file.read()
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise UserError(f"{place} is no regular file: {cure}")
+        return open(handle, "rb")  # whoever calls closes it
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
     except ValueError:  # a NUL, or what cannot be a name here

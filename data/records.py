@@ -19,7 +19,7 @@ import pydantic
 from numpy.typing import NDArray
 
 from selfdistill.data.errors import UserError, printable
-from selfdistill.data.files import LARGEST, read
+from selfdistill.data.files import LARGEST, opened, read
 
 #: What a number stays below: the integers that JSON's readers all keep exact.
 BOUND = 2**53
@@ -160,7 +160,8 @@ def read_object(path: Path, cure: str = _AGAIN, most: int = LARGEST) -> dict[str
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a file of JSON lines that we wrote, up to the first that is none."""
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+    text = read(path, "remove it").decode("utf-8", "replace")
+    for line in text.split("\n")[:-1]:
         try:
             record = checked(dict[str, Any], from_json(line, path), path)
             json.dumps(record, allow_nan=False)  # as it was written
@@ -199,13 +200,13 @@ def read_table(
     """
     place, wanted = place or path, np.dtype(dtype)
     try:
-        with path.open("rb") as file:
+        with opened(path, cure) as file:
             version = np.lib.format.read_magic(file)
             if version != (1, 0):
                 raise ValueError(f"version {version} of the format, not (1, 0)")
             found, fortran, kind = np.lib.format.read_array_header_1_0(file)
             begin, size = file.tell(), os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
+    except (FileNotFoundError, UserError):
         raise
     except OSError as error:
         raise UserError(f"{place} cannot be read ({error.strerror}): {cure}") from None

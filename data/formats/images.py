@@ -11,6 +11,7 @@ import contextlib
 import functools
 import io
 import math
+import re
 import struct
 import warnings
 import zlib
@@ -50,6 +51,9 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA
 
 #: Called once for an image of which something beside the picture could not be read.
 OnUnreadable = Callable[[], object] | None
+
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
+_LONG_COMMENT = re.compile(rb"P[1-7fF](?:\s|#[^\n\r]{0,4096}[\n\r])*#[^\n\r]{4096}")
 
 # Pillow's plug-ins raise almost anything on broken files.
 _BROKEN = (
@@ -212,6 +216,8 @@ def opened(content: bytes) -> Image.Image:
         UnidentifiedImageError: It is of no such format.
         ValueError: It has more pixels than are allowed.
     """
+    if _LONG_COMMENT.match(content):  # Pillow reads it letter by letter, and copies it each time
+        raise ValueError("its header has a comment of more than 4,096 bytes")
     formats = _formats()
     if content.startswith(png.SIGNATURE):
         formats = ("PNG",)
@@ -219,7 +225,13 @@ def opened(content: bytes) -> Image.Image:
         formats = ("JPEG",)
     image = Image.open(io.BytesIO(content), formats=formats)
     _limit(image.size)
+    tags = getattr(image, "tag_v2", {})  # of a TIFF, whose tiles may be larger than it is
+    _limit((_number(tags.get(_TILE_WIDTH)), _number(tags.get(_TILE_LENGTH))))
     return image
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
 
 
 def kind_of(content: bytes) -> str | None:

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from selfdistill.data import records
 from selfdistill.data.errors import BrokenData, UserError
 from selfdistill.data.files import fresh, nofollow, refuse_open
 from selfdistill.data.remote import fetch
@@ -48,6 +49,13 @@ def default_folder() -> Path:
 def as_python_warning(line: str) -> None:
     """The report of who names no other: a Python warning."""
     warnings.warn(line, stacklevel=3)
+
+
+class _Note(records.Record):
+    """NAME.failed: when a fetch failed, and how."""
+
+    time: float
+    error: str
 
 
 class ShardCache:
@@ -238,10 +246,14 @@ class ShardCache:
 
     def _heed(self, sha256: str, began: float) -> None:
         """Raises what another process met while this one waited for it."""
-        with contextlib.suppress(OSError, ValueError):
-            note = json.loads((self.folder / f"{sha256}.failed").read_text())
-            if began < note["time"] <= time.time():
-                raise BrokenData(note["error"])
+        try:
+            place = self.folder / f"{sha256}.failed"
+            with open(place, encoding="utf-8", opener=nofollow) as file:
+                note = records.checked(_Note, records.from_json(file.read(2**16), place), place)
+        except (OSError, ValueError, UserError):
+            return
+        if began < note.time <= time.time():
+            raise BrokenData(note.error)
 
     def _files(self) -> list[tuple[float, int, Path]]:
         """Last use, size and path of what is kept."""

@@ -252,7 +252,7 @@ def chunks(url: str, fresh: bool = False) -> Generator[bytes, None, None]:
     """
     if url.startswith("pipe:"):
         yield from _command(url.removeprefix("pipe:"))
-    elif url.startswith(("http://", "https://")):
+    elif url.lower().startswith(("http://", "https://")):
         yield from _http(url, fresh)
     else:
         yield from _filesystem(url)

@@ -14,7 +14,7 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -62,6 +62,10 @@ class _Text(records.Record):
     metric: Metric | None = None
 
 
+#: Side in pixels; None where sizes differ.
+_Size = Annotated[int, pydantic.Field(ge=1, le=2**15)] | None
+
+
 class _File(records.Record):
     """manifest.json, format version 1."""
 
@@ -104,6 +108,8 @@ def is_address(name: str) -> bool:
     """Whether a shard, or a table, may be fetched from a URL of its own; see `SCHEMES`."""
     scheme, separator, rest = name.partition("://")
     if not (separator and scheme.lower() in SCHEMES and re.fullmatch(r"[!-~]+", rest)):
+        return False
+    if "::" in name:  # fsspec would chain what follows, of any scheme
         return False
     try:
         return bool(urlsplit(name).hostname)
@@ -160,6 +166,7 @@ class Manifest:
         self.class_counts = file.class_counts
         self.samples = file.samples
         self.image = file.image or {}
+        records.checked(_Size, self.image.get("size"), f"{what}: image.size", cure)
         self.text = file.text.model_dump(exclude_none=True) if file.text else {}
         self.columns = file.columns
         self.members_file = file.members

@@ -36,8 +36,10 @@ class _Walk:
         return found
 
     def _is_empty(self, folder: Path) -> bool:
-        if any(files for _, _, files in os.walk(folder, followlinks=True)):
-            return False
+        # A link to a folder counts as something: where it leads was walked, or is refused.
+        for base, folders, files in os.walk(folder):
+            if files or any(os.path.islink(os.path.join(base, name)) for name in folders):
+                return False
         if folder not in self.empty:
             self.empty.append(folder)
         return True
@@ -200,6 +202,7 @@ def from_csv(
                 " --path_column and --label_column; or, if it holds texts, with --text_column"
             )
     rows: list[Row] = []
+    outside: list[str] = []
     seen: dict[Path, int] = {}
     for line, row in lines:
         where = f"{path} line {line}"
@@ -220,11 +223,19 @@ def from_csv(
         if label == "":
             raise UserError(f"{where}: {given} has no label: {cure}, or pack with --unlabelled")
         split = tables.split_of(row, where)
-        key = os.path.splitext(str(image.relative_to(path.parent)))[0]
+        within = os.path.relpath(image, path.parent)
+        if within.startswith(".."):
+            outside.append(given)
+        key = os.path.splitext(within.replace("../", ""))[0]
         group = row[columns.group].strip() or None if columns.group else None
         rows.append(Row(split, where, key, image, label, group))
     if not rows:
         raise UserError(f"{path} has no rows below its header: add one an image")
+    if notes is not None and outside:
+        notes.append(
+            f"note: {len(outside)} images lie outside the folder of {path.name}, such as"
+            f" {outside[0]}: they are packed, too"
+        )
     if notes is not None and (ignored := [c for c in header if c not in (*wanted, "split")]):
         notes.append(f"note: of {path.name} these columns are ignored: {', '.join(ignored)}")
     return grouped(rows)

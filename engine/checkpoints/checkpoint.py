@@ -30,7 +30,7 @@ from selfdistill.data import records
 from selfdistill.data.cli import format_error
 from selfdistill.data.errors import TryAgain, UserError, printable
 from selfdistill.engine.checkpoints import training_state
-from selfdistill.engine.checkpoints.files import fsync, sha256, write_text
+from selfdistill.engine.checkpoints.files import fsync, remove, sha256, write_text
 from selfdistill.engine.checkpoints.results import numbered
 from selfdistill.engine.runtime.distributed import Ranks, broadcast, main_only
 
@@ -147,7 +147,7 @@ class Checkpoints:
         def clear() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(".draft-*"):
-                shutil.rmtree(left)
+                remove(left)
             draft.mkdir()
 
         main_only(self.ranks, clear)
@@ -193,7 +193,7 @@ class Checkpoints:
         for old in self.names()[: -self.keep]:
             shutil.rmtree(self.folder / old)
         for left in self.folder.glob(".draft-*"):
-            shutil.rmtree(left)
+            remove(left)
 
     def _read_state(self, name: str) -> tuple[State | None, str]:
         """The record of a saved step, or None and what is wrong with it."""
@@ -228,6 +228,8 @@ class Checkpoints:
                     fault = f"{file} is not what was written"
             except FileNotFoundError:
                 fault = f"{file} is missing"
+            except UserError:
+                fault = f"{file} is no regular file"
             except OSError as error:  # of the file system, not of the checkpoint
                 failure = f"{path}: {error.strerror}"
             self.beat()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
-from selfdistill.data.files import fresh
+from selfdistill.data.files import fresh, opened
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with open(path, "rb") as file:
+    """Hex digest of a regular file."""
+    with opened(path, "remove it") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -22,6 +23,14 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Deletes a folder with all in it, or whatever else somebody put in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -188,7 +188,8 @@ def _read_processor(folder: Path, found: Found) -> None:
         return
     processor: _Processor = records.checked(_Processor, records.read_object(path), path)
     # ViTImageProcessor's own defaults are 0.5.
-    mean, std = processor.image_mean or 0.5, processor.image_std or 0.5
+    mean = 0.5 if processor.image_mean is None else processor.image_mean
+    std = 0.5 if processor.image_std is None else processor.image_std
     if not processor.do_normalize:
         mean, std = 0.0, 1.0
     normalise(found, mean, std, path)
@@ -277,7 +278,13 @@ def _timm(folder: Path, config: dict[str, Any], origin: str) -> Found:
     import timm
 
     name = records.checked(str, config["architecture"], f"{origin}: architecture")
-    _check_arguments(config.get("model_args"), origin)
+    if not name.startswith(("vit_", "deit", "flexivit_")):
+        raise UserError(
+            f"{origin} is timm's {name[:80]}, which is no ViT: take one, such as"
+            " timm/vit_base_patch16_224.mae"
+        )
+    tensors = read_folder(folder)
+    _check_arguments(config.get("model_args"), depth_of(tensors), origin)
     try:
         with torch.device("meta"):
             model: Any = timm.create_model(f"local-dir:{folder}", pretrained=False)
@@ -302,7 +309,7 @@ def _timm(folder: Path, config: dict[str, Any], origin: str) -> Found:
         layer_scale=isinstance(block.ls1, LayerScale),
         registers=model.num_prefix_tokens - 1,
     )
-    found = Found(shape, read_folder(folder), {}, origin)
+    found = Found(shape, tensors, {}, origin)
     _join_positions(found)
     told = model.pretrained_cfg
     normalise(found, told.get("mean", IMAGENET_MEAN), told.get("std", IMAGENET_STD), origin)
@@ -310,12 +317,12 @@ def _timm(folder: Path, config: dict[str, Any], origin: str) -> Found:
     return found
 
 
-def _check_arguments(arguments: Any, origin: str) -> None:
-    """Refuses what would keep timm building for ever."""
+def _check_arguments(arguments: Any, depth: int, origin: str) -> None:
+    """Refuses what would keep timm building for ever: more blocks than the weights have."""
     values = records.checked(dict[str, Any] | None, arguments, f"{origin}: model_args") or {}
     for name, value in values.items():
         for one in value if isinstance(value, list) else [value]:
-            most = 2**10 if name in ("depth", "num_heads") else 2**24
+            most = {"depth": depth, "num_heads": 2**10}.get(name, 2**24)
             if isinstance(one, int | float) and not -most <= one <= most:
                 raise UserError(f"{origin}: {name} is {value!r} in config.json: fetch it again")
 

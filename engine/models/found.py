@@ -57,7 +57,8 @@ def normalise(found: Found, mean: Any, std: Any, place: object) -> None:
     for name, given in (("mean", mean), ("std", std)):
         values = list(given) if isinstance(given, list | tuple) else [given] * channels
         values = records.checked(list[records.Finite], values, f"{place}: {name}")
-        if len(values) != channels or (name == "std" and min(values) <= 0):
+        small = name == "std" and min(values, default=0) < 1e-6
+        if len(values) != channels or small or max(map(abs, values)) > 1e6:
             raise UserError(
                 f"{place}: the {name} {values} is not one {'positive ' * (name == 'std')}number for"
                 f" each of {channels} channels: correct it"
@@ -68,7 +69,7 @@ def normalise(found: Found, mean: Any, std: Any, place: object) -> None:
 
 def depth_of(tensors: Mapping[str, Tensor]) -> int:
     """One more than the highest number of a block; what is no block is refused by name later."""
-    return 1 + max(int(found[1]) for k in tensors if (found := _BLOCK.fullmatch(k)))
+    return 1 + max((int(b[1]) for k in tensors if (b := _BLOCK.fullmatch(k))), default=0)
 
 
 def check_sizes(found: Found) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from selfdistill.data.cli import format_error
 from selfdistill.data.errors import UserError
-from selfdistill.data.files import regular
+from selfdistill.data.files import read, regular
 from selfdistill.data.records import checked, read_object
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -182,8 +182,14 @@ def read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 stored = sum(info.file_size for info in archive.infolist())
+                named = [n for n in archive.namelist() if n.endswith("data.pkl")]
+                code = b"".join(archive.read(name) for name in named)
             if stored > path.stat().st_size:
                 raise ValueError("compressed")  # torch.save writes none; what would it come to?
+        else:
+            code = read(path, "fetch it again", path.stat().st_size)
+        if b"bytearray" in code:  # which torch lets pass, of any length
+            raise ValueError("bytes that are no tensor")
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

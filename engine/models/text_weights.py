@@ -32,6 +32,8 @@ from selfdistill.engine.models.weights import fingerprint
 #: Files that a model's folder on the hub may have beside its weights.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
 
+#: Times that a tokenizer's replacements may lengthen a text.
+_GROWTH = 100
 #: Models that number positions from pad_token_id + 1.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
@@ -139,6 +141,7 @@ def _check_settings(settings: dict[str, Any], source: str) -> None:
         )
     for name, value in settings.items():
         most = 2**10 if "layers" in name or "heads" in name else 2**26
+        most = 2**20 if name == "num_labels" else most  # a name is made of each
         if isinstance(value, int | float) and not -most <= value <= most:
             raise UserError(f"{source}: {name} is {value} in config.json: fetch the file again")
 
@@ -188,6 +191,32 @@ def fresh_language(
     return _record(config, tokenizer, model, max_length, "scratch", headless=False)
 
 
+def _check_growth(path: Path, source: str) -> None:
+    """Refuses a tokenizer whose replacements make much of little: a word could fill the memory.
+
+    Raises:
+        UserError: a text may grow more than `_GROWTH` times.
+    """
+    if not path.is_file():
+        return
+    content = read_object(path)
+    growth, steps = 1.0, [content.get("normalizer")]
+    while steps:
+        step = steps.pop()
+        inner = step.get("normalizers") if isinstance(step, dict) else None
+        steps += inner if isinstance(inner, list) else []
+        if isinstance(step, dict) and isinstance(step.get("content"), str):
+            pattern = step.get("pattern")
+            found = pattern.get("String") if isinstance(pattern, dict) else None
+            length = len(found) if isinstance(found, str) and found else 1
+            growth *= max(1.0, len(step["content"]) / length)
+    if growth > _GROWTH:
+        raise UserError(
+            f"the tokenizer of {source} replaces letters by up to {growth:.0g} others: take the one"
+            " that the model was trained with"
+        )
+
+
 def load_tokenizer(folder: str, source: str) -> Any:
     """The tokenizer of a folder.
 
@@ -197,6 +226,7 @@ def load_tokenizer(folder: str, source: str) -> Any:
     if not Path(folder).is_dir():
         raise UserError(f"there is no tokenizer at {source}: give its folder")
     cure = "put tokenizer.json, or vocab.json and merges.txt, beside its weights"
+    _check_growth(Path(folder) / "tokenizer.json", source)
     with _foreign(f"{source} has no tokenizer that can be read", cure):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

@@ -68,7 +68,15 @@ def serving(body: bytes, coding: str = "", tls: bool = False) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     "name",
-    ["pipe:touch x", "$(touch x)", "PIPE://touch x", "Pipe:touch x", "file:///x", "ssh://h/x"],
+    [
+        "pipe:touch x",
+        "$(touch x)",
+        "PIPE://touch x",
+        "Pipe:touch x",
+        "file:///x",
+        "ssh://h/x",
+        "s3://a::file:///x",
+    ],
 )
 def test_a_manifest_cannot_run_commands(split: Manifest, name: str) -> None:
     """Neither a fetched one nor one in a folder that was downloaded."""
@@ -185,6 +193,13 @@ def test_a_command_ends_with_what_it_started(
         time.sleep(0.02)
     else:
         pytest.fail("it still runs")
+
+
+def test_a_note_of_a_failure_that_is_no_file(split: Manifest, tmp_path: Path) -> None:
+    cache, info = ShardCache(tmp_path / "cache"), split.shards[0]
+    os.mkfifo(cache.folder / f"{info.sha256}.failed")
+    url = f"pipe:cat {split.root}/{info.name}"
+    assert cache.path(url, info.sha256, info.bytes).stat().st_size == info.bytes
 
 
 def test_a_cache_that_everybody_may_write_to_is_refused(tmp_path: Path) -> None:

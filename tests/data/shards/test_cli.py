@@ -213,6 +213,10 @@ def test_secrets_of_addresses_are_not_shown(capsys: pytest.CaptureFixture[str]) 
     url = "https://me:pass@host/x/train?token=abc&part=2"
     assert redacted(url) == "https://***@host/x/train?token=***&part=***"
     assert redacted("s3://bucket/train 'http://a/b'") == "s3://bucket/train 'http://a/b'"
+    for secret in ("u:p@ss@h/x", "u:it's@h/x?token=a'b", "h/x?ss", "h/x#access=ss", "h/?a=1&ss"):
+        shown = redacted(f"https://{secret}")
+        assert "ss" not in shown.replace("access", ""), shown
+        assert "'" not in shown, shown
 
     def fail(name: str) -> None:
         raise UserError(f"cannot fetch {name}: why")

@@ -184,6 +184,7 @@ def test_rows_of_a_table(split: Manifest, row: tuple[int, ...], says: str) -> No
         ({"members": {"file": ".", "sha256": "0" * 64}}, "neither a plain"),
         ({"members": {"file": "\0", "sha256": "0" * 64}}, "neither a plain"),
         ({"kind": "video"}, "kind"),
+        *(({"image": {"size": size}}, "image.size") for size in ("x", 0, -1, 1e9, 10**9)),
         ({"version": 2}, "version"),
     ],
 )
@@ -205,6 +206,14 @@ def test_a_manifest_that_is_no_file(split: Manifest) -> None:
         file.truncate(2**40)
     with pytest.raises(UserError, match="has 1,099,511,627,776 bytes"):
         Manifest.load(split.root)
+
+
+def test_a_table_that_is_no_file(split: Manifest) -> None:
+    path = Path(split.root) / "members.npy"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"members\.npy is no regular file"):
+        _ = Manifest.load(split.root).members
 
 
 def test_a_shard_that_is_no_file(split: Manifest) -> None:

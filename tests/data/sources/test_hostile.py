@@ -1,6 +1,7 @@
 """Files of strangers that are packed: bombs, pipes, loops, and what no decoder was made for."""
 
 import io
+import itertools
 import os
 import struct
 import time
@@ -163,6 +164,49 @@ def test_links_between_folders_end(tmp_path: Path, capsys: pytest.CaptureFixture
         for name in ("left", "right"):
             (here / name).symlink_to(there)
     assert "are links to one folder" in failing(capsys, pack, root, *words)
+
+
+def test_a_hidden_folder_of_links_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A class without pictures is looked through for anything else, and its links are not."""
+    root = folder_of(tmp_path / "in", a1=WHOLE, b1=WHOLE)
+    steps = [root / "c" / ".hidden" / str(number) for number in range(32)]
+    for here in steps:
+        here.mkdir(parents=True)
+    for here, there in itertools.pairwise(steps):
+        for name in ("left", "right"):
+            (here / name).symlink_to(there)
+    began = time.monotonic()
+    call(pack, root, tmp_path / "out", "--splits", "1", "--size", 8)
+    assert time.monotonic() - began < 10
+
+
+def test_tiles_and_headers_that_are_larger_than_their_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tags = ((256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1), (322, 32768))
+    entries = [*tags, (323, 65520), (324, 200), (325, 12)]
+    tiff = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    tiff += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    tiff = (tiff + struct.pack("<I", 0)).ljust(200, b"\0") + zlib.compress(bytes(9))[:12]
+    ppm = b"P5\n#" + b"a" * 10**7 + b"\n16 16 255\n" + bytes(256)
+    for content, says in ((tiff, "too many pixels"), (ppm, "comment of more than 4,096 bytes")):
+        root = folder_of(tmp_path / says[:5], a1=content, b1=WHOLE)
+        assert says in failing(capsys, pack, root, tmp_path / "out", "--splits", "1", "--size", 8)
+    short = b"P5\n# a comment\n# another\n16 16 255\n" + bytes(256)
+    assert images.decode(short, None).shape == (3, 16, 16)
+
+
+def test_pictures_outside_the_folder_of_their_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are packed, for many lists lie beside their pictures, and it is said."""
+    (tmp_path / "lists").mkdir()
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(png(numbered(number, 8)))
+    path = tmp_path / "lists" / "x.csv"
+    path.write_text(f"path,label\n{tmp_path}/0.png,a\n../1.png,b\n")
+    assert call(pack, path, tmp_path / "out", "--splits", "1") == 0
+    assert "2 images lie outside the folder of x.csv" in capsys.readouterr().err
 
 
 def test_lines_have_an_end(

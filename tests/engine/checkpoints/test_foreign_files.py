@@ -1,7 +1,9 @@
 """A run's folder that somebody else wrote: every file is looked through before it is used."""
 
+import hashlib
 import json
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 from selfdistill.data import records
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints.checkpoint import Checkpoints, Reader, State
+from selfdistill.engine.checkpoints.files import remove
 from selfdistill.engine.checkpoints.folder import open_run, read_config
 from selfdistill.engine.checkpoints.results import numbered, read_result
 from selfdistill.engine.checkpoints.training_state import load_weights
@@ -81,6 +84,25 @@ def test_folders_that_are_no_steps(tmp_path: Path) -> None:
     (tmp_path / "step-00000012").mkdir()
     (tmp_path / "step-00000004").mkdir()
     assert list(numbered(tmp_path, "step-")) == [4, 12]
+
+
+def test_parts_and_drafts_that_are_no_files(tmp_path: Path, ranks: Ranks) -> None:
+    """A pipe nobody writes into; a link in a draft's place, which leads to somebody's folder."""
+    empty = hashlib.sha256(b"").hexdigest()
+    written(tmp_path, {"files": {_PART: [0, empty]}})
+    os.mkfifo(tmp_path / "step-00000004" / _PART)
+    with pytest.raises(UserError, match="none of 1 checkpoints is whole"):
+        Checkpoints(tmp_path, ranks).newest()
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").touch()
+    (tmp_path / ".draft-step-00000001").symlink_to(victim)
+    remove(tmp_path / ".draft-step-00000001")
+    assert (victim / "precious").exists()
+    assert not (tmp_path / ".draft-step-00000001").is_symlink()
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match="is no regular file"):
+        cut_metrics(tmp_path / "metrics.jsonl", 2)
 
 
 def test_tensors_that_do_not_fit(tmp_path: Path) -> None:

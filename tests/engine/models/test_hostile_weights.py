@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import resource
 import time
 import zipfile
@@ -64,7 +65,9 @@ def test_sizes_are_compared_with_the_weights(
     ("processor", "says"),
     [
         ({"image_std": [0.5, 0.0, 0.5]}, "is not one positive number for each of 3 channels"),
-        ({"image_std": 0}, None),  # as where it is left out: transformers takes its default, too
+        ({"image_std": 0}, "is not one positive number"),
+        ({"image_std": [1e-320] * 3}, "is not one positive number"),
+        ({"image_mean": [1e308] * 3}, "is not one number"),
         ({"image_mean": "0.5"}, "image_mean"),
         ({"image_mean": [0.5]}, "is not one number for each of 3 channels"),
         ({"image_mean": [float("nan")] * 3}, "finite"),
@@ -73,13 +76,12 @@ def test_sizes_are_compared_with_the_weights(
     ],
 )
 def test_processors_are_looked_through(
-    saved: Path, tmp_path: Path, processor: Any, says: str | None
+    saved: Path, tmp_path: Path, processor: Any, says: str
 ) -> None:
     weights = dict(load_file(saved / "model.safetensors"))
     kit.write_folder(tmp_path / "x", config_of(saved), weights)
     (tmp_path / "x" / "preprocessor_config.json").write_text(json.dumps(processor))
-    if says is not None:
-        assert says in refusal(tmp_path / "x")
+    assert says in refusal(tmp_path / "x")
 
 
 def test_a_decoder_out_of_all_proportion(saved: Path, tmp_path: Path) -> None:
@@ -106,6 +108,32 @@ def test_tensors_that_say_more_than_their_file_holds(tmp_path: Path) -> None:
             new.writestr(info.filename, old.read(info))
     with pytest.raises(UserError, match="is no readable torch file"):
         read_torch(small)
+
+
+def test_a_pickle_of_bytes_of_any_number(tmp_path: Path) -> None:
+    """A hundred bytes that ask for gigabytes, before a tensor is met."""
+    kind = b"cbuiltins\nbytearray\n"
+    number = kind + b"J" + (2**30).to_bytes(4, "little") + b"\x85R"
+    parts = [pickle.dumps(0x1950A86A20F9469CFC6C, 2), pickle.dumps(1001, 2)]
+    parts += [pickle.dumps({"little_endian": True}, 2)]
+    parts += [b"\x80\x02}X\x01\x00\x00\x00a" + kind + number + b"\x85Rs.", pickle.dumps([], 2)]
+    (tmp_path / "x.pth").write_bytes(b"".join(parts))
+    with pytest.raises(UserError, match="is no readable torch file"):
+        read_torch(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"architecture": "resnet18", "model_args": {"layers": [10**6] * 4}}, "is no ViT"),
+        ({"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 1024}}, "depth is 1024"),
+        ({"architecture": 3}, "architecture"),
+    ],
+)
+def test_timms_arguments(tmp_path: Path, config: dict[str, Any], says: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"blocks.0.norm1.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    assert says in refusal(tmp_path)
 
 
 def test_weights_that_are_no_files(saved: Path, tmp_path: Path) -> None:
@@ -160,18 +188,28 @@ def _text(tmp_path: Path, name: str, content: bytes | dict[str, Any]) -> str:
         ("config.json", {"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000"),
         ("config.json", {"num_hidden_layers": 1000, "hidden_size": 512}, "its files have"),
         ("config.json", {"vocab_size": 2**25}, "its files have"),
+        ("config.json", {"num_labels": 2**26}, "num_labels is 67108864"),
         ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "is quantised"),
         ("config.json", {"hidden_size": "8"}, "cannot be loaded"),
         ("config.json", b"[" * 10**5, "not valid JSON (nested too deeply)"),
         ("model.safetensors", b"\xff" * 9999, "cannot be loaded"),
-        ("tokenizer.json", b"{", "has no tokenizer that can be read"),
-        ("tokenizer.json", b"[" * 10**5, "has no tokenizer that can be read"),
+        ("tokenizer.json", b"{", "not valid JSON"),
+        ("tokenizer.json", b"[" * 10**5, "nested too deeply"),
     ],
 )
 def test_language_models(
     tmp_path: Path, name: str, content: bytes | dict[str, Any], says: str
 ) -> None:
     assert says in _text(tmp_path, name, content)
+
+
+def test_a_tokenizer_that_makes_much_of_little(tmp_path: Path) -> None:
+    """Forty times two for one."""
+    settings = json.loads((bert() / "tokenizer.json").read_text())
+    twice = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    settings["normalizer"] = {"type": "Sequence", "normalizers": [twice] * 40}
+    content = json.dumps(settings).encode()
+    assert "replaces letters by up to 1e+12" in _text(tmp_path, "tokenizer.json", content)
 
 
 def test_a_tokenizer_with_a_broken_expression(tmp_path: Path) -> None:

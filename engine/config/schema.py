@@ -236,6 +236,9 @@ class FinetuneSection(StageSection):
     weights: str | None = Field(None, description="exported model to start from, not the run's own")
     seeds: int = Field(1, ge=1, description="repetitions, seeds seed, seed+1, ...")
     eval_every: int = Field(0, ge=0, description="validation interval in steps (0 = at the end)")
+    metric: Literal["auto", "accuracy", "macro_f1", "micro_f1"] = Field(
+        "auto", description="in tables (auto = the data set's own, or accuracy); all are kept"
+    )
     test: bool = Field(True, description="score the test split at the end (false in searches)")
     train_scored: int = Field(
         10_000, ge=0, description="samples of the train split scored at the end (0 = none)"

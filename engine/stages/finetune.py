@@ -25,6 +25,9 @@ from selfdistill.engine.training.record import scalars
 from selfdistill.engine.training.stage import Stage
 from selfdistill.engine.training.teacher import view
 
+#: Samples of a split below which its figures are warned of.
+FEW = 50
+
 
 def finetune_source(run: Run, start: str) -> tuple[str, str]:
     """Stage folder name and weights of a fine-tuning.
@@ -82,6 +85,24 @@ def finetune(run: Run, start: str) -> None:
                 f" ± {100 * spread:.2f} ({len(seeds)} seeds)" if spread is not None else ""
             )
             run.info(f"{name}: {key} {100 * value:.2f}%{spread_text}")
+    _put_into_proportion(run, name, final["metrics"])
+
+
+def _put_into_proportion(run: Run, name: str, metrics: dict[str, float]) -> None:
+    """What accuracy alone does not say: the classes' F1, the commonest class, few samples."""
+    for split, manifest in labelled_splits(run).items():
+        if split == "train" or f"{split}_macro_f1" not in metrics:
+            continue
+        commonest = max(manifest.class_counts) / manifest.samples
+        run.info(
+            f"{name}: {split}: macro F1 {100 * metrics[f'{split}_macro_f1']:.2f}%; the commonest"
+            f" class alone gives {100 * commonest:.2f}% accuracy; {manifest.samples} samples"
+        )
+        if manifest.samples < FEW:
+            run.info(
+                f"warning: {split} has {manifest.samples} samples: one of them is"
+                f" {100 / manifest.samples:.1f} points, and differences of a few mean nothing"
+            )
 
 
 def _check_seeds(run: Run, name: str) -> None:
@@ -167,6 +188,12 @@ class Finetune(Stage):
         self.initial: Any = base  # theta_init, from which the distance is measured
 
     @property
+    def metric(self) -> str:
+        """What the set is scored by: as asked for, as its manifest says, or accuracy."""
+        asked = self.config.finetune.metric
+        return str(self.train.text.get("metric") or "accuracy") if asked == "auto" else asked
+
+    @property
     def manifests(self) -> list[Manifest]:
         """See `Stage`."""
         return list(self.splits.values())
@@ -220,7 +247,7 @@ class Finetune(Stage):
         folder = run.folder / self.name / "export"
         modality.export_classifier(folder, engine.module.model, self.base, train.classes)
         return {
-            "metric": train.text.get("metric") or "accuracy",
+            "metric": self.metric,
             "metrics": metrics,
             "analysis": analysis,
             "scores": scores,

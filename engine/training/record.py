@@ -33,7 +33,7 @@ def record_of(
         seed: Of order, head and dropout.
     """
     config = run.config
-    elsewhere = {"seeds", "eval_every", "start", "weights", "epochs", "auto", "data"}
+    elsewhere = {"seeds", "eval_every", "start", "weights", "epochs", "auto", "data", "metric"}
     settings, mode = plan.model_dump(mode="json", exclude=elsewhere), config.compile_mode
     return {
         **{f"{section}.{k}": v for k, v in settings.items()},

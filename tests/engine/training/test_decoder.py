@@ -70,7 +70,7 @@ def said(root: Path) -> str:
         images | {"stage": "pretrain", "output": str(runs / "none"), "save_every": 1},
         images
         | {"stage": "all", "output": str(runs / "off"), "decoder.auto": False}
-        | {"save_every": 1, "keep_finished": False},
+        | {"save_every": 1, "keep_finished": False, "finetune.metric": "macro_f1"},
         images
         | {"stage": "decoder", "output": str(runs / "whole")}
         | {"model": str(root / "images" / "base"), "expect_error": "has a decoder: nothing"},
@@ -135,6 +135,18 @@ def test_stage_1_starts_from_it(root: Path, said: str) -> None:
         result = json.loads((root / "runs" / run / "pretrain" / "result.json").read_text())
         assert len(result["model"]["sha256"]) == 64
     assert (root / "runs" / "images" / "finetune" / "result.json").exists()
+
+
+def test_figures_are_put_into_proportion(root: Path, said: str) -> None:
+    assert "finetune: test: macro F1 " in said
+    assert "the commonest class alone gives 33.33% accuracy; 9 samples" in said
+    assert "warning: test has 9 samples: one of them is 11.1 points" in said
+    told = {
+        run: json.loads((root / "runs" / run / "finetune" / "result.json").read_text())["metric"]
+        for run in ("images", "off")
+    }
+    assert told == {"images": "accuracy", "off": "macro_f1"}
+    assert "finetune: test_macro_f1 " in said
 
 
 def test_checkpoints_of_what_is_complete_may_go(root: Path, said: str) -> None:

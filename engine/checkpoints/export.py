@@ -31,7 +31,9 @@ def export_mae(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> None:
-    """Writes a folder for transformers' ``ViTMAEForPreTraining``, ``ViTMAEModel`` and ``ViTModel``.
+    """Writes a folder for transformers' ``ViTMAEForPreTraining``, or ``Dinov2Model``.
+
+    The encoder alone lies in it for timm (timm/), and for ``ViTModel`` (encoder/).
 
     Args:
         folder: to be made; an export that stands there is replaced.
@@ -61,7 +63,13 @@ def export_mae(
             config |= _dino_config(shape, "Model")
             tensors = to_dinov2(encoder)
             _write_tensors(target / DECODER, decoder)
+        else:  # AutoModel would load the masked one, which hides patches at random
+            plain = _config(shape) | {"architectures": ["ViTModel"], "model_type": "vit"}
+            bare = {k.removeprefix("vit."): v for k, v in to_hugging_face(encoder, None).items()}
+            (target / "encoder").mkdir()
+            _write_hugging_face(target / "encoder", plain, bare, shape, mean, std)
         _write_hugging_face(target, config, tensors, shape, mean, std)
+        _write_timm(target / "timm", shape, encoder, [], "cls", mean, std)
 
     _replace(Path(folder), write)
 
@@ -114,14 +122,8 @@ def export_classifier(
             tensors = to_hugging_face(encoder, None)
             tensors |= {f"classifier.{k}": v for k, v in head.items()}
             _write_hugging_face(target, config, tensors, shape, mean, std)
-        (target / "timm").mkdir()
-        _write_json(target / "timm" / "config.json", _timm_config(shape, classes, pool, mean, std))
         tensors = dict(encoder) | {f"head.{k}": v for k, v in head.items()}
-        if shape.registers:  # timm has no position of CLS then
-            table = tensors["pos_embed"]
-            tensors["cls_token"] = tensors["cls_token"] + table[:, :1]
-            tensors["pos_embed"] = table[:, 1:]
-        _write_tensors(target / "timm" / "model.safetensors", tensors)
+        _write_timm(target / "timm", shape, tensors, classes, pool, mean, std)
 
     _replace(Path(folder), write)
 
@@ -162,6 +164,26 @@ def export_transformers(
             _sync(path)
 
     _replace(Path(folder), write)
+
+
+def _write_timm(
+    target: Path,
+    shape: Shape,
+    tensors: Mapping[str, Tensor],
+    classes: Sequence[str],
+    pool: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    """A folder for ``timm.create_model("local-dir:...")``; no classes: the features alone."""
+    target.mkdir()
+    _write_json(target / "config.json", _timm_config(shape, classes, pool, mean, std))
+    tensors = dict(tensors)
+    if shape.registers:  # timm has no position of CLS then
+        table = tensors["pos_embed"]
+        tensors["cls_token"] = tensors["cls_token"] + table[:, :1]
+        tensors["pos_embed"] = table[:, 1:]
+    _write_tensors(target / "model.safetensors", tensors)
 
 
 def _labels(classes: Sequence[str]) -> dict[str, Any]:

@@ -71,6 +71,8 @@ class Shape:
                 raise UserError(f"{name} is {value!r}: it must be a whole number, 1 to {most}")
         if type(self.registers) is not int or not 0 <= self.registers <= 64:
             raise UserError(f"registers is {self.registers!r}: it must be a whole number, 0 to 64")
+        if self.registers and not self.layer_scale:
+            raise UserError("it has registers and no layer scale, so it is no DINOv2: take one")
         for name, value in (("norm_eps", self.norm_eps), ("mask_ratio", self.mask_ratio)):
             if type(value) not in (int, float) or not 0 < value < 1:
                 raise UserError(f"{name} is {value!r}: it must be a number between 0 and 1")

@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import (
     AutoImageProcessor,
+    AutoModel,
     ViTForImageClassification,
     ViTMAEForPreTraining,
     ViTMAEModel,
@@ -80,6 +81,25 @@ def test_transformers_loads_the_mae_and_gives_the_same(tmp_path: Path, eps: floa
     torch.testing.assert_close(
         encoder.eval()(images).last_hidden_state, model.encoder(images), rtol=1e-5, atol=1e-5
     )
+
+
+def test_the_encoder_alone_is_there_for_both_libraries(tmp_path: Path) -> None:
+    """AutoModel of the whole hides patches at random: two calls differ. These do not."""
+    model = exported_mae(tmp_path / "mae")
+    images, _ = kit.batch()
+    wanted = model.encoder(images)
+    plain, report = AutoModel.from_pretrained(
+        tmp_path / "mae" / "encoder", add_pooling_layer=False, output_loading_info=True
+    )
+    assert_clean(report)
+    for _ in range(2):
+        found = plain.eval()(images).last_hidden_state
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    of_timm = timm.create_model(f"local-dir:{tmp_path / 'mae' / 'timm'}", pretrained=True).eval()
+    assert of_timm.num_classes == 0
+    torch.testing.assert_close(of_timm.forward_features(images), wanted, rtol=1e-4, atol=1e-5)
+    assert load_pretrained(str(tmp_path / "mae" / "encoder")).decoder is None
+    assert load_pretrained(str(tmp_path / "mae")).decoder is not None
 
 
 @pytest.mark.parametrize("normalized", [True, False])
@@ -203,7 +223,7 @@ def test_full_disk_is_one_line_and_leaves_the_old_export(
 
 def test_an_unknown_tensor_is_never_left_out_silently() -> None:
     with pytest.raises(KeyError):
-        to_hugging_face({"reg_token": torch.zeros(1)}, None)
+        to_hugging_face({"norm_pre.weight": torch.zeros(1)}, None)
 
 
 def test_images_start_without_transformers() -> None:

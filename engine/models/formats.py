@@ -280,11 +280,10 @@ def _timm(folder: Path, config: dict[str, Any], origin: str) -> Found:
     name = records.checked(str, config["architecture"], f"{origin}: architecture")
     if not name.startswith(("vit_", "deit", "flexivit_")):
         raise UserError(
-            f"{origin} is timm's {name[:80]}, which is no ViT: take one, such as"
+            f"{origin} is timm's {name[:80]}, which is not a plain ViT: take one, such as"
             " timm/vit_base_patch16_224.mae"
         )
-    tensors = read_folder(folder)
-    _check_arguments(config.get("model_args"), depth_of(tensors), origin)
+    _check_arguments(config.get("model_args"), origin)
     try:
         with torch.device("meta"):
             model: Any = timm.create_model(f"local-dir:{folder}", pretrained=False)
@@ -309,7 +308,7 @@ def _timm(folder: Path, config: dict[str, Any], origin: str) -> Found:
         layer_scale=isinstance(block.ls1, LayerScale),
         registers=model.num_prefix_tokens - 1,
     )
-    found = Found(shape, tensors, {}, origin)
+    found = Found(shape, read_folder(folder), {}, origin)
     _join_positions(found)
     told = model.pretrained_cfg
     normalise(found, told.get("mean", IMAGENET_MEAN), told.get("std", IMAGENET_STD), origin)
@@ -317,12 +316,12 @@ def _timm(folder: Path, config: dict[str, Any], origin: str) -> Found:
     return found
 
 
-def _check_arguments(arguments: Any, depth: int, origin: str) -> None:
-    """Refuses what would keep timm building for ever: more blocks than the weights have."""
+def _check_arguments(arguments: Any, origin: str) -> None:
+    """Refuses what would keep timm building for ever; the weights are compared with it later."""
     values = records.checked(dict[str, Any] | None, arguments, f"{origin}: model_args") or {}
     for name, value in values.items():
         for one in value if isinstance(value, list) else [value]:
-            most = {"depth": depth, "num_heads": 2**10}.get(name, 2**24)
+            most = {"depth": 2**7, "num_heads": 2**10}.get(name, 2**24)
             if isinstance(one, int | float) and not -most <= one <= most:
                 raise UserError(f"{origin}: {name} is {value!r} in config.json: fetch it again")
 

@@ -125,7 +125,7 @@ def test_a_pickle_of_bytes_of_any_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"architecture": "resnet18", "model_args": {"layers": [10**6] * 4}}, "is no ViT"),
+        ({"architecture": "resnet18", "model_args": {"layers": [10**6] * 4}}, "not a plain ViT"),
         ({"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 1024}}, "depth is 1024"),
         ({"architecture": 3}, "architecture"),
     ],

@@ -200,8 +200,9 @@ def test_timm_file_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("vit_small_patch14_dinov2", {"img_size": 28}),  # layer scale
-        ("vit_small_patch14_reg4_dinov2", {"img_size": 28}),  # registers
+        ("vit_giant_patch14_dinov2", {"img_size": 28, "depth": 1}),  # SwiGLU
+        ("vit_base_patch16_clip_224", {}),  # a norm before the blocks
+        ("vit_base_patch16_siglip_224", {}),  # no class token
         ("deit_tiny_distilled_patch16_224", {}),  # a second class token
         ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
         ("vit_tiny_patch16_224", {"global_pool": "avg"}),  # norm after pooling

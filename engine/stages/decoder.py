@@ -20,24 +20,22 @@ from torch import nn
 
 from selfdistill.data.errors import UserError
 from selfdistill.data.files import refuse_open
-from selfdistill.data.loading.datasets import Keyed
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.checkpoint import FREE
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.checkpoints.results import RESULT, read_result
 from selfdistill.engine.runtime.distributed import main_only
+from selfdistill.engine.stages.pretrain import DECODER as NAME
+from selfdistill.engine.stages.pretrain import Masked
 from selfdistill.engine.stages.splits import split_of, unlabelled_split
 from selfdistill.engine.training.loop import run_stage
 from selfdistill.engine.training.modalities import modality_of
-from selfdistill.engine.training.modalities.base import Batch, Modality
+from selfdistill.engine.training.modalities.base import Modality
 from selfdistill.engine.training.objectives import MaskedObjective
 from selfdistill.engine.training.stage import Stage
-from selfdistill.engine.training.teacher import view
-
-NAME = "decoder"
 
 
-class Decoder(Stage):
+class Decoder(Masked):
     """L_MAE of the decoder alone, on a frozen encoder.
 
     Args:
@@ -59,20 +57,6 @@ class Decoder(Stage):
         self.model = self.modality.autoencoder(self.base, dropout=0.0)
         self.model.encoder.requires_grad_(False)
         return MaskedObjective(self.model)
-
-    def keyed(self) -> Keyed | None:
-        """See `Stage`: the masks."""
-        return self.modality.mask(self.base)
-
-    def inputs(self, batch: Batch) -> Batch:
-        """See `Stage`: the masked view."""
-        return view(batch, self.modality.masked, self.ranks.device)
-
-    def finish(self, engine: Any) -> dict[str, Any]:
-        """See `Stage`: encoder and decoder, a base that others can start from."""
-        folder = self.run.folder / NAME / "export"
-        self.modality.export_autoencoder(folder, engine.module.model, self.base)
-        return {"export": str(folder)}
 
 
 def _source(run: Run) -> Manifest:
@@ -107,30 +91,6 @@ def train_decoder(run: Run) -> None:
         run.info(f"{NAME}: found again ({kept}): made of the same encoder, data and settings")
     run_stage(stage)
     main_only(run.ranks, lambda: _keep(run, kept))
-
-
-def initial(run: Run, modality: Modality) -> Any:
-    """theta_init and phi_init: --model, with the decoder of stage 0 where it has none of its own.
-
-    Raises:
-        UserError: the run's decoder was trained for another encoder.
-    """
-    base = modality.load()
-    if base.decoder is not None:
-        return base
-    made = run.shared_result(NAME)
-    if made is None:
-        run.info_once(
-            f"warning: {base.origin} has no decoder: a new, random one takes its place, which"
-            " spoils the encoder in its first steps; --stage decoder trains one before"
-        )
-        return base
-    if (made.get("record") or {}).get("model") != base.sha256:
-        raise UserError(
-            f"{run.folder / NAME} is the decoder of another encoder than {base.origin}: give the"
-            " model that it was trained for, or another --output"
-        )
-    return modality.load(str(run.folder / NAME / "export"))
 
 
 def _shelf() -> Path:

@@ -11,8 +11,7 @@ from selfdistill.data.loading.datasets import Keyed
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.regularizers import matching
 from selfdistill.engine.runtime.distributed import main_only
-from selfdistill.engine.stages.decoder import initial
-from selfdistill.engine.stages.pretrain import export_autoencoder
+from selfdistill.engine.stages.pretrain import export_autoencoder, initial
 from selfdistill.engine.stages.splits import unlabelled_split
 from selfdistill.engine.training.modalities import modality_of
 from selfdistill.engine.training.modalities.base import Batch

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from selfdistill.data.errors import UserError
 from selfdistill.data.loading.datasets import Keyed
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.regularizers import supcon
-from selfdistill.engine.stages.decoder import initial
 from selfdistill.engine.stages.splits import train_split, unlabelled_split
 from selfdistill.engine.training.modalities import modality_of
 from selfdistill.engine.training.modalities.base import Batch, Modality
@@ -18,8 +18,27 @@ from selfdistill.engine.training.objectives import MaskedObjective
 from selfdistill.engine.training.stage import Stage
 from selfdistill.engine.training.teacher import view
 
+#: Stage 0, and its folder.
+DECODER = "decoder"
 
-class Pretrain(Stage):
+
+class Masked(Stage):
+    """What learns from masked views, and leaves encoder and decoder."""
+
+    def keyed(self) -> Keyed | None:
+        """See `Stage`: the masks."""
+        return self.modality.mask(self.base)
+
+    def inputs(self, batch: Batch) -> Batch:
+        """See `Stage`: the masked view."""
+        return view(batch, self.modality.masked, self.ranks.device)
+
+    def finish(self, engine: Any) -> dict[str, Any]:
+        """See `Stage`."""
+        return export_autoencoder(self.run, self.modality, self.name, engine, self.base)
+
+
+class Pretrain(Masked):
     """L_MAE from theta_init, phi_init (Algorithm 2)."""
 
     section = "pretrain"
@@ -45,18 +64,6 @@ class Pretrain(Stage):
         """See `Stage`."""
         self.model = self.modality.autoencoder(self.base)
         return MaskedObjective(self.model)
-
-    def keyed(self) -> Keyed | None:
-        """See `Stage`: the masks."""
-        return self.modality.mask(self.base)
-
-    def inputs(self, batch: Batch) -> Batch:
-        """See `Stage`: the masked view."""
-        return view(batch, self.modality.masked, self.ranks.device)
-
-    def finish(self, engine: Any) -> dict[str, Any]:
-        """See `Stage`."""
-        return export_autoencoder(self.run, self.modality, self.name, engine, self.base)
 
 
 class Contrast(Pretrain):
@@ -99,6 +106,30 @@ class Contrast(Pretrain):
 def pretraining(run: Run) -> Pretrain:
     """Stage 1 with the objective that `--pretrain.objective` names."""
     return Contrast(run) if run.config.pretrain.objective == "supcon" else Pretrain(run)
+
+
+def initial(run: Run, modality: Modality) -> Any:
+    """theta_init and phi_init: --model, with the decoder of stage 0 where it has none of its own.
+
+    Raises:
+        UserError: the run's decoder was trained for another encoder.
+    """
+    base = modality.load()
+    if base.decoder is not None:
+        return base
+    made = run.shared_result(DECODER)
+    if made is None:
+        run.info_once(
+            f"warning: {base.origin} has no decoder: a new, random one takes its place, which"
+            " spoils the encoder in its first steps; --stage decoder trains one before"
+        )
+        return base
+    if (made.get("record") or {}).get("model") != base.sha256:
+        raise UserError(
+            f"{run.folder / DECODER} is the decoder of another encoder than {base.origin}: give the"
+            " model that it was trained for, or another --output"
+        )
+    return modality.load(str(run.folder / DECODER / "export"))
 
 
 def export_autoencoder(

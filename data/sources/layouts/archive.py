@@ -119,7 +119,7 @@ def _extract(path: Path, folder: Path) -> None:
         raise UserError(f"{path} is broken: take the official archive again") from None
     except (
         *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError),
-        *(ValueError, OverflowError, struct.error),  # of the parsers of their headers
+        *(ValueError, OverflowError, LookupError, struct.error),  # of parsers of their headers
     ) as error:
         raise UserError(
             f"{path} is broken or cut short ({error}): take the official archive again"

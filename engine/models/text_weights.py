@@ -231,8 +231,9 @@ def load_tokenizer(folder: str, source: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    for name in ("pad", "cls", "sep"):
-        if getattr(tokenizer, f"{name}_token_id") is None:
+        ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
+    for name, number in ids.items():
+        if number is None:
             raise UserError(
                 f"the tokenizer of {source} has no {name} token: take the one that the model was"
                 " trained with"

@@ -74,6 +74,12 @@ def train_decoder(run: Run) -> None:
         UserError: the model has one, and --stage decoder asks for it.
     """
     config = run.config
+    if config.stage == "all" and (
+        not config.decoder.auto
+        or config.model.path == "scratch"  # made with a decoder; making it counts words
+        or main_only(run.ranks, lambda: _begun_without(run))
+    ):
+        return
     modality = modality_of(run, unlabelled_split(run) if config.data.path else _source(run))
     base = modality.load()
     if base.decoder is not None:
@@ -82,15 +88,17 @@ def train_decoder(run: Run) -> None:
                 f"{base.origin} has a decoder: nothing is to be done: go on with --stage pretrain"
             )
         return
-    begun = (run.folder / "pretrain").exists() and not (run.folder / NAME).exists()
-    if config.stage == "all" and (not config.decoder.auto or main_only(run.ranks, lambda: begun)):
-        return
     stage = Decoder(run, base, modality)
     kept = _shelf() / _key(stage)
     if main_only(run.ranks, lambda: _take(run, kept)):
         run.info(f"{NAME}: found again ({kept}): made of the same encoder, data and settings")
     run_stage(stage)
     main_only(run.ranks, lambda: _keep(run, kept))
+
+
+def _begun_without(run: Run) -> bool:
+    """Whether stage 1 began with another decoder: it goes on with that."""
+    return (run.folder / "pretrain").exists() and not (run.folder / NAME).exists()
 
 
 def _shelf() -> Path:

@@ -172,6 +172,7 @@ def _without_body(function: Callable[..., None]) -> Callable[..., None]:
     def nothing(*args: Any, **kwargs: Any) -> None:
         """Does nothing."""
 
+    # inspect looks for it on functions, whose type does not know it.
     nothing.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     return nothing
 

@@ -68,6 +68,7 @@ def said(root: Path) -> str:
         images | {"stage": "all", "output": str(runs / "images")},
         images | {"stage": "all", "output": str(runs / "again")},
         images | {"stage": "pretrain", "output": str(runs / "none"), "save_every": 1},
+        images | {"stage": "all", "output": str(runs / "none"), "save_every": 1},
         images
         | {"stage": "all", "output": str(runs / "off"), "decoder.auto": False}
         | {"save_every": 1, "keep_finished": False, "finetune.metric": "macro_f1"},
@@ -129,8 +130,11 @@ def test_stage_1_starts_from_it(root: Path, said: str) -> None:
     random = metrics(root / "runs" / "none" / "pretrain")[0]["loss/mae"]
     assert metrics(root / "runs" / "images" / "pretrain")[0]["loss/mae"] < random
     assert metrics(root / "runs" / "off" / "pretrain")[0]["loss/mae"] == random
-    assert said.count("has no decoder: a new, random one takes its place") == 2
+    assert said.count("has no decoder: a new, random one takes its place") == 3
     assert not (root / "runs" / "off" / "decoder").exists()
+    # One that began without goes on without.
+    assert not (root / "runs" / "none" / "decoder").exists()
+    assert (root / "runs" / "none" / "finetune" / "result.json").exists()
     for run in ("all", "images", "none"):
         result = json.loads((root / "runs" / run / "pretrain" / "result.json").read_text())
         assert len(result["model"]["sha256"]) == 64

@@ -16,7 +16,7 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
-from selfdistill.engine.models.found import IMAGENET_MEAN, IMAGENET_STD
+from selfdistill.engine.models.images.found import IMAGENET_MEAN, IMAGENET_STD
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 

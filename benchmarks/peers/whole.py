@@ -26,7 +26,7 @@ from transformers import (
 
 from benchmarks.peers.plain import full_view
 from selfdistill.data import cli
-from selfdistill.engine.models.found import IMAGENET_MEAN, IMAGENET_STD
+from selfdistill.engine.models.images.found import IMAGENET_MEAN, IMAGENET_STD
 
 
 def endless(batches: Any) -> Iterator[tuple[Tensor, Tensor]]:

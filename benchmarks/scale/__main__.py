@@ -90,8 +90,8 @@ STAGES = 4
 
 def parameters() -> Parameters:
     """Those of the model that is distilled."""
-    from selfdistill.engine.models.vit_mae import ViTMAE
-    from selfdistill.engine.models.weights import load_pretrained
+    from selfdistill.engine.models.images.vit_mae import ViTMAE
+    from selfdistill.engine.models.images.weights import load_pretrained
 
     shape = load_pretrained(str(BASE)).shape
     return count(lambda: ViTMAE(shape))

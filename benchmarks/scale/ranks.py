@@ -129,9 +129,9 @@ class _Stepper:
     def __init__(self, setting: str, accumulation: int, micro: int, ranks: Any) -> None:
         from selfdistill.engine.checkpoints.folder import Run
         from selfdistill.engine.config import options as configuration
-        from selfdistill.engine.models.image import ImageAutoencoder, Normalize
-        from selfdistill.engine.models.vit_mae import ViTMAE
-        from selfdistill.engine.models.weights import load_pretrained
+        from selfdistill.engine.models.images.networks import ImageAutoencoder, Normalize
+        from selfdistill.engine.models.images.vit_mae import ViTMAE
+        from selfdistill.engine.models.images.weights import load_pretrained
         from selfdistill.engine.training.engine import build_engine
         from selfdistill.engine.training.objectives import DistillObjective
 

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfdistill.data.errors import UserError
-from selfdistill.engine.models.formats import DECODER
-from selfdistill.engine.models.layout import to_dinov2, to_hugging_face
-from selfdistill.engine.models.vit_mae import Shape
+from selfdistill.engine.models.images.formats import DECODER
+from selfdistill.engine.models.images.layout import to_dinov2, to_hugging_face
+from selfdistill.engine.models.images.vit_mae import Shape
 
 if TYPE_CHECKING:  # images need none of it: a tenth of a start
     from transformers import PreTrainedConfig
@@ -147,7 +147,7 @@ def export_transformers(
     Raises:
         UserError: the folder holds something else, or cannot be written.
     """
-    from selfdistill.engine.models.language import restore_dropout
+    from selfdistill.engine.models.texts.language import restore_dropout
 
     def write(target: Path) -> None:
         config = restore_dropout(network.config, original)

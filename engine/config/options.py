@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from selfdistill.data import cli, records
 from selfdistill.data.errors import UserError
-from selfdistill.engine.config.schema import ROOT, Config, Section
+from selfdistill.engine.config.schema import ROOT, Config
+from selfdistill.engine.config.sections import Section
 
 RECIPES = ROOT / "recipes"
 

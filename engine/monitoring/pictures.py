@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from selfdistill.engine.models.patches import patchify, unpatchify
-from selfdistill.engine.models.vit_mae import Shape
+from selfdistill.engine.models.images.patches import patchify, unpatchify
+from selfdistill.engine.models.images.vit_mae import Shape
 
 #: Side in pixels up to which small images are enlarged.
 SIDE = 128

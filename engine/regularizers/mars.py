@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints import training_state
-from selfdistill.engine.config.schema import Config, MarsSection
+from selfdistill.engine.config.schema import Config
+from selfdistill.engine.config.sections import MarsSection
 from selfdistill.engine.regularizers.base import Regularizer
 from selfdistill.engine.runtime import zero
 from selfdistill.engine.runtime.distributed import Ranks

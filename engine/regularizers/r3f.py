@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from selfdistill.data.loading.datasets import Keyed
 from selfdistill.engine.checkpoints.folder import Run
-from selfdistill.engine.config.schema import R3FSection
+from selfdistill.engine.config.sections import R3FSection
 from selfdistill.engine.regularizers.base import Regularizer
 from selfdistill.engine.training.modalities.base import Batch
 from selfdistill.engine.training.objectives import Classifies

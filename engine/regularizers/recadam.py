@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints.training_state import MOMENTS
-from selfdistill.engine.config.schema import Config, FinetuneSection, RecAdamSection
+from selfdistill.engine.config.schema import Config
+from selfdistill.engine.config.sections import RecAdamSection
+from selfdistill.engine.config.stages import FinetuneSection
 from selfdistill.engine.regularizers.base import Regularizer
 from selfdistill.engine.runtime import zero
 from selfdistill.engine.training import optimizer as optim

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from selfdistill.data.errors import UserError
 from selfdistill.data.shards.manifest import Manifest
-from selfdistill.engine.config.schema import Config, SupConSection
+from selfdistill.engine.config.schema import Config
+from selfdistill.engine.config.sections import SupConSection
 from selfdistill.engine.training.objectives import Reconstructs, freeze_decoder
 
 

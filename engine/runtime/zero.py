@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from selfdistill.data import records
 from selfdistill.data.errors import UserError
-from selfdistill.engine.config.schema import ROOT, Config, StageSection
+from selfdistill.engine.config.schema import ROOT, Config
+from selfdistill.engine.config.stages import StageSection
 
 FOLDER = ROOT / "ds_configs"
 

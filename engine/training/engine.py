@@ -11,7 +11,7 @@ from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints import training_state
 from selfdistill.engine.checkpoints.checkpoint import Checkpoints, Reader, State
 from selfdistill.engine.checkpoints.folder import Run
-from selfdistill.engine.config.schema import StageSection
+from selfdistill.engine.config.stages import StageSection
 from selfdistill.engine.runtime import zero
 from selfdistill.engine.training import optimizer as optim
 from selfdistill.engine.training.modalities.base import Section

@@ -14,7 +14,7 @@ from selfdistill.data import rng
 from selfdistill.data.loading.loader import Loader
 from selfdistill.engine.checkpoints.checkpoint import Checkpoints
 from selfdistill.engine.checkpoints.folder import open_stage, write_result
-from selfdistill.engine.config.schema import StageSection
+from selfdistill.engine.config.stages import StageSection
 from selfdistill.engine.monitoring import flops as flop_counts
 from selfdistill.engine.monitoring.audit import SampleLog
 from selfdistill.engine.monitoring.drift import Drift

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from selfdistill.engine.config.schema import StageSection
+from selfdistill.engine.config.stages import StageSection
 
 
 def decays(name: str, parameter: torch.Tensor, stage: str) -> bool:

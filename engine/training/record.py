@@ -10,7 +10,7 @@ import torch
 
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
-from selfdistill.engine.config.schema import StageSection
+from selfdistill.engine.config.stages import StageSection
 from selfdistill.engine.training.modalities.base import Section
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from selfdistill.data.loading.datasets import Keyed
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
-from selfdistill.engine.config.schema import StageSection
+from selfdistill.engine.config.stages import StageSection
 from selfdistill.engine.monitoring.monitor import Monitor
 from selfdistill.engine.training.modalities.base import Batch, Modality, Section
 from selfdistill.engine.training.record import record_of

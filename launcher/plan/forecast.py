@@ -13,7 +13,8 @@ import torch
 from selfdistill.data.errors import UserError
 from selfdistill.data.shards.manifest import Manifest, is_remote
 from selfdistill.engine.checkpoints.folder import Run
-from selfdistill.engine.config.schema import Config, StageSection
+from selfdistill.engine.config.schema import Config
+from selfdistill.engine.config.stages import StageSection
 from selfdistill.engine.monitoring.flops import Stage, TeacherMode
 from selfdistill.engine.runtime import zero
 from selfdistill.engine.runtime.distributed import Ranks

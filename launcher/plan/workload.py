@@ -14,9 +14,9 @@ from torch import nn
 
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints.folder import Run
-from selfdistill.engine.models import formats, found
-from selfdistill.engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
-from selfdistill.engine.models.weights import Pretrained
+from selfdistill.engine.models.images import formats, found
+from selfdistill.engine.models.images.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
+from selfdistill.engine.models.images.weights import Pretrained
 from selfdistill.engine.monitoring.flops import Stage, TeacherMode
 from selfdistill.engine.training.modalities.base import Modality
 from selfdistill.engine.training.modalities.image import ImageModality

@@ -13,9 +13,14 @@ from selfdistill.data.cli import format_error
 from selfdistill.data.errors import UserError
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
-from selfdistill.engine.models.fresh import small_config
-from selfdistill.engine.models.language import HEADS, MaskedLanguageModel, TextClassifier, cuts
-from selfdistill.engine.models.text_weights import Language, load_tokenizer
+from selfdistill.engine.models.texts.fresh import small_config
+from selfdistill.engine.models.texts.language import (
+    HEADS,
+    MaskedLanguageModel,
+    TextClassifier,
+    cuts,
+)
+from selfdistill.engine.models.texts.weights import Language, load_tokenizer
 from selfdistill.engine.monitoring.flops import Stage, TeacherMode
 from selfdistill.engine.training.modalities.text import TextModality
 from selfdistill.launcher.plan.activations import CLS_ROW, Blocks, masked_texts, whole_texts

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import plain
 from benchmarks.sizes import SIZES, batches, for_transformers
-from selfdistill.engine.models.vit_mae import Shape
-from selfdistill.engine.models.weights import load_pretrained
+from selfdistill.engine.models.images.vit_mae import Shape
+from selfdistill.engine.models.images.weights import load_pretrained
 from selfdistill.engine.monitoring import flops
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,10 +14,10 @@ from safetensors.torch import save
 from transformers import BertConfig, BertForMaskedLM
 
 from selfdistill.engine.checkpoints.export import export_mae
+from selfdistill.engine.models.images.vit_mae import Shape, ViTMAE
+from selfdistill.engine.models.images.weights import load_pretrained
 from selfdistill.engine.models.source import read_folder, read_torch
-from selfdistill.engine.models.text_weights import load_language
-from selfdistill.engine.models.vit_mae import Shape, ViTMAE
-from selfdistill.engine.models.weights import load_pretrained
+from selfdistill.engine.models.texts.weights import load_language
 from tests.fuzz.harness import Target
 from tests.fuzz.inputs import changed, documents, edited
 

@@ -58,7 +58,7 @@ def make_base(
     folder: Path, *, size: int = 16, width: int = 24, depth: int = 2, seed: int = 0
 ) -> Path:
     """A random ViT-MAE in Hugging Face's layout, written by transformers itself."""
-    from selfdistill.engine.models.vit_mae import position_table
+    from selfdistill.engine.models.images.vit_mae import position_table
 
     torch.manual_seed(seed)
     model = ViTMAEForPreTraining(

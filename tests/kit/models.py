@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViTMAEForPreTraining
 
-from selfdistill.engine.models.vit_mae import ViTMAE, position_table
-from selfdistill.engine.models.weights import Pretrained
+from selfdistill.engine.models.images.vit_mae import ViTMAE, position_table
+from selfdistill.engine.models.images.weights import Pretrained
 
 SIZE, PATCH, PATCHES = 16, 4, 16
 #: Encoder of two 64-wide heads and decoder of two 32-wide ones: what FAIR's files imply.

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor, nn
 
-from selfdistill.engine.config.schema import PretrainSection
+from selfdistill.engine.config.stages import PretrainSection
 from selfdistill.engine.runtime import zero
 from selfdistill.engine.training import optimizer as optim
 

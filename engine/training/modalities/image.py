@@ -14,14 +14,14 @@ from selfdistill.data.loading.codec import Images
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.export import export_classifier, export_mae
 from selfdistill.engine.checkpoints.folder import Run
-from selfdistill.engine.models.image import (
+from selfdistill.engine.models.images.networks import (
     ImageAutoencoder,
     ImageClassifier,
     ImageEncoder,
     Normalize,
 )
-from selfdistill.engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
-from selfdistill.engine.models.weights import Pretrained, load_pretrained
+from selfdistill.engine.models.images.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
+from selfdistill.engine.models.images.weights import Pretrained, load_pretrained
 from selfdistill.engine.monitoring import flops, pictures
 from selfdistill.engine.monitoring.monitor import Monitor
 from selfdistill.engine.runtime.zero import full_state

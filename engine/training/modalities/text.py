@@ -18,30 +18,27 @@ from selfdistill.data.loading.reader import Reader
 from selfdistill.data.shards.manifest import Manifest, is_remote
 from selfdistill.engine.checkpoints.export import export_transformers
 from selfdistill.engine.checkpoints.folder import Run
-from selfdistill.engine.models.fresh import small_config
-from selfdistill.engine.models.language import (
+from selfdistill.engine.models.texts.fresh import small_config
+from selfdistill.engine.models.texts.language import (
     MaskedLanguageModel,
     TextClassifier,
     TextEncoder,
     cuts,
     with_dropout,
 )
-from selfdistill.engine.models.text_weights import (
+from selfdistill.engine.models.texts.weights import (
     Language,
     fresh_language,
     load_encoder,
     load_language,
     load_tokenizer,
 )
-from selfdistill.engine.monitoring import flops
+from selfdistill.engine.monitoring import flops, texts
 from selfdistill.engine.monitoring.monitor import Monitor
 from selfdistill.engine.runtime.zero import full_state
 from selfdistill.engine.training.modalities.base import Batch, Modality, Section, TeacherMode
 from selfdistill.engine.training.objectives import Feature
 from selfdistill.engine.training.views import MaskTokens
-
-#: Texts shown with their masked tokens, and tokens shown of each.
-SHOWN, LENGTH = 4, 64
 
 #: Texts by which the share of those that are too long is estimated.
 LOOKED_AT = 256
@@ -280,7 +277,9 @@ class TextModality(Modality):
 
     def draw(self, monitor: Monitor, step: int, batch: Batch, out: Batch, base: Language) -> None:
         """See `Modality`: some texts, and what is predicted for their masked tokens."""
-        monitor.text("reconstruction", _shown(batch, out["prediction"].cpu(), base.tokenizer), step)
+        monitor.text(
+            "reconstruction", texts.shown(batch, out["prediction"].cpu(), base.tokenizer), step
+        )
 
     def export_autoencoder(self, folder: Path, model: MaskedLanguageModel, base: Language) -> None:
         """See `Modality`: a folder for transformers, with its tokenizer."""
@@ -328,64 +327,3 @@ def _encoder(
 def _ids(tokenizer: Any) -> Callable[[Text], list[int]]:
     """Token ids of a whole text."""
     return lambda text: list(tokenizer(*text, verbose=False)["input_ids"])
-
-
-def _shown(batch: Batch, predicted: Tensor, tokenizer: Any) -> str:
-    """A table in Markdown: each text with what stood at its masked places and what is predicted.
-
-    Texts with a masked token among the tokens shown come first. Tokens that only frame a text are
-    left out; "|" stands between the texts of a pair.
-    """
-    length = batch["input_ids"].shape[1]
-    guess = dict(zip(batch["masked_at"].tolist(), predicted.tolist(), strict=True))
-    frame = {
-        tokenizer.convert_tokens_to_ids(token)
-        for name, token in tokenizer.special_tokens_map.items()
-        if name in ("bos_token", "eos_token", "cls_token", "sep_token", "pad_token")
-    }
-    lines = batch["input_ids"].tolist()
-    masked = [{at % length for at in guess if at // length == row} for row in range(len(lines))]
-    order = sorted(range(len(lines)), key=lambda row: min(masked[row], default=LENGTH) >= LENGTH)
-    rows = ["| masked text: original → prediction |", "|---|"]
-    for row in order[:SHOWN]:
-        parts: list[str] = []
-        words = ""
-        run: list[int] = []  # unmasked tokens that are decoded together
-        before: list[int] = []  # the token before them, which says whether a space is between
-        for column, token in enumerate(lines[row][:LENGTH]):
-            if column not in masked[row] and token not in frame:
-                run.append(token)
-                continue
-            words += _plain(_continued(tokenizer, before, run))
-            before, run = run[-1:] or before, []
-            if column in masked[row]:
-                old, new = (
-                    _continued(tokenizer, before, [one])
-                    for one in (token, guess[row * length + column])
-                )
-                space = " " if old[:1].isspace() else ""
-                words += f"{space}<strong>[{_named(old)} → {_named(new)}]</strong>"
-                before = [token]
-            else:
-                parts, words, before = [*parts, words], "", []
-        parts.append(words + _plain(_continued(tokenizer, before, run)))
-        texts = (" ".join(part.split()) for part in parts)
-        rows.append("| " + " &#124; ".join(text for text in texts if text) + " |")
-    return "\n".join(rows)
-
-
-def _continued(tokenizer: Any, before: list[int], ids: list[int]) -> str:
-    """The text of some tokens that follow another, with the space between if there is one."""
-    head: str = tokenizer.decode(before)
-    both: str = tokenizer.decode(before + ids)
-    return both.removeprefix(head) if both.startswith(head) else str(tokenizer.decode(ids))
-
-
-def _named(token: str) -> str:
-    """A token's text, or a sign where that is white space or a part of a character."""
-    return _plain(token.strip() or ("␣" if token else "�"))
-
-
-def _plain(text: str) -> str:
-    """A text in which neither Markdown nor HTML finds a sign of its own."""
-    return "".join(c if c.isalnum() or c.isspace() else f"&#{ord(c)};" for c in text)

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from selfdistill.engine.checkpoints.export import export_classifier, export_mae
-from selfdistill.engine.models.vit_mae import MAEDecoder, ViTClassifier, ViTEncoder
-from selfdistill.engine.models.weights import Pretrained, load_pretrained
+from selfdistill.engine.models.images.vit_mae import MAEDecoder, ViTClassifier, ViTEncoder
+from selfdistill.engine.models.images.weights import Pretrained, load_pretrained
 from tests.engine.models.test_weights import refusal
 from tests.kit import models as kit
 from tests.kit.launches import make_images, metrics, run_cases

@@ -23,9 +23,9 @@ from transformers import (
 
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints.export import export_classifier, export_mae
-from selfdistill.engine.models.layout import to_hugging_face
-from selfdistill.engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
-from selfdistill.engine.models.weights import Pretrained, load_pretrained
+from selfdistill.engine.models.images.layout import to_hugging_face
+from selfdistill.engine.models.images.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
+from selfdistill.engine.models.images.weights import Pretrained, load_pretrained
 from tests.kit import models as kit
 
 #: Uneven widths: int(60 * (123 / 60)), as timm reckons an MLP, is 122.

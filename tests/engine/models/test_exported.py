@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from selfdistill.data import pack
-from selfdistill.engine.models.language import HEADS
+from selfdistill.engine.models.texts.language import HEADS
 from tests.kit import texts as text_kit
 from tests.kit.launches import make_base, run_cases
 

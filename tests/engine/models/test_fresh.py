@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, RobertaTokenizer
 
 from selfdistill.data import pack
 from selfdistill.data.tokenizer import SPECIAL, tokenizer
-from selfdistill.engine.models.fresh import OFFSETS, fresh_roberta, small_config
+from selfdistill.engine.models.texts.fresh import OFFSETS, fresh_roberta, small_config
 from tests.kit import texts as text_kit
 from tests.kit.command import call
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from selfdistill.data.errors import UserError
 from selfdistill.engine.models.source import read_torch
-from selfdistill.engine.models.text_weights import load_language
+from selfdistill.engine.models.texts.weights import load_language
 from tests.engine.models.test_weights import config_of, refusal
 from tests.fuzz.model_targets import bert
 from tests.kit import models as kit

@@ -22,8 +22,8 @@ from selfdistill.data.formats.texts import Texts
 from selfdistill.engine.checkpoints.export import export_transformers
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.config.schema import Config
-from selfdistill.engine.models.language import HEADS
-from selfdistill.engine.models.text_weights import load_language
+from selfdistill.engine.models.texts.language import HEADS
+from selfdistill.engine.models.texts.weights import load_language
 from selfdistill.engine.runtime.distributed import Ranks
 from selfdistill.engine.training.modalities.text import TextModality, _encoder
 from selfdistill.engine.training.views import MaskTokens

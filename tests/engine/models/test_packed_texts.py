@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from selfdistill.data.formats.texts import pack_rows
-from selfdistill.engine.models.language import HEADS
+from selfdistill.engine.models.texts.language import HEADS
 from tests.engine.models.test_language import batch_of, kind_of
 from tests.kit import texts as text_kit
 
@@ -112,7 +112,7 @@ def test_a_step_on_texts_reads_nothing_back(name: str, tmp_path: Path) -> None:
 
 
 def test_attention_on_a_cpu_is_in_fp32(tmp_path: Path) -> None:
-    """Backward it is faster than in bf16 (`engine.models.rows_block`)."""
+    """Backward it is faster than in bf16 (`engine.models.images.rows_block`)."""
     folder = text_kit.make_language(tmp_path / "roberta")
     kind = kind_of(folder)
     model = kind.autoencoder(kind.load()).train()

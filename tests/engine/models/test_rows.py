@@ -7,9 +7,9 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from selfdistill.engine.models.language import MaskedLanguageModel, TextClassifier
-from selfdistill.engine.models.rows_block import RowsAttention
-from selfdistill.engine.models.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
+from selfdistill.engine.models.images.rows_block import RowsAttention
+from selfdistill.engine.models.images.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
+from selfdistill.engine.models.texts.language import MaskedLanguageModel, TextClassifier
 from tests.kit.texts import config_of
 
 SHAPE = Shape(32, 8, 48, 3, 3, 100, 32, 1, 2, 64)

@@ -10,9 +10,9 @@ from transformers import ViTForImageClassification
 from transformers.models.vit_mae import modeling_vit_mae
 
 from selfdistill.data.errors import UserError
-from selfdistill.engine.models.layout import from_hugging_face
-from selfdistill.engine.models.patches import patchify, unpatchify
-from selfdistill.engine.models.vit_mae import (
+from selfdistill.engine.models.images.layout import from_hugging_face
+from selfdistill.engine.models.images.patches import patchify, unpatchify
+from selfdistill.engine.models.images.vit_mae import (
     Shape,
     ViTClassifier,
     ViTEncoder,
@@ -21,7 +21,7 @@ from selfdistill.engine.models.vit_mae import (
     position_table,
     random_mask,
 )
-from selfdistill.engine.models.weights import load_pretrained
+from selfdistill.engine.models.images.weights import load_pretrained
 from tests.kit import models as kit
 
 TINY = Shape(16, 4, 32, 2, 2, 48, 16, 1, 2, 24)

@@ -13,8 +13,8 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 from transformers import ViTForMaskedImageModeling as ViTSimMIM
 
 from selfdistill.data.errors import UserError
-from selfdistill.engine.models.vit_mae import Shape, ViTEncoder, ViTMAE, position_table
-from selfdistill.engine.models.weights import Pretrained, load_pretrained
+from selfdistill.engine.models.images.vit_mae import Shape, ViTEncoder, ViTMAE, position_table
+from selfdistill.engine.models.images.weights import Pretrained, load_pretrained
 from tests.kit import models as kit
 
 SHAPE = Shape(

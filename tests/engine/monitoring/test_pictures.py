@@ -10,10 +10,10 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from selfdistill.engine.models.patches import patchify
-from selfdistill.engine.models.vit_mae import Shape
+from selfdistill.engine.models.images.patches import patchify
+from selfdistill.engine.models.images.vit_mae import Shape
 from selfdistill.engine.monitoring import pictures
-from selfdistill.engine.training.modalities import text as text_kind
+from selfdistill.engine.monitoring import texts as text_kind
 from tests.kit import texts as text_kit
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -142,7 +142,7 @@ def cells(tokenizer, texts, masked, predicted=None) -> tuple[list[str], str]:
         [row * ids.shape[1] + column for row, columns in enumerate(masked) for column in columns]
     ).long()
     guess = ids.reshape(-1)[at] if predicted is None else torch.full_like(at, predicted)
-    page = markdown_to_safe_html(text_kind._shown(batch | {"masked_at": at}, guess, tokenizer))
+    page = markdown_to_safe_html(text_kind.shown(batch | {"masked_at": at}, guess, tokenizer))
     found = re.findall(r"<td>(.*?)</td>", page, re.DOTALL)
     return [html.unescape(re.sub("</?strong>", "", cell)) for cell in found], page
 

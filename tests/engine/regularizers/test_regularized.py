@@ -164,7 +164,7 @@ def oracle_recadam(root: Path) -> dict[str, torch.Tensor]:
     """transformers' classifier, its own loop, and RecAdam's update written out."""
     from selfdistill.engine.checkpoints.folder import Run
     from selfdistill.engine.config.schema import Config
-    from selfdistill.engine.models.weights import load_pretrained
+    from selfdistill.engine.models.images.weights import load_pretrained
     from selfdistill.engine.runtime.distributed import Ranks
     from selfdistill.engine.training.modalities.image import ImageModality
 

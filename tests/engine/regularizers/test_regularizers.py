@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from selfdistill.data.errors import UserError
-from selfdistill.engine.config.schema import Config, R3FSection, RecAdamSection
+from selfdistill.engine.config.schema import Config
+from selfdistill.engine.config.sections import R3FSection, RecAdamSection
 from selfdistill.engine.regularizers import mars, matching, r3f, recadam, supcon
 
 

@@ -14,9 +14,9 @@ from selfdistill.data.loading.loader import Loader
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import open_run
 from selfdistill.engine.config.options import load
-from selfdistill.engine.models.image import ImageAutoencoder, Normalize
-from selfdistill.engine.models.vit_mae import ViTMAE
-from selfdistill.engine.models.weights import load_pretrained
+from selfdistill.engine.models.images.networks import ImageAutoencoder, Normalize
+from selfdistill.engine.models.images.vit_mae import ViTMAE
+from selfdistill.engine.models.images.weights import load_pretrained
 from selfdistill.engine.run import run_stages
 from selfdistill.engine.runtime import distributed
 from selfdistill.engine.training import engine as engines

@@ -85,7 +85,7 @@ def oracle_mae(root: Path, *, teacher: Path | None) -> dict[str, torch.Tensor]:
 def oracle_finetune(root: Path, start: Path, exported: Path) -> dict[str, torch.Tensor]:
     from selfdistill.engine.checkpoints.folder import Run
     from selfdistill.engine.config.schema import Config
-    from selfdistill.engine.models.weights import load_pretrained
+    from selfdistill.engine.models.images.weights import load_pretrained
     from selfdistill.engine.runtime.distributed import Ranks
     from selfdistill.engine.training.modalities.image import ImageModality
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfdistill.data.errors import UserError
-from selfdistill.engine.models.patches import KeptPatchEmbed, patchify, pick
-from selfdistill.engine.models.rows_block import CLS, RowsBlock
+from selfdistill.engine.models.images.patches import KeptPatchEmbed, patchify, pick
+from selfdistill.engine.models.images.rows_block import CLS, RowsBlock
 
 #: The largest that a shape may have, well beyond any published: a file may say anything.
 _MOST = {

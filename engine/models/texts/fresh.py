@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, RobertaConfig
 
 from selfdistill.data.errors import UserError
-from selfdistill.engine.models.language import build
+from selfdistill.engine.models.texts.language import build
 
 #: Standard deviation of embeddings and weights (Devlin et al. 2019).
 SPREAD = 0.02

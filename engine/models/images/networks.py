@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from selfdistill.engine.models.vit_mae import ViTClassifier, ViTEncoder, ViTMAE
+from selfdistill.engine.models.images.vit_mae import ViTClassifier, ViTEncoder, ViTMAE
 
 
 class Normalize(nn.Module):

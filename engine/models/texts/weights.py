@@ -24,10 +24,10 @@ from selfdistill.data.cli import format_error
 from selfdistill.data.errors import UserError
 from selfdistill.data.files import regular
 from selfdistill.data.records import read_object
-from selfdistill.engine.models.fresh import fresh_roberta
-from selfdistill.engine.models.language import HEADS
+from selfdistill.engine.models.images.weights import fingerprint
 from selfdistill.engine.models.source import locate
-from selfdistill.engine.models.weights import fingerprint
+from selfdistill.engine.models.texts.fresh import fresh_roberta
+from selfdistill.engine.models.texts.language import HEADS
 
 #: Files that a model's folder on the hub may have beside its weights.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
@@ -185,7 +185,7 @@ def fresh_language(
         config: of the model.
         tokenizer: its tokenizer.
         max_length: longest input in tokens.
-        counts: int64 [vocabulary], see `engine.models.fresh`.
+        counts: int64 [vocabulary], see `engine.models.texts.fresh`.
     """
     model = fresh_roberta(config, tokenizer.mask_token_id, counts)
     return _record(config, tokenizer, model, max_length, "scratch", headless=False)

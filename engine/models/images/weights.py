@@ -12,11 +12,11 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from selfdistill.data.errors import UserError
-from selfdistill.engine.models import formats
-from selfdistill.engine.models.found import IMAGENET_MEAN, IMAGENET_STD, Found, check_sizes
-from selfdistill.engine.models.layout import Tensors
+from selfdistill.engine.models.images import formats
+from selfdistill.engine.models.images.found import IMAGENET_MEAN, IMAGENET_STD, Found, check_sizes
+from selfdistill.engine.models.images.layout import Tensors
+from selfdistill.engine.models.images.vit_mae import Shape, ViTMAE, position_table
 from selfdistill.engine.models.source import locate
-from selfdistill.engine.models.vit_mae import Shape, ViTMAE, position_table
 
 
 @dataclass(frozen=True)

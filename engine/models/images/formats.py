@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from selfdistill.data import records
 from selfdistill.data.errors import UserError
 from selfdistill.data.files import regular
-from selfdistill.engine.models.found import (
+from selfdistill.engine.models.images.found import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Found,
@@ -21,7 +21,7 @@ from selfdistill.engine.models.found import (
     normalise,
     shape_of,
 )
-from selfdistill.engine.models.layout import from_fair, from_hugging_face
+from selfdistill.engine.models.images.layout import from_fair, from_hugging_face
 from selfdistill.engine.models.source import (
     TORCH_FILES,
     read_folder,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from selfdistill.data import records
 from selfdistill.data.errors import UserError
-from selfdistill.engine.models.layout import Tensors
-from selfdistill.engine.models.vit_mae import Shape
+from selfdistill.engine.models.images.layout import Tensors
+from selfdistill.engine.models.images.vit_mae import Shape
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

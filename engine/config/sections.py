@@ -1,0 +1,149 @@
+"""Sections of the configuration: data, models, masks, texts, teacher, regularizers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from selfdistill.data.formats.images import MOST_PIXELS
+from selfdistill.data.records import BOUND
+
+
+class Section(BaseModel):
+    """A group of options. Undeclared fields are refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", coerce_numbers_to_str=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _bounded(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) >= BOUND:
+            raise ValueError("must be below 2^53")
+        return value
+
+
+class DataSection(Section):
+    """Where the samples come from, and how they are read."""
+
+    path: str | None = Field(None, description="folder or URL of a packed data set")
+    split: Literal["auto", "train", "unlabelled"] = Field(
+        "auto", description="for stages 1 and 2 (auto = unlabelled, if a local folder has it)"
+    )
+    workers: int | None = Field(
+        None, ge=0, description="loader processes per rank (left out: what its cores bear, 0 to 16)"
+    )
+    partitions: int = Field(1, ge=1, description="partitions of the shards (1 = full shuffle)")
+    window: int = Field(0, ge=0, description="shards shuffled together (0 = chosen from the set)")
+    cache_dir: str | None = Field(None, description="node-local folder for remote shards")
+    cache_gb: float = Field(50.0, gt=0, description="size limit of that folder, GB (1e9 bytes)")
+    skip_broken: float = Field(0.0, ge=0, lt=1, description="share of broken samples to skip")
+    max_pixels: int = Field(
+        MOST_PIXELS, ge=1, description="of an image; beyond, it counts as broken"
+    )
+    check: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="hash shards first (auto = local ones without checksums, to 2 GiB)",
+    )
+
+
+class ShapeSection(Section):
+    """Architecture of a model made from scratch (path = "scratch")."""
+
+    image_size: int = Field(64, gt=0)
+    patch_size: int = Field(8, gt=0)
+    width: int = Field(192, gt=0)
+    depth: int = Field(6, gt=0)
+    heads: int = Field(3, gt=0)
+    decoder_width: int = Field(96, gt=0)
+    decoder_depth: int = Field(2, gt=0)
+    decoder_heads: int = Field(3, gt=0)
+
+
+class ModelSection(Section):
+    """The pre-trained model, theta_init and phi_init of the paper."""
+
+    path: str | None = Field(
+        None, description='hub name, folder, .pth or .safetensors; "scratch" = fresh weights'
+    )
+    tokenizer: str | None = Field(
+        None, description="folder of the tokenizer of a model from scratch"
+    )
+    image_size: int | None = Field(None, gt=0, description="train at another resolution")
+    shape: ShapeSection = Field(default_factory=ShapeSection)
+
+
+class MaskSection(Section):
+    """Masked auto-encoding, the paper's L_MAE."""
+
+    ratio: float = Field(0.75, gt=0, lt=1, description="share of patches that are hidden")
+    normalize_pixels: bool = Field(True, description="target pixels normalised per patch")
+
+
+class TokenSection(Section):
+    """Masked language modelling, the paper's L_MAE on text."""
+
+    ratio: float = Field(0.15, gt=0, lt=1, description="probability that a token is masked")
+    policy: Literal["mask", "bert"] = Field(
+        "mask", description="mask tokens everywhere, or 80% with 10% random, 10% unchanged"
+    )
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="in stages 1, 2 (none = model's own)"
+    )
+
+
+class TextSection(Section):
+    """How texts become token ids."""
+
+    max_length: int | None = Field(None, ge=3, description="tokens (none = the model's limit)")
+    bucket: int = Field(32, ge=1, description="lengths are padded to multiples of this")
+    packed: bool | None = Field(
+        None, description="several texts in a row in place of padding (left out: on GPUs)"
+    )
+
+
+class TeacherSection(Section):
+    """The frozen teacher of the distillation stage."""
+
+    path: str | None = Field(None, description="exported model to distil from (default: own run's)")
+    mode: Literal["auto", "replicated", "sharded", "cached"] = Field(
+        "auto", description="a copy on each rank, ZeRO-3 shards, or a table of its features"
+    )
+    table_gb: float = Field(16.0, gt=0, description="auto: largest feature table to cache, GiB")
+
+
+class RecAdamSection(Section):
+    """RecAdam (Chen et al. 2020): Adam with an annealed pull to the pre-trained weights."""
+
+    c: float = Field(5000.0, ge=0, description="strength of the pull")
+    k: float = Field(0.1, gt=0, description="lambda(t) = 1 / (1 + exp(-k (t - t0)))")
+    t0: float = Field(250.0, ge=0, description="step at which Adam and the pull have equal shares")
+
+
+class MarsSection(Section):
+    """MARS (Gouk et al. 2021): a limit on each row of a weight matrix's way from its start."""
+
+    radius: float = Field(
+        4.0, gt=0, allow_inf_nan=True, description="largest absolute row sum of W - W_init"
+    )
+    head_radius: float = Field(
+        20.0, gt=0, allow_inf_nan=True, description="the same of the fresh head, around 0"
+    )
+
+
+class R3FSection(Section):
+    """R3F (Aghajanyan et al. 2021): predictions that noise on the embeddings does not change."""
+
+    weight: float = Field(1.0, ge=0, description="of the symmetric KL divergence")
+    noise: Literal["uniform", "normal"] = "uniform"
+    eps: float = Field(1e-5, ge=0, description="half-width, or standard deviation, of the noise")
+
+
+class SupConSection(Section):
+    """Supervised contrastive further pre-training (Khosla et al. 2020, L_out)."""
+
+    temperature: float = Field(0.1, gt=0)
+    projection: int = Field(128, ge=1, description="width of the projection")
+    dropout: float = Field(0.1, ge=0, lt=1, description="in the encoder; it makes views differ")

@@ -1,0 +1,137 @@
+"""Sections of the configuration, one a stage: length, batch, optimiser, what is peculiar to it."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from selfdistill.data.errors import UserError
+from selfdistill.engine.config.sections import Section
+
+
+class StageSection(Section):
+    """What every stage has: length, batch, optimiser (AdamW, linear decay to 0)."""
+
+    steps: int | None = Field(None, ge=1, description="optimiser steps")
+    epochs: float | None = Field(None, gt=0, description="length in passes over the train split")
+    batch: int = Field(64, ge=1, description="global batch")
+    accumulation: int = Field(1, ge=1, description="micro-batches per step and rank")
+    lr: float = Field(1.5e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW, such as 0.9,0.95")
+    eps: float = Field(1e-8, gt=0)
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    clip: float = Field(0.0, ge=0, description="gradient norm limit (0 = none)")
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _pair(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("both must be at least 0 and below 1")
+        return value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> StageSection:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give steps or epochs, one of the two")
+        return self
+
+    def length(self, samples: int) -> int:
+        """Number of optimiser steps for a train split of `samples`."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, round(self.epochs * samples / self.batch))
+
+    def check_warmup(self, stage: str, steps: int) -> None:
+        """Refuses a warm-up that is as long as the stage.
+
+        Raises:
+            UserError: names the option, and a value that fits.
+        """
+        if self.warmup >= steps:
+            raise UserError(
+                f"--{stage}.warmup {self.warmup}: the stage has {steps} steps, and the rate would"
+                f" never be reached: give fewer, such as {steps // 10}"
+            )
+
+
+class DecoderSection(StageSection):
+    """Stage 0: a decoder, on the frozen encoder, for models that come without."""
+
+    steps: int | None = Field(1000, ge=1, description="optimiser steps")
+    lr: float = Field(1e-3, gt=0)
+    data: str | None = Field(
+        None, description="packed data set to learn from (left out: the target's own)"
+    )
+    auto: bool = Field(True, description="with --stage all, where the model has no decoder")
+
+
+class PretrainSection(StageSection):
+    """Stage 1: further pre-training (Algorithm 2)."""
+
+    steps: int | None = Field(20_000, ge=1, description="optimiser steps")
+    objective: Literal["mae", "supcon"] = Field(
+        "mae", description="masked auto-encoding, or the supervised contrastive loss on labels"
+    )
+
+
+class DistillSection(StageSection):
+    """Stage 2: self-distillation (Algorithm 1, Eq. 3)."""
+
+    steps: int | None = Field(20_000, ge=1, description="optimiser steps")
+    feature: Literal["cls", "mean", "tokens"] = Field("cls", description="distilled feature")
+    weight: float = Field(1.0, ge=0, description="weight of L_Distill")
+    mae_weight: float = Field(1.0, ge=0, description="weight of L_MAE (0 freezes the decoder)")
+    match: Literal["feature", "prediction", "weights_l2", "weights_mars"] = Field(
+        "feature", description="what L_Distill compares; all but feature are ablations"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> DistillSection:
+        if not self.weight and not self.mae_weight:
+            raise ValueError("weight and mae_weight are both 0: give one of them more")
+        return self
+
+
+class FinetuneSection(StageSection):
+    """Stage 3: supervised fine-tuning with a fresh head."""
+
+    steps: int | None = Field(10_000, ge=1, description="optimiser steps")
+    batch: int = Field(32, ge=1, description="global batch")
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW, such as 0.9,0.999")
+    warmup: int = Field(500, ge=0, description="steps of linear warm-up")
+    clip: float = Field(1.0, ge=0, description="gradient norm limit (0 = none)")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    flip: bool = Field(True, description="random horizontal flips")
+    pool: Literal["cls", "mean"] = Field("cls", description="feature under the classifier")
+    start: str = Field(
+        "auto",
+        description="auto (the last round) | distill | distill-N (a round) | pretrain | model",
+    )
+    weights: str | None = Field(None, description="exported model to start from, not the run's own")
+    seeds: int = Field(1, ge=1, description="repetitions, seeds seed, seed+1, ...")
+    eval_every: int = Field(0, ge=0, description="validation interval in steps (0 = at the end)")
+    metric: Literal["auto", "accuracy", "macro_f1", "micro_f1"] = Field(
+        "auto", description="in tables (auto = the data set's own, or accuracy); all are kept"
+    )
+    test: bool = Field(True, description="score the test split at the end (false in searches)")
+    train_scored: int = Field(
+        10_000, ge=0, description="samples of the train split scored at the end (0 = none)"
+    )
+    regularizer: Literal["none", "recadam", "mars", "r3f"] = "none"
+
+    @field_validator("start")
+    @classmethod
+    def _known_start(cls, value: str) -> str:
+        if not re.fullmatch("auto|model|pretrain|distill(-[1-9][0-9]*)?", value):
+            raise ValueError("must be auto, model, pretrain, distill, or distill-N (a round)")
+        return value

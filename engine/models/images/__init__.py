@@ -1,0 +1,1 @@
+"""Image encoders: the network, and every format that its weights come in."""

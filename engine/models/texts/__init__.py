@@ -1,0 +1,1 @@
+"""Text encoders: transformers' own models, and their weights."""

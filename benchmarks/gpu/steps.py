@@ -14,7 +14,7 @@ from benchmarks.gpu.say import failed
 from benchmarks.sizes import Stage, batches
 from selfdistill.data import cli
 from selfdistill.engine.config.schema import Config
-from selfdistill.engine.models.images.vit_mae import Shape
+from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.monitoring import flops
 from selfdistill.engine.runtime import precision
 from selfdistill.engine.runtime.allocator import release

@@ -9,15 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from selfdistill.data.errors import UserError
-from selfdistill.engine.models.images.formats import DECODER
-from selfdistill.engine.models.images.layout import to_dinov2, to_hugging_face
-from selfdistill.engine.models.images.vit_mae import Shape
+from selfdistill.engine.models.images import types
+from selfdistill.engine.models.images.formats.hugging_face import DECODER
+from selfdistill.engine.models.images.formats.timm_folder import to_eva
+from selfdistill.engine.models.images.shape import Shape
+from selfdistill.engine.models.images.types.vit import ViT, decoder_config, masked
 
 if TYPE_CHECKING:  # images need none of it: a tenth of a start
     from transformers import PreTrainedConfig
@@ -31,9 +32,9 @@ def export_mae(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> None:
-    """Writes a folder for transformers' ``ViTMAEForPreTraining``, or ``Dinov2Model``.
+    """Writes a folder for transformers' ``ViTMAEForPreTraining``, or the encoder's own class.
 
-    The encoder alone lies in it for timm (timm/), and for ``ViTModel`` (encoder/).
+    The encoder alone lies in it for timm (timm/), and of a ViT-MAE for ``ViTModel`` (encoder/).
 
     Args:
         folder: to be made; an export that stands there is replaced.
@@ -46,29 +47,18 @@ def export_mae(
     Raises:
         UserError: the folder holds something else, or cannot be written.
     """
+    kind = types.fitting(shape, str(folder))
 
     def write(target: Path) -> None:
-        config = _config(shape) | {
-            "architectures": ["ViTMAEForPreTraining"],
-            "model_type": "vit_mae",
-            "decoder_hidden_size": shape.decoder_width,
-            "decoder_num_hidden_layers": shape.decoder_depth,
-            "decoder_num_attention_heads": shape.decoder_heads,
-            "decoder_intermediate_size": shape.decoder_mlp_width,
-            "mask_ratio": shape.mask_ratio,
-            "norm_pix_loss": shape.normalize_pixels,
-        }
-        tensors = to_hugging_face(encoder, decoder)
-        if shape.layer_scale:  # transformers' class of it has no decoder: that lies beside
-            config |= _dino_config(shape, "Model")
-            tensors = to_dinov2(encoder)
-            _write_tensors(target / DECODER, decoder)
-        else:  # AutoModel would load the masked one, which hides patches at random
-            plain = _config(shape) | {"architectures": ["ViTModel"], "model_type": "vit"}
-            bare = {k.removeprefix("vit."): v for k, v in to_hugging_face(encoder, None).items()}
+        plain = kind.config(shape), kind.tensors(encoder, shape)
+        if isinstance(kind, ViT):  # AutoModel would load the masked one, which hides patches
             (target / "encoder").mkdir()
-            _write_hugging_face(target / "encoder", plain, bare, shape, mean, std)
-        _write_hugging_face(target, config, tensors, shape, mean, std)
+            _write_hugging_face(target / "encoder", *plain, shape, mean, std)
+            _write_hugging_face(target, *masked(shape, encoder, decoder), shape, mean, std)
+        else:  # transformers' class has no decoder: that lies beside
+            config = plain[0] | decoder_config(shape)
+            _write_hugging_face(target, config, plain[1], shape, mean, std)
+            _write_tensors(target / DECODER, decoder)
         _write_timm(target / "timm", shape, encoder, [], "cls", mean, std)
 
     _replace(Path(folder), write)
@@ -84,10 +74,10 @@ def export_classifier(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> None:
-    """Writes a classifier for transformers' ``ViTForImageClassification``, and for timm in timm/.
+    """Writes a classifier for transformers' class of its type, and for timm in timm/.
 
-    transformers' class knows the CLS vector alone, so a classifier with ``pool="mean"`` is written
-    for timm only.
+    Some of transformers' classes know one way of pooling, and some types have none: what they
+    cannot express is written for timm only.
 
     Args:
         folder: to be made; an export that stands there is replaced.
@@ -102,26 +92,12 @@ def export_classifier(
     Raises:
         UserError: the folder holds something else, or cannot be written.
     """
+    kind = types.fitting(shape, str(folder))
 
     def write(target: Path) -> None:
-        if shape.layer_scale:
-            # transformers' class reads CLS and the mean of the patches: the other half is zero.
-            other = torch.zeros_like(head["weight"])
-            halves = [head["weight"], other] if pool == "cls" else [other, head["weight"]]
-            tensors = to_dinov2(encoder, f"{_dino_config(shape, '')['model_type']}.")
-            tensors |= {"classifier.weight": torch.cat(halves, 1), "classifier.bias": head["bias"]}
-            config = _config(shape) | _dino_config(shape, "ForImageClassification")
-            config |= _labels(classes)
-            _write_hugging_face(target, config, tensors, shape, mean, std)
-        elif pool == "cls":
-            config = _config(shape) | {
-                "architectures": ["ViTForImageClassification"],
-                "model_type": "vit",
-                **_labels(classes),
-            }
-            tensors = to_hugging_face(encoder, None)
-            tensors |= {f"classifier.{k}": v for k, v in head.items()}
-            _write_hugging_face(target, config, tensors, shape, mean, std)
+        if kind.head(shape, pool) is not None:
+            config, tensors = kind.classifier(shape, encoder, head, pool)
+            _write_hugging_face(target, config | _labels(classes), tensors, shape, mean, std)
         tensors = dict(encoder) | {f"head.{k}": v for k, v in head.items()}
         _write_timm(target / "timm", shape, tensors, classes, pool, mean, std)
 
@@ -179,7 +155,11 @@ def _write_timm(
     target.mkdir()
     _write_json(target / "config.json", _timm_config(shape, classes, pool, mean, std))
     tensors = dict(tensors)
-    if shape.registers:  # timm has no position of CLS then
+    if not shape.class_token and pool == "mean":
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("attn_pool.")}
+    if shape.rope:
+        tensors = to_eva(tensors)
+    elif shape.registers:  # timm has no position of CLS then
         table = tensors["pos_embed"]
         tensors["cls_token"] = tensors["cls_token"] + table[:, :1]
         tensors["pos_embed"] = table[:, 1:]
@@ -193,65 +173,52 @@ def _labels(classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _dino_config(shape: Shape, head: str) -> dict[str, Any]:
-    """What config.json says of a DINOv2, beside what it says of every ViT."""
-    ratio = shape.mlp_width / shape.width
-    kind: dict[str, Any] = {"model_type": "dinov2"}
-    if shape.registers:
-        kind = {"model_type": "dinov2_with_registers", "num_register_tokens": shape.registers}
-    name = "Dinov2WithRegisters" if shape.registers else "Dinov2"
-    return {
-        **kind,
-        "architectures": [f"{name}{head}"],
-        "layerscale_value": 1.0,
-        "mlp_ratio": int(ratio) if ratio.is_integer() else ratio,
-        "use_swiglu_ffn": False,
-    }
-
-
-def _config(shape: Shape) -> dict[str, Any]:
-    return {
-        "attention_probs_dropout_prob": 0.0,
-        "dtype": "float32",
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "hidden_size": shape.width,
-        "image_size": shape.image_size,
-        "initializer_range": 0.02,
-        "intermediate_size": shape.mlp_width,
-        "layer_norm_eps": shape.norm_eps,
-        "num_attention_heads": shape.heads,
-        "num_channels": shape.channels,
-        "num_hidden_layers": shape.depth,
-        "patch_size": shape.patch_size,
-        "qkv_bias": True,
-    }
-
-
 def _timm_config(
     shape: Shape, classes: Sequence[str], pool: str, mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, Any]:
     """What ``timm.create_model("local-dir:...")`` reads: an architecture with all it overrides."""
-    return {
-        "architecture": "vit_base_patch16_224",
+    pooled = "token" if shape.class_token else "map"
+    arguments: dict[str, Any] = {
+        "img_size": shape.image_size,
+        "patch_size": shape.patch_size,
+        "in_chans": shape.channels,
         "num_classes": len(classes),
-        "num_features": shape.width,
-        "label_names": list(classes),
-        "model_args": {
-            "img_size": shape.image_size,
-            "patch_size": shape.patch_size,
-            "in_chans": shape.channels,
-            "num_classes": len(classes),
-            "embed_dim": shape.width,
-            "depth": shape.depth,
-            "num_heads": shape.heads,
-            # timm takes int(width * ratio): the half keeps rounding from losing a unit.
+        "embed_dim": shape.width,
+        "depth": shape.depth,
+        "num_heads": shape.heads,
+        # timm takes int(width * ratio): the half keeps rounding from losing a unit.
+        "mlp_ratio": ((1 + shape.gated) * shape.mlp_width + 0.5) / shape.width,
+        "global_pool": pooled if pool == "cls" else "avg",
+    }
+    architecture = "vit_base_patch16_224"
+    if shape.rope:
+        architecture = "vit_small_patch16_dinov3_qkvb"
+        arguments |= {
+            "dynamic_img_size": False,
+            "init_values": 1.0,
             "mlp_ratio": (shape.mlp_width + 0.5) / shape.width,
-            "global_pool": "token" if pool == "cls" else "avg",
+            "num_reg_tokens": shape.registers,
+            "rope_temperature": shape.rope,
+            "swiglu_align_to": 1,  # gate and value apart, as in timm's larger ones
+            "swiglu_mlp": shape.gated,
+        }
+    else:
+        arguments |= {
             "fc_norm": False,
             **({"init_values": 1.0} if shape.layer_scale else {}),
             **({"reg_tokens": shape.registers, "no_embed_class": True} if shape.registers else {}),
-        },
+            **({"act_layer": shape.activation} if shape.activation != "gelu" else {}),
+            **({"pre_norm": True} if shape.pre_norm else {}),
+            **({} if shape.class_token else {"class_token": False}),
+        }
+        if shape.gated:  # an argument that JSON cannot tell: the architecture has it
+            architecture = "vit_giant_patch14_dinov2"
+    return {
+        "architecture": architecture,
+        "num_classes": len(classes),
+        "num_features": shape.width,
+        "label_names": list(classes),
+        "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [shape.channels, shape.image_size, shape.image_size],
             "fixed_input_size": True,

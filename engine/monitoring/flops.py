@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from selfdistill.engine.models.images.vit_mae import Shape
+from selfdistill.engine.models.images.shape import Shape
 
 Stage = Literal["decoder", "pretrain", "distill", "finetune"]
 TeacherMode = Literal["replicated", "sharded", "cached"]

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from selfdistill.engine.models.images.patches import patchify, unpatchify
-from selfdistill.engine.models.images.vit_mae import Shape
+from selfdistill.engine.models.images.shape import Shape
 
 #: Side in pixels up to which small images are enlarged.
 SIDE = 128

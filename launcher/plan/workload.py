@@ -14,8 +14,10 @@ from torch import nn
 
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints.folder import Run
-from selfdistill.engine.models.images import formats, found
-from selfdistill.engine.models.images.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
+from selfdistill.engine.models.images import formats
+from selfdistill.engine.models.images.shape import Shape
+from selfdistill.engine.models.images.types.base import IMAGENET_MEAN, IMAGENET_STD
+from selfdistill.engine.models.images.vit_mae import ViTClassifier, ViTEncoder, ViTMAE
 from selfdistill.engine.models.images.weights import Pretrained
 from selfdistill.engine.monitoring.flops import Stage, TeacherMode
 from selfdistill.engine.training.modalities.base import Modality
@@ -204,4 +206,4 @@ class ImageWork(Workload):
 
 def _weightless(shape: Shape, origin: str) -> Pretrained:
     """A record of a model of which only the shape is known."""
-    return Pretrained(shape, {}, None, found.IMAGENET_MEAN, found.IMAGENET_STD, origin, sha256="")
+    return Pretrained(shape, {}, None, IMAGENET_MEAN, IMAGENET_STD, origin, sha256="")

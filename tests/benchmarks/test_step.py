@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import plain
 from benchmarks.sizes import SIZES, batches, for_transformers
-from selfdistill.engine.models.images.vit_mae import Shape
+from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.models.images.weights import load_pretrained
 from selfdistill.engine.monitoring import flops
 

@@ -14,7 +14,8 @@ from safetensors.torch import save
 from transformers import BertConfig, BertForMaskedLM
 
 from selfdistill.engine.checkpoints.export import export_mae
-from selfdistill.engine.models.images.vit_mae import Shape, ViTMAE
+from selfdistill.engine.models.images.shape import Shape
+from selfdistill.engine.models.images.vit_mae import ViTMAE
 from selfdistill.engine.models.images.weights import load_pretrained
 from selfdistill.engine.models.source import read_folder, read_torch
 from selfdistill.engine.models.texts.weights import load_language

@@ -12,7 +12,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from selfdistill.data.errors import UserError
 from selfdistill.engine.config.options import load
 from selfdistill.engine.models.images import rows_block
-from selfdistill.engine.models.images.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
+from selfdistill.engine.models.images.shape import Shape
+from selfdistill.engine.models.images.vit_mae import ViTClassifier, ViTEncoder, ViTMAE
 from selfdistill.engine.models.texts.language import MaskedLanguageModel, with_dropout
 from selfdistill.engine.runtime import zero
 from selfdistill.engine.runtime.precision import autocast

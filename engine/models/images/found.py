@@ -11,11 +11,9 @@ from torch import Tensor
 
 from selfdistill.data import records
 from selfdistill.data.errors import UserError
-from selfdistill.engine.models.images.layout import Tensors
-from selfdistill.engine.models.images.vit_mae import Shape
+from selfdistill.engine.models.images.shape import Shape
+from selfdistill.engine.models.images.types.base import IMAGENET_MEAN, IMAGENET_STD, Tensors
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _BLOCK = re.compile(r"blocks\.([0-9]{1,6})\..+")
 #: A decoder without weights may be so much larger than its encoder; a file may say anything.
 _DECODER_GROWTH = 4

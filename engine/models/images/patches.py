@@ -57,7 +57,8 @@ class KeptPatchEmbed(PatchEmbed):
         """See timm's `PatchEmbed`; the state-dict keys are the same."""
         super().__init__(in_chans=in_chans, embed_dim=embed_dim, **options)
         side = self.patch_size
-        self.proj = PatchProjection(in_chans, embed_dim, side, side)
+        bias = options.get("bias", True)
+        self.proj = PatchProjection(in_chans, embed_dim, side, side, bias=bias)
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Projects patches.

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, apply_rot_embed_cat
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +26,19 @@ class SplitLinear(nn.Linear):
     The weight is read inside its own module's forward, around which ZeRO-3 gathers it.
     """
 
+    given: Tensor | None
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 3 * width)
+        # 1, and 0 where a bias is to stay away; None: all of them are there.
+        self.register_buffer("given", None, persistent=False)
+
+    def leave_key_bias(self) -> None:
+        """Keys get no bias and never learn one (DINOv3)."""
+        given = torch.ones(self.out_features)
+        given[self.in_features : 2 * self.in_features] = 0
+        self.given = given
+
     def forward(self, x: Tensor, rows: slice | None = None) -> Any:
         """Projects tokens [B, T, D].
 
@@ -36,11 +49,12 @@ class SplitLinear(nn.Linear):
         Returns:
             [B, T, 3D]; with `rows` the pair of queries [B, R, D] and keys and values [B, T, 2D].
         """
+        bias = self.bias if self.given is None else self.bias * self.given
         if rows is None:
-            return super().forward(x)
+            return F.linear(x, self.weight, bias)
         width = self.out_features // 3
-        query = F.linear(x[:, rows], self.weight[:width], self.bias[:width])
-        return query, F.linear(x, self.weight[width:], self.bias[width:])
+        query = F.linear(x[:, rows], self.weight[:width], bias[:width])
+        return query, F.linear(x, self.weight[width:], bias[width:])
 
 
 class RowsAttention(Attention):
@@ -54,10 +68,16 @@ class RowsAttention(Attention):
     def __init__(self, dim: int, **options: Any) -> None:
         """See timm's `Attention`; the state-dict keys are the same."""
         super().__init__(dim, **options)
-        self.qkv = SplitLinear(dim, 3 * dim)
+        self.qkv = SplitLinear(dim)
 
-    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
-        """Tokens [B, T, D] to [B, T, D], or to those of the given rows [B, R, D]."""
+    def forward(self, x: Tensor, rows: slice | None = None, rope: Tensor | None = None) -> Tensor:
+        """Tokens [B, T, D] to [B, T, D], or to those of the given rows [B, R, D].
+
+        Args:
+            x: the tokens.
+            rows: whose output is asked for; None: all.
+            rope: sines and cosines [B or 1, 1, T, 2d] that turn queries and keys (RoPE).
+        """
         found, heads = self.qkv(x, rows), (self.num_heads, self.head_dim)
         if rows is None:
             query, key, value = found.unflatten(2, (3, *heads)).unbind(2)
@@ -65,6 +85,10 @@ class RowsAttention(Attention):
             query = found[0].unflatten(2, heads)
             key, value = found[1].unflatten(2, (2, *heads)).unbind(2)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        if rope is not None:
+            seen_by = rope if rows is None else rope[:, :, rows]
+            query = apply_rot_embed_cat(query, seen_by, half=True)
+            key = apply_rot_embed_cat(key, rope, half=True)
         dropout = self.attn_drop.p if self.training else 0.0
         seen = _attention(query, key, value, dropout)
         out: Tensor = self.proj_drop(self.proj(seen.transpose(1, 2).flatten(2)))
@@ -85,15 +109,15 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Ten
 
 
 class RowsBlock(Block):
-    """timm's `Block`, with biases, perhaps layer scale, and without its other extras."""
+    """timm's `Block`, with biases, perhaps layer scale, gate and RoPE, without its other extras."""
 
     def __init__(self, dim: int, num_heads: int, **options: Any) -> None:
         """See timm's `Block`; the state-dict keys are the same."""
         super().__init__(dim, num_heads, **{**options, "attn_layer": RowsAttention})
 
-    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
-        """Tokens [B, T, D] to [B, T, D], or to those of the given rows [B, R, D]."""
-        seen = self.ls1(self.attn(self.norm1(x), rows))
+    def forward(self, x: Tensor, rows: slice | None = None, rope: Tensor | None = None) -> Tensor:
+        """Tokens [B, T, D] to [B, T, D], or to those of the given rows [B, R, D]; see above."""
+        seen = self.ls1(self.attn(self.norm1(x), rows, rope))
         x = (x if rows is None else x[:, rows]) + seen
         part: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
         return part

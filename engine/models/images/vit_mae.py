@@ -11,115 +11,18 @@ and its like while it trains.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
-from timm.layers import trunc_normal_
+from timm.layers import SwiGLUPacked, trunc_normal_
+from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selfdistill.data.errors import UserError
 from selfdistill.engine.models.images.patches import KeptPatchEmbed, patchify, pick
 from selfdistill.engine.models.images.rows_block import CLS, RowsBlock
-
-#: The largest that a shape may have, well beyond any published: a file may say anything.
-_MOST = {
-    **dict.fromkeys(("image_size", "patch_size"), 2**14),
-    **dict.fromkeys(("width", "decoder_width"), 2**16),
-    **dict.fromkeys(("depth", "decoder_depth", "heads", "decoder_heads"), 2**10),
-    **dict.fromkeys(("mlp_width", "decoder_mlp_width"), 2**18),
-    "channels": 2**8,
-}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """All that fixes a ViT-MAE apart from its weights; the defaults are the paper's.
-
-    ``image_size`` and ``patch_size`` are in pixels, one side of a square. ``mlp_width`` is the
-    hidden width of a block's MLP. ``norm_eps`` is 1e-12 in Hugging Face's models and 1e-6 in FAIR's
-    and timm's: it travels with the weights. ``mask_ratio`` is the share of patches that the encoder
-    does not see in pre-training. ``normalize_pixels``: the target is each patch's pixels less their
-    mean, over their standard deviation. ``layer_scale`` and ``registers`` are DINOv2's: a learnt
-    factor for each channel of what a block adds, and tokens beside the patches that no one reads.
-    """
-
-    image_size: int
-    patch_size: int
-    width: int
-    depth: int
-    heads: int
-    mlp_width: int
-    decoder_width: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
-    decoder_mlp_width: int = 2048
-    channels: int = 3
-    norm_eps: float = 1e-12
-    mask_ratio: float = 0.75
-    normalize_pixels: bool = True
-    layer_scale: bool = False
-    registers: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuses a shape that no model can have, with a UserError."""
-        for name, most in _MOST.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 0 < value <= most:
-                raise UserError(f"{name} is {value!r}: it must be a whole number, 1 to {most}")
-        if type(self.registers) is not int or not 0 <= self.registers <= 64:
-            raise UserError(f"registers is {self.registers!r}: it must be a whole number, 0 to 64")
-        if self.registers and not self.layer_scale:
-            raise UserError("it has registers and no layer scale, so it is no DINOv2: take one")
-        for name, value in (("norm_eps", self.norm_eps), ("mask_ratio", self.mask_ratio)):
-            if type(value) not in (int, float) or not 0 < value < 1:
-                raise UserError(f"{name} is {value!r}: it must be a number between 0 and 1")
-        if self.image_size % self.patch_size:
-            raise UserError(
-                f"image size {self.image_size} is not a multiple of patch size {self.patch_size}: "
-                f"take {max(1, round(self.image_size / self.patch_size)) * self.patch_size}"
-            )
-        for name, width, heads in (
-            ("width", self.width, self.heads),
-            ("decoder_width", self.decoder_width, self.decoder_heads),
-        ):
-            if width % heads or width % 4:
-                raise UserError(
-                    f"{name} {width} is not a multiple of both 4 and its {heads} heads: change one "
-                    "of them"
-                )
-        if not 0 < self.kept < self.patches:
-            raise UserError(
-                f"mask ratio {self.mask_ratio} keeps {self.kept} of {self.patches} patches: it "
-                "must leave some, and hide some"
-            )
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
-
-    @property
-    def patches(self) -> int:
-        """Patches in an image, K."""
-        return self.grid**2
-
-    @property
-    def patch_values(self) -> int:
-        """Values in a patch, p·p·C."""
-        return self.patch_size**2 * self.channels
-
-    @property
-    def kept(self) -> int:
-        """Patches that the masked view keeps, L."""
-        return kept_patches(self.patches, self.mask_ratio)
-
-
-def kept_patches(patches: int, ratio: float) -> int:
-    """How many of ``patches`` are kept at a mask ratio: rounded down as transformers does."""
-    return int(patches * (1 - ratio))
+from selfdistill.engine.models.images.shape import Shape, kept_patches
 
 
 def random_mask(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,6 +105,9 @@ class ViTEncoder(VisionTransformer):
 
     Its state-dict keys are timm's. The position embeddings are the fixed ones and not trained;
     `ViTClassifier` sets them free, as fine-tuning does.
+
+    The first row of what it gives is the model's own summary of an image: the CLS token, or
+    without one what timm's attention pooling makes of the patches.
     """
 
     def __init__(self, shape: Shape, dropout: float = 0.0) -> None:
@@ -221,26 +127,42 @@ class ViTEncoder(VisionTransformer):
             embed_dim=shape.width,
             depth=shape.depth,
             num_heads=shape.heads,
-            mlp_ratio=_mlp_ratio(shape.mlp_width, shape.width),
+            mlp_ratio=_mlp_ratio((1 + shape.gated) * shape.mlp_width, shape.width),
             qkv_bias=True,
             init_values=1.0 if shape.layer_scale else None,
+            class_token=shape.class_token,
+            global_pool="token" if shape.class_token else "map",
+            pos_embed="none" if shape.rope else "learn",
+            pre_norm=shape.pre_norm,
             pos_drop_rate=dropout,
             proj_drop_rate=dropout,
             norm_layer=partial(nn.LayerNorm, eps=shape.norm_eps),
+            act_layer="silu" if shape.gated else shape.activation,
             weight_init="skip",
             block_fn=RowsBlock,
             embed_layer=KeptPatchEmbed,
+            **({"mlp_layer": SwiGLUPacked} if shape.gated else {}),
         )
         self.shape = shape
         if shape.registers:
             self.reg_token = nn.Parameter(torch.zeros(1, shape.registers, shape.width))
+        self.rope = None
+        if shape.rope:
+            self.rope = RotaryEmbeddingDinoV3(
+                shape.width // shape.heads, shape.rope, feat_shape=[shape.grid] * 2
+            )
         for block in self.blocks:
             block.mlp.drop1.p = 0.0
+            if shape.rope:
+                block.attn.qkv.leave_key_bias()
         self.apply(_initialise)
-        nn.init.normal_(self.cls_token, std=0.02)
-        with torch.no_grad():
-            self.pos_embed.copy_(position_table(shape.width, shape.grid))
-        self.pos_embed.requires_grad_(False)
+        if shape.class_token:
+            nn.init.normal_(self.cls_token, std=0.02)
+        if not shape.rope:
+            with torch.no_grad():
+                table = position_table(shape.width, shape.grid)
+                self.pos_embed.copy_(table if shape.class_token else table[:, 1:])
+            self.pos_embed.requires_grad_(False)
 
     def forward(self, images: Tensor, keep: Tensor | None = None, cls_only: bool = False) -> Tensor:
         """Encodes all patches, or the kept ones.
@@ -251,24 +173,47 @@ class ViTEncoder(VisionTransformer):
             cls_only: the CLS token's row alone; the last block then does a quarter of its work.
 
         Returns:
-            [B, 1 + L, D] after the last LayerNorm, the CLS token first, patches in the order of
+            [B, 1 + L, D] after the last LayerNorm, the summary first, patches in the order of
             ``keep``; with ``cls_only`` [B, 1, D].
         """
         tokens = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype), keep)
-        positions = self.pos_embed[:, 1:] if keep is None else self.pos_embed[0, 1:][keep]
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
-        given, registers = [cls, tokens + positions], self.shape.registers
-        if registers:
-            given.insert(1, self.reg_token.expand(tokens.shape[0], -1, -1))
-        tokens = self.pos_drop(torch.cat(given, dim=1))
+        tokens = self.norm_pre(self.pos_drop(self._placed(tokens, keep)))
+        rope = None if self.rope is None else self._rotations(keep)
         *blocks, last = self.blocks
         for block in blocks:
-            tokens = block(tokens)
-        tokens = last(tokens, CLS if cls_only else None)
+            tokens = block(tokens, rope=rope)
+        summary = self.shape.class_token
+        tokens = last(tokens, CLS if cls_only and summary else None, rope)
         encoded: Tensor = self.norm(tokens)
-        if registers and not cls_only:
-            encoded = torch.cat([encoded[:, :1], encoded[:, 1 + registers :]], dim=1)
+        if not summary:
+            pooled = self.attn_pool(encoded)[:, None]
+            return pooled if cls_only else torch.cat([pooled, encoded], dim=1)
+        if self.shape.registers and not cls_only:
+            encoded = torch.cat([encoded[:, :1], encoded[:, self.shape.prefix :]], dim=1)
         return encoded
+
+    def _placed(self, patches: Tensor, keep: Tensor | None) -> Tensor:
+        """Patches [B, L, D] with their positions, behind the tokens that stand before them."""
+        batch, shape, table = patches.shape[0], self.shape, self.pos_embed
+        first = int(shape.class_token)  # position of the first patch
+        if table is not None:
+            patches = patches + (table[:, first:] if keep is None else table[0, first:][keep])
+        given = [patches]
+        if shape.registers:
+            given.insert(0, self.reg_token.expand(batch, -1, -1))
+        if shape.class_token:
+            cls = self.cls_token if table is None else self.cls_token + table[:, :1]
+            given.insert(0, cls.expand(batch, -1, -1))
+        return torch.cat(given, dim=1)
+
+    def _rotations(self, keep: Tensor | None) -> Tensor:
+        """Sines and cosines [B or 1, 1, T, 2d] of the tokens; those before the patches stay."""
+        assert self.rope is not None
+        angles = self.rope.get_embed()
+        angles = angles[None] if keep is None else angles[keep]
+        still = angles.new_zeros(angles.shape[0], self.shape.prefix, angles.shape[2])
+        still[..., angles.shape[2] // 2 :] = 1  # cosines
+        return torch.cat([still, angles], dim=1)[:, None]
 
 
 class MAEDecoder(nn.Module):
@@ -371,8 +316,8 @@ class ViTClassifier(nn.Module):
             encoder: taken as it is, not copied; its dropout is its own, and its position embeddings
                 become trainable, as in transformers' ViT.
             classes: number of classes.
-            pool: ``cls``, the CLS vector after the last LayerNorm, or ``mean``, the mean of the
-                patches' vectors.
+            pool: ``cls``, the CLS vector after the last LayerNorm (without one the attention's
+                pooling), or ``mean``, the mean of the patches' vectors.
             dropout: rate before the head; transformers has none there.
         """
         super().__init__()
@@ -380,7 +325,8 @@ class ViTClassifier(nn.Module):
             raise ValueError(f"pool is {pool!r}, not cls or mean")
         self.pool = pool
         self.encoder = encoder
-        self.encoder.pos_embed.requires_grad_(True)
+        if encoder.pos_embed is not None:
+            encoder.pos_embed.requires_grad_(True)
         self.head_drop = nn.Dropout(dropout)
         self.head = nn.Linear(encoder.shape.width, classes)
         trunc_normal_(self.head.weight, std=0.02)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from selfdistill.data.errors import UserError
 from selfdistill.engine.models.images import formats
-from selfdistill.engine.models.images.found import IMAGENET_MEAN, IMAGENET_STD, Found, check_sizes
-from selfdistill.engine.models.images.layout import Tensors
-from selfdistill.engine.models.images.vit_mae import Shape, ViTMAE, position_table
+from selfdistill.engine.models.images.found import Found, check_sizes
+from selfdistill.engine.models.images.shape import Shape
+from selfdistill.engine.models.images.types.base import IMAGENET_MEAN, IMAGENET_STD, Tensors
+from selfdistill.engine.models.images.vit_mae import ViTMAE, position_table
 from selfdistill.engine.models.source import locate
 
 
@@ -56,7 +57,7 @@ def load_pretrained(source: str, image_size: int | None = None) -> Pretrained:
     """Reads weights.
 
     Args:
-        source: a Hugging Face folder or hub name (ViTMAE, ViT, ViT classifiers; safetensors or
+        source: a Hugging Face folder or hub name (every type in `types`; safetensors or
             pytorch_model.bin; names of transformers 4 and 5), FAIR's .pth, a timm folder or hub
             name, or a timm .safetensors file.
         image_size: side of the images to train on, if other than the source's. Sine-cosine
@@ -73,8 +74,9 @@ def load_pretrained(source: str, image_size: int | None = None) -> Pretrained:
     shape, notes = found.shape, list(found.notes)
     if image_size is not None and image_size != shape.image_size:
         old, shape = shape, replace(shape, image_size=image_size)
+        how = "(rotary) follow"
         for part in (encoder, decoder):
-            if part is not None:
+            if part is not None and "pos_embed" in part:
                 table, antialias = part["pos_embed"], found.antialias
                 part["pos_embed"], how = _move(table, old.grid, shape.grid, antialias)
         notes.append(f"image size {old.image_size} -> {image_size}: position embeddings {how}")
@@ -135,11 +137,11 @@ def _few(names: list[str]) -> str:
 
 
 def _move(table: Tensor, old: int, new: int, antialias: bool) -> tuple[Tensor, str]:
-    """Position embeddings [1, 1 + old², D] for a grid of new², and how they were made."""
-    width = table.shape[2]
-    if torch.allclose(table, position_table(width, old), atol=1e-3):
-        return position_table(width, new), "(sine-cosine) computed anew"
+    """Position embeddings [1, old² or 1 + old², D] for a grid of new², and how they were made."""
+    width, first = table.shape[2], table.shape[1] - old**2
+    if torch.allclose(table, position_table(width, old)[:, 1 - first :], atol=1e-3):
+        return position_table(width, new)[:, 1 - first :].clone(), "(sine-cosine) computed anew"
     moved: Tensor = resample_abs_pos_embed(
-        table, [new, new], [old, old], num_prefix_tokens=1, antialias=antialias
+        table, [new, new], [old, old], num_prefix_tokens=first, antialias=antialias
     )
     return moved.contiguous(), "resampled (bicubic)"

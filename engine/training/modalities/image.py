@@ -20,7 +20,8 @@ from selfdistill.engine.models.images.networks import (
     ImageEncoder,
     Normalize,
 )
-from selfdistill.engine.models.images.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
+from selfdistill.engine.models.images.shape import ENCODER, Shape
+from selfdistill.engine.models.images.vit_mae import ViTClassifier, ViTEncoder, ViTMAE
 from selfdistill.engine.models.images.weights import Pretrained, load_pretrained
 from selfdistill.engine.monitoring import flops, pictures
 from selfdistill.engine.monitoring.monitor import Monitor
@@ -89,8 +90,7 @@ class ImageModality(Modality):
 
     def same_architecture(self, taught: Pretrained, base: Pretrained) -> None:
         """See `Modality`."""
-        sizes = ("image_size", "patch_size", "width", "depth", "heads", "mlp_width")
-        for field in (*sizes, "layer_scale", "registers"):
+        for field in ENCODER:
             theirs, ours = getattr(taught.shape, field), getattr(base.shape, field)
             if theirs != ours:
                 raise UserError(

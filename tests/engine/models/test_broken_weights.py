@@ -109,7 +109,7 @@ def test_foreign_things_are_refused(
 ) -> None:
     bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
     bert.save_pretrained(tmp_path / "bert")
-    assert "is a bert, not a ViT, ViT-MAE or DINOv2" in refusal(tmp_path / "bert")
+    assert "is a bert, none of the image encoders known here" in refusal(tmp_path / "bert")
     (tmp_path / "empty").mkdir()
     assert "no config.json" in refusal(tmp_path / "empty")
     assert "no weights at" in refusal("nowhere/at/all")

@@ -23,8 +23,9 @@ from transformers import (
 
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints.export import export_classifier, export_mae
-from selfdistill.engine.models.images.layout import to_hugging_face
-from selfdistill.engine.models.images.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
+from selfdistill.engine.models.images.shape import Shape
+from selfdistill.engine.models.images.types.vit import ViT
+from selfdistill.engine.models.images.vit_mae import ViTClassifier, ViTEncoder, ViTMAE
 from selfdistill.engine.models.images.weights import Pretrained, load_pretrained
 from tests.kit import models as kit
 
@@ -223,7 +224,7 @@ def test_full_disk_is_one_line_and_leaves_the_old_export(
 
 def test_an_unknown_tensor_is_never_left_out_silently() -> None:
     with pytest.raises(KeyError):
-        to_hugging_face({"norm_pre.weight": torch.zeros(1)}, None)
+        ViT.names.theirs({"norm_pre.weight": torch.zeros(1)})
 
 
 def test_images_start_without_transformers() -> None:

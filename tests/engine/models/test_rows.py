@@ -8,7 +8,8 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from selfdistill.engine.models.images.rows_block import RowsAttention
-from selfdistill.engine.models.images.vit_mae import Shape, ViTClassifier, ViTEncoder, ViTMAE
+from selfdistill.engine.models.images.shape import Shape
+from selfdistill.engine.models.images.vit_mae import ViTClassifier, ViTEncoder, ViTMAE
 from selfdistill.engine.models.texts.language import MaskedLanguageModel, TextClassifier
 from tests.kit.texts import config_of
 

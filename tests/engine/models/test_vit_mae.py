@@ -10,10 +10,10 @@ from transformers import ViTForImageClassification
 from transformers.models.vit_mae import modeling_vit_mae
 
 from selfdistill.data.errors import UserError
-from selfdistill.engine.models.images.layout import from_hugging_face
 from selfdistill.engine.models.images.patches import patchify, unpatchify
+from selfdistill.engine.models.images.shape import Shape
+from selfdistill.engine.models.images.types.vit import ViT, split_decoder
 from selfdistill.engine.models.images.vit_mae import (
-    Shape,
     ViTClassifier,
     ViTEncoder,
     ViTMAE,
@@ -48,7 +48,8 @@ def assert_same_gradients(ours: nn.Module, theirs: dict[str, Tensor]) -> None:
 
 def hf_gradients(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     found = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
-    encoder, decoder, _ = from_hugging_face(found)
+    decoder, rest = split_decoder(found)
+    encoder, _ = ViT.names.ours(rest)
     return encoder, decoder
 
 

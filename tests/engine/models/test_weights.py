@@ -13,7 +13,8 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 from transformers import ViTForMaskedImageModeling as ViTSimMIM
 
 from selfdistill.data.errors import UserError
-from selfdistill.engine.models.images.vit_mae import Shape, ViTEncoder, ViTMAE, position_table
+from selfdistill.engine.models.images.shape import Shape
+from selfdistill.engine.models.images.vit_mae import ViTEncoder, ViTMAE, position_table
 from selfdistill.engine.models.images.weights import Pretrained, load_pretrained
 from tests.kit import models as kit
 
@@ -200,13 +201,12 @@ def test_timm_file_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("vit_giant_patch14_dinov2", {"img_size": 28, "depth": 1}),  # SwiGLU
-        ("vit_base_patch16_clip_224", {}),  # a norm before the blocks
-        ("vit_base_patch16_siglip_224", {}),  # no class token
-        ("deit_tiny_distilled_patch16_224", {}),  # a second class token
+        ("vit_base_patch16_siglip_gap_224", {}),  # neither class token nor attention pooling
+        ("vit_base_patch16_reg4_gap_256", {}),  # norm after pooling
+        ("vit_base_patch16_rope_224", {}),  # other rotary positions
+        ("eva02_tiny_patch14_224", {}),
         ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
         ("vit_tiny_patch16_224", {"global_pool": "avg"}),  # norm after pooling
-        ("vit_tiny_patch16_224", {"act_layer": "silu"}),
         ("resnet18", {}),
     ],
 )

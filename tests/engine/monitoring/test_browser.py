@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from selfdistill.data.errors import UserError
-from selfdistill.engine.models.images.vit_mae import Shape
+from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.monitoring import pictures
 from selfdistill.engine.monitoring.monitor import Monitor
 from selfdistill.launcher import screenshot

@@ -6,13 +6,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from selfdistill.engine.models.images.vit_mae import (
-    Shape,
-    ViTClassifier,
-    ViTEncoder,
-    ViTMAE,
-    random_mask,
-)
+from selfdistill.engine.models.images.shape import Shape
+from selfdistill.engine.models.images.vit_mae import ViTClassifier, ViTEncoder, ViTMAE, random_mask
 from selfdistill.engine.monitoring import flops
 
 SMALL = Shape(64, 8, 192, 6, 3, 768, 96, 2, 3, 384)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from selfdistill.engine.models.images.patches import patchify
-from selfdistill.engine.models.images.vit_mae import Shape
+from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.monitoring import pictures
 from selfdistill.engine.monitoring import texts as text_kind
 from tests.kit import texts as text_kit

@@ -8,7 +8,8 @@ import torch
 
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.config.schema import Config
-from selfdistill.engine.models.images.vit_mae import Shape, ViTMAE
+from selfdistill.engine.models.images.shape import Shape
+from selfdistill.engine.models.images.vit_mae import ViTMAE
 from selfdistill.engine.models.images.weights import Pretrained
 from selfdistill.engine.runtime.distributed import Ranks
 from selfdistill.engine.training.modalities.image import ImageModality

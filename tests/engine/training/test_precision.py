@@ -19,7 +19,8 @@ from selfdistill.engine.checkpoints.folder import CONFIG, Run, open_run
 from selfdistill.engine.config.options import load
 from selfdistill.engine.config.schema import Config
 from selfdistill.engine.models.images.networks import ImageAutoencoder, Normalize
-from selfdistill.engine.models.images.vit_mae import Shape, ViTMAE
+from selfdistill.engine.models.images.shape import Shape
+from selfdistill.engine.models.images.vit_mae import ViTMAE
 from selfdistill.engine.models.images.weights import Pretrained, load_pretrained
 from selfdistill.engine.runtime import precision, zero
 from selfdistill.engine.runtime.allocator import release

@@ -1,0 +1,137 @@
+"""Folders of transformers' image encoders, of every type in `types`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from selfdistill.data import records
+from selfdistill.data.errors import UserError
+from selfdistill.engine.models.images import types
+from selfdistill.engine.models.images.found import Found, normalise, shape_of
+from selfdistill.engine.models.images.types.base import ModelType, our_activation
+from selfdistill.engine.models.images.types.vit import split_decoder
+from selfdistill.engine.models.source import read_folder, read_safetensors
+
+#: Shape's field -> key in transformers' config.json, and the default where it is silent.
+_NUMBERS: dict[str, tuple[str, float]] = {
+    "width": ("hidden_size", 768),
+    "depth": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 12),
+    "mlp_width": ("intermediate_size", 3072),
+    "decoder_width": ("decoder_hidden_size", 512),
+    "decoder_depth": ("decoder_num_hidden_layers", 8),
+    "decoder_heads": ("decoder_num_attention_heads", 16),
+    "decoder_mlp_width": ("decoder_intermediate_size", 2048),
+    "channels": ("num_channels", 3),
+    "norm_eps": ("layer_norm_eps", 1e-12),
+    "mask_ratio": ("mask_ratio", 0.75),
+}
+#: The decoder's file in an export whose encoder is of a class that has none.
+DECODER = "decoder.safetensors"
+
+
+class _Processor(records.Record):
+    """What is used of preprocessor_config.json."""
+
+    do_normalize: bool = True
+    image_mean: list[records.Finite] | records.Finite | None = None
+    image_std: list[records.Finite] | records.Finite | None = None
+
+
+def read(folder: Path, config: dict[str, Any], origin: str) -> Found:
+    """Reads a folder by its type.
+
+    Raises:
+        UserError: The type is unknown, or has parts that are not known here.
+    """
+    kind = types.named(config.get("model_type"), origin)
+    inner = config.get("vision_config")  # of a model with two towers
+    if isinstance(inner, dict):
+        config = inner | {"model_type": config["model_type"]}
+    values: dict[str, Any] = {"hidden_act": "gelu", "qkv_bias": True, **kind.defaults} | config
+    if not values["qkv_bias"]:
+        raise UserError(
+            f"{origin} has qkv_bias {values['qkv_bias']}: only models with biases are supported"
+        )
+    own = kind.settings(values, origin)
+    normalized = values.get("norm_pix_loss", values["model_type"] != "vit_mae")
+    shape = shape_of(
+        origin,
+        image_size=_square(values, "image_size", 224, origin),
+        patch_size=_square(values, "patch_size", 16, origin),
+        normalize_pixels=records.checked(bool, normalized, f"{origin}: norm_pix_loss"),
+        activation=our_activation(values),
+        **_numbers(values, origin),
+        **own,
+    )
+    decoder, rest = split_decoder(read_folder(folder))
+    encoder, unknown = kind.names.ours(rest)
+    if (folder / DECODER).exists():  # beside an encoder whose class has none
+        decoder = read_safetensors(folder / DECODER)
+    found = Found(shape, kind.incoming(encoder, origin), decoder, origin)
+    found.antialias, found.mean, found.std = kind.antialias(shape), kind.mean, kind.std
+    _leave_out(found, kind, unknown, values["model_type"])
+    _read_processor(folder, found, kind)
+    return found
+
+
+def _numbers(values: Mapping[str, Any], origin: str) -> dict[str, float]:
+    numbers = {name: values.get(key, default) for name, (key, default) in _NUMBERS.items()}
+    for name, value in numbers.items():
+        kinds = (int,) if isinstance(_NUMBERS[name][1], int) else (int, float)
+        if type(value) not in kinds or not 0 < value < records.BOUND:
+            raise UserError(
+                f"{origin}: {_NUMBERS[name][0]} is {value!r} in config.json, not a positive "
+                "number: fetch the file again"
+            )
+    return numbers
+
+
+def _leave_out(found: Found, kind: ModelType, unknown: list[str], model_type: str) -> None:
+    """Notes what the checkpoint has beside the encoder; refuses what no such model has."""
+    # ViTForMaskedImageModeling's decoder, one convolution, is no MAE's.
+    known = (*kind.extra, "decoder.") if model_type == "vit" else kind.extra
+    bare = {name: _bare(name, kind) for name in unknown if name not in kind.silent}
+    strange = [name for name, own in bare.items() if not own.startswith(known)]
+    if strange:
+        raise UserError(
+            f"{found.origin} has {strange[0]}, which no plain {kind.title} has: take an unmodified"
+            " checkpoint"
+        )
+    dropped = sorted({own.split(".")[0] for own in bare.values()})
+    if dropped:
+        found.notes.append(f"left out {', '.join(dropped)}: only the encoder is used")
+
+
+def _bare(name: str, kind: ModelType) -> str:
+    prefix = next((p for p in kind.names.prefixes if name.startswith(p)), "")
+    return name.removeprefix(prefix)
+
+
+def _square(config: Mapping[str, Any], key: str, default: int, origin: str) -> int:
+    value = config.get(key, default)
+    sides = value if isinstance(value, list) else [value]
+    if not sides or any(type(side) is not int or side != sides[0] for side in sides):
+        raise UserError(f"{origin}: {key} {value} is not square: only square images are supported")
+    side: int = sides[0]
+    return side
+
+
+def _read_processor(folder: Path, found: Found, kind: ModelType) -> None:
+    """Mean and standard deviation, which the weights were trained with."""
+    path = folder / "preprocessor_config.json"
+    if not path.exists():
+        found.notes.append(
+            f"no preprocessor_config.json: images are normalised by {kind.normalised_by} mean and"
+            " standard deviation"
+        )
+        return
+    processor: _Processor = records.checked(_Processor, records.read_object(path), path)
+    # ViTImageProcessor's own defaults are 0.5.
+    mean = 0.5 if processor.image_mean is None else processor.image_mean
+    std = 0.5 if processor.image_std is None else processor.image_std
+    if not processor.do_normalize:
+        mean, std = 0.0, 1.0
+    normalise(found, mean, std, path)

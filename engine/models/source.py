@@ -59,6 +59,8 @@ def locate(
     if path.exists():
         return path
     name = source.removeprefix("hf-hub:")
+    if name.startswith("timm:"):  # and timm's name of its weights
+        name = f"timm/{name.removeprefix('timm:')}"
     known = _HUB_NAME.fullmatch(name) or (bare and _BARE_NAME.fullmatch(name))
     if not known or path.name.endswith((*TORCH_FILES, ".safetensors")):
         raise UserError(

@@ -56,9 +56,15 @@ def step_flops(
 def encoder_flops(shape: Shape, patches: int, cls_only: bool = False) -> float:
     """FLOPs of the encoder's forward on one image of which it sees `patches` patches."""
     project = 2 * patches * shape.patch_values * shape.width
-    block = block_flops(1 + patches, shape.width, shape.mlp_width)
-    last = part_flops(1 + patches, 1, shape.width, shape.mlp_width) if cls_only else block
-    return project + (shape.depth - 1) * block + last
+    tokens, width = shape.prefix + patches, shape.width
+    mlp = 3 * shape.mlp_width / 2 if shape.gated else shape.mlp_width  # gate, value and output
+    block = block_flops(tokens, width, mlp)
+    part = cls_only and shape.class_token
+    last = part_flops(tokens, 1, width, mlp) if part else block
+    # Attention pooling: one query; keys and values of all; one row behind them.
+    pooled = 0 if shape.class_token else 2 * (2 * tokens * (width**2 + width) + 2 * width**2)
+    pooled += 0 if shape.class_token else 4 * width * shape.mlp_width
+    return project + (shape.depth - 1) * block + last + pooled
 
 
 def decoder_flops(shape: Shape, whole: bool = False) -> float:
@@ -72,7 +78,7 @@ def decoder_flops(shape: Shape, whole: bool = False) -> float:
     return embed + (shape.decoder_depth - 1) * block + last + predict
 
 
-def block_flops(tokens: int, width: int, mlp_width: int) -> float:
+def block_flops(tokens: int, width: int, mlp_width: float) -> float:
     """FLOPs of a transformer block's forward on one sequence.
 
     Multiply-adds: queries, keys, values and output 4 T D^2, scores and weighted sum 2 T^2 D, MLP
@@ -81,7 +87,7 @@ def block_flops(tokens: int, width: int, mlp_width: int) -> float:
     return 2 * (4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * mlp_width)
 
 
-def part_flops(tokens: int, rows: int, width: int, mlp_width: int) -> float:
+def part_flops(tokens: int, rows: int, width: int, mlp_width: float) -> float:
     """FLOPs of a block's forward for some of its tokens' rows (`RowsBlock`).
 
     Multiply-adds: keys and values 2 T D^2, queries and output 2 R D^2, their scores and weighted

@@ -125,3 +125,6 @@ def test_foreign_things_are_refused(
     assert "not a multiple of patch size" in refusal(saved, image_size=18)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "hub gives no model of that name" in refusal("nobody/no-such-model")
+    assert "timm/vit_small_patch14_dinov2.lvd142m" in refusal(
+        "timm:vit_small_patch14_dinov2.lvd142m"
+    )

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -110,6 +110,7 @@ def export_transformers(
     tensors: Mapping[str, Tensor],
     tokenizer: Any,
     original: PreTrainedConfig,
+    pooling: Literal["cls", "mean"] | None = None,
 ) -> None:
     """Writes one of transformers' own models with its tokenizer.
 
@@ -119,27 +120,52 @@ def export_transformers(
         tensors: its parameters, whole; of tied ones the first.
         tokenizer: transformers' tokenizer.
         original: the configuration whose dropout rates are written.
+        pooling: of a folder for sentence-transformers; None: it is for transformers alone.
 
     Raises:
         UserError: the folder holds something else, or cannot be written.
     """
+    from selfdistill.engine.models.texts import sentences
+    from selfdistill.engine.models.texts.classifier import MeanNetwork
     from selfdistill.engine.models.texts.language import restore_dropout
 
     def write(target: Path) -> None:
         config = restore_dropout(network.config, original)
-        whole = type(network)(config)
-        missing, strange = whole.load_state_dict(tensors, strict=False)
-        named = dict(whole.named_parameters(remove_duplicate=False))
-        given = {id(named[name]) for name in tensors}
-        absent = [name for name in missing if id(named.get(name)) not in given]  # but tied ones
-        assert not strange, strange
-        assert not absent, absent
-        whole.save_pretrained(target)
+        head = None
+        if isinstance(network, MeanNetwork):
+            head = {k: tensors[f"classifier.{k}"] for k in ("weight", "bias")}
+            prefix = "base_model."
+            named = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            _save_whole(network.base_model, config, named, target)
+        else:
+            _save_whole(network, config, tensors, target)
         tokenizer.save_pretrained(target)
-        for path in target.iterdir():
-            _sync(path)
+        if pooling is not None:
+            sentences.write_modules(target, pooling, int(config.hidden_size), head)
+        for path in target.rglob("*"):
+            if path.is_file():
+                _sync(path)
 
     _replace(Path(folder), write)
+
+
+def _save_whole(
+    network: Any, config: PreTrainedConfig, tensors: Mapping[str, Tensor], target: Path
+) -> None:
+    """Saves a model of transformers with these weights; of tied ones the first is enough."""
+    whole = type(network)(config, **({"add_pooling_layer": False} if _poolless(network) else {}))
+    missing, strange = whole.load_state_dict(tensors, strict=False)
+    named = dict(whole.named_parameters(remove_duplicate=False))
+    given = {id(named[name]) for name in tensors}
+    absent = [name for name in missing if id(named.get(name)) not in given]  # but tied ones
+    assert not strange, strange
+    assert not absent, absent
+    whole.save_pretrained(target)
+
+
+def _poolless(network: Any) -> bool:
+    """Whether a class makes a pooler unless told not to, and this model has none."""
+    return hasattr(network, "pooler") and network.pooler is None
 
 
 def _write_timm(

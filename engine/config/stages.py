@@ -87,12 +87,20 @@ class DistillSection(StageSection):
     """Stage 2: self-distillation (Algorithm 1, Eq. 3)."""
 
     steps: int | None = Field(20_000, ge=1, description="optimiser steps")
-    feature: Literal["cls", "mean", "tokens"] = Field("cls", description="distilled feature")
+    feature: Literal["auto", "cls", "mean", "tokens"] = Field(
+        "auto", description="distilled (auto = what the model itself pools by)"
+    )
     weight: float = Field(1.0, ge=0, description="weight of L_Distill")
     mae_weight: float = Field(1.0, ge=0, description="weight of L_MAE (0 freezes the decoder)")
     match: Literal["feature", "prediction", "weights_l2", "weights_mars"] = Field(
         "feature", description="what L_Distill compares; all but feature are ablations"
     )
+
+    @property
+    def settled(self) -> Literal["cls", "mean", "tokens"]:
+        """The feature, once the model is known: see `modalities.base.settle_pooling`."""
+        assert self.feature != "auto"
+        return self.feature
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> DistillSection:
@@ -112,7 +120,9 @@ class FinetuneSection(StageSection):
     clip: float = Field(1.0, ge=0, description="gradient norm limit (0 = none)")
     dropout: float = Field(0.1, ge=0, lt=1)
     flip: bool = Field(True, description="random horizontal flips")
-    pool: Literal["cls", "mean"] = Field("cls", description="feature under the classifier")
+    pool: Literal["auto", "cls", "mean"] = Field(
+        "auto", description="feature under the classifier (auto = what the model itself pools by)"
+    )
     start: str = Field(
         "auto",
         description="auto (the last round) | distill | distill-N (a round) | pretrain | model",
@@ -128,6 +138,12 @@ class FinetuneSection(StageSection):
         10_000, ge=0, description="samples of the train split scored at the end (0 = none)"
     )
     regularizer: Literal["none", "recadam", "mars", "r3f"] = "none"
+
+    @property
+    def settled(self) -> Literal["cls", "mean"]:
+        """The pooling, once the model is known: see `modalities.base.settle_pooling`."""
+        assert self.pool != "auto"
+        return self.pool
 
     @field_validator("start")
     @classmethod

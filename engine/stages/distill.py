@@ -14,7 +14,7 @@ from selfdistill.engine.runtime.distributed import main_only
 from selfdistill.engine.stages.pretrain import export_autoencoder, initial
 from selfdistill.engine.stages.splits import unlabelled_split
 from selfdistill.engine.training.modalities import modality_of
-from selfdistill.engine.training.modalities.base import Batch
+from selfdistill.engine.training.modalities.base import Batch, settle_pooling
 from selfdistill.engine.training.objectives import DistillObjective, FeatureExtractor
 from selfdistill.engine.training.stage import Stage
 from selfdistill.engine.training.teacher import (
@@ -52,6 +52,7 @@ class Distill(Stage):
         train = unlabelled_split(run)
         modality = modality_of(run, train)
         base = initial(run, modality)
+        run.info_once(settle_pooling(run.config, modality, base))
         record = {"model": base.sha256}
         self.teacher_weights = None
         if self.source is not None:
@@ -78,11 +79,11 @@ class Distill(Stage):
         self.model = model = modality.autoencoder(self.base)
         weights, teacher = (plan.weight, plan.mae_weight), self.teacher_weights
         if teacher is None:
-            return DistillObjective(model, plan.feature, *weights)
+            return DistillObjective(model, plan.settled, *weights)
         if plan.match == "feature":
             self.teacher = self._teacher(teacher)
             self.mode = self.teacher.mode
-            return DistillObjective(model, plan.feature, *weights)
+            return DistillObjective(model, plan.settled, *weights)
         if plan.match == "prediction":
             if teacher.decoder is None:
                 raise UserError(
@@ -102,7 +103,7 @@ class Distill(Stage):
     def _teacher(self, weights: Any) -> Teacher:
         """The teacher of features: cached, replicated or sharded."""
         run, modality, config, ranks = self.run, self.modality, self.config, self.ranks
-        feature = config.distill.feature
+        feature = config.distill.settled
         extractor = FeatureExtractor(modality.encoder(weights), feature).eval()
         shape = modality.feature_shape(weights, feature)
         folder = run.folder / self.name / "teacher"

@@ -20,7 +20,7 @@ from selfdistill.engine.stages.splits import labelled_splits
 from selfdistill.engine.training.analysis import analyse
 from selfdistill.engine.training.loop import run_stage
 from selfdistill.engine.training.modalities import modality_of
-from selfdistill.engine.training.modalities.base import Batch
+from selfdistill.engine.training.modalities.base import Batch, settle_pooling
 from selfdistill.engine.training.record import scalars
 from selfdistill.engine.training.stage import Stage
 from selfdistill.engine.training.teacher import view
@@ -180,6 +180,7 @@ class Finetune(Stage):
         check_labels(train)
         modality = modality_of(run, train)
         base = modality.load(source)
+        run.info_once(settle_pooling(run.config, modality, base))
         self.regularizer = REGULARIZERS[run.config.finetune.regularizer](run, base)
         record = {"start": base.sha256} | self.regularizer.record()
         super().__init__(run, name, train, modality, base, seed=seed, record=record)

@@ -71,13 +71,14 @@ class Classifies(Protocol):
 def pick(tokens: Tensor, feature: Feature, counts: Tensor | None = None) -> Tensor:
     """The distilled feature of encoder output [B, 1+K, D].
 
-    `cls`: the CLS vector after the last LayerNorm [B, D] (the paper's). `mean`: mean of the other
-    tokens [B, D]. `tokens`: all of them [B, 1+K, D].
+    `cls`: the CLS vector after the last LayerNorm [B, D] (the paper's). `mean`: of images the mean
+    of the patches [B, D], of texts that of all tokens, as sentence encoders pool. `tokens`: all of
+    them [B, 1+K, D].
 
     Args:
         tokens: the encoder's output.
         feature: which.
-        counts: [B, 1+K], 0 at padding; None where all tokens count.
+        counts: of texts, [B, 1+K], 0 at padding.
     """
     if feature == "cls":
         return tokens[:, 0]
@@ -85,8 +86,8 @@ def pick(tokens: Tensor, feature: Feature, counts: Tensor | None = None) -> Tens
         return tokens
     if counts is None:
         return tokens[:, 1:].mean(1)
-    weight = counts[:, 1:, None].to(tokens.dtype)
-    return (tokens[:, 1:] * weight).sum(1) / weight.sum(1).clamp(min=1)
+    weight = counts[:, :, None].to(tokens.dtype)
+    return (tokens * weight).sum(1) / weight.sum(1)
 
 
 def distance(student: Tensor, teacher: Tensor, counts: Tensor | None = None) -> Tensor:

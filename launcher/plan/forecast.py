@@ -19,6 +19,7 @@ from selfdistill.engine.monitoring.flops import Stage, TeacherMode
 from selfdistill.engine.runtime import zero
 from selfdistill.engine.runtime.distributed import Ranks
 from selfdistill.engine.training import teacher
+from selfdistill.engine.training.modalities.base import settle_pooling
 from selfdistill.launcher.doctor.devices import DEVICES, Device, best_precision, find
 from selfdistill.launcher.plan.workload import IMAGES, TEXTS, ImageWork, Workload
 
@@ -151,6 +152,7 @@ def prepare(options: Options, config: Config) -> Plan:
     if not manifests and options.samples is None:
         raise UserError("--data is missing: a packed data set, or --samples N without one")
     work = _work(options, config, manifests)
+    settle_pooling(config, work.modality, work.base)
     labelled = manifests.get("train")
     classes = options.classes or (len(labelled.classes) if labelled else 10)
     jobs = [
@@ -163,7 +165,7 @@ def prepare(options: Options, config: Config) -> Plan:
                 f"{labelled.root} has no labels: fine-tuning needs a set packed with its classes"
             )
         jobs = [job for job in jobs if job.stage != "finetune"]
-    shape = work.feature(config.distill.feature)
+    shape = work.feature(config.distill.settled)
     samples = next((job.samples for job in jobs if job.stage == "distill"), 0)
     needed = None if shape is None else teacher.table_bytes(samples, shape)
     folder = Path(config.output or ".").absolute() / "distill-1" / "teacher"

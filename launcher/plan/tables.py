@@ -103,11 +103,11 @@ def disk_sheet(plan: Plan) -> Sheet:
             size = memory.checkpoint_bytes(parameters) * (config.keep + 1) * job.repeats
             sizes[f"{job.name}: checkpoints", arithmetic + job.times] = size
         images = plan.work.samples == "images"
-        twice = images and job.stage == "finetune" and config.finetune.pool == "cls"
+        twice = images and job.stage == "finetune" and config.finetune.settled == "cls"
         arithmetic = f"4 B x {parameters.all:,}{' x 2 (transformers, timm)' if twice else ''}"
         size = 4 * parameters.all * (1 + twice) * job.repeats
         sizes[f"{job.name}: export", arithmetic + job.times] = size
-        shape = plan.work.feature(config.distill.feature)
+        shape = plan.work.feature(config.distill.settled)
         if job.stage == "distill" and plan.mode == "cached" and shape is not None:
             values = " x ".join(map(str, shape))
             arithmetic = (

@@ -13,11 +13,11 @@ from selfdistill.data.cli import format_error
 from selfdistill.data.errors import UserError
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.models.texts.classifier import TextClassifier
 from selfdistill.engine.models.texts.fresh import small_config
 from selfdistill.engine.models.texts.language import (
     HEADS,
     MaskedLanguageModel,
-    TextClassifier,
     cuts,
 )
 from selfdistill.engine.models.texts.weights import Language, load_tokenizer
@@ -86,7 +86,7 @@ class TextWork(Workload):
         config = type(self.base.config).from_dict(self.base.config.to_dict())
         if stage == "finetune":
             config.num_labels = classes
-            return TextClassifier(config)
+            return TextClassifier(config, self.config.finetune.settled)
         return MaskedLanguageModel(config)
 
     def encoder(self) -> nn.Module:

@@ -17,7 +17,6 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
     PreTrainedConfig,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -122,7 +121,7 @@ def build(factory: Any, config: PreTrainedConfig) -> Any:
     return model
 
 
-class _Inputs:
+class Inputs:
     """What a batch's ids become as arguments of a transformers model."""
 
     def __init__(self, encoder: Any, config: PreTrainedConfig) -> None:
@@ -241,7 +240,7 @@ class _Encodes(nn.Module):
     """What encodes the unmasked view of texts; see `objectives.Encodes`."""
 
     encoder: Any
-    inputs: _Inputs
+    inputs: Inputs
     rows: LastRows
 
     def encode(
@@ -284,7 +283,7 @@ class TextEncoder(_Encodes):
     def __init__(self, encoder: nn.Module, config: PreTrainedConfig) -> None:
         super().__init__()
         self.encoder = encoder
-        self.inputs = _Inputs(encoder, config)
+        self.inputs = Inputs(encoder, config)
         self.rows = LastRows(encoder, config)
 
 
@@ -297,7 +296,7 @@ class MaskedLanguageModel(_Encodes):
         """Fresh weights for a config whose model_type is among `HEADS`."""
         super().__init__()
         self.network = build(AutoModelForMaskedLM, config)
-        self.inputs = _Inputs(self.encoder, config)
+        self.inputs = Inputs(self.encoder, config)
         self.rows = LastRows(self.encoder, config)
         self.head = HEADS[config.model_type]
 
@@ -357,40 +356,3 @@ class MaskedLanguageModel(_Encodes):
         loss = scale * F.cross_entropy(logits, originals, reduction="sum")
         extras = {"prediction": logits.detach().argmax(-1)} if shown else {}
         return {"loss": loss, **extras}, logits
-
-
-class TextClassifier(nn.Module):
-    """transformers' own sequence classifier: RoBERTa's has a dense layer and tanh on `<s>`."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        """Fresh weights for a config with `num_labels`."""
-        super().__init__()
-        self.network = build(AutoModelForSequenceClassification, config)
-        self.inputs = _Inputs(self.encoder, config)
-        self.rows = LastRows(self.encoder, config)
-
-    @property
-    def encoder(self) -> Any:
-        """f_theta."""
-        return self.network.base_model
-
-    @property
-    def embedding(self) -> Any:
-        """See `objectives.Classifies`."""
-        return self.encoder.get_input_embeddings()
-
-    def classify(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        unpadded: Tensor | None = None,
-        packed_at: Tensor | None = None,
-        packed_to: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        **_: Tensor,
-    ) -> Tensor:
-        """Logits [B, C] of int64 [B, T] ids and attention mask."""
-        inputs = self.inputs(input_ids, attention_mask, unpadded, packed_at, token_type_ids)
-        with self.rows.cls(packed_to):  # all that heads and poolers of models that cut ever read
-            logits: Tensor = self.network(**inputs).logits
-        return logits

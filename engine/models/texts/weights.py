@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from selfdistill.data.files import regular
 from selfdistill.data.records import read_object
 from selfdistill.engine.models.images.weights import fingerprint
 from selfdistill.engine.models.source import locate
+from selfdistill.engine.models.texts import sentences
 from selfdistill.engine.models.texts.fresh import fresh_roberta
 from selfdistill.engine.models.texts.language import HEADS
+from selfdistill.engine.models.texts.sentences import Pooling
 
 #: Files that a model's folder on the hub may have beside its weights.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
@@ -50,6 +52,8 @@ class Language:
         decoder: fp32 tensors of its MLM head, tied ones left out; None if the source has no head.
         origin: what the user named.
         sha256: of the tensors' names, shapes and fp32 bytes.
+        pooling: how it pools a text's tokens.
+        notes: what the user should be told of it, a line each, without its name.
     """
 
     config: PreTrainedConfig
@@ -59,6 +63,8 @@ class Language:
     decoder: dict[str, Tensor] | None
     origin: str
     sha256: str
+    pooling: Pooling = "cls"
+    notes: tuple[str, ...] = ()
 
 
 def load_language(source: str, max_length: int | None = None) -> Language:
@@ -73,7 +79,14 @@ def load_language(source: str, max_length: int | None = None) -> Language:
         UserError: unknown or unreadable source, a model without an MLM head that is known here,
             missing weights, a tokenizer that does not fit.
     """
-    folder = locate(source, example="FacebookAI/roberta-base", patterns=TOKENIZER_FILES, bare=True)
+    folder = locate(
+        source,
+        example="FacebookAI/roberta-base",
+        patterns=[*TOKENIZER_FILES, *sentences.FILES],
+        bare=True,
+    )
+    pooling, note = sentences.read_pooling(folder)
+    folder = sentences.transformer(folder)
     if not folder.is_dir() or not (folder / "config.json").is_file():
         raise UserError(f"{source} is no model's folder: a language model comes with config.json")
     settings = read_object(folder / "config.json")
@@ -108,7 +121,8 @@ def load_language(source: str, max_length: int | None = None) -> Language:
             f"{source}: {wrong[0]} is missing or of another shape than config.json says: fetch the"
             " model again"
         )
-    return _record(config, tokenizer, model, max_length, source, headless=bool(missing))
+    record = _record(config, tokenizer, model, max_length, source, headless=bool(missing))
+    return replace(record, pooling=pooling, notes=(note,) if note else ())
 
 
 @contextmanager

@@ -10,12 +10,15 @@ from torch import Tensor
 from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.datasets import Keyed
 from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.config.schema import Config
 from selfdistill.engine.monitoring.monitor import Monitor
 from selfdistill.engine.training.objectives import Feature
 
 Batch = dict[str, Tensor]
 #: A stage's section of the configuration.
 Section = Literal["decoder", "pretrain", "distill", "finetune"]
+#: What a vector of a sample is read from: its first token, or the mean of them.
+Pooled = Literal["cls", "mean"]
 TeacherMode = Literal["replicated", "sharded", "cached"]
 
 
@@ -97,6 +100,10 @@ class Modality(Protocol):
         """A fresh head on the base's encoder (`objectives.Classifies`, `.encoder`)."""
         ...
 
+    def pooling(self, base: Any) -> Pooled:
+        """What the base's makers read of its tokens: the first, or the mean of the others."""
+        ...
+
     def feature_shape(self, base: Any, feature: Feature) -> tuple[int, ...] | None:
         """Shape of one sample's feature; None where it differs between samples."""
         ...
@@ -134,3 +141,16 @@ class Modality(Protocol):
     def export_classifier(self, folder: Path, model: Any, base: Any, classes: list[str]) -> None:
         """Writes the classifier for other libraries. Every rank calls it."""
         ...
+
+
+def settle_pooling(config: Config, modality: Modality, base: Any) -> str:
+    """Puts the model's own way of pooling where the configuration says auto; says which, a line."""
+    own = modality.pooling(base)
+    if config.distill.feature == "auto":
+        config.distill.feature = own
+    if config.finetune.pool == "auto":
+        config.finetune.pool = own
+    return (
+        f"feature: --distill.feature {config.distill.feature}, --finetune.pool"
+        f" {config.finetune.pool} (the model's own is {own})"
+    )

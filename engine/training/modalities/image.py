@@ -26,7 +26,14 @@ from selfdistill.engine.models.images.weights import Pretrained, load_pretrained
 from selfdistill.engine.monitoring import flops, pictures
 from selfdistill.engine.monitoring.monitor import Monitor
 from selfdistill.engine.runtime.zero import full_state
-from selfdistill.engine.training.modalities.base import Batch, Modality, Section, TeacherMode
+from selfdistill.engine.training.modalities.base import (
+    Batch,
+    Modality,
+    Pooled,
+    Section,
+    TeacherMode,
+    settle_pooling,
+)
 from selfdistill.engine.training.objectives import Feature
 from selfdistill.engine.training.views import Flips, MaskNoise, TwoFlips
 
@@ -145,12 +152,17 @@ class ImageModality(Modality):
 
     def classifier(self, base: Pretrained, classes: list[str], seed: int) -> ImageClassifier:
         """See `Modality`; the position embedding is trained from here on."""
+        settle_pooling(self.config, self, base)
         torch.manual_seed(seed)
         plan = self.config.finetune
         encoder = ViTEncoder(base.shape, dropout=plan.dropout)
         encoder.load_state_dict(base.encoder)
-        network = ViTClassifier(encoder, len(classes), pool=plan.pool)
+        network = ViTClassifier(encoder, len(classes), pool=plan.settled)
         return ImageClassifier(network, Normalize(base.mean, base.std))
+
+    def pooling(self, base: Pretrained) -> Pooled:
+        """See `Modality`: the CLS token, or what attention pools in its place."""
+        return "cls"
 
     def feature_shape(self, base: Pretrained, feature: Feature) -> tuple[int, ...]:
         """See `Modality`."""
@@ -208,7 +220,7 @@ class ImageModality(Modality):
         """See `Modality`: a folder for transformers' and timm's ViT."""
         encoder, head = (self._whole(m) for m in (model.network.encoder, model.network.head))
         if self.run.ranks.main:
-            pool = self.config.finetune.pool
+            pool = self.config.finetune.settled
             export_classifier(folder, base.shape, encoder, head, classes, pool, base.mean, base.std)
 
     def _whole(self, module: torch.nn.Module) -> dict[str, Tensor]:

@@ -18,10 +18,10 @@ from selfdistill.data.loading.reader import Reader
 from selfdistill.data.shards.manifest import Manifest, is_remote
 from selfdistill.engine.checkpoints.export import export_transformers
 from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.models.texts.classifier import TextClassifier
 from selfdistill.engine.models.texts.fresh import small_config
 from selfdistill.engine.models.texts.language import (
     MaskedLanguageModel,
-    TextClassifier,
     TextEncoder,
     cuts,
     with_dropout,
@@ -36,7 +36,14 @@ from selfdistill.engine.models.texts.weights import (
 from selfdistill.engine.monitoring import flops, texts
 from selfdistill.engine.monitoring.monitor import Monitor
 from selfdistill.engine.runtime.zero import full_state
-from selfdistill.engine.training.modalities.base import Batch, Modality, Section, TeacherMode
+from selfdistill.engine.training.modalities.base import (
+    Batch,
+    Modality,
+    Pooled,
+    Section,
+    TeacherMode,
+    settle_pooling,
+)
 from selfdistill.engine.training.objectives import Feature
 from selfdistill.engine.training.views import MaskTokens
 
@@ -73,7 +80,10 @@ class TextModality(Modality):
                 "--model is missing: a hub name (FacebookAI/roberta-base), a folder, or scratch"
             )
         if path != "scratch":
-            return load_language(path, config.text.max_length)
+            loaded = load_language(path, config.text.max_length)
+            for note in loaded.notes:
+                self.run.info_once(f"{path}: {note}")
+            return loaded
         if config.model.tokenizer is None:
             raise UserError(
                 "--model scratch needs --model.tokenizer: a folder made by python -m data.tokenizer"
@@ -212,14 +222,19 @@ class TextModality(Modality):
 
     def classifier(self, base: Language, classes: list[str], seed: int) -> TextClassifier:
         """See `Modality`."""
+        settle_pooling(self.config, self, base)
         torch.manual_seed(seed)
         config = with_dropout(base.config, self.config.finetune.dropout)
         config.num_labels = len(classes)
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
-        model = TextClassifier(config)
+        model = TextClassifier(config, self.config.finetune.settled)
         load_encoder(model.encoder, base.encoder, base.origin)
         return model
+
+    def pooling(self, base: Language) -> Pooled:
+        """See `Modality`."""
+        return base.pooling
 
     def feature_shape(self, base: Language, feature: Feature) -> tuple[int, ...] | None:
         """See `Modality`; texts differ in length."""
@@ -264,6 +279,8 @@ class TextModality(Modality):
             return (int(config.num_hidden_layers) - 1) * whole + last
 
         if section == "finetune":
+            if self.config.finetune.pool == "mean":
+                return 3 * (encoder(None) + len(lengths) * 2 * width * classes)
             return 3 * (encoder(1) + len(lengths) * 2 * width * (width + classes))
         masked = len(batch["masked_at"])
         head = masked * 2 * width * (width + int(config.vocab_size))
@@ -282,17 +299,29 @@ class TextModality(Modality):
         )
 
     def export_autoencoder(self, folder: Path, model: MaskedLanguageModel, base: Language) -> None:
-        """See `Modality`: a folder for transformers, with its tokenizer."""
-        self._export(folder, model.network, base)
+        """See `Modality`: a folder for transformers, with its tokenizer.
+
+        Of a sentence encoder it is one for sentence-transformers, too.
+        """
+        self._export(folder, model.network, base, modules=base.pooling == "mean")
 
     def export_classifier(
         self, folder: Path, model: TextClassifier, base: Language, classes: list[str]
     ) -> None:
-        """See `Modality`: a folder for transformers, with its tokenizer, which cuts as here."""
-        self._export(folder, model.network, base, base.max_length)
+        """See `Modality`: a folder for transformers, with its tokenizer, which cuts as here.
+
+        One that pools by the mean is for sentence-transformers, whose ``encode`` gives the logits.
+        """
+        self._export(folder, model.network, base, base.max_length, modules=model.mean)
 
     def _export(
-        self, folder: Path, network: Any, base: Language, max_length: int | None = None
+        self,
+        folder: Path,
+        network: Any,
+        base: Language,
+        max_length: int | None = None,
+        *,
+        modules: bool,
     ) -> None:
         tensors: dict[str, Tensor] = full_state(network, keep=self.run.ranks.main)
         if self.run.ranks.main:
@@ -300,7 +329,8 @@ class TextModality(Modality):
             if max_length is not None:
                 tokenizer = copy.deepcopy(tokenizer)
                 tokenizer.model_max_length = max_length
-            export_transformers(folder, network, tensors, tokenizer, base.config)
+            pooling: Pooled | None = "mean" if modules else None
+            export_transformers(folder, network, tensors, tokenizer, base.config, pooling)
 
 
 def _encoder(

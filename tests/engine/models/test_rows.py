@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from selfdistill.engine.models.images.rows_block import RowsAttention
 from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.models.images.vit_mae import ViTClassifier, ViTEncoder, ViTMAE
-from selfdistill.engine.models.texts.language import MaskedLanguageModel, TextClassifier
+from selfdistill.engine.models.texts.classifier import TextClassifier
+from selfdistill.engine.models.texts.language import MaskedLanguageModel
 from tests.kit.texts import config_of
 
 SHAPE = Shape(32, 8, 48, 3, 3, 100, 32, 1, 2, 64)

@@ -12,7 +12,7 @@ from transformers import (
 
 from selfdistill.data.formats.texts import pack_rows
 from selfdistill.engine.models.texts.language import HEADS
-from tests.engine.models.test_language import batch_of, kind_of
+from tests.engine.models.texts.test_language import batch_of, kind_of
 from tests.kit import texts as text_kit
 
 # Without padding, without waiting

@@ -12,7 +12,7 @@ from selfdistill.engine.config.sections import Section
 
 
 class StageSection(Section):
-    """What every stage has: length, batch, optimiser (AdamW, linear decay to 0)."""
+    """What every stage has: length, batch, optimiser (AdamW, decay to 0)."""
 
     steps: int | None = Field(None, ge=1, description="optimiser steps")
     epochs: float | None = Field(None, gt=0, description="length in passes over the train split")
@@ -23,6 +23,9 @@ class StageSection(Section):
     betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW, such as 0.9,0.95")
     eps: float = Field(1e-8, gt=0)
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    schedule: Literal["linear", "cosine"] = Field(
+        "linear", description="how the rate falls to 0 after the warm-up"
+    )
     clip: float = Field(0.0, ge=0, description="gradient norm limit (0 = none)")
 
     @field_validator("betas", mode="before")

@@ -135,8 +135,7 @@ def check(config: Config, steps: int) -> None:
             " host memory, where DeepSpeed's own Adam steps: take zero0, zero1, zero2 or zero3"
         )
     pull = max(
-        optim.learning_rate(step, steps, plan.warmup, plan.lr)
-        * (1 - annealing(step + 1, settings.k, settings.t0))
+        optim.learning_rate(step, steps, plan) * (1 - annealing(step + 1, settings.k, settings.t0))
         for step in range(steps)
     )
     if pull * settings.c >= 2:

@@ -21,7 +21,7 @@ from torch import nn
 from selfdistill.data.errors import UserError
 from selfdistill.data.files import refuse_open
 from selfdistill.data.shards.manifest import Manifest
-from selfdistill.engine.checkpoints.checkpoint import FREE
+from selfdistill.engine.checkpoints.checkpoint import BEFORE, FREE
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.checkpoints.results import RESULT, read_result
 from selfdistill.engine.runtime.distributed import main_only
@@ -110,7 +110,12 @@ def _shelf() -> Path:
 
 def _key(stage: Stage) -> str:
     """Hash of all that a decoder depends on: encoder, data, settings; not the layout."""
-    record = {k: v for k, v in stage.record.items() if k.rsplit(".", 1)[-1] not in FREE}
+    record = {
+        k: v
+        for k, v in stage.record.items()
+        # Decoders of before there was an option are found again.
+        if k.rsplit(".", 1)[-1] not in FREE and (k not in BEFORE or v != BEFORE[k])
+    }
     content = json.dumps(record | {"data": stage.train.hash}, sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 

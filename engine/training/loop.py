@@ -181,7 +181,7 @@ class Trainer:
 
     def learning_rate(self, taken: int) -> float:
         """That of the step after `taken` steps."""
-        return optim.learning_rate(taken, self.stage.steps, self.plan.warmup, self.plan.lr)
+        return optim.learning_rate(taken, self.stage.steps, self.plan)
 
     def fetch(self) -> list[Batch]:
         """The micro-batches of a step; the meter learns how long they took and what they cost."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,15 +53,19 @@ def build(module: nn.Module, stage: str, plan: StageSection, *, offload: bool) -
     return torch.optim.AdamW(groups, lr=plan.lr, betas=plan.betas, eps=plan.eps, fused=True)
 
 
-def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Learning rate of step `step` (from 0): linear warm-up, then linear decay to 0 at `steps`.
+def learning_rate(step: int, steps: int, plan: StageSection) -> float:
+    """Learning rate of step `step` (from 0): linear warm-up, then decay to 0 at `steps`.
 
-    The same curve as transformers' `get_linear_schedule_with_warmup`. A pure function of the step,
-    so that resuming needs no schedule state.
+    The same curves as transformers' `get_linear_schedule_with_warmup` and, of half a wave,
+    `get_cosine_schedule_with_warmup`. A pure function of the step, so that resuming needs no
+    schedule state.
     """
-    if step < warmup:
-        return peak * step / max(1, warmup)
-    return peak * max(0.0, (steps - step) / max(1, steps - warmup))
+    if step < plan.warmup:
+        return plan.lr * step / max(1, plan.warmup)
+    left = max(0.0, (steps - step) / max(1, steps - plan.warmup))
+    if plan.schedule == "cosine":
+        left = (1 + math.cos(math.pi * (1 - left))) / 2
+    return plan.lr * left
 
 
 def set_learning_rate(optimizer: Any, value: float) -> None:

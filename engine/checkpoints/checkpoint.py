@@ -46,6 +46,7 @@ BEFORE = {
     "finetune.test": True,
     "finetune.train_scored": 10_000,
     "finetune.regularizer": "none",
+    "finetune.layer_decay": 1.0,
     **{f"{stage}.schedule": "linear" for stage in ("decoder", "pretrain", "distill", "finetune")},
 }
 

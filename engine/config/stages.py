@@ -121,6 +121,9 @@ class FinetuneSection(StageSection):
     betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW, such as 0.9,0.999")
     warmup: int = Field(500, ge=0, description="steps of linear warm-up")
     clip: float = Field(1.0, ge=0, description="gradient norm limit (0 = none)")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="of the rate, from each layer to the one below (1 = none)"
+    )
     dropout: float = Field(0.1, ge=0, lt=1)
     flip: bool = Field(True, description="random horizontal flips")
     pool: Literal["auto", "cls", "mean"] = Field(

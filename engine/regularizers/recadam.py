@@ -113,7 +113,7 @@ def build(
     held = set(pulled)
     groups = [
         group | {"params": [p for p in group["params"] if (p in held) == pull], "pulled": pull}
-        for group in optim.parameter_groups(module, "finetune", plan.weight_decay)
+        for group in optim.parameter_groups(module, "finetune", plan)
         for pull in (True, False)
     ]
     return RecAdam([g for g in groups if g["params"]], plan, settings)

@@ -1,4 +1,4 @@
-"""AdamW with the paper's weight-decay groups, and the learning-rate schedule."""
+"""AdamW with its parameter groups (weight decay, rates of layers), and the learning rate."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from selfdistill.engine.config.stages import StageSection
+from selfdistill.engine.config.stages import FinetuneSection, StageSection
 
 
 def decays(name: str, parameter: torch.Tensor, stage: str) -> bool:
@@ -27,25 +27,54 @@ def decays(name: str, parameter: torch.Tensor, stage: str) -> bool:
     return len(shape) > 1
 
 
-def parameter_groups(module: nn.Module, stage: str, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in a decayed and an undecayed group."""
+def parameter_groups(module: nn.Module, stage: str, plan: StageSection) -> list[dict[str, Any]]:
+    """Trainable parameters in a decayed and an undecayed group, of each layer under layer decay.
+
+    `lr_scale` of a group, where it has one, is a factor of its learning rate.
+    """
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    groups = [
-        {
-            "params": [p for n, p in named if decays(n, p, stage)],
-            "weight_decay": weight_decay,
-        },
-        {
-            "params": [p for n, p in named if not decays(n, p, stage)],
-            "weight_decay": 0.0,
-        },
-    ]
+    scales: dict[Tensor, float] = {}
+    if isinstance(plan, FinetuneSection) and plan.layer_decay < 1:
+        model: Any = module.model
+        scales = layer_scales(module, model.encoder, plan.layer_decay)
+    groups = []
+    for scale in sorted(set(scales.values())) or [1.0]:
+        more = {"lr_scale": scale} if scales else {}
+        layer = [(n, p) for n, p in named if scales.get(p, 1.0) == scale]
+        for decayed in (True, False):
+            params = [p for n, p in layer if decays(n, p, stage) == decayed]
+            weight_decay = plan.weight_decay if decayed else 0.0
+            groups.append({"params": params, "weight_decay": weight_decay, **more})
     return [g for g in groups if g["params"]]
+
+
+def layer_scales(module: nn.Module, encoder: Any, decay: float) -> dict[Tensor, float]:
+    """Factors of the parameters' rates: 1 of the head, `decay` of the last layer, and so on down.
+
+    As timm's `param_groups_layer_decay` has it, after BEiT (Bao et al. 2022): the embeddings are
+    below the first layer, a norm behind the last one belongs to that. A pooler is part of the head.
+
+    Args:
+        module: classifier, or its objective.
+        encoder: part of it, of any library.
+        decay: from each layer to the one below.
+    """
+    stacks = [m for m in encoder.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
+    layers = max(stacks, key=lambda stack: len(list(stack.parameters())))
+    depth = len(layers)
+    number = dict.fromkeys(module.parameters(), depth + 1)
+    for name, parameter in encoder.named_parameters():
+        if "pooler" not in name:
+            behind = "norm" in name.lower() and "embed" not in name
+            number[parameter] = depth if behind else 0
+    for below, layer in enumerate(layers):
+        number |= dict.fromkeys(layer.parameters(), below + 1)
+    return {parameter: decay ** (depth + 1 - n) for parameter, n in number.items()}
 
 
 def build(module: nn.Module, stage: str, plan: StageSection, *, offload: bool) -> Any:
     """The optimiser of a stage: torch's fused AdamW, or DeepSpeed's CPU Adam under offload."""
-    groups = parameter_groups(module, stage, plan.weight_decay)
+    groups = parameter_groups(module, stage, plan)
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -69,6 +98,6 @@ def learning_rate(step: int, steps: int, plan: StageSection) -> float:
 
 
 def set_learning_rate(optimizer: Any, value: float) -> None:
-    """Sets the rate of every group (through DeepSpeed's wrapper, too)."""
+    """Sets the rate of every group, times its own factor (through DeepSpeed's wrapper, too)."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get("lr_scale", 1.0)

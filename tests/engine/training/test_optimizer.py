@@ -1,16 +1,26 @@
 """Learning rates and parameter groups against transformers' and timm's."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_layer_decay
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints.checkpoint import BEFORE
 from selfdistill.engine.checkpoints.folder import _check_complete
 from selfdistill.engine.config.stages import FinetuneSection
+from selfdistill.engine.models.images.networks import ImageClassifier, Normalize
+from selfdistill.engine.models.images.vit_mae import Shape, ViTClassifier, ViTEncoder
+from selfdistill.engine.models.texts.language import HEADS, TextClassifier
 from selfdistill.engine.training import optimizer as optim
+from tests.kit.texts import config_of
+
+PLAIN = Normalize((0.5,) * 3, (0.5,) * 3)
 
 
 @pytest.mark.parametrize("warmup", [0, 7])
@@ -38,3 +48,68 @@ def test_records_of_before_there_was_an_option_are_equal() -> None:
             now | {"finetune.schedule": "cosine"},
             "m",
         )
+
+
+class Objective(torch.nn.Module):
+    """What holds a classifier, as a stage's objective does."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+
+def scale_of(module: torch.nn.Module, decay: float) -> dict[str, float]:
+    """Name -> factor of the rate, from the groups."""
+    groups = optim.parameter_groups(module, "finetune", FinetuneSection(layer_decay=decay))
+    found = {p: group["lr_scale"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(found)
+    return {name: found[p] for name, p in module.named_parameters()}
+
+
+def test_layer_decay_of_images_is_timms() -> None:
+    shape = Shape(32, 8, 24, 5, 2, 48, layer_scale=True, registers=2)
+    ours = scale_of(Objective(ImageClassifier(ViTClassifier(ViTEncoder(shape), 3), PLAIN)), 0.7)
+    theirs = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=24, depth=5, num_heads=2, num_classes=3,
+        init_values=1.0, reg_tokens=2,
+    )  # fmt: skip
+    groups = param_groups_layer_decay(theirs, layer_decay=0.7)
+    scales = {p: group["lr_scale"] for group in groups for p in group["params"]}
+    expected = {name: scales[p] for name, p in theirs.named_parameters()}
+    assert len(set(expected.values())) == 7
+    names = {name.split("network.")[1].removeprefix("encoder."): v for name, v in ours.items()}
+    assert names == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", sorted(HEADS))
+def test_layer_decay_of_texts(kind: str) -> None:
+    config = config_of(kind, 50)
+    config.num_labels = 3
+    found = scale_of(Objective(TextClassifier(config)), 0.5)
+    for name, scale in found.items():
+        number = re.search(r"\.layers?\.(\d+)\.", name)
+        if number:
+            expected = 0.5 ** (2 - int(number[1]))
+        elif "embed" in name or "relative_attention_bias" in name:
+            expected = 0.125
+        elif "norm" in name.lower() and "head" not in name:
+            expected = 0.5  # behind the last layer
+        else:
+            expected = 1.0
+        assert scale == expected, name
+    assert set(found.values()) == {0.125, 0.25, 0.5, 1.0}
+
+
+def test_without_layer_decay_there_are_two_groups() -> None:
+    shape = Shape(32, 8, 24, 2, 2, 48)
+    module = Objective(ImageClassifier(ViTClassifier(ViTEncoder(shape), 3), PLAIN))
+    groups = optim.parameter_groups(module, "finetune", FinetuneSection())
+    assert [group.keys() for group in groups] == [{"params", "weight_decay"}] * 2
+
+
+def test_a_group_learns_at_its_own_rate() -> None:
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr_scale": s} for s in (0.5, 1.0)]
+    groups.append({"params": [torch.nn.Parameter(torch.ones(1))]})
+    optimizer = torch.optim.AdamW(groups)
+    optim.set_learning_rate(optimizer, 0.2)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2, 0.2]

@@ -47,6 +47,7 @@ BEFORE = {
     "finetune.train_scored": 10_000,
     "finetune.regularizer": "none",
     "finetune.layer_decay": 1.0,
+    "finetune.drop_path": 0.0,
     **{f"{stage}.schedule": "linear" for stage in ("decoder", "pretrain", "distill", "finetune")},
 }
 

@@ -125,6 +125,9 @@ class FinetuneSection(StageSection):
         1.0, gt=0, le=1, description="of the rate, from each layer to the one below (1 = none)"
     )
     dropout: float = Field(0.1, ge=0, lt=1)
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="images: stochastic depth, rate of the last block"
+    )
     flip: bool = Field(True, description="random horizontal flips")
     pool: Literal["auto", "cls", "mean"] = Field(
         "auto", description="feature under the classifier (auto = what the model itself pools by)"

@@ -109,7 +109,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Ten
 
 
 class RowsBlock(Block):
-    """timm's `Block`, with biases, perhaps layer scale, gate and RoPE, without its other extras."""
+    """timm's `Block`, perhaps with layer scale, gate, RoPE, stochastic depth; no other extras."""
 
     def __init__(self, dim: int, num_heads: int, **options: Any) -> None:
         """See timm's `Block`; the state-dict keys are the same."""
@@ -117,7 +117,7 @@ class RowsBlock(Block):
 
     def forward(self, x: Tensor, rows: slice | None = None, rope: Tensor | None = None) -> Tensor:
         """Tokens [B, T, D] to [B, T, D], or to those of the given rows [B, R, D]; see above."""
-        seen = self.ls1(self.attn(self.norm1(x), rows, rope))
+        seen = self.drop_path1(self.ls1(self.attn(self.norm1(x), rows, rope)))
         x = (x if rows is None else x[:, rows]) + seen
-        part: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
+        part: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return part

@@ -110,7 +110,7 @@ class ViTEncoder(VisionTransformer):
     without one what timm's attention pooling makes of the patches.
     """
 
-    def __init__(self, shape: Shape, dropout: float = 0.0) -> None:
+    def __init__(self, shape: Shape, dropout: float = 0.0, drop_path: float = 0.0) -> None:
         """Fresh weights.
 
         Args:
@@ -118,6 +118,8 @@ class ViTEncoder(VisionTransformer):
             dropout: rate in the places of transformers' ``hidden_dropout_prob``: after the
                 embeddings, after each attention's output projection and after each MLP (not inside
                 it, where timm has one more).
+            drop_path: rate of stochastic depth of the last block, falling linearly to 0 of the
+                first.
         """
         super().__init__(
             img_size=shape.image_size,
@@ -136,6 +138,7 @@ class ViTEncoder(VisionTransformer):
             pre_norm=shape.pre_norm,
             pos_drop_rate=dropout,
             proj_drop_rate=dropout,
+            drop_path_rate=drop_path,
             norm_layer=partial(nn.LayerNorm, eps=shape.norm_eps),
             act_layer="silu" if shape.gated else shape.activation,
             weight_init="skip",

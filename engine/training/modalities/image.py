@@ -155,7 +155,7 @@ class ImageModality(Modality):
         settle_pooling(self.config, self, base)
         torch.manual_seed(seed)
         plan = self.config.finetune
-        encoder = ViTEncoder(base.shape, dropout=plan.dropout)
+        encoder = ViTEncoder(base.shape, plan.dropout, plan.drop_path)
         encoder.load_state_dict(base.encoder)
         network = ViTClassifier(encoder, len(classes), pool=plan.settled)
         return ImageClassifier(network, Normalize(base.mean, base.std))

@@ -70,6 +70,11 @@ class TextModality(Modality):
 
     def __init__(self, run: Run, manifest: Manifest) -> None:
         self.run, self.config, self.manifest = run, run.config, manifest
+        if run.config.stage in ("finetune", "all") and run.config.finetune.drop_path:
+            raise UserError(
+                "--finetune.drop_path is for images, and these are texts: leave it out, and take"
+                " --finetune.dropout"
+            )
 
     def load(self, source: str | None = None) -> Language:
         """See `Modality`."""

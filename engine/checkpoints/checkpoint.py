@@ -48,6 +48,7 @@ BEFORE = {
     "finetune.regularizer": "none",
     "finetune.layer_decay": 1.0,
     "finetune.drop_path": 0.0,
+    "finetune.ema": 0.0,
     **{f"{stage}.schedule": "linear" for stage in ("decoder", "pretrain", "distill", "finetune")},
 }
 

@@ -19,6 +19,8 @@ from selfdistill.engine.runtime.zero import gathered
 
 WEIGHT = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+#: The weights' average over the steps, where there is one: see `engine.training.optimizer`.
+AVERAGE = "average"
 
 #: DeepSpeed's loss scaler: the numbers that change while training.
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -49,6 +51,10 @@ class Layout(Protocol):
         """Makes the moments in the inner optimiser known to DeepSpeed."""
         ...
 
+    def publish(self) -> None:
+        """Gives the forward pass the master weights of now. Every rank calls it."""
+        ...
+
 
 class _Plain:
     """Without ZeRO: the torch optimiser itself, one state a parameter."""
@@ -67,6 +73,9 @@ class _Plain:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def link(self) -> None:
+        pass
+
+    def publish(self) -> None:
         pass
 
 
@@ -103,6 +112,9 @@ class _Partitioned:
         self.wrapper._hp_optimizer_states_linked = False
         self.wrapper._lazy_init_hp_params_optimizer_state()
 
+    def publish(self) -> None:
+        self.wrapper.update_lp_params()
+
 
 class _Sharded(_Partitioned):
     """ZeRO 3: each parameter and its state in as many equal parts as there are ranks."""
@@ -131,12 +143,21 @@ class _Sharded(_Partitioned):
     def link(self) -> None:
         pass
 
+    def publish(self) -> None:
+        self.wrapper.checkpoint_event_prologue()  # what is whole now has the weights of before
+        for number in range(len(self.wrapper.fp32_partitioned_groups_flat)):
+            self.wrapper._reassign_or_swap_out_partitioned_parameters(number)
+        self.wrapper.checkpoint_event_epilogue()
+
 
 def kept(inner: Any, parameter: Tensor) -> tuple[str, ...]:
-    """Names of what an optimiser keeps of a parameter: Adam's moments, or what it says itself."""
+    """Names of what an optimiser keeps of a parameter: Adam's moments, or what it says itself.
+
+    And the average, where its groups say that there is one.
+    """
     keeps = getattr(inner, "keeps", None)
     found: tuple[str, ...] = MOMENTS if keeps is None else keeps(parameter)
-    return found
+    return (*found, AVERAGE) if inner.param_groups[0].get("averaged") else found
 
 
 def layout(engine: Any, rank: int) -> Layout:
@@ -194,7 +215,7 @@ def collect(
         if mine:
             share[f"{WEIGHT}/{name}"] = _copy(weight)
         for key in kept(how.optimizer, parameter):
-            # What is no moment is an anchor, the weight before the first step.
+            # What is no moment is an anchor or average: the weight before the first step.
             first = torch.zeros_like(weight) if key in MOMENTS else weight
             value = how.get(parameter, key) if stepped else first
             if mine:

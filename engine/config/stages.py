@@ -129,6 +129,12 @@ class FinetuneSection(StageSection):
         0.0, ge=0, lt=1, description="images: stochastic depth, rate of the last block"
     )
     flip: bool = Field(True, description="random horizontal flips")
+    crop: tuple[float, float] | None = Field(
+        None, description="images: shares of the area that random crops have, such as 0.08,1"
+    )
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="decay of the weights' average, which is scored (0 = none)"
+    )
     pool: Literal["auto", "cls", "mean"] = Field(
         "auto", description="feature under the classifier (auto = what the model itself pools by)"
     )
@@ -153,6 +159,18 @@ class FinetuneSection(StageSection):
         """The pooling, once the model is known: see `modalities.base.settle_pooling`."""
         assert self.pool != "auto"
         return self.pool
+
+    @field_validator("crop", mode="before")
+    @classmethod
+    def _shares(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("crop")
+    @classmethod
+    def _in_order(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value and not 0 < value[0] <= value[1] <= 1:
+            raise ValueError("give the smallest and the largest share, above 0, at most 1")
+        return value
 
     @field_validator("start")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import statistics
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from selfdistill.engine.training.analysis import analyse
 from selfdistill.engine.training.loop import run_stage
 from selfdistill.engine.training.modalities import modality_of
 from selfdistill.engine.training.modalities.base import Batch, settle_pooling
+from selfdistill.engine.training.optimizer import Average
 from selfdistill.engine.training.record import scalars
 from selfdistill.engine.training.stage import Stage
 from selfdistill.engine.training.teacher import view
@@ -187,6 +189,7 @@ class Finetune(Stage):
         self.regularizer.check(self.steps)
         self.counted = self.regularizer.counted
         self.initial: Any = base  # theta_init, from which the distance is measured
+        self.average: Average | None = None
 
     @property
     def metric(self) -> str:
@@ -224,6 +227,8 @@ class Finetune(Stage):
     def start(self, engine: Any) -> None:
         """See `Stage`."""
         self.regularizer.start(engine)
+        if self.config.finetune.ema:
+            self.average = Average(engine, self.config.finetune.ema, self.ranks)
 
     def keyed(self) -> Keyed | None:
         """See `Stage`: of the augmentation, and of what the regularizer draws."""
@@ -237,6 +242,12 @@ class Finetune(Stage):
     def after_update(self) -> None:
         """See `Stage`."""
         self.regularizer.after_update()
+        if self.average:
+            self.average.update()
+
+    def scored(self) -> AbstractContextManager[None]:
+        """See `Stage`: the weights' average, where there is one."""
+        return self.average.applied() if self.average else super().scored()
 
     def finish(self, engine: Any) -> dict[str, Any]:
         """See `Stage`: scores val and test, looks at the features, exports the classifier."""

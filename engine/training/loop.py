@@ -44,7 +44,8 @@ def run_stage(stage: Stage) -> None:
     trainer = Trainer(stage)
     try:
         trainer.train()
-        outputs = stage.finish(trainer.engine)
+        with stage.scored():
+            outputs = stage.finish(trainer.engine)
         trainer.log_final(outputs)
     except Preempted:
         trainer.save()
@@ -230,9 +231,8 @@ class Trainer:
     def evaluate(self) -> None:
         """Scores the validation split at this step. Every rank calls it."""
         stage, manifest, step = self.stage, self.stage.validation, self.state.step
-        if manifest is None:
-            return
-        with self.meter.paused():
+        assert manifest is not None, "without one eval_every is 0"
+        with self.meter.paused(), stage.scored():
             scores = evaluate(self.run, self.engine, stage.modality, stage.base, manifest)
             self.monitor.log(step, {f"val/{k}": v for k, v in scores.scalars().items()})
             self.monitor.confusion(step, scores.confusion, manifest.classes)

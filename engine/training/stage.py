@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -131,6 +132,10 @@ class Stage:
 
     def after_update(self) -> None:
         """Called after each update of the weights."""
+
+    def scored(self) -> AbstractContextManager[None]:
+        """Within, the engine has the weights that are scored and exported. Every rank calls it."""
+        return nullcontext()
 
     def draw(self, monitor: Monitor, step: int, batch: Batch, outputs: Batch) -> None:
         """Shows what the model makes of a batch; on rank 0 alone, where `reconstructs`."""

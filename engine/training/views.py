@@ -1,4 +1,4 @@
-"""Views of the data: the random numbers of masks and flips, keyed by position in the stream."""
+"""Views of the data: masks, flips, crops; random numbers keyed by position in the stream."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from selfdistill.data import rng
 from selfdistill.data.loading.datasets import Keyed
+
+#: Of a crop to fit, as torchvision has it.
+_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,56 @@ class Flips:
     def __call__(self, positions: np.ndarray, _: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Flips of the given stream positions, int64 [b]."""
         return {"flip": rng.uniform(self.seed, "flip", positions, 1)[:, 0] < 0.5}
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Random crops, resized to the image's size; `images` uint8 [b, C, S, S].
+
+    The distribution is that of torchvision's `RandomResizedCrop` (Szegedy et al. 2015): the area's
+    share uniform between two bounds, the logarithm of the ratio of the sides between those of 3/4
+    and 4/3, ten tries to fit, else the whole image.
+
+    Attributes:
+        seed: of the run.
+        smallest: share of the image's area.
+        largest: likewise.
+    """
+
+    seed: int
+    smallest: float
+    largest: float
+
+    def __call__(self, positions: np.ndarray, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Crops of the images at the given stream positions, int64 [b]."""
+        images = batch["images"]
+        size = images.shape[-2:]
+        parts = (
+            image[None, :, top : top + height, left : left + width]
+            for image, (top, left, height, width) in zip(
+                images, self.boxes(positions, size[0]).tolist(), strict=True
+            )
+        )
+        resized = [F.interpolate(part, size, mode="bicubic", antialias=True) for part in parts]
+        return {"images": torch.cat(resized).numpy()}
+
+    def boxes(self, positions: np.ndarray, side: int) -> np.ndarray:
+        """Top, left, height and width of the crops, int64 [b, 4].
+
+        Args:
+            positions: int64 [b], in the stream.
+            side: of an image, in pixels.
+        """
+        draws = rng.uniform(self.seed, "crop", positions, 4 * _TRIES).astype(np.float64)
+        share, ratio, down, across = np.moveaxis(draws.reshape(-1, _TRIES, 4), 2, 0)
+        area = side**2 * (self.smallest + share * (self.largest - self.smallest))
+        aspect = (4 / 3) ** (2 * ratio - 1)
+        sizes = np.rint(np.sqrt(np.stack([area / aspect, area * aspect], axis=2)))
+        corners = np.floor(np.stack([down, across], axis=2) * (side - sizes + 1))
+        fits: np.ndarray = np.all((sizes > 0) & (sizes <= side), axis=2)
+        boxes = np.concatenate([corners, sizes], axis=2)[np.arange(len(fits)), fits.argmax(1)]
+        whole = np.array([0, 0, side, side])
+        return np.where(fits.any(axis=1, keepdims=True), boxes, whole).astype(np.int64)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from selfdistill.engine.training.modalities.base import (
     settle_pooling,
 )
 from selfdistill.engine.training.objectives import Feature
-from selfdistill.engine.training.views import Flips, MaskNoise, TwoFlips
+from selfdistill.engine.training.views import Crops, Flips, MaskNoise, Together, TwoFlips
 
 #: Images in a picture of reconstructions.
 PICTURES = 8
@@ -114,9 +114,12 @@ class ImageModality(Modality):
         """See `Modality`."""
         return MaskNoise(self.config.seed, base.shape.patches)
 
-    def augment(self, seed: int) -> Flips | None:
+    def augment(self, seed: int) -> Together | None:
         """See `Modality`."""
-        return Flips(seed) if self.config.finetune.flip else None
+        plan = self.config.finetune
+        parts = (Flips(seed),) if plan.flip else ()
+        crops = (Crops(seed, *plan.crop),) if plan.crop else ()
+        return Together((*crops, *parts)) if crops or parts else None
 
     def pairs(self, seed: int) -> TwoFlips:
         """See `Modality`: each view is mirrored or not."""

@@ -70,11 +70,9 @@ class TextModality(Modality):
 
     def __init__(self, run: Run, manifest: Manifest) -> None:
         self.run, self.config, self.manifest = run, run.config, manifest
-        if run.config.stage in ("finetune", "all") and run.config.finetune.drop_path:
-            raise UserError(
-                "--finetune.drop_path is for images, and these are texts: leave it out, and take"
-                " --finetune.dropout"
-            )
+        for name in ("drop_path", "crop") if run.config.stage in ("finetune", "all") else ():
+            if getattr(run.config.finetune, name):
+                raise UserError(f"--finetune.{name} is for images, these are texts: leave it out")
 
     def load(self, source: str | None = None) -> Language:
         """See `Modality`."""

@@ -82,7 +82,8 @@ def oracle_mae(root: Path, *, teacher: Path | None) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def oracle_finetune(root: Path, start: Path, exported: Path) -> dict[str, torch.Tensor]:
+def fresh_classifier(root: Path, start: Path) -> ViTForImageClassification:
+    """transformers' classifier on given weights; the fresh head is ours, being random."""
     from selfdistill.engine.checkpoints.folder import Run
     from selfdistill.engine.config.schema import Config
     from selfdistill.engine.models.images.weights import load_pretrained
@@ -92,7 +93,6 @@ def oracle_finetune(root: Path, start: Path, exported: Path) -> dict[str, torch.
     model = ViTForImageClassification.from_pretrained(
         start, num_labels=3, ignore_mismatched_sizes=True, hidden_dropout_prob=0.0
     ).train()
-    # The fresh head is random: the oracle takes ours, everything after it is its own.
     config = Config()
     config.finetune.dropout = 0.0
     run = Run(config, Ranks(0, 0, 1, torch.device("cpu")), root)
@@ -100,6 +100,11 @@ def oracle_finetune(root: Path, start: Path, exported: Path) -> dict[str, torch.
     weights = load_pretrained(str(start))
     head = ImageModality(run).classifier(weights, classes, seed=0).network.head
     model.classifier.load_state_dict(head.state_dict())
+    return model
+
+
+def oracle_finetune(root: Path, start: Path) -> dict[str, torch.Tensor]:
+    model = fresh_classifier(root, start)
 
     def decays(name: str, parameter: torch.Tensor) -> bool:
         return not name.endswith(("bias", "position_embeddings", "cls_token"))
@@ -140,7 +145,7 @@ def test_finetuning_equals_the_plain_loop(runs: Path) -> None:
     for case in CASES:
         start = runs / "runs" / case / "distill-1" / "export"
         export = runs / "runs" / case / "finetune" / "export"
-        oracle = oracle_finetune(runs, start, export)
+        oracle = oracle_finetune(runs, start)
         ours = ViTForImageClassification.from_pretrained(export).state_dict()
         assert largest_difference(ours, oracle) < 1e-5, case
 

@@ -1,0 +1,67 @@
+"""Random crops against torchvision's and Pillow's."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import ks_2samp
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2.functional import resized_crop
+
+from selfdistill.engine.config.options import load
+from selfdistill.engine.training.views import Crops
+
+
+@pytest.mark.parametrize(("smallest", "largest"), [(0.08, 1.0), (0.9, 1.0), (0.5, 0.5)])
+def test_boxes_are_distributed_as_torchvisions(smallest: float, largest: float) -> None:
+    torch.manual_seed(0)
+    image, number = torch.zeros(3, 64, 64), 4000
+    scale, ratio = [smallest, largest], [3 / 4, 4 / 3]
+    theirs = np.array([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(number)])
+    ours = Crops(0, smallest, largest).boxes(np.arange(number), 64)
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, :2] + ours[:, 2:] <= 64).all()
+    found = [np.c_[b, b[:, 2] * b[:, 3], b[:, 0] + b[:, 2]] for b in (ours, theirs)]
+    for one, other in zip(*(f.T for f in found), strict=True):
+        assert ks_2samp(one, other).pvalue > 1e-3
+
+
+def test_a_box_that_never_fits_is_the_whole_image() -> None:
+    side = 1  # a sixteenth of a pixel
+    assert Crops(0, 0.06, 0.0625).boxes(np.arange(5), side).tolist() == [[0, 0, 1, 1]] * 5
+
+
+def test_crops_are_torchvisions_and_pillows() -> None:
+    crops, positions = Crops(3, 0.08, 1.0), np.arange(100, 108)
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    images = torch.nn.functional.interpolate(coarse, scale_factor=4, mode="bilinear")
+    before = images.clone()
+    found = crops(positions, {"images": images})["images"]
+    assert torch.equal(images, before)
+    assert found.dtype == np.uint8
+    for image, box, one in zip(images, crops.boxes(positions, 32).tolist(), found, strict=True):
+        top, left, height, width = box
+        theirs = resized_crop(image, *box, [32, 32], InterpolationMode.BICUBIC, antialias=True)
+        assert np.array_equal(one, theirs.numpy())
+        area = (left, top, left + width, top + height)
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy()).crop(area)
+        resized = np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC), dtype=np.int64)
+        assert np.abs(one.transpose(1, 2, 0) - resized).max() <= 1
+
+
+def test_a_crop_is_that_of_its_position() -> None:
+    crops, images = Crops(0, 0.2, 0.8), torch.arange(3 * 256).view(1, 3, 16, 16) % 256
+    images = images.to(torch.uint8).expand(6, -1, -1, -1)
+    every = crops(np.arange(6), {"images": images})["images"]
+    assert np.array_equal(crops(np.arange(4, 6), {"images": images[:2]})["images"], every[4:])
+    assert len({one.tobytes() for one in every}) == 6
+    other = Crops(1, 0.2, 0.8)(np.arange(6), {"images": images})["images"]
+    assert not np.array_equal(every, other)
+
+
+def test_what_a_crop_may_be() -> None:
+    assert load({"finetune.crop": (0.08, 1)}).finetune.crop == (0.08, 1.0)
+    for wrong in ((0, 1), (0.5, 0.1), (0.5, 1.5)):
+        with pytest.raises(Exception, match="the smallest and the largest share"):
+            load({"finetune.crop": wrong})

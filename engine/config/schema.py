@@ -72,6 +72,9 @@ class Config(Section):
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = Field(
         "default", description="of torch.compile (reduce-overhead = CUDA graphs, for small batches)"
     )
+    checkpoint_activations: bool = Field(
+        False, description="keep the layers' inputs alone, compute the rest anew: less memory"
+    )
     zero: str = Field(
         "auto",
         description="name in ds_configs/, or a JSON file (auto = zero1; zero0 for one process)",

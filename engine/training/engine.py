@@ -24,6 +24,8 @@ def start(stage: Stage, checkpoints: Checkpoints) -> tuple[Any, State]:
     The weights go into the module before DeepSpeed cuts and casts it, the rest after.
     """
     run, objective = stage.run, stage.build()
+    if run.config.checkpoint_activations:
+        stage.modality.recompute(stage.model)
     found = checkpoints.find(stage.record, stage.train.hash)
     read = None if found is None else Reader(*found)
     if read is not None:

@@ -6,6 +6,7 @@ docs/planning.md has the formulas.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from selfdistill.engine.models.images.shape import Shape
@@ -22,12 +23,14 @@ class Blocks(NamedTuple):
         width: D.
         mlp_width: M.
         heads: of attention.
+        recomputed: whether inputs alone are kept (`--checkpoint_activations`): see `peak`.
     """
 
     depth: int
     width: int
     mlp_width: int
     heads: int
+    recomputed: bool = False
 
 
 def block_bytes(blocks: Blocks, tokens: int, size: int, *, mask: int = 0) -> int:
@@ -67,8 +70,10 @@ CLS_BLOCK, CLS_ROW = Cut(1, 3, 1), Cut(1, 5, 0)
 def stack_bytes(
     blocks: Blocks, tokens: int, size: int, *, mask: int = 0, cut: Cut | None = None
 ) -> float:
-    """What all blocks save of one sequence."""
+    """What all blocks save of one sequence; one that is cut is never recomputed."""
     block = block_bytes(blocks, tokens, size, mask=mask)
+    if blocks.recomputed:
+        block = tokens * blocks.width * NORM
     if cut is None:
         return blocks.depth * block
     width, statistics = blocks.width, 4 * (2 + blocks.heads)
@@ -79,41 +84,66 @@ def stack_bytes(
     return (blocks.depth - 1) * block + whole + rows
 
 
+def peak(saved: float, stacks: Sequence[tuple[Blocks, int]], size: int, *, mask: int = 0) -> float:
+    """Most that is alive at once in the backward of a pass: what is saved, unless it is recomputed.
+
+    Then the inputs of all blocks, and the larger of what is saved beside them, which the backward
+    comes to first, and of one block, without its input.
+
+    Args:
+        saved: by the forward.
+        stacks: its blocks, and the tokens of a sequence in each.
+        size: bytes of a value.
+        mask: see `block_bytes`.
+    """
+    if not any(blocks.recomputed for blocks, _ in stacks):
+        return saved
+    inputs = [tokens * blocks.width * NORM for blocks, tokens in stacks]
+    every = sum(one * blocks.depth for one, (blocks, _) in zip(inputs, stacks, strict=True))
+    block = max(
+        block_bytes(blocks, tokens, size, mask=mask) - one
+        for one, (blocks, tokens) in zip(inputs, stacks, strict=True)
+    )
+    return every + max(saved - every, block)
+
+
 def _norm_bytes(blocks: Blocks, tokens: int, size: int) -> int:
     """The LayerNorm behind the last block, and what reads it."""
     return tokens * blocks.width * (NORM + size)
 
 
-def encoder_blocks(shape: Shape) -> Blocks:
+def encoder_blocks(shape: Shape, recompute: bool = False) -> Blocks:
     """A ViT-MAE's encoder."""
-    return Blocks(shape.depth, shape.width, shape.mlp_width, shape.heads)
+    return Blocks(shape.depth, shape.width, shape.mlp_width, shape.heads, recompute)
 
 
-def decoder_blocks(shape: Shape) -> Blocks:
+def decoder_blocks(shape: Shape, recompute: bool = False) -> Blocks:
     """A ViT-MAE's decoder."""
-    return Blocks(
-        shape.decoder_depth, shape.decoder_width, shape.decoder_mlp_width, shape.decoder_heads
-    )
+    width, depth = shape.decoder_width, shape.decoder_depth
+    return Blocks(depth, width, shape.decoder_mlp_width, shape.decoder_heads, recompute)
 
 
-def whole_images(shape: Shape, size: int, *, mask: int = 0, cls_only: bool = False) -> float:
+def whole_images(
+    shape: Shape, size: int, *, mask: int = 0, cls_only: bool = False, recompute: bool = False
+) -> float:
     """Of an image whose patches are all encoded, and all or the CLS vector alone are read."""
     tokens = 1 + shape.patches
     masks = tokens * shape.width * mask  # behind the embeddings
     pixels = shape.patches * shape.patch_values * size
-    blocks, cut = encoder_blocks(shape), CLS_BLOCK if cls_only else None
+    blocks = encoder_blocks(shape, recompute)
+    cut = CLS_BLOCK if cls_only and not recompute else None
     norm = _norm_bytes(blocks, 1 if cls_only else tokens, size)
     return pixels + masks + norm + stack_bytes(blocks, tokens, size, mask=mask, cut=cut)
 
 
-def masked_images(shape: Shape, size: int) -> float:
+def masked_images(shape: Shape, size: int, recompute: bool = False) -> float:
     """Of an image in masked auto-encoding: kept patches, decoder, the loss on pixels in fp32."""
     hidden = shape.patches - shape.kept
     kept_pixels, hidden_pixels = (n * shape.patch_values for n in (shape.kept, hidden))
-    encoder = stack_bytes(encoder_blocks(shape), 1 + shape.kept, size)
+    encoder = stack_bytes(encoder_blocks(shape, recompute), 1 + shape.kept, size)
     encoder += _norm_bytes(encoder_blocks(shape), 1 + shape.kept, size)
-    blocks = decoder_blocks(shape)
-    decoder = stack_bytes(blocks, 1 + shape.patches, size, cut=Cut(hidden, 3, 1))
+    blocks, cut = decoder_blocks(shape, recompute), None if recompute else Cut(hidden, 3, 1)
+    decoder = stack_bytes(blocks, 1 + shape.patches, size, cut=cut)
     decoder += _norm_bytes(blocks, hidden, size)
     # Input of the projection; the prediction; its difference to the target, and the target.
     return encoder + decoder + kept_pixels * size + hidden_pixels * (size + 4 + 4)

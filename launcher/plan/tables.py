@@ -167,6 +167,11 @@ def time_sheet(plan: Plan) -> Sheet:
                 f" by communication, not by FLOPs. With {job.micro} {work.samples} a device expect"
                 " a far lower MFU, or take fewer devices"
             )
+    if plan.config.checkpoint_activations:
+        sheet.notes.append(
+            "--checkpoint_activations: each forward is computed twice, which these FLOPs leave out:"
+            " expect three quarters of the MFU"
+        )
     sheet.add()
     sheet.add("together", "", "", "", "", "", "", duration(total))
     sheet.notes.append(

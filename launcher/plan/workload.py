@@ -23,7 +23,13 @@ from selfdistill.engine.monitoring.flops import Stage, TeacherMode
 from selfdistill.engine.training.modalities.base import Modality
 from selfdistill.engine.training.modalities.image import ImageModality
 from selfdistill.engine.training.objectives import Feature
-from selfdistill.launcher.plan.activations import masked_images, whole_images
+from selfdistill.launcher.plan.activations import (
+    decoder_blocks,
+    encoder_blocks,
+    masked_images,
+    peak,
+    whole_images,
+)
 
 #: Hub names whose shape is known without the network: (width, depth, heads, patch size).
 IMAGES = {
@@ -189,15 +195,20 @@ class ImageWork(Workload):
 
     def activations(self, stage: Stage, size: int) -> float:
         """See `Workload`."""
+        shape, config, again = self.shape, self.config, self.config.checkpoint_activations
+        whole = [(encoder_blocks(shape, again), 1 + shape.patches)]
         if stage == "finetune":
-            settings = self.config.finetune
-            mask = int(settings.dropout > 0)
-            return whole_images(self.shape, size, mask=mask, cls_only=settings.pool == "cls")
-        masked = masked_images(self.shape, size)
+            mask, cls_only = int(config.finetune.dropout > 0), config.finetune.pool == "cls"
+            saved = whole_images(shape, size, mask=mask, cls_only=cls_only, recompute=again)
+            return peak(saved, whole, size, mask=mask)
+        masked = masked_images(shape, size, again)
         if stage == "pretrain":
-            return masked
-        cls_only = self.config.distill.feature == "cls"
-        return masked + whole_images(self.shape, size, cls_only=cls_only)
+            parts = [(encoder_blocks(shape, again), 1 + shape.kept)]
+            parts.append((decoder_blocks(shape, again), 1 + shape.patches))
+            return peak(masked, parts, size)
+        cls_only = config.distill.feature == "cls"
+        saved = whole_images(shape, size, cls_only=cls_only, recompute=again)
+        return masked + peak(saved, whole, size)  # whose backward comes first
 
     def input_bytes(self) -> int:
         """See `Workload`: uint8 pixels."""

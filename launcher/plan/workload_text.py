@@ -23,7 +23,13 @@ from selfdistill.engine.models.texts.language import (
 from selfdistill.engine.models.texts.weights import Language, load_tokenizer
 from selfdistill.engine.monitoring.flops import Stage, TeacherMode
 from selfdistill.engine.training.modalities.text import TextModality
-from selfdistill.launcher.plan.activations import CLS_ROW, Blocks, masked_texts, whole_texts
+from selfdistill.launcher.plan.activations import (
+    CLS_ROW,
+    Blocks,
+    masked_texts,
+    peak,
+    whole_texts,
+)
 from selfdistill.launcher.plan.workload import TEXTS, Workload, unknown
 
 #: Bytes of English that make one token of RoBERTa's, roughly; special tokens of a text.
@@ -75,6 +81,7 @@ class TextWork(Workload):
             int(config.hidden_size),
             mlp,
             int(config.num_attention_heads),
+            run.config.checkpoint_activations,
         )
         self.origin = (
             f"{path}: {config.model_type} {self.blocks.width} x {self.blocks.depth},"
@@ -110,11 +117,12 @@ class TextWork(Workload):
     def activations(self, stage: Stage, size: int) -> float:
         """See `Workload`: of a text of the greatest length."""
         config, length = self.base.config, self.longest
-        first = CLS_ROW if cuts(config) else None
+        first, stacks = CLS_ROW if cuts(config) else None, [(self.blocks, length)]
         own = float(getattr(config, "hidden_dropout_prob", getattr(config, "dropout", 0.1)))
         if stage == "finetune":
             rate = self.config.finetune.dropout
-            return whole_texts(self.blocks, length, size, mask=int(rate > 0), cut=first)
+            saved = whole_texts(self.blocks, length, size, mask=int(rate > 0), cut=first)
+            return peak(saved, stacks, size, mask=int(rate > 0))
         rate = own if self.config.mlm.dropout is None else self.config.mlm.dropout
         masked = masked_texts(
             self.blocks,
@@ -126,10 +134,11 @@ class TextWork(Workload):
             cuts=cuts(config),
         )
         if stage == "pretrain":
-            return masked
+            return peak(masked, stacks, size, mask=int(rate > 0))
         if self.config.distill.feature != "cls":
             first = None
-        return masked + whole_texts(self.blocks, length, size, mask=int(rate > 0), cut=first)
+        saved = whole_texts(self.blocks, length, size, mask=int(rate > 0), cut=first)
+        return masked + peak(saved, stacks, size, mask=int(rate > 0))  # whose backward comes first
 
     def input_bytes(self) -> int:
         """See `Workload`: int64 ids and attention mask of a text of mean length."""

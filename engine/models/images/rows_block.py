@@ -15,6 +15,7 @@ from timm.layers import Attention, apply_rot_embed_cat
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 #: The CLS token's row.
 CLS = slice(0, 1)
@@ -109,7 +110,13 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Ten
 
 
 class RowsBlock(Block):
-    """timm's `Block`, perhaps with layer scale, gate, RoPE, stochastic depth; no other extras."""
+    """timm's `Block`, perhaps with layer scale, gate, RoPE, stochastic depth; no other extras.
+
+    Attributes:
+        recomputes: whether the backward computes it anew, of its input, in place of keeping it.
+    """
+
+    recomputes = False
 
     def __init__(self, dim: int, num_heads: int, **options: Any) -> None:
         """See timm's `Block`; the state-dict keys are the same."""
@@ -117,6 +124,12 @@ class RowsBlock(Block):
 
     def forward(self, x: Tensor, rows: slice | None = None, rope: Tensor | None = None) -> Tensor:
         """Tokens [B, T, D] to [B, T, D], or to those of the given rows [B, R, D]; see above."""
+        if self.recomputes and torch.is_grad_enabled():
+            found: Tensor = checkpoint(self._forward, x, rows, rope, use_reentrant=False)
+            return found
+        return self._forward(x, rows, rope)
+
+    def _forward(self, x: Tensor, rows: slice | None, rope: Tensor | None) -> Tensor:
         seen = self.drop_path1(self.ls1(self.attn(self.norm1(x), rows, rope)))
         x = (x if rows is None else x[:, rows]) + seen
         part: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

@@ -100,6 +100,14 @@ class Modality(Protocol):
         """A fresh head on the base's encoder (`objectives.Classifies`, `.encoder`)."""
         ...
 
+    def recompute(self, model: Any) -> None:
+        """Has a network of this modality keep its layers' inputs alone for the backward.
+
+        Raises:
+            UserError: its class cannot.
+        """
+        ...
+
     def pooling(self, base: Any) -> Pooled:
         """What the base's makers read of its tokens: the first, or the mean of the others."""
         ...

@@ -20,6 +20,7 @@ from selfdistill.engine.models.images.networks import (
     ImageEncoder,
     Normalize,
 )
+from selfdistill.engine.models.images.rows_block import RowsBlock
 from selfdistill.engine.models.images.shape import ENCODER, Shape
 from selfdistill.engine.models.images.vit_mae import ViTClassifier, ViTEncoder, ViTMAE
 from selfdistill.engine.models.images.weights import Pretrained, load_pretrained
@@ -162,6 +163,12 @@ class ImageModality(Modality):
         encoder.load_state_dict(base.encoder)
         network = ViTClassifier(encoder, len(classes), pool=plan.settled)
         return ImageClassifier(network, Normalize(base.mean, base.std))
+
+    def recompute(self, model: torch.nn.Module) -> None:
+        """See `Modality`."""
+        for part in model.modules():
+            if isinstance(part, RowsBlock):
+                part.recomputes = True
 
     def pooling(self, base: Pretrained) -> Pooled:
         """See `Modality`: the CLS token, or what attention pools in its place."""

@@ -235,6 +235,21 @@ class TextModality(Modality):
         load_encoder(model.encoder, base.encoder, base.origin)
         return model
 
+    def recompute(self, model: MaskedLanguageModel | TextClassifier) -> None:
+        """See `Modality`."""
+        encoder = model.encoder
+        if not encoder.supports_gradient_checkpointing:
+            raise UserError(
+                f"--checkpoint_activations true: transformers cannot for"
+                f" {type(model.network).__name__}: leave it out"
+            )
+        # transformers 5.17 knows the old name alone, and 6 will know the new one.
+        name = "activation_checkpointing_enable"
+        name = name if hasattr(encoder, name) else "gradient_checkpointing_enable"
+        getattr(encoder, name)({"use_reentrant": False})
+        if model.rows.cuts:  # what rows are read is known in the forward, and no more behind it
+            encoder.encoder.layer[-1].gradient_checkpointing = False
+
     def pooling(self, base: Language) -> Pooled:
         """See `Modality`."""
         return base.pooling

@@ -14,7 +14,7 @@ from selfdistill.data.errors import UserError
 from selfdistill.data.shards.manifest import Manifest, is_remote
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.config.schema import Config
-from selfdistill.engine.config.stages import StageSection
+from selfdistill.engine.config.stages import FinetuneSection, StageSection
 from selfdistill.engine.monitoring.flops import Stage, TeacherMode
 from selfdistill.engine.runtime import zero
 from selfdistill.engine.runtime.distributed import Ranks
@@ -75,6 +75,11 @@ class Job:
     def steps(self) -> int:
         """Optimiser steps of one repeat, as the engine counts them."""
         return self.section.length(self.samples)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the weights' average is kept."""
+        return isinstance(self.section, FinetuneSection) and self.section.ema > 0
 
     @property
     def times(self) -> str:

@@ -27,7 +27,8 @@ class Need:
     Attributes:
         weights: of the forward pass; under ZeRO-3 with what is gathered of the others'.
         gradients: at the end of a backward.
-        optimizer: AdamW's two moments, and the fp32 weights where DeepSpeed keeps them apart.
+        optimizer: AdamW's two moments, the fp32 weights where DeepSpeed keeps them apart, and the
+            weights' average where there is one.
         backward: buckets of reduction, alive in the backward.
         step: copies of gradients, alive while the optimiser steps or before it.
         teacher: the frozen encoder.
@@ -67,6 +68,7 @@ def need(
     size: int,
     world: int,
     accumulation: int = 1,
+    averaged: bool = False,
     teacher: float = 0.0,
     activations: float = 0.0,
 ) -> Need:
@@ -78,13 +80,15 @@ def need(
         size: bytes of a weight and of its gradient, e: 4, under fp16 2.
         world: number of ranks, N.
         accumulation: micro-batches of a step.
+        averaged: whether the weights' average is kept (`--finetune.ema`).
         teacher: bytes of the frozen encoder.
         activations: bytes of a micro-batch, and of the weights' copies for bf16 products.
     """
     stage, zero = stage_of(content), settings(content)
     trained, weights = parameters.trained, size * parameters.all
     bucket, shard = size * zero.reduce_bucket_size, weights / world
-    own, masters, fp32 = size * trained / world, 12 * trained / world, 4 * trained / world
+    own, fp32 = size * trained / world, 4 * trained / world
+    masters = (16 if averaged else 12) * trained / world
     away, weights_away = offloaded(zero.offload_optimizer), offloaded(zero.offload_param)
     # ZeRO-3 keeps a parameter that is used again within max_reuse_distance: below a billion of
     # them, all are whole from the forward to the backward.
@@ -97,7 +101,7 @@ def need(
     kept = 0 if away else masters
     found = {
         # stage: weights, gradients, optimiser, in the backward, in the step
-        0: (weights, size * trained, 8 * trained, 0, flat),
+        0: (weights, size * trained, (12 if averaged else 8) * trained, 0, flat),
         1: (weights, first, kept, sums, step),
         2: (weights, own, kept, sums, step),
         3: (held, 0 if away else own, kept, bucket, bucket + step),
@@ -137,9 +141,9 @@ def teacher_bytes(
     return size * (parameters / world + (min(parameters, PREFETCH) if world > 1 else 0))
 
 
-def checkpoint_bytes(parameters: Parameters) -> int:
-    """One checkpoint: fp32 weights and AdamW's two moments of what is trained."""
-    return 12 * parameters.trained
+def checkpoint_bytes(parameters: Parameters, averaged: bool = False) -> int:
+    """One checkpoint: fp32 weights, AdamW's two moments and an average of what is trained."""
+    return (16 if averaged else 12) * parameters.trained
 
 
 def deepspeed_estimate(

@@ -76,7 +76,11 @@ def stage_rows(plan: Plan, job: Job) -> list[Row]:
     # Seconds of a sample on a device, and of a checkpoint.
     one = plan.work.flops(job.stage, plan.mode, plan.classes) / (plan.device.peak * options.mfu)
     every = config.save_every
-    saved = memory.checkpoint_bytes(parameters) / (options.storage_gbs * 1e9) if every else 0.0
+    saved = (
+        memory.checkpoint_bytes(parameters, job.averaged) / (options.storage_gbs * 1e9)
+        if every
+        else 0.0
+    )
     found = []
     for devices in sorted({*DEVICES, options.devices}):
         micro, rest = divmod(job.section.batch, devices * accumulation)

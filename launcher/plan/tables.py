@@ -54,6 +54,7 @@ def need(plan: Plan, job: Job, content: dict[str, Any]) -> memory.Need:
         size=plan.size,
         world=world,
         accumulation=job.section.accumulation,
+        averaged=job.averaged,
         teacher=memory.teacher_bytes(
             plan.mode, encoder, world, product=plan.product, size=plan.size
         ),
@@ -99,8 +100,10 @@ def disk_sheet(plan: Plan) -> Sheet:
     for job in plan.jobs:
         parameters = plan.work.parameters(job.stage, plan.classes)
         if config.save_every:
-            arithmetic = f"12 B x {parameters.trained:,} x (keep {config.keep} + 1 being written)"
-            size = memory.checkpoint_bytes(parameters) * (config.keep + 1) * job.repeats
+            one = memory.checkpoint_bytes(parameters, job.averaged)
+            each = f"{one // parameters.trained} B x {parameters.trained:,}"
+            arithmetic = f"{each} x (keep {config.keep} + 1 being written)"
+            size = one * (config.keep + 1) * job.repeats
             sizes[f"{job.name}: checkpoints", arithmetic + job.times] = size
         images = plan.work.samples == "images"
         twice = images and job.stage == "finetune" and config.finetune.settled == "cls"

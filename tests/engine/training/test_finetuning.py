@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import ViTForImageClassification, get_cosine_schedule_with_warmup
 
 from selfdistill.engine.training.views import Crops, Flips, Together
+from selfdistill.launcher.plan import memory
 from tests.engine.training.test_analysis import pictures
 from tests.engine.training.test_parity_training import batches, fresh_classifier
 from tests.kit.launches import make_world, metrics, run_cases
@@ -147,4 +148,8 @@ def test_checkpoints_hold_weights_and_average(root: Path) -> None:
         tensors |= load_file(file)
     names = [name.removeprefix("fp32/") for name in tensors if name.startswith("fp32/")]
     assert {f"average/{name}" for name in names} <= tensors.keys()
+    planned = memory.checkpoint_bytes(
+        memory.Parameters(sum(tensors[f"fp32/{n}"].numel() for n in names), 0, 0), averaged=True
+    )
+    assert sum(tensor.nbytes for tensor in tensors.values()) == planned
     assert any(not torch.equal(tensors[f"average/{n}"], tensors[f"fp32/{n}"]) for n in names)

@@ -1,4 +1,4 @@
-"""What a plan says of activation checkpointing, against the peak that PyTorch's tracker sees."""
+"""What a plan says of activation checkpointing, against PyTorch's tracker, and of averages."""
 
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from selfdistill.engine.runtime.distributed import Ranks
 from selfdistill.engine.training.modalities.image import ImageModality
 from selfdistill.engine.training.objectives import pick
 from selfdistill.launcher.plan import __main__ as plan
+from selfdistill.launcher.plan import memory
 from selfdistill.launcher.plan.workload import ImageWork
 from selfdistill.launcher.plan.workload_text import TextWork
 
@@ -117,6 +118,16 @@ def test_texts(recompute: bool, tmp_path: Path) -> None:
     batch |= {"originals": ids.flatten()[at], "scale": torch.tensor(1.0)}
     found = peak(model, lambda: model.reconstruct(**batch)["loss"], "ACT")
     assert 0.95 < work.activations("pretrain", 4) / found < 1.15
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_average_of_the_weights_takes_four_bytes_a_parameter(stage: int) -> None:
+    content = {"zero_optimization": {"stage": stage}}
+    parameters, options = memory.Parameters(1000, 0, 0), {"size": 4, "world": 2}
+    plain, averaged = (
+        memory.need(content, parameters, **options, averaged=on) for on in (False, True)
+    )
+    assert averaged.total - plain.total == (4000 if stage == 0 else 2000)
 
 
 def test_the_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def layer_scales(module: nn.Module, encoder: Any, decay: float) -> dict[Tensor, 
     """Factors of the parameters' rates: 1 of the head, `decay` of the last layer, and so on down.
 
     As timm's `param_groups_layer_decay` has it, after BEiT (Bao et al. 2022): the embeddings are
-    below the first layer, a norm behind the last one belongs to that. A pooler is part of the head.
+    below the first layer, a norm behind the last one belongs to that. What pools is part of the head.
 
     Args:
         module: classifier, or its objective.
@@ -72,7 +72,7 @@ def layer_scales(module: nn.Module, encoder: Any, decay: float) -> dict[Tensor, 
     depth = len(layers)
     number = dict.fromkeys(module.parameters(), depth + 1)
     for name, parameter in encoder.named_parameters():
-        if "pooler" not in name:
+        if "pool" not in name:
             behind = "norm" in name.lower() and "embed" not in name
             number[parameter] = depth if behind else 0
     for below, layer in enumerate(layers):

@@ -127,7 +127,7 @@ def whole_images(
     shape: Shape, size: int, *, mask: int = 0, cls_only: bool = False, recompute: bool = False
 ) -> float:
     """Of an image whose patches are all encoded, and all or the CLS vector alone are read."""
-    tokens = 1 + shape.patches
+    tokens = shape.prefix + shape.patches
     masks = tokens * shape.width * mask  # behind the embeddings
     pixels = shape.patches * shape.patch_values * size
     blocks = encoder_blocks(shape, recompute)
@@ -140,8 +140,8 @@ def masked_images(shape: Shape, size: int, recompute: bool = False) -> float:
     """Of an image in masked auto-encoding: kept patches, decoder, the loss on pixels in fp32."""
     hidden = shape.patches - shape.kept
     kept_pixels, hidden_pixels = (n * shape.patch_values for n in (shape.kept, hidden))
-    encoder = stack_bytes(encoder_blocks(shape, recompute), 1 + shape.kept, size)
-    encoder += _norm_bytes(encoder_blocks(shape), 1 + shape.kept, size)
+    encoder = stack_bytes(encoder_blocks(shape, recompute), shape.prefix + shape.kept, size)
+    encoder += _norm_bytes(encoder_blocks(shape), shape.prefix + shape.kept, size)
     blocks, cut = decoder_blocks(shape, recompute), None if recompute else Cut(hidden, 3, 1)
     decoder = stack_bytes(blocks, 1 + shape.patches, size, cut=cut)
     decoder += _norm_bytes(blocks, hidden, size)

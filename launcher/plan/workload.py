@@ -14,7 +14,7 @@ from torch import nn
 
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints.folder import Run
-from selfdistill.engine.models.images import formats
+from selfdistill.engine.models.images import formats, types
 from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.models.images.types.base import IMAGENET_MEAN, IMAGENET_STD
 from selfdistill.engine.models.images.vit_mae import ViTClassifier, ViTEncoder, ViTMAE
@@ -163,7 +163,7 @@ class ImageWork(Workload):
         )
         self.base, self.shape = replace(base, shape=shape), shape
         self.origin = (
-            f"{path}: ViT-MAE, {shape.image_size} pixels, patches of {shape.patch_size}, encoder"
+            f"{path}: {types.fitting(shape, path).title}, {shape.image_size} pixels, patches of {shape.patch_size}, encoder"
             f" {shape.width} x {shape.depth}, decoder {shape.decoder_width} x"
             f" {shape.decoder_depth}"
         )
@@ -196,14 +196,14 @@ class ImageWork(Workload):
     def activations(self, stage: Stage, size: int) -> float:
         """See `Workload`."""
         shape, config, again = self.shape, self.config, self.config.checkpoint_activations
-        whole = [(encoder_blocks(shape, again), 1 + shape.patches)]
+        whole = [(encoder_blocks(shape, again), shape.prefix + shape.patches)]
         if stage == "finetune":
             mask, cls_only = int(config.finetune.dropout > 0), config.finetune.pool == "cls"
             saved = whole_images(shape, size, mask=mask, cls_only=cls_only, recompute=again)
             return peak(saved, whole, size, mask=mask)
         masked = masked_images(shape, size, again)
         if stage == "pretrain":
-            parts = [(encoder_blocks(shape, again), 1 + shape.kept)]
+            parts = [(encoder_blocks(shape, again), shape.prefix + shape.kept)]
             parts.append((decoder_blocks(shape, again), 1 + shape.patches))
             return peak(masked, parts, size)
         cls_only = config.distill.feature == "cls"

@@ -1,15 +1,19 @@
 """ViT-MAE against transformers' own classes: same weights, images and mask, same gradients."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTForImageClassification
 from transformers.models.vit_mae import modeling_vit_mae
 
 from selfdistill.data.errors import UserError
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.config.options import load
 from selfdistill.engine.models.images.patches import patchify, unpatchify
 from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.models.images.types.vit import ViT, split_decoder
@@ -21,7 +25,9 @@ from selfdistill.engine.models.images.vit_mae import (
     position_table,
     random_mask,
 )
-from selfdistill.engine.models.images.weights import load_pretrained
+from selfdistill.engine.models.images.weights import Pretrained, load_pretrained
+from selfdistill.engine.runtime.distributed import Ranks
+from selfdistill.engine.training.modalities.image import ImageModality
 from tests.kit import models as kit
 
 TINY = Shape(16, 4, 32, 2, 2, 48, 16, 1, 2, 24)
@@ -274,3 +280,35 @@ def test_parameters_are_used_in_their_owners_forward_only() -> None:
 def test_impossible_shapes_are_refused(change: dict[str, int], says: str) -> None:
     with pytest.raises(UserError, match=says):
         Shape(**{**TINY.__dict__, **change})
+
+
+def test_stochastic_depth_is_timms() -> None:
+    """The same draws, and so the same tokens."""
+    shape = Shape(32, 8, 48, 4, 3, 96, 32, 1, 2, 64)
+    base = Pretrained.fresh(ViTMAE(shape))
+    config = load({"finetune.drop_path": 0.5, "finetune.dropout": 0})
+    run = Run(config, Ranks(0, 0, 1, torch.device("cpu")), Path())
+    ours = ImageModality(run).classifier(base, ["a", "b"], seed=0).network.encoder.train()
+    theirs = VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        embed_dim=48,
+        depth=4,
+        num_heads=3,
+        mlp_ratio=2,
+        num_classes=0,
+        drop_path_rate=0.5,
+        norm_layer=partial(nn.LayerNorm, eps=shape.norm_eps),
+    ).train()
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(16, 3, 32, 32)
+    for cls_only in (False, True):
+        torch.manual_seed(3)
+        found = ours(images, cls_only=cls_only)
+        torch.manual_seed(3)
+        expected = theirs.forward_features(images)
+        torch.testing.assert_close(found, expected[:, :1] if cls_only else expected)
+    assert not torch.allclose(found, ours(images, cls_only=True))  # other paths
+    whole = ViTEncoder(shape)
+    whole.load_state_dict(ours.state_dict())
+    assert torch.equal(ours.eval()(images), whole(images))

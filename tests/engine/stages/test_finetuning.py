@@ -4,23 +4,33 @@ The loop's model and schedule are transformers', its average timm's. One start o
 """
 
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
+from torch import nn
 from torch.nn import functional as F
-from transformers import ViTForImageClassification, get_cosine_schedule_with_warmup
+from transformers import (
+    RobertaForSequenceClassification,
+    ViTForImageClassification,
+    get_cosine_schedule_with_warmup,
+)
 
 from selfdistill.engine.training.views import Crops, Flips, Together
 from selfdistill.launcher.plan import memory
+from tests.engine.training import test_parity_text as text_parity
 from tests.engine.training.test_analysis import pictures
 from tests.engine.training.test_parity_training import batches, fresh_classifier
+from tests.kit import texts as text_kit
 from tests.kit.launches import make_world, metrics, run_cases
 from tests.kit.plain_loop import RATE, STEPS, ZERO3, largest_difference
 
 pytestmark = pytest.mark.multi
+
+Batch = dict[str, torch.Tensor]
 
 ZEROS = ("zero0", "zero1", "zero2", "zero3")
 DECAY, EMA, CROP = 0.6, 0.7, (0.3, 0.9)
@@ -68,6 +78,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cases.append(case(root, f"whole-{name}", "zero1", **more))
         cases.append(case(root, f"left-{name}", "zero1", **more, leave_at="step 4"))
         cases.append(case(root, f"left-{name}", "zero1", **more))
+    text_kit.make_texts(root / "text" / "shards")
+    text_kit.make_language(root / "text" / "base")
+    text: dict[str, object] = {"finetune.crop": None, "text.bucket": 8}
+    text |= {"data": str(root / "text" / "shards"), "model": str(root / "text" / "base")}
+    cases += [case(root, f"text-{zero}", zero, **text) for zero in ("zero0", "zero3")]
+    for option in ("crop", "drop_path"):
+        given = {f"finetune.{option}": CROP if option == "crop" else 0.1}
+        refused = {"expect_error": f"--finetune.{option} is for images"}
+        cases.append(case(root, "refused", "zero0", **text | given | refused))
     printed = run_cases(root, cases)
     assert printed.count("resumed at step 3") == len(ZEROS) + 1 + len(ODD)
     assert printed.count("resumed at step 2") == 2
@@ -81,15 +100,16 @@ def layer(name: str, depth: int) -> int:
     return 0 if "embeddings" in name else depth if "layernorm" in name else depth + 1
 
 
-def oracle(root: Path) -> tuple[dict[str, torch.Tensor], dict[int, float]]:
-    """The average after the last step, and by step its loss on the validation split."""
-    model = fresh_classifier(root, root / "base").train()
+def averages(
+    model: nn.Module, batches: Iterator[Batch], loss_of: Callable[[Batch], torch.Tensor]
+) -> Iterator[nn.Module]:
+    """The plain loop: after each step the average."""
     groups = [
         {
             "params": [parameter],
             "lr": RATE * DECAY ** (3 - layer(name, depth=2)),
             "weight_decay": 0.0
-            if name.endswith(("bias", "position_embeddings", "cls_token"))
+            if name.endswith(("bias", "cls_token")) or "position_embeddings" in name
             else 0.01,
         }
         for name, parameter in model.named_parameters()
@@ -98,23 +118,34 @@ def oracle(root: Path) -> tuple[dict[str, torch.Tensor], dict[int, float]]:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
     schedule = get_cosine_schedule_with_warmup(optimizer, 2, STEPS)
     average = ModelEmaV3(model, decay=EMA)
-    losses = {}
-    images, labels = pictures(root, "val")
-    for step, batch in enumerate(batches(root, Together((Crops(0, *CROP), Flips(0)))), start=1):
-        mirrored = batch["pixels"].flip(-1)
-        pixels = torch.where(batch["flip"].view(-1, 1, 1, 1), mirrored, batch["pixels"])
-        loss = F.cross_entropy(model(pixels).logits, batch["labels"])
+    for batch in batches:
+        loss = loss_of(batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         average.update(model)
-        with torch.no_grad():
-            losses[step] = float(F.cross_entropy(average.module.eval()(images).logits, labels))
+        yield average.module.eval()
     difference = largest_difference(average.module.state_dict(), model.state_dict())
     assert difference > 1e-4  # the average is not what was trained
-    return average.module.state_dict(), losses
+
+
+def oracle(root: Path) -> tuple[dict[str, torch.Tensor], dict[int, float]]:
+    """The average after the last step, and by step its loss on the validation split."""
+    model = fresh_classifier(root, root / "base").train()
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        mirrored = batch["pixels"].flip(-1)
+        pixels = torch.where(batch["flip"].view(-1, 1, 1, 1), mirrored, batch["pixels"])
+        return F.cross_entropy(model(pixels).logits, batch["labels"])
+
+    images, labels = pictures(root, "val")
+    losses, keyed = {}, Together((Crops(0, *CROP), Flips(0)))
+    for step, average in enumerate(averages(model, batches(root, keyed), loss_of), start=1):
+        with torch.no_grad():
+            losses[step] = float(F.cross_entropy(average(images).logits, labels))
+    return average.state_dict(), losses
 
 
 def test_the_average_equals_the_plain_loop(root: Path) -> None:
@@ -127,6 +158,25 @@ def test_the_average_equals_the_plain_loop(root: Path) -> None:
         assert found.keys() == {2, 4, STEPS}
         for step, loss in found.items():
             assert loss == pytest.approx(losses[int(step)], rel=1e-5), (name, step)
+
+
+def test_texts_equal_the_plain_loop(root: Path) -> None:
+    folder = root / "text"
+    model = RobertaForSequenceClassification.from_pretrained(folder / "base", num_labels=3).train()
+    kind = text_parity.kind_of(folder)
+    ours = kind.classifier(kind.load(str(folder / "base")), ["a", "b", "c"], seed=0)
+    model.classifier.load_state_dict(ours.network.classifier.state_dict())
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        names = ("input_ids", "attention_mask", "labels")
+        loss: torch.Tensor = model(**{name: batch[name] for name in names}).loss
+        return loss
+
+    *_, average = averages(model, text_parity.batches(folder, kind, masked=False), loss_of)
+    for zero in ("zero0", "zero3"):
+        export = root / "runs" / f"text-{zero}" / "finetune-model" / "export"
+        after = RobertaForSequenceClassification.from_pretrained(export)
+        assert largest_difference(after.state_dict(), average.state_dict()) < 1e-5, zero
 
 
 def test_a_run_that_was_left_ends_in_the_same_bits(root: Path) -> None:

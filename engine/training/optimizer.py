@@ -60,7 +60,8 @@ def layer_scales(module: nn.Module, encoder: Any, decay: float) -> dict[Tensor, 
     """Factors of the parameters' rates: 1 of the head, `decay` of the last layer, and so on down.
 
     As timm's `param_groups_layer_decay` has it, after BEiT (Bao et al. 2022): the embeddings are
-    below the first layer, a norm behind the last one belongs to that. What pools is part of the head.
+    below the first layer, a norm behind the last one belongs to that. What pools belongs to the
+    head.
 
     Args:
         module: classifier, or its objective.

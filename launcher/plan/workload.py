@@ -14,7 +14,7 @@ from torch import nn
 
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints.folder import Run
-from selfdistill.engine.models.images import formats, types
+from selfdistill.engine.models.images import formats
 from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.models.images.types.base import IMAGENET_MEAN, IMAGENET_STD
 from selfdistill.engine.models.images.vit_mae import ViTClassifier, ViTEncoder, ViTMAE
@@ -163,7 +163,7 @@ class ImageWork(Workload):
         )
         self.base, self.shape = replace(base, shape=shape), shape
         self.origin = (
-            f"{path}: {types.fitting(shape, path).title}, {shape.image_size} pixels, patches of {shape.patch_size}, encoder"
+            f"{path}: ViT, {shape.image_size} pixels, patches of {shape.patch_size}, encoder"
             f" {shape.width} x {shape.depth}, decoder {shape.decoder_width} x"
             f" {shape.decoder_depth}"
         )

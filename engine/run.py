@@ -111,6 +111,8 @@ def _run(argv: list[str]) -> None:
 
 def run_stages(run: Run) -> None:
     """Runs what `--stage` names, in order; complete stages are skipped."""
+    from selfdistill.engine.models import adapters
+    from selfdistill.engine.regularizers import matching
     from selfdistill.engine.stages.decoder import train_decoder
     from selfdistill.engine.stages.distill import Distill
     from selfdistill.engine.stages.finetune import check_labels, finetune
@@ -119,7 +121,10 @@ def run_stages(run: Run) -> None:
     from selfdistill.engine.training.loop import run_stage
 
     config = run.config
+    if config.stage in ("pretrain", "distill", "all"):
+        adapters.check(config)
     if config.stage == "all":
+        matching.check(config)
         check_labels(labelled_splits(run)["train"])  # before hours of the stages that need none
     if config.stage in ("decoder", "all"):
         run.boundary("decoder", wait=True)

@@ -41,6 +41,7 @@ FREE = ("zero", "accumulation")
 
 #: What was done before there were these options: records of then do not name them.
 BEFORE = {
+    "adapt": "full",
     "pretrain.objective": "mae",
     "distill.match": "feature",
     "finetune.test": True,

@@ -35,9 +35,14 @@ def remove(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file atomically: temporary, fsynced, renamed."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Likewise."""
     draft = path.with_name(f".{path.name}.tmp")
-    with fresh(draft) as file:
-        file.write(text)
+    with fresh(draft, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)

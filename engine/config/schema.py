@@ -11,6 +11,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from selfdistill.data.errors import redacted
 from selfdistill.engine.config.sections import (
     DataSection,
+    LoraSection,
     MarsSection,
     MaskSection,
     ModelSection,
@@ -51,6 +52,11 @@ class Config(Section):
     pretrain: PretrainSection = Field(default_factory=PretrainSection)
     distill: DistillSection = Field(default_factory=DistillSection)
     finetune: FinetuneSection = Field(default_factory=FinetuneSection)
+    adapt: Literal["full", "attention", "lora"] = Field(
+        "full",
+        description="what stages 1 and 2 train of the encoder: all, attention, low-rank updates",
+    )
+    lora: LoraSection = Field(default_factory=LoraSection)
     supcon: SupConSection = Field(default_factory=SupConSection)
     recadam: RecAdamSection = Field(default_factory=RecAdamSection)
     mars: MarsSection = Field(default_factory=MarsSection)

@@ -1,4 +1,4 @@
-"""Sections of the configuration: data, models, masks, texts, teacher, regularizers."""
+"""Sections of the configuration: data, models, masks, texts, teacher, LoRA, regularizers."""
 
 from __future__ import annotations
 
@@ -112,6 +112,14 @@ class TeacherSection(Section):
         "auto", description="a copy on each rank, ZeRO-3 shards, or a table of its features"
     )
     table_gb: float = Field(16.0, gt=0, description="auto: largest feature table to cache, GiB")
+
+
+class LoraSection(Section):
+    """Low-rank updates of the encoder's linear layers (Hu et al. 2021), with --adapt lora."""
+
+    rank: int = Field(16, ge=1, description="of the updates")
+    alpha: int = Field(16, ge=1, description="updates count alpha / rank times")
+    dropout: float = Field(0.0, ge=0, lt=1, description="before an update")
 
 
 class RecAdamSection(Section):

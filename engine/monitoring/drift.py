@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from selfdistill.engine.checkpoints import training_state
+from selfdistill.engine.models.adapters import updates
 from selfdistill.engine.runtime.distributed import Ranks, total
+from selfdistill.engine.runtime.zero import gathered
 
 
 class Drift:
@@ -21,7 +23,8 @@ class Drift:
     Args:
         engine: of the stage, as `deepspeed.initialize` returned it.
         module: part of it, whose parameters are watched.
-        reference: name -> whole tensor; names that the module lacks are left out.
+        reference: name -> whole tensor; names that the module lacks are left out. A low-rank update
+            is a way from it by itself.
         ranks: this process.
     """
 
@@ -41,6 +44,8 @@ class Drift:
                 flat[: whole.numel()] = whole.flatten()
                 whole = flat.view(ranks.world, -1)[ranks.rank].clone()
             self.pairs.append((parameter, whole.flatten().to(value.device)))
+        known = self.sharded or self.masters or ranks.main
+        self.updates = list(updates(module)) if known else []
 
     def _weight(self, parameter: Tensor) -> Tensor:
         if self.sharded:
@@ -50,6 +55,13 @@ class Drift:
         if self.masters and parameter.requires_grad:
             return self.masters.get(parameter, training_state.WEIGHT)
         return parameter.data
+
+    def _whole(self, parameter: Tensor) -> Tensor:
+        """A low-rank factor, whole, fp32."""
+        if not self.sharded:
+            return self._weight(parameter).float()
+        with gathered(parameter) as whole:
+            return whole.float().clone()
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
@@ -61,4 +73,10 @@ class Drift:
         for parameter, reference in self.pairs:
             difference = self._weight(parameter).float().flatten() - reference
             square += difference.pow(2).sum().to(square.device)
+        for down, up, scale in self.updates:
+            a, b = self._whole(down), self._whole(up)
+            # ||B A||^2 = trace(A^T B^T B A): the update itself is never made.
+            norm = scale**2 * ((b.T @ b) * (a @ a.T)).sum()
+            if self.ranks.main or not self.sharded:  # else it would be summed over the ranks
+                square += norm.to(square.device)
         return (total(square) if self.sharded else square).sqrt()

@@ -18,6 +18,16 @@ Stage = Literal["decoder", "pretrain", "distill", "finetune"]
 TeacherMode = Literal["replicated", "sharded", "cached"]
 
 
+class Part(NamedTuple):
+    """What stages 1 and 2 train of an encoder, as `--adapt` says; rank: of low-rank updates."""
+
+    adapt: Literal["full", "attention", "lora"] = "full"
+    rank: int = 0
+
+
+WHOLE = Part()
+
+
 def step_flops(
     shape: Shape,
     stage: Stage,
@@ -25,6 +35,7 @@ def step_flops(
     teacher: TeacherMode,
     classes: int = 0,
     cls_only: bool = False,
+    part: Part = WHOLE,
 ) -> float:
     """FLOPs that one image costs in one optimiser step.
 
@@ -38,6 +49,7 @@ def step_flops(
         teacher: in distill; a cached one costs nothing in a step.
         classes: in finetune, outputs of the head.
         cls_only: of the full view the CLS vector alone is read (`RowsBlock`).
+        part: of the encoder that pretrain and distill train.
 
     Returns:
         FLOPs an image, forward and backward.
@@ -48,9 +60,62 @@ def step_flops(
     mae = encoder_flops(shape, shape.kept) + decoder_flops(shape)
     if stage == "decoder":  # the encoder is frozen, and has no backward
         return mae + 2 * decoder_flops(shape)
+    masked = encoder_step(shape, shape.kept, part=part) + 3 * decoder_flops(shape)
     if stage == "pretrain":
-        return 3 * mae
-    return 3 * mae + 3 * full + (0 if teacher == "cached" else full)
+        return masked
+    student = encoder_step(shape, shape.patches, cls_only, part)
+    return masked + student + (0 if teacher == "cached" else full)
+
+
+def encoder_step(shape: Shape, patches: int, cls_only: bool = False, part: Part = WHOLE) -> float:
+    """FLOPs of the encoder's forward and backward; the arguments are those of `encoder_flops`."""
+    if part.adapt == "full":
+        return 3 * encoder_flops(shape, patches, cls_only)
+    tokens, depth = shape.prefix + patches, shape.depth
+    mlp = 3 * shape.mlp_width / 2 if shape.gated else shape.mlp_width
+    sizes = (shape.width, mlp, part)
+    # What is before the first block is frozen, and has no backward.
+    total = 2.0 * patches * shape.patch_values * shape.width + 2 * pool_flops(shape, patches)
+    for number in range(depth):
+        rows = 1 if cls_only and shape.class_token and number == depth - 1 else tokens
+        total += adapted_block(tokens, rows, rows, *sizes, first=number == 0, joint=True)
+    return total
+
+
+def adapted_block(
+    tokens: int,
+    queries: float,
+    rows: float,
+    width: int,
+    mlp_width: float,
+    part: Part,
+    *,
+    first: bool,
+    joint: bool = False,
+) -> float:
+    """FLOPs of forward and backward of a block of which a part is trained.
+
+    A linear layer's backward is two products, for its input's gradient and for its weight's; the
+    second is left out where it is frozen. Nothing before the first block needs a gradient.
+
+    Args:
+        tokens: of the sequence.
+        queries: rows whose queries are computed.
+        rows: of output projection and MLP.
+        width: of the block, D.
+        mlp_width: M.
+        part: not the whole.
+        first: it is the first block.
+        joint: one layer makes queries, keys and values.
+    """
+    into, out = 2 * width**2 * (queries + 2 * tokens), 2 * rows * width**2
+    mlp, mixing = 4 * rows * width * mlp_width, 4 * queries * tokens * width
+    frozen = 2 * (into + out + mlp) + 3 * mixing - (into if first else 0)
+    if part.adapt == "attention":
+        return frozen + into + out
+    down = 2 * part.rank * tokens * width * (1 if joint else 3)
+    ends = 2 * part.rank * (3 * tokens * width + rows * (2 * width + 2 * (width + mlp_width)))
+    return frozen + 3 * (down + ends) - (down if first else 0)
 
 
 def encoder_flops(shape: Shape, patches: int, cls_only: bool = False) -> float:
@@ -61,10 +126,17 @@ def encoder_flops(shape: Shape, patches: int, cls_only: bool = False) -> float:
     block = block_flops(tokens, width, mlp)
     part = cls_only and shape.class_token
     last = part_flops(tokens, 1, width, mlp) if part else block
-    # Attention pooling: one query; keys and values of all; one row behind them.
-    pooled = 0 if shape.class_token else 2 * (2 * tokens * (width**2 + width) + 2 * width**2)
-    pooled += 0 if shape.class_token else 4 * width * shape.mlp_width
-    return project + (shape.depth - 1) * block + last + pooled
+    return project + (shape.depth - 1) * block + last + pool_flops(shape, patches)
+
+
+def pool_flops(shape: Shape, patches: int) -> float:
+    """FLOPs of the attention that pools in a class token's place; 0 where there is one."""
+    if shape.class_token:
+        return 0
+    width = shape.width
+    # One query; keys and values of all; one row behind them.
+    attention = 2 * (2 * patches * (width**2 + width) + 2 * width**2)
+    return attention + 4 * width * shape.mlp_width
 
 
 def decoder_flops(shape: Shape, whole: bool = False) -> float:

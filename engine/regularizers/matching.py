@@ -36,6 +36,11 @@ def check(config: Config) -> None:
             f"--teacher.mode {mode} with --distill.match prediction: {why}: take --teacher.mode"
             " replicated"
         )
+    if match.startswith("weights") and config.adapt != "full":
+        raise UserError(
+            f"--distill.match {match} compares all weights, and --adapt {config.adapt} trains a"
+            " part of them: take --distill.match feature or prediction, or --adapt full"
+        )
     if match.startswith("weights") and zero.stage_of(zero.read(config.zero)) == 3:
         raise UserError(
             f"--distill.match {match}: --zero {config.zero} cuts the weights that are compared:"

@@ -189,7 +189,7 @@ def gathered(parameter: Tensor) -> Iterator[Tensor]:
         yield parameter.data
 
 
-def full_state(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+def full_state(module: nn.Module, *, keep: bool, trained: bool = False) -> dict[str, Tensor]:
     """Whole fp32 tensors of a module's parameters, from the master weights where there are any.
 
     Every rank calls it (it gathers); only those with `keep` get the result.
@@ -197,12 +197,15 @@ def full_state(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     Args:
         module: the engine's module, or a part of it.
         keep: whether this rank wants the tensors (on the CPU).
+        trained: those with a gradient alone.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
     state: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         value = None
+        if trained and not parameter.requires_grad:
+            continue
         if parameter.requires_grad:
             value = safe_get_full_fp32_param(parameter)
         if value is None:

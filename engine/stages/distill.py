@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from selfdistill.data.errors import UserError
 from selfdistill.data.loading.datasets import Keyed
 from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.models import adapters
 from selfdistill.engine.regularizers import matching
 from selfdistill.engine.runtime.distributed import main_only
 from selfdistill.engine.stages.pretrain import export_autoencoder, initial
+from selfdistill.engine.stages.shared import Shared, updates_of
 from selfdistill.engine.stages.splits import unlabelled_split
 from selfdistill.engine.training.modalities import modality_of
 from selfdistill.engine.training.modalities.base import Batch, settle_pooling
@@ -65,7 +67,7 @@ class Distill(Stage):
         self.reconstructs = plan.mae_weight > 0 or (plan.match == "prediction" and plan.weight > 0)
         self.counted = plan.match == "feature" and plan.weight > 0 and plan.mae_weight > 0
         name = f"distill-{number}"
-        record |= modality.record()
+        record |= modality.record() | adapters.record(run.config)
         super().__init__(run, name, train, modality, base, seed=run.config.seed, record=record)
 
     @property
@@ -77,12 +79,13 @@ class Distill(Stage):
         """See `Stage`: also makes the teacher, as `--distill.match` and `--teacher.mode` say."""
         plan, modality, run = self.config.distill, self.modality, self.run
         self.model = model = modality.autoencoder(self.base)
+        adapters.adapt(model.encoder, self.config)
         weights, teacher = (plan.weight, plan.mae_weight), self.teacher_weights
         if teacher is None:
             return DistillObjective(model, plan.settled, *weights)
         if plan.match == "feature":
             self.teacher = self._teacher(teacher)
-            self.mode = self.teacher.mode
+            self.mode = "shared" if isinstance(self.teacher, Shared) else self.teacher.mode
             return DistillObjective(model, plan.settled, *weights)
         if plan.match == "prediction":
             if teacher.decoder is None:
@@ -104,13 +107,15 @@ class Distill(Stage):
         """The teacher of features: cached, replicated or sharded."""
         run, modality, config, ranks = self.run, self.modality, self.config, self.ranks
         feature = config.distill.settled
-        extractor = FeatureExtractor(modality.encoder(weights), feature).eval()
         shape = modality.feature_shape(weights, feature)
         folder = run.folder / self.name / "teacher"
         size = None if shape is None else table_bytes(self.train.samples, shape)
         mode = main_only(ranks, lambda: choose(config.teacher.mode, size, config, folder))
         table = "" if size is None else f" (its features as a table: {size / 2**20:.1f} MiB)"
         run.info(f"{self.name}: teacher {mode}{table}")
+        if mode == "replicated" and (updates := self._updates()) is not None:
+            return Shared(self.model, updates, feature, modality.full, run)
+        extractor = FeatureExtractor(modality.encoder(weights), feature).eval()
         if mode == "sharded":
             return Sharded(extractor, modality.full, ranks, config.precision)
         whole = Replicated(extractor, modality.full, ranks, run.dtype)
@@ -124,6 +129,14 @@ class Distill(Stage):
         }
         codec = modality.codec(weights, self.train)
         return build_table(run, folder, key, self.train, codec, whole, shape)
+
+    def _updates(self) -> dict[str, Tensor] | None:
+        """The teacher's updates of the weights that the student has too, or None."""
+        run, taught = self.run, self.teacher_weights
+        found = updates_of(run, str(self.source), self.model.encoder, taught, self.base)
+        if found is not None:
+            run.info(f"{self.name}: the teacher shares the student's frozen weights")
+        return found
 
     def keyed(self) -> Keyed | None:
         """See `Stage`: the masks."""

@@ -10,7 +10,9 @@ from selfdistill.data.errors import UserError
 from selfdistill.data.loading.datasets import Keyed
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.models import adapters
 from selfdistill.engine.regularizers import supcon
+from selfdistill.engine.stages.shared import keep_updates
 from selfdistill.engine.stages.splits import train_split, unlabelled_split
 from selfdistill.engine.training.modalities import modality_of
 from selfdistill.engine.training.modalities.base import Batch, Modality
@@ -48,6 +50,7 @@ class Pretrain(Masked):
         modality = modality_of(run, train)
         base = initial(run, modality)
         record = {"model": base.sha256} | modality.record() | self.settings(run)
+        record |= adapters.record(run.config)
         super().__init__(
             run, "pretrain", train, modality, base, seed=run.config.seed, record=record
         )
@@ -63,6 +66,7 @@ class Pretrain(Masked):
     def build(self) -> nn.Module:
         """See `Stage`."""
         self.model = self.modality.autoencoder(self.base)
+        adapters.adapt(self.model.encoder, self.config)
         return MaskedObjective(self.model)
 
 
@@ -90,6 +94,7 @@ class Contrast(Pretrain):
         """See `Stage`."""
         settings = self.config.supcon
         self.model = self.modality.autoencoder(self.base, settings.dropout)
+        adapters.adapt(self.model.encoder, self.config)
         (width,) = self.modality.feature_shape(self.base, "cls") or (0,)
         return supcon.SupConObjective(self.model, width, settings)
 
@@ -136,6 +141,7 @@ def export_autoencoder(
     run: Run, modality: Modality, stage: str, engine: Any, base: Any
 ) -> dict[str, Any]:
     """Exports encoder and decoder; says where, for result.json. Every rank calls it."""
-    folder = run.folder / stage / "export"
-    modality.export_autoencoder(folder, engine.module.model, base)
+    folder, model = run.folder / stage / "export", engine.module.model
+    modality.export_autoencoder(folder, model, base)
+    keep_updates(run, stage, model.encoder)
     return {"export": str(folder)}

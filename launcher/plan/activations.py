@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from selfdistill.engine.models.images.shape import Shape
+from selfdistill.engine.monitoring.flops import WHOLE, Part
 
 #: Bytes of a value that goes into a LayerNorm.
 NORM = 4
@@ -23,6 +24,8 @@ class Blocks(NamedTuple):
         width: D.
         mlp_width: M.
         heads: of attention.
+        part: that is trained.
+        layers: linear layers of a block, of which the last three make no queries, keys or values.
         recomputed: whether inputs alone are kept (`--checkpoint_activations`): see `peak`.
     """
 
@@ -30,7 +33,18 @@ class Blocks(NamedTuple):
     width: int
     mlp_width: int
     heads: int
+    part: Part = WHOLE
+    layers: int = 4
     recomputed: bool = False
+
+    def more(self, layers: int) -> int:
+        """Values that a token of the MLP's rows leaves beyond those of whole training.
+
+        A frozen layer keeps no input: none of the MLP's two has, where attention alone is trained.
+        An update keeps what lies between its factors, in so many layers.
+        """
+        unread = self.width + self.mlp_width if self.part.adapt == "attention" else 0
+        return (self.part.rank * layers if self.part.adapt == "lora" else 0) - unread
 
 
 def block_bytes(blocks: Blocks, tokens: int, size: int, *, mask: int = 0) -> int:
@@ -43,6 +57,7 @@ def block_bytes(blocks: Blocks, tokens: int, size: int, *, mask: int = 0) -> int
         mask: bytes of a value of dropout's masks, behind attention and MLP; 0 without dropout.
     """
     values = 2 * blocks.width * NORM + (6 * blocks.width + 2 * blocks.mlp_width) * size
+    values += blocks.more(blocks.layers) * size
     # fp32: mean and deviation of two LayerNorms; a sum of exponentials a head.
     statistics = 4 * (2 * 2 + blocks.heads)
     return tokens * (values + statistics + 2 * blocks.width * mask)
@@ -72,16 +87,20 @@ def stack_bytes(
 ) -> float:
     """What all blocks save of one sequence; one that is cut is never recomputed."""
     block = block_bytes(blocks, tokens, size, mask=mask)
+    # Nothing before the first trained layer has a backward: the first LayerNorm keeps no input.
+    frozen = 0 if blocks.part.adapt == "full" else tokens * blocks.width * NORM
     if blocks.recomputed:
-        block = tokens * blocks.width * NORM
+        block, frozen = tokens * blocks.width * NORM, 0
     if cut is None:
-        return blocks.depth * block
+        return blocks.depth * block - frozen
     width, statistics = blocks.width, 4 * (2 + blocks.heads)
     whole = tokens * (width * (cut.kept * size + cut.norms * NORM) + statistics)
+    if blocks.part.adapt == "lora":
+        whole += tokens * blocks.part.rank * (blocks.layers - 3) * size
     # Attention's output; LayerNorm's input and output, twice; the MLP.
-    values = 2 * width * NORM + (5 * width + 2 * blocks.mlp_width) * size
+    values = 2 * width * NORM + (5 * width + 2 * blocks.mlp_width + blocks.more(3)) * size
     rows = cut.rows * (values + 2 * width * mask)
-    return (blocks.depth - 1) * block + whole + rows
+    return (blocks.depth - 1) * block + whole + rows - frozen
 
 
 def peak(saved: float, stacks: Sequence[tuple[Blocks, int]], size: int, *, mask: int = 0) -> float:
@@ -112,36 +131,46 @@ def _norm_bytes(blocks: Blocks, tokens: int, size: int) -> int:
     return tokens * blocks.width * (NORM + size)
 
 
-def encoder_blocks(shape: Shape, recompute: bool = False) -> Blocks:
+def encoder_blocks(shape: Shape, part: Part = WHOLE, recompute: bool = False) -> Blocks:
     """A ViT-MAE's encoder."""
-    return Blocks(shape.depth, shape.width, shape.mlp_width, shape.heads, recompute)
+    sizes = (shape.depth, shape.width, shape.mlp_width, shape.heads)
+    return Blocks(*sizes, part, recomputed=recompute)
 
 
 def decoder_blocks(shape: Shape, recompute: bool = False) -> Blocks:
     """A ViT-MAE's decoder."""
     width, depth = shape.decoder_width, shape.decoder_depth
-    return Blocks(depth, width, shape.decoder_mlp_width, shape.decoder_heads, recompute)
+    sizes = (depth, width, shape.decoder_mlp_width, shape.decoder_heads)
+    return Blocks(*sizes, recomputed=recompute)
 
 
 def whole_images(
-    shape: Shape, size: int, *, mask: int = 0, cls_only: bool = False, recompute: bool = False
+    shape: Shape,
+    size: int,
+    *,
+    mask: int = 0,
+    cls_only: bool = False,
+    part: Part = WHOLE,
+    recompute: bool = False,
 ) -> float:
     """Of an image whose patches are all encoded, and all or the CLS vector alone are read."""
     tokens = shape.prefix + shape.patches
     masks = tokens * shape.width * mask  # behind the embeddings
-    pixels = shape.patches * shape.patch_values * size
-    blocks = encoder_blocks(shape, recompute)
-    cut = CLS_BLOCK if cls_only and not recompute else None
+    pixels = shape.patches * shape.patch_values * size if part.adapt == "full" else 0
+    blocks = encoder_blocks(shape, part, recompute)
+    cut = CLS_BLOCK if cls_only and shape.class_token and not recompute else None
     norm = _norm_bytes(blocks, 1 if cls_only else tokens, size)
     return pixels + masks + norm + stack_bytes(blocks, tokens, size, mask=mask, cut=cut)
 
 
-def masked_images(shape: Shape, size: int, recompute: bool = False) -> float:
+def masked_images(shape: Shape, size: int, part: Part = WHOLE, recompute: bool = False) -> float:
     """Of an image in masked auto-encoding: kept patches, decoder, the loss on pixels in fp32."""
     hidden = shape.patches - shape.kept
     kept_pixels, hidden_pixels = (n * shape.patch_values for n in (shape.kept, hidden))
-    encoder = stack_bytes(encoder_blocks(shape, recompute), shape.prefix + shape.kept, size)
-    encoder += _norm_bytes(encoder_blocks(shape), shape.prefix + shape.kept, size)
+    kept_pixels *= part.adapt == "full"
+    tokens = shape.prefix + shape.kept
+    encoder = stack_bytes(encoder_blocks(shape, part, recompute), tokens, size)
+    encoder += _norm_bytes(encoder_blocks(shape), tokens, size)
     blocks, cut = decoder_blocks(shape, recompute), None if recompute else Cut(hidden, 3, 1)
     decoder = stack_bytes(blocks, 1 + shape.patches, size, cut=cut)
     decoder += _norm_bytes(blocks, hidden, size)

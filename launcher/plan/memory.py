@@ -142,8 +142,8 @@ def teacher_bytes(
 
 
 def checkpoint_bytes(parameters: Parameters, averaged: bool = False) -> int:
-    """One checkpoint: fp32 weights, AdamW's two moments and an average of what is trained."""
-    return (16 if averaged else 12) * parameters.trained
+    """One checkpoint: fp32 weights, of what is trained AdamW's two moments and an average."""
+    return (16 if averaged else 12) * parameters.trained + 4 * parameters.frozen
 
 
 def deepspeed_estimate(

@@ -202,8 +202,8 @@ def feed_sheet(plan: Plan, shown: list[Row]) -> Sheet:
     sheet.notes.append(f"MB/s = {plan.work.samples}/s x bytes each {place}")
     if every:
         sheet.notes.append(
-            f"checkpoint = 12 B x P / {options.storage_gbs:g} GB/s that the shared storage writes"
-            " for all nodes together (--storage_gbs), all ranks waiting; of the time: checkpoint /"
-            f" ({every} steps + checkpoint)"
+            f"checkpoint = (12 B x P + 4 B x F) / {options.storage_gbs:g} GB/s that the shared"
+            " storage writes for all nodes together (--storage_gbs), all ranks waiting; of the"
+            f" time: checkpoint / ({every} steps + checkpoint)"
         )
     return sheet

@@ -46,8 +46,10 @@ def show(plan: Plan, console: Console) -> None:
 def need(plan: Plan, job: Job, content: dict[str, Any]) -> memory.Need:
     """Memory of one device in a stage under a DeepSpeed configuration."""
     parameters, world = plan.work.parameters(job.stage, plan.classes), plan.options.devices
-    encoder = plan.work.teacher() if job.stage == "distill" else 0
+    teacher = _teacher(plan, content) if job.stage == "distill" else 0.0
     copies = plan.product * parameters.all if plan.product < plan.size else 0
+    if copies and job.stage == "distill" and plan.config.adapt != "full":
+        copies += plan.product * parameters.frozen  # autocast keeps copies of trained ones alone
     return memory.need(
         content,
         parameters,
@@ -55,10 +57,21 @@ def need(plan: Plan, job: Job, content: dict[str, Any]) -> memory.Need:
         world=world,
         accumulation=job.section.accumulation,
         averaged=job.averaged,
-        teacher=memory.teacher_bytes(
-            plan.mode, encoder, world, product=plan.product, size=plan.size
-        ),
+        teacher=teacher,
         activations=copies + job.micro * plan.work.activations(job.stage, plan.product),
+    )
+
+
+def _teacher(plan: Plan, content: dict[str, Any]) -> float:
+    """Bytes of the teacher on one device: of its updates alone where it shares what is frozen."""
+    if plan.config.adapt == "lora" and plan.mode == "replicated" and zero.stage_of(content) < 3:
+        return plan.size * plan.work.updates()
+    return memory.teacher_bytes(
+        plan.mode,
+        plan.work.teacher(),
+        plan.options.devices,
+        product=plan.product,
+        size=plan.size,
     )
 
 
@@ -100,10 +113,11 @@ def disk_sheet(plan: Plan) -> Sheet:
     for job in plan.jobs:
         parameters = plan.work.parameters(job.stage, plan.classes)
         if config.save_every:
-            one = memory.checkpoint_bytes(parameters, job.averaged)
-            each = f"{one // parameters.trained} B x {parameters.trained:,}"
-            arithmetic = f"{each} x (keep {config.keep} + 1 being written)"
-            size = one * (config.keep + 1) * job.repeats
+            each = 16 if job.averaged else 12
+            one = f"({each} B x {parameters.trained:,} + 4 B x {parameters.frozen:,})"
+            arithmetic = f"{one} x (keep {config.keep} + 1 being written)"
+            size = memory.checkpoint_bytes(parameters, job.averaged)
+            size *= (config.keep + 1) * job.repeats
             sizes[f"{job.name}: checkpoints", arithmetic + job.times] = size
         images = plan.work.samples == "images"
         twice = images and job.stage == "finetune" and config.finetune.settled == "cls"

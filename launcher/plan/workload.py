@@ -14,12 +14,13 @@ from torch import nn
 
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.models import adapters
 from selfdistill.engine.models.images import formats
 from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.models.images.types.base import IMAGENET_MEAN, IMAGENET_STD
 from selfdistill.engine.models.images.vit_mae import ViTClassifier, ViTEncoder, ViTMAE
 from selfdistill.engine.models.images.weights import Pretrained
-from selfdistill.engine.monitoring.flops import Stage, TeacherMode
+from selfdistill.engine.monitoring.flops import Part, Stage, TeacherMode
 from selfdistill.engine.training.modalities.base import Modality
 from selfdistill.engine.training.modalities.image import ImageModality
 from selfdistill.engine.training.objectives import Feature
@@ -115,6 +116,12 @@ class Workload(ABC):
         """Parameters of the frozen encoder."""
         return count(self.encoder).all
 
+    def updates(self) -> int:
+        """Values of the encoder's low-rank updates; 0 without."""
+        with torch.device("meta"):
+            network: Any = self.network("distill", 0)
+        return sum(a.numel() + b.numel() for a, b, _ in adapters.updates(network.encoder))
+
     def encode_flops(self) -> float:
         """FLOPs of one forward of the encoder on an unmasked sample."""
         return self.flops("distill", "replicated", 0) - self.flops("distill", "cached", 0)
@@ -152,6 +159,7 @@ class ImageWork(Workload):
 
     def __init__(self, run: Run) -> None:
         self.config, self.modality = run.config, ImageModality(run)
+        self.part = Part(run.config.adapt, run.config.lora.rank)
         path = run.config.model.path
         if path is None or path == "scratch":
             base = self.modality.load()
@@ -182,7 +190,9 @@ class ImageWork(Workload):
         """See `Workload`."""
         if stage == "finetune":
             return ViTClassifier(ViTEncoder(self.shape), classes)
-        return ViTMAE(self.shape)
+        network = ViTMAE(self.shape)
+        adapters.adapt(network.encoder, self.config)
+        return network
 
     def encoder(self) -> nn.Module:
         """See `Workload`."""
@@ -196,18 +206,20 @@ class ImageWork(Workload):
     def activations(self, stage: Stage, size: int) -> float:
         """See `Workload`."""
         shape, config, again = self.shape, self.config, self.config.checkpoint_activations
-        whole = [(encoder_blocks(shape, again), shape.prefix + shape.patches)]
+        whole = [(encoder_blocks(shape, recompute=again), shape.prefix + shape.patches)]
         if stage == "finetune":
-            mask, cls_only = int(config.finetune.dropout > 0), config.finetune.pool == "cls"
+            mask, cls_only = int(config.finetune.dropout > 0), config.finetune.settled == "cls"
             saved = whole_images(shape, size, mask=mask, cls_only=cls_only, recompute=again)
             return peak(saved, whole, size, mask=mask)
-        masked = masked_images(shape, size, again)
+        part = self.part
+        whole = [(encoder_blocks(shape, part, again), shape.prefix + shape.patches)]
+        masked = masked_images(shape, size, part, again)
         if stage == "pretrain":
-            parts = [(encoder_blocks(shape, again), shape.prefix + shape.kept)]
+            parts = [(encoder_blocks(shape, part, again), shape.prefix + shape.kept)]
             parts.append((decoder_blocks(shape, again), 1 + shape.patches))
             return peak(masked, parts, size)
-        cls_only = config.distill.feature == "cls"
-        saved = whole_images(shape, size, cls_only=cls_only, recompute=again)
+        cls_only = config.distill.settled == "cls"
+        saved = whole_images(shape, size, cls_only=cls_only, part=part, recompute=again)
         return masked + peak(saved, whole, size)  # whose backward comes first
 
     def input_bytes(self) -> int:

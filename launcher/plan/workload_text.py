@@ -13,6 +13,7 @@ from selfdistill.data.cli import format_error
 from selfdistill.data.errors import UserError
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.models import adapters
 from selfdistill.engine.models.texts.classifier import TextClassifier
 from selfdistill.engine.models.texts.fresh import small_config
 from selfdistill.engine.models.texts.language import (
@@ -21,7 +22,7 @@ from selfdistill.engine.models.texts.language import (
     cuts,
 )
 from selfdistill.engine.models.texts.weights import Language, load_tokenizer
-from selfdistill.engine.monitoring.flops import Stage, TeacherMode
+from selfdistill.engine.monitoring.flops import Part, Stage, TeacherMode
 from selfdistill.engine.training.modalities.text import TextModality
 from selfdistill.launcher.plan.activations import (
     CLS_ROW,
@@ -81,7 +82,7 @@ class TextWork(Workload):
             int(config.hidden_size),
             mlp,
             int(config.num_attention_heads),
-            run.config.checkpoint_activations,
+            recomputed=run.config.checkpoint_activations,
         )
         self.origin = (
             f"{path}: {config.model_type} {self.blocks.width} x {self.blocks.depth},"
@@ -94,7 +95,9 @@ class TextWork(Workload):
         if stage == "finetune":
             config.num_labels = classes
             return TextClassifier(config, self.config.finetune.settled)
-        return MaskedLanguageModel(config)
+        network = MaskedLanguageModel(config)
+        adapters.adapt(network.encoder, self.config)
+        return network
 
     def encoder(self) -> nn.Module:
         """See `Workload`."""
@@ -123,9 +126,12 @@ class TextWork(Workload):
             rate = self.config.finetune.dropout
             saved = whole_texts(self.blocks, length, size, mask=int(rate > 0), cut=first)
             return peak(saved, stacks, size, mask=int(rate > 0))
+        part = Part(self.config.adapt, self.config.lora.rank)
+        blocks = self.blocks._replace(part=part, layers=6)
+        stacks = [(blocks, length)]
         rate = own if self.config.mlm.dropout is None else self.config.mlm.dropout
         masked = masked_texts(
-            self.blocks,
+            blocks,
             length,
             self._masked(length),
             int(config.vocab_size),
@@ -135,9 +141,9 @@ class TextWork(Workload):
         )
         if stage == "pretrain":
             return peak(masked, stacks, size, mask=int(rate > 0))
-        if self.config.distill.feature != "cls":
+        if self.config.distill.settled != "cls":
             first = None
-        saved = whole_texts(self.blocks, length, size, mask=int(rate > 0), cut=first)
+        saved = whole_texts(blocks, length, size, mask=int(rate > 0), cut=first)
         return masked + peak(saved, stacks, size, mask=int(rate > 0))  # whose backward comes first
 
     def input_bytes(self) -> int:

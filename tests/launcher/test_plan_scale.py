@@ -236,7 +236,7 @@ def test_a_batch_that_cannot_be_cut_is_weak_scaling() -> None:
 
 def test_checkpoints() -> None:
     found = of(made({"storage_gbs": 2}, save_every=100), "distill", 8)
-    assert found.checkpoint == pytest.approx(12 * 111_655_680 / 2e9)
+    assert found.checkpoint == pytest.approx((12 * 111_655_680 + 4 * 252_160) / 2e9)
     spent = 100 * found.step.seconds + found.checkpoint
     assert found.saving == pytest.approx(found.checkpoint / spent)
     assert found.rate == pytest.approx(6400 / spent)
@@ -279,7 +279,7 @@ def test_the_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     assert "a rank sends 1,338.6 MB a step on 1,024 devices" in said  # 3 x 4 P x 1023/1024
     assert "the ranks agree every 16 step(s)" in said
     assert "MB/s = images/s x bytes each on the device (no data given)" in said
-    assert "checkpoint = 12 B x P / 5 GB/s" in said
+    assert "checkpoint = (12 B x P + 4 B x F) / 5 GB/s" in said
 
 
 @pytest.mark.parametrize("name", ["link_gbs", "network_gbs", "storage_gbs"])

@@ -14,6 +14,7 @@ from selfdistill.data.loading.codec import Images
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.export import export_classifier, export_mae
 from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.models.adapters import merged
 from selfdistill.engine.models.images.networks import (
     ImageAutoencoder,
     ImageClassifier,
@@ -202,7 +203,12 @@ class ImageModality(Modality):
         config = self.config
         pool = config.finetune.pool if section == "finetune" else config.distill.feature
         one = flops.step_flops(
-            base.shape, section, teacher=mode, classes=classes, cls_only=pool == "cls"
+            base.shape,
+            section,
+            teacher=mode,
+            classes=classes,
+            cls_only=pool == "cls",
+            part=flops.Part(config.adapt, config.lora.rank),
         )
         return one * len(batch["images"])
 
@@ -234,4 +240,4 @@ class ImageModality(Modality):
             export_classifier(folder, base.shape, encoder, head, classes, pool, base.mean, base.std)
 
     def _whole(self, module: torch.nn.Module) -> dict[str, Tensor]:
-        return full_state(module, keep=self.run.ranks.main)
+        return merged(full_state(module, keep=self.run.ranks.main), self.config.lora)

@@ -18,6 +18,7 @@ from selfdistill.data.loading.reader import Reader
 from selfdistill.data.shards.manifest import Manifest, is_remote
 from selfdistill.engine.checkpoints.export import export_transformers
 from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.models.adapters import merged
 from selfdistill.engine.models.texts.classifier import TextClassifier
 from selfdistill.engine.models.texts.fresh import small_config
 from selfdistill.engine.models.texts.language import (
@@ -296,19 +297,38 @@ class TextModality(Modality):
             last = sum(flops.rows_block_flops(length, rows, width, mlp) for length in lengths)
             return (int(config.num_hidden_layers) - 1) * whole + last
 
+        part = flops.Part(self.config.adapt, self.config.lora.rank)
+
+        def trained(rows: float | None) -> float:
+            """Forward and backward of what --adapt trains of the encoder."""
+            if part.adapt == "full":
+                return 3 * encoder(rows)
+            found, sizes = 0.0, (width, mlp, part)
+            for length in lengths:
+                last = length if rows is None or not cuts(config) else rows
+                whole, first, cut = (
+                    flops.adapted_block(length, length, read, *sizes, first=begins)
+                    for read, begins in ((length, False), (length, True), (last, False))
+                )
+                found += (int(config.num_hidden_layers) - 2) * whole + first + cut
+            return found
+
         if section == "finetune":
             if self.config.finetune.pool == "mean":
                 return 3 * (encoder(None) + len(lengths) * 2 * width * classes)
             return 3 * (encoder(1) + len(lengths) * 2 * width * (width + classes))
         masked = len(batch["masked_at"])
         head = masked * 2 * width * (width + int(config.vocab_size))
-        mlm = encoder(masked / len(lengths)) + head
+        read = masked / len(lengths)
         if section == "decoder":  # the encoder is frozen, and has no backward
-            return mlm + 2 * head
+            return encoder(read) + 3 * head
+        mlm = trained(read) + 3 * head
+        if part.adapt != "full" and config.tie_word_embeddings:  # the head's matrix is frozen, too
+            mlm -= masked * 2 * width * int(config.vocab_size)
         if section == "pretrain":
-            return 3 * mlm
-        full = encoder(1 if self.config.distill.feature == "cls" else None)
-        return 3 * (mlm + full) + (0 if mode == "cached" else full)
+            return mlm
+        rows = 1 if self.config.distill.feature == "cls" else None
+        return mlm + trained(rows) + (0 if mode == "cached" else encoder(rows))
 
     def draw(self, monitor: Monitor, step: int, batch: Batch, out: Batch, base: Language) -> None:
         """See `Modality`: some texts, and what is predicted for their masked tokens."""
@@ -341,7 +361,8 @@ class TextModality(Modality):
         *,
         modules: bool,
     ) -> None:
-        tensors: dict[str, Tensor] = full_state(network, keep=self.run.ranks.main)
+        state: dict[str, Tensor] = full_state(network, keep=self.run.ranks.main)
+        tensors = merged(state, self.config.lora)
         if self.run.ranks.main:
             tokenizer = base.tokenizer
             if max_length is not None:

@@ -110,6 +110,13 @@ def table(root: Path) -> list[tuple[str, tuple[str, list[str]], str]]:
         ("wrong type", engine(r, **{"pretrain.steps": "many"}), "valid integer"),
         ("fraction for a whole number", engine(r, **{"pretrain.steps": 2.5}), "valid integer"),
         ("negative rate", engine(r, **{"pretrain.lr": -1}), "greater than 0"),
+        ("updates of no rank", engine(r, adapt="lora", **{"lora.rank": 0}), "lora.rank 0: Input"),
+        (
+            "updates as wide as the model",
+            engine(r, adapt="lora", **{"lora.rank": 24}),
+            "--lora.rank 24: the encoder's layers are 24 wide",
+        ),
+        ("no such way to adapt", engine(r, adapt="qlora"), "'full', 'attention' or 'lora'"),
         ("wrong choice", engine(r, "pretain"), "'pretrain', 'distill'"),
         ("two lengths", engine(r, **{"pretrain.epochs": 2}), "give steps or epochs"),
         ("a word too much", ("engine", ["pretrain", "--stage", "all"]), "belongs to no option"),

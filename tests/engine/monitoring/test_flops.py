@@ -1,14 +1,25 @@
 """The closed forms against PyTorch's own counter, run on the real modules."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.config.schema import Config
+from selfdistill.engine.models import adapters
 from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.models.images.vit_mae import ViTClassifier, ViTEncoder, ViTMAE, random_mask
+from selfdistill.engine.models.texts.language import MaskedLanguageModel
+from selfdistill.engine.models.texts.weights import Language
 from selfdistill.engine.monitoring import flops
+from selfdistill.engine.runtime.distributed import Ranks
+from selfdistill.engine.training.modalities.text import TextModality
+from tests.kit.texts import config_of
 
 SMALL = Shape(64, 8, 192, 6, 3, 768, 96, 2, 3, 384)
 # Another patch size, mask ratio, and MLP widths that are no multiples of the widths.
@@ -20,13 +31,19 @@ SIGLIP = Shape(48, 6, 64, 2, 4, 100, 96, 3, 2, 70, class_token=False)
 
 
 def counted(
-    stage: flops.Stage, shape: Shape, teacher: flops.TeacherMode, classes: int, cls_only: bool
+    stage: flops.Stage,
+    shape: Shape,
+    teacher: flops.TeacherMode,
+    classes: int,
+    cls_only: bool,
+    config: Config | None = None,
 ) -> float:
     """FLOPs an image of one step, as the counter sees them."""
     batch = 2
     # Tensors without data: only shapes are counted.
     with torch.device("meta"):
-        return _counted(stage, shape, teacher, classes, batch, cls_only) / batch
+        sizes = (stage, shape, teacher, classes, batch, cls_only)
+        return _counted(*sizes, config or Config()) / batch
 
 
 def _counted(
@@ -36,10 +53,12 @@ def _counted(
     classes: int,
     batch: int,
     cls_only: bool,
+    config: Config,
 ) -> int:
     images = torch.randn(batch, 3, shape.image_size, shape.image_size)
     noise = torch.rand(batch, shape.patches)
     model = ViTMAE(shape)
+    adapters.adapt(model.encoder, config)
     frozen = ViTEncoder(shape).requires_grad_(False)
     pool = "cls" if cls_only else "mean"
     classifier = ViTClassifier(ViTEncoder(shape), max(classes, 1), pool=pool)
@@ -86,6 +105,47 @@ def test_closed_forms_agree_with_the_counter(
     assert formula == pytest.approx(count + projection, rel=1e-9)
     if shape in (SMALL, BASE):
         assert formula == pytest.approx(count, rel=0.02)
+
+
+@pytest.mark.parametrize("cls_only", [False, True])
+@pytest.mark.parametrize("shape", [SMALL, ODD])
+@pytest.mark.parametrize("adapt", ["attention", "lora"])
+@pytest.mark.parametrize("stage", ["pretrain", "distill"])
+def test_a_part_of_the_encoder(
+    stage: flops.Stage, shape: Shape, adapt: Any, cls_only: bool
+) -> None:
+    """Exactly: what is frozen has no product for its gradient, nor has what is before it."""
+    config = Config.model_validate({"adapt": adapt, "lora": {"rank": 8}})
+    options: Any = {"teacher": "cached", "cls_only": cls_only, "part": flops.Part(adapt, 8)}
+    formula = flops.step_flops(shape, stage, **options)
+    assert formula == pytest.approx(counted(stage, shape, "cached", 0, cls_only, config), rel=1e-9)
+    whole = flops.step_flops(shape, stage, teacher="cached", cls_only=cls_only)
+    assert 0.7 * whole < formula < whole
+
+
+@pytest.mark.parametrize("adapt", ["full", "attention", "lora"])
+@pytest.mark.parametrize("kind", ["roberta", "distilbert"])
+@pytest.mark.parametrize("stage", ["pretrain", "distill"])
+def test_texts(stage: flops.Stage, kind: str, adapt: str) -> None:
+    """Unpadded ones, whose last layer is cut or not."""
+    config = Config.model_validate({"adapt": adapt, "lora": {"rank": 4}})
+    run = Run(config, Ranks(0, 0, 1, torch.device("cpu")), Path())
+    shape = config_of(kind, 300)
+    modality: Any = TextModality(run, None)  # type: ignore[arg-type]
+    base = Language(shape, None, 62, {}, None, "", "")
+    model = MaskedLanguageModel(shape)
+    adapters.adapt(model.encoder, config)
+    ids, at = torch.randint(5, 300, (3, 20)), torch.arange(0, 60, 5)
+    view = {"attention_mask": torch.ones_like(ids)}
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss = model.reconstruct(
+            masked_ids=ids, masked_at=at, originals=ids.flatten()[at], scale=torch.ones(()), **view
+        )["loss"]
+        if stage == "distill":
+            loss = loss + model.encode(input_ids=ids, cls_only=True, **view)[0][:, 0].sum()
+        loss.backward()
+    formula = modality.flops(base, stage, "cached", 0, view | {"masked_at": at})
+    assert formula == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 
 def test_vit_base_at_224() -> None:

@@ -23,9 +23,11 @@ from rich.progress import track
 
 from selfdistill.data import cli, files
 from selfdistill.data.errors import UserError, printable
+from selfdistill.data.formats import depth
 from selfdistill.data.formats.strays import is_stray
 from selfdistill.data.shards import manifest, tars
 from selfdistill.data.shards.scan import Scanned, scan
+from selfdistill.data.shards.span import beside
 from selfdistill.data.splits import SPLITS, UNLABELLED
 
 
@@ -145,6 +147,7 @@ def index(
     image: str = "auto",
     label: str = "auto",
     unlabelled: bool = False,
+    range: str | None = None,
     workers: int = 4,
     overwrite: bool = False,
 ) -> None:
@@ -158,12 +161,16 @@ def index(
         image: Extension of the inputs where a sample has several images.
         label: Extension of the label; by default the first of cls, txt and json that is there.
         unlabelled: Take no labels, whatever files there are.
+        range: LOW,HIGH, the values of pictures of more than 8 bits that are black and white, or
+            auto, the smallest and largest of the tars; by default auto where 16-bit pictures use
+            less than half of their range, else 0,65535.
         workers: Tars that are read at the same time.
         overwrite: Replace a manifest that is there.
 
     Raises:
         UserError: Names shard, sample and cure.
     """
+    wanted = depth.parse(range)
     groups = _groups(places, split)
     for paths in groups.values():
         there = paths[0].parent / manifest.FILE
@@ -189,14 +196,36 @@ def index(
             pool.shutdown(cancel_futures=True)
             raise
     names = _class_names(classes, scanned)
+    span = _span(groups, scanned, wanted)
     at = 0
     for name, paths in groups.items():
         part, at = scanned[at : at + len(paths)], at + len(paths)
         # Labels of train's tars, which may be linked there, mean nothing in this split.
-        _write(name, paths[0].parent, part, [] if name == UNLABELLED else names)
+        _write(name, paths[0].parent, part, [] if name == UNLABELLED else names, span)
 
 
-def _write(split: str, folder: Path, scanned: Sequence[Scanned], names: list[str]) -> None:
+def _span(
+    groups: dict[str, list[Path]], scanned: Sequence[Scanned], wanted: depth.Range | str | None
+) -> depth.Range | None:
+    """The range of the pictures of more than 8 bits, and a line about it."""
+    place = manifest.as_typed(next(iter(groups.values()))[0]).parent
+    theirs = beside(place.parent, set(groups), wanted) if place.name in groups else None
+    if theirs is not None:
+        return theirs
+    values = [s.values for s in scanned if s.values is not None]
+    span, line = depth.choose(wanted, depth.joined(values) if values else None)
+    if line:
+        print(line)
+    return span
+
+
+def _write(
+    split: str,
+    folder: Path,
+    scanned: Sequence[Scanned],
+    names: list[str],
+    span: depth.Range | None,
+) -> None:
     """One split's manifest, and a line about it."""
     numbers = np.concatenate([s.labels for s in scanned])
     if len(numbers) == 0:
@@ -218,7 +247,7 @@ def _write(split: str, folder: Path, scanned: Sequence[Scanned], names: list[str
         class_counts=counts,
         shards=[s.shard for s in scanned],
         members=np.concatenate([s.rows for s in scanned]),
-        image={"size": None},
+        image={"size": None} | depth.entry(span),
     )
     extras = [name for s in scanned for name in s.extras]
     kind = "no labels" if unlabelled else f"{len(names)} classes"

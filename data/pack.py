@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from selfdistill.data.errors import UserError, printable
-from selfdistill.data.formats import images
+from selfdistill.data.formats import depth, images
+from selfdistill.data.formats.depth import Range
 from selfdistill.data.formats.texts import Stored
 from selfdistill.data.shards import duplicates, manifest
 from selfdistill.data.shards.encoding import (
@@ -36,6 +37,7 @@ from selfdistill.data.shards.encoding import (
     TextModality,
     content_of,
 )
+from selfdistill.data.shards.span import find as find_span
 from selfdistill.data.shards.unlabelled import join_train
 from selfdistill.data.shards.writer import Packed, check_replaceable, replace, write_split
 from selfdistill.data.sources import images as image_sources
@@ -47,15 +49,22 @@ from selfdistill.data.splits import DIVIDED, SPLITS, UNLABELLED, Metric
 
 # Unreadable files that are named; the rest is counted.
 _NAMED = 10
+_BARS = (
+    TextColumn("{task.description:>5}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeRemainingColumn(),
+)
 
 __all__ = ["Packed", "Sample", "choose_size", "pack", "write_split"]
 
 
-def choose_size(splits: Splits) -> int:
+def choose_size(splits: Splits, span: Range | None = None) -> int:
     """The side to fit images to when none is asked for.
 
     Args:
         splits: The samples.
+        span: Range of more than 8 bits.
 
     Returns:
         The images' own side where the first 64 of each split are squares of one size up to 224
@@ -65,7 +74,7 @@ def choose_size(splits: Splits) -> int:
     for samples, _ in splits.values():
         for sample in itertools.islice(samples, 64):
             try:
-                width, height = images.read(content_of(sample)).size
+                width, height = images.read(content_of(sample), span=span).size
             except ValueError:
                 continue  # packing reports what cannot be read
             if width != height or width > DEFAULT_SIZE or side not in (0, width):
@@ -132,12 +141,17 @@ def _extra(root: Path, found: _Found, columns: Columns, notes: list[str]) -> Sam
 
 
 def _kind(
-    found: _Found, size: int | None, keep_original: bool, metric: Metric | None, max_words: int
+    found: _Found,
+    size: int | None,
+    keep_original: bool,
+    span: Range | None,
+    metric: Metric | None,
+    max_words: int,
 ) -> Kind:
     """How the samples are stored; refuses options of the other kind."""
     if found.kind == "image":
         _refuse("texts", "images", metric=metric is not None, max_words=max_words != MAX_WORDS)
-        return ImageModality(size, keep_original)
+        return ImageModality(size, keep_original, span)
     _refuse("images", "texts", size=size is not None, keep_original=keep_original)
     stored: Stored = "json" if text_sources.has_pairs(found.splits) else "txt"
     return TextModality(stored, metric or found.metric, max_words)
@@ -174,6 +188,7 @@ def pack(
     out: str,
     size: int | None = None,
     keep_original: bool = False,
+    range: str | None = None,
     splits: str | None = None,
     unlabelled: bool | str = False,
     split: str | None = None,
@@ -206,6 +221,9 @@ def pack(
         size: Side in pixels; images are fitted to this square (short side bicubic, centre crop) and
             stored as PNG. By default their own if they are squares of one size up to 224, else 224.
         keep_original: Store the files as they are; training then fits them each time.
+        range: LOW,HIGH, the values of pictures of more than 8 bits that are black and white, or
+            auto, the smallest and largest of the set; by default auto where 16-bit pictures use
+            less than half of their range, else 0,65535. Later splits of OUT get the same.
         splits: Shares of train, val and test where the source has no splits; default 0.8,0.1,0.1,
             taken class by class at random.
         unlabelled: Without a value, take all without labels, whatever folders images lie in.
@@ -239,6 +257,7 @@ def pack(
         overwrite: Replace shards that are in `out`.
     """
     images.allow(max_pixels)
+    wanted = depth.parse(range)
     console = Console(stderr=True)
     out_dir, root = Path(out), Path(source)
     extra = unlabelled if isinstance(unlabelled, str) else None
@@ -286,25 +305,27 @@ def pack(
             )
         if not found.known:
             found.notes.extend(label_checks.check(divided))
-        if found.kind == "image" and not keep_original and size is None:
-            size = choose_size(divided)
-            found.notes.append(f"size {size} x {size} pixels (another one: --size)")
+        own = dict(divided)
         if extra is not None:
             additional = _extra(Path(extra), found._replace(splits=divided), columns, found.notes)
             divided[UNLABELLED] = additional, []
+        span = None
+        if found.kind == "text":
+            _refuse("images", "texts", range=wanted is not None)
+        elif wanted is not None or not found.known:  # known data sets have 8 bits
+            with Progress(*_BARS, console=console, transient=True) as progress:
+                span, note = find_span(divided, out_dir, wanted, progress)
+            found.notes.extend([note] if note else [])
+        if found.kind == "image" and not keep_original and size is None:
+            size = choose_size(own, span)
+            found.notes.append(f"size {size} x {size} pixels (another one: --size)")
         for note in found.notes:
             console.print(printable(note), highlight=False, markup=False, soft_wrap=True)
-        kind = _kind(found._replace(splits=divided), size, keep_original, metric, max_words)
+        kind = _kind(found._replace(splits=divided), size, keep_original, span, metric, max_words)
         staging = out_dir.parent / f".{out_dir.name}.{os.getpid()}.partial"
-        bars = (
-            TextColumn("{task.description:>5}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
         seen = duplicates.Inputs(next((names for _, names in divided.values() if names), []))
         try:
-            with Progress(*bars, console=console) as progress:
+            with Progress(*_BARS, console=console) as progress:
                 done = [
                     write_split(
                         samples,

@@ -1,9 +1,10 @@
 """Image files of any kind -> 8-bit RGB.
 
-What is done, so that no mode is silently wrong: palettes are looked up; CMYK is converted; 16-bit
-grey is scaled to 8 bits (v / 257, rounded; plain Pillow clips at 255); transparent pixels are laid
-over white; grey is repeated; the camera's orientation (EXIF) is applied; of an animation the first
-frame is taken. 32-bit integers beyond 16 bits and floats are refused: their range is not known.
+What is done, so that no mode is silently wrong: palettes are looked up; CMYK is converted; more
+than 8 bits are scaled by the set's range (`depth`; 16-bit grey without one by v / 257, rounded;
+plain Pillow clips at 255); transparent pixels are laid over white; grey is repeated; the camera's
+orientation (EXIF) is applied; of an animation the first frame is taken. 32-bit integers beyond 16
+bits and floats are refused where no range is given.
 What stands beside the picture (profiles, texts, EXIF) costs no picture where it cannot be read.
 """
 
@@ -19,10 +20,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from selfdistill.data.errors import BrokenData, UserError
-from selfdistill.data.formats import metadata, png
+from selfdistill.data.formats import depth, metadata, png
 
 SUFFIXES = frozenset(
     f".{kind}"
@@ -64,7 +65,6 @@ _BROKEN = (
 
 #: Pixels of an image at most, where no more are allowed: what Pillow warns of.
 MOST_PIXELS = 89_478_485
-_ROWS = 2**22  # pixels that are computed at a time, so that large images need little memory
 
 
 # Pillow refuses twice as many, and warns between: here they are refused.
@@ -82,41 +82,25 @@ def allow(pixels: int) -> None:
     Image.MAX_IMAGE_PIXELS = pixels
 
 
-def _bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
-    """Boxes of whole rows, from the top to the bottom."""
-    width, height = image.size
-    rows = max(1, _ROWS // max(1, width))
-    for top in range(0, height, rows):
-        yield 0, top, width, min(height, top + rows)
-
-
-def _scaled(image: Image.Image) -> Image.Image:
-    """A 16-bit grey image as 8-bit."""
-    scaled = Image.new("L", image.size)
-    for box in _bands(image):
-        values = np.asarray(image.crop(box)).astype(np.int64)
-        if values.size and (values.min() < 0 or values.max() > 65535):
-            raise ValueError("its 32-bit values are beyond 16 bits; convert it to 8 or 16 bits")
-        scaled.paste(Image.fromarray(((values + 128) // 257).astype(np.uint8)), box)
-    return scaled
-
-
 def _over_white(image: Image.Image) -> Image.Image:
     """An image with transparency as RGB."""
     laid = Image.new("RGB", image.size)
-    for box in _bands(image):
+    for box in depth.bands(image):
         part = image.crop(box).convert("RGBA")
         white = Image.new("RGBA", part.size, (255, 255, 255, 255))
         laid.paste(Image.alpha_composite(white, part).convert("RGB"), box)
     return laid
 
 
-def to_rgb(image: Image.Image, on_unreadable: OnUnreadable = None) -> Image.Image:
+def to_rgb(
+    image: Image.Image, on_unreadable: OnUnreadable = None, span: depth.Range | None = None
+) -> Image.Image:
     """Any image as mode L (grey) or RGB, upright.
 
     Args:
         image: As Pillow opened it.
         on_unreadable: Called where the orientation cannot be read: the image is then not turned.
+        span: Range of more than 8 bits, see `depth`.
 
     Returns:
         The image in mode "L" or "RGB".
@@ -133,10 +117,8 @@ def to_rgb(image: Image.Image, on_unreadable: OnUnreadable = None) -> Image.Imag
                 on_unreadable()
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image
-    if image.mode == "F":
-        raise ValueError("it has floating-point pixels; convert it to 8 or 16 bits")
-    if image.mode == "I" or image.mode.startswith("I;"):
-        return _scaled(image)
+    if depth.is_deep(image):
+        return depth.scaled(image, span)
     if image.mode == "1":
         return image.convert("L")
     if image.has_transparency_data:
@@ -145,7 +127,10 @@ def to_rgb(image: Image.Image, on_unreadable: OnUnreadable = None) -> Image.Imag
 
 
 def _read(
-    content: bytes, size: int | None = None, on_unreadable: OnUnreadable = None
+    content: bytes,
+    size: int | None = None,
+    on_unreadable: OnUnreadable = None,
+    span: depth.Range | None = None,
 ) -> Image.Image | NDArray[np.uint8]:
     """As `read`, or an image's pixels where those are had without it.
 
@@ -155,8 +140,9 @@ def _read(
             its own where half as much again is left to be resized. With less left the picture is
             visibly sharper than `fit` makes it of the whole one (26 dB, where 35 are kept).
         on_unreadable: See `read`.
+        span: See `to_rgb`.
     """
-    try:
+    with _one_line(content):
         if content.startswith(png.SIGNATURE):
             plain = png.plain(content)
             if plain is not None:
@@ -164,19 +150,26 @@ def _read(
             _limit(png.size(content))
             png.check_rows(content)
         try:
-            return _by_pillow(content, size, on_unreadable)
+            return _by_pillow(content, size, on_unreadable, span)
         except _BROKEN:
             bare = metadata.without(content)
             if bare is None:
                 raise
             image = None
             with contextlib.suppress(*_BROKEN):
-                image = _by_pillow(bare, size)
+                image = _by_pillow(bare, size, None, span)
             if image is None:
                 raise
             if on_unreadable is not None:
                 on_unreadable()
             return image
+
+
+@contextlib.contextmanager
+def _one_line(content: bytes) -> Iterator[None]:
+    """Makes a ValueError of one line of all that Pillow raises."""
+    try:
+        yield
     except UnidentifiedImageError:
         raise ValueError("it is no image of a known kind" if content else "it is empty") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -206,7 +199,7 @@ def _limit(size: tuple[int, int]) -> None:
         raise ValueError(_too_many())
 
 
-def opened(content: bytes) -> Image.Image:
+def opened(content: bytes) -> ImageFile.ImageFile:
     """An image as Pillow opens it, of a format that is read here; its pixels come later.
 
     Args:
@@ -243,24 +236,44 @@ def kind_of(content: bytes) -> str | None:
     return {"jpeg": "jpg", "jpeg2000": "jp2"}.get(kind, kind) or None
 
 
-def _by_pillow(content: bytes, size: int | None, on_unreadable: OnUnreadable = None) -> Image.Image:
+def _by_pillow(
+    content: bytes, size: int | None, on_unreadable: OnUnreadable, span: depth.Range | None
+) -> Image.Image:
     image = opened(content)
     if size is not None:
         least = size + size // 2
         image.draft(None, (least, least))  # of JPEGs; others have no such way
-    return to_rgb(image, on_unreadable)
+    half = depth.other_half(image)
+    found = to_rgb(image, on_unreadable, span)
+    if not half or span in (None, depth.FULL) or "transparency" in image.info:
+        return found
+    return depth.scaled(found, span, to_rgb(depth.with_half(opened(content), half)))
+
+
+def values(content: bytes) -> depth.Seen | None:
+    """The values of a picture of more than 8 bits; None of others, and of those that are broken."""
+    with contextlib.suppress(ValueError), _one_line(content):
+        image = opened(content)
+        half = depth.other_half(image)
+        if half or depth.is_deep(image):
+            low = depth.with_half(opened(content), half) if half else None
+            return depth.seen(image, low)
+    return None
 
 
 def _image(found: Image.Image | NDArray[np.uint8]) -> Image.Image:
     return found if isinstance(found, Image.Image) else Image.fromarray(found)
 
 
-def read(content: bytes, on_unreadable: OnUnreadable = None) -> Image.Image:
+def read(
+    content: bytes, on_unreadable: OnUnreadable = None, span: depth.Range | None = None
+) -> Image.Image:
     """A whole image file as mode L or RGB.
 
     Args:
         content: The file's bytes.
         on_unreadable: Called where metadata cannot be read, and was passed over.
+        span: Range of more than 8 bits, see `depth`.
 
     Returns:
         The upright image.
@@ -268,7 +281,7 @@ def read(content: bytes, on_unreadable: OnUnreadable = None) -> Image.Image:
     Raises:
         ValueError: It is broken or of no known kind; one line that says how.
     """
-    return _image(_read(content, on_unreadable=on_unreadable))
+    return _image(_read(content, None, on_unreadable, span))
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
@@ -293,13 +306,19 @@ def fit(image: Image.Image, size: int) -> Image.Image:
     return resized.crop((left, top, left + size, top + size))
 
 
-def prepare(content: bytes, size: int | None, on_unreadable: OnUnreadable = None) -> bytes:
+def prepare(
+    content: bytes,
+    size: int | None,
+    on_unreadable: OnUnreadable = None,
+    span: depth.Range | None = None,
+) -> bytes:
     """An image file as it is packed: fitted to a square, PNG, without loss.
 
     Args:
         content: The file's bytes.
         size: Side of the square in pixels; None keeps the image's own.
         on_unreadable: See `read`.
+        span: See `read`.
 
     Returns:
         A PNG file, grey or RGB.
@@ -307,7 +326,7 @@ def prepare(content: bytes, size: int | None, on_unreadable: OnUnreadable = None
     Raises:
         ValueError: See `read`.
     """
-    image = read(content, on_unreadable)
+    image = read(content, on_unreadable, span)
     if size is not None:
         image = fit(image, size)
     image.info.clear()  # no colour profiles, no dates: equal pixels make equal files
@@ -317,7 +336,11 @@ def prepare(content: bytes, size: int | None, on_unreadable: OnUnreadable = None
 
 
 def decode(
-    content: bytes, size: int | None, name: str = "image", on_unreadable: OnUnreadable = None
+    content: bytes,
+    size: int | None,
+    name: str = "image",
+    on_unreadable: OnUnreadable = None,
+    span: depth.Range | None = None,
 ) -> NDArray[np.uint8]:
     """An image file as pixels.
 
@@ -326,6 +349,7 @@ def decode(
         size: Images of another size are fitted to this square; None leaves them as they are.
         name: Of the sample, for errors.
         on_unreadable: See `read`.
+        span: See `read`.
 
     Returns:
         uint8 [3, H, W], RGB.
@@ -334,7 +358,7 @@ def decode(
         BrokenData: The image is unreadable.
     """
     try:
-        found = _read(content, size, on_unreadable)
+        found = _read(content, size, on_unreadable, span)
     except ValueError as error:
         raise BrokenData(
             f"{name}: the image cannot be read: {error}: pack it again from a whole file, or"

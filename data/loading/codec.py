@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from selfdistill.data.errors import UserError
 from selfdistill.data.formats import images
+from selfdistill.data.formats.depth import Range
 
 
 class Codec(Protocol):
@@ -65,15 +66,16 @@ class Images:
     Args:
         size: Side in pixels to which images of another size are fitted; None leaves them, and then
             those of a batch must be of one size.
+        span: Range of pictures of more than 8 bits, as the manifest has it.
     """
 
-    def __init__(self, size: int | None = None) -> None:
-        self.size = size
+    def __init__(self, size: int | None = None, span: Range | None = None) -> None:
+        self.size, self.span = size, span
         self.noted: list[str] = []
 
     def decode(self, content: bytes, name: str) -> NDArray[Any]:
         """See `Codec`; uint8 [3, H, W]."""
-        return images.decode(content, self.size, name, lambda: self.noted.append(name))
+        return images.decode(content, self.size, name, lambda: self.noted.append(name), self.span)
 
     def blank(self, like: NDArray[Any] | None) -> NDArray[Any] | None:
         """See `Codec`; black."""

@@ -129,7 +129,9 @@ def _check_samples(
     on_unreadable: images.OnUnreadable = None,
 ) -> Iterator[tuple[int, int, str]]:
     """Each sample's digest, label and problem; see `_check_sample`."""
-    parse: Callable[[bytes], object] = functools.partial(images.read, on_unreadable=on_unreadable)
+    parse: Callable[[bytes], object] = functools.partial(
+        images.read, on_unreadable=on_unreadable, span=file.span
+    )
     if file.kind == "text":
         parse = functools.partial(texts.read, stored=file.text["stored"])
     with (

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from selfdistill.data import files
 from selfdistill.data.errors import UserError
-from selfdistill.data.formats import images, texts
+from selfdistill.data.formats import depth, images, texts
 from selfdistill.data.sources.samples import Sample
 from selfdistill.data.splits import Metric
 
@@ -37,6 +37,18 @@ def content_of(sample: Sample) -> bytes:
         return sample.source
     assert not isinstance(sample.source, texts.Text)  # texts have no file of their own
     return sample.source()
+
+
+def values_of(sample: Sample) -> depth.Seen | None:
+    """The values of a picture of more than 8 bits; None of others, and of unreadable ones."""
+    try:
+        if isinstance(sample.source, Path):
+            with files.opened(sample.source, "give a regular file") as file:
+                if not depth.may_be_deep(file.read(depth.HEAD)):
+                    return None
+        return images.values(content_of(sample))
+    except (ValueError, OSError, UserError):
+        return None  # packing says what is wrong
 
 
 class Kind(Protocol):
@@ -72,11 +84,13 @@ class ImageModality:
     Attributes:
         size: Side in pixels of the square that images are fitted to; None keeps their own.
         keep_original: Store the files as they are.
+        span: Range of more than 8 bits; None where there are no such pictures.
         unreadable: Those of which something beside the picture could not be read.
     """
 
     size: int | None = DEFAULT_SIZE
     keep_original: bool = False
+    span: depth.Range | None = None
     unreadable: list[str] = field(default_factory=list, compare=False)
     name: ClassVar[Literal["image", "text"]] = "image"
 
@@ -92,8 +106,8 @@ class ImageModality:
             self.unreadable.append(sample.name)
 
         if not self.keep_original:
-            return "png", images.prepare(content, self.size, on_unreadable)
-        images.read(content, on_unreadable)  # only to see that it can be read
+            return "png", images.prepare(content, self.size, on_unreadable, self.span)
+        images.read(content, on_unreadable, self.span)  # only to see that it can be read
         if isinstance(sample.source, Path):
             return sample.source.suffix.lower().lstrip(".") or "img", content
         return suffix(content), content
@@ -101,11 +115,12 @@ class ImageModality:
     def entry(self) -> dict[str, Any]:
         """See `Kind`."""
         as_is = self.keep_original or self.size is None
-        return {
+        found: dict[str, Any] = {
             "size": None if self.keep_original else self.size,
             "stored": "original" if self.keep_original else "png",
             "fit": None if as_is else "short side bicubic, centre crop",
         }
+        return found | depth.entry(self.span)
 
     def notes(self) -> list[str]:
         """See `Kind`."""

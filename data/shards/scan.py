@@ -13,8 +13,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from selfdistill.data import files
 from selfdistill.data.errors import UserError
-from selfdistill.data.formats import images, labels
+from selfdistill.data.formats import depth, images, labels
 from selfdistill.data.shards import manifest, tars
 
 LABELS = ("cls", "txt", "json")
@@ -30,12 +31,14 @@ class Scanned(NamedTuple):
         rows: int64 [n, 4], of members.npy.
         labels: int64 [n], -1 for none.
         extras: Names of the members that belong to no sample.
+        values: Of its pictures of more than 8 bits; None if there are none.
     """
 
     shard: manifest.ShardInfo
     rows: NDArray[np.int64]
     labels: NDArray[np.int64]
     extras: list[str]
+    values: depth.Seen | None = None
 
 
 class _Sample(NamedTuple):
@@ -178,6 +181,15 @@ def _class(path: Path, sample: _Sample, extension: str, file: BinaryIO) -> tuple
         ) from None
 
 
+def _values(picture: tars.Member, file: BinaryIO) -> depth.Seen | None:
+    """The values of a picture of more than 8 bits; None of others."""
+    file.seek(picture.offset)
+    head = file.read(min(picture.size, depth.HEAD))
+    if picture.size > files.LARGEST or not depth.may_be_deep(head):
+        return None
+    return images.values(head + file.read(picture.size - len(head)))
+
+
 def scan(path: Path, image: str = "auto", label: str = "auto", unlabelled: bool = False) -> Scanned:
     """Reads one tar.
 
@@ -205,6 +217,7 @@ def scan(path: Path, image: str = "auto", label: str = "auto", unlabelled: bool 
     rows: list[tuple[int, ...]] = []
     numbers: list[int] = []
     extras: list[str] = []
+    values: list[depth.Seen] = []
     try:
         extras += [m.name for m in tars.scan(path) if not tars.of_sample(m.name)]
         with path.open("rb") as file:
@@ -218,6 +231,8 @@ def scan(path: Path, image: str = "auto", label: str = "auto", unlabelled: bool 
                 picture = sample.members[input_]
                 rows.append((picture.offset, picture.size, *place))
                 numbers.append(number)
+                deep = _values(picture, file)
+                values += [] if deep is None else [deep]
     except tarfile.TarError as error:
         raise UserError(f"{path} is no whole tar ({error}): copy it again") from None
     shard = manifest.ShardInfo(path.name, tars.sha256_of(path), path.stat().st_size, len(rows))
@@ -226,4 +241,5 @@ def scan(path: Path, image: str = "auto", label: str = "auto", unlabelled: bool 
         np.array(rows, dtype=np.int64).reshape(-1, 4),
         np.array(numbers, dtype=np.int64),
         extras,
+        depth.joined(values) if values else None,
     )

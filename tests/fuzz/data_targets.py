@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from selfdistill.data.errors import BrokenData
-from selfdistill.data.formats import images, labels, texts
+from selfdistill.data.formats import depth, images, labels, texts
 from selfdistill.data.loading.reader import Reader
 from selfdistill.data.pack import pack
 from selfdistill.data.shards import checking, manifest
@@ -136,6 +136,9 @@ def read_image(content: bytes, folder: Path) -> None:
         images.decode(images.prepare(content, 16), 16)
         images.decode(content, None)
         images.kind_of(content)
+    with _told():
+        depth.choose("auto", images.values(content))
+        images.decode(content, None, span=(0.0, 9.0))
 
 
 def read_label(content: bytes, folder: Path) -> None:
@@ -217,6 +220,7 @@ def _pictures() -> list[bytes]:
     found += [picture("WEBP"), picture("BMP"), picture("BMP", "P"), picture("GIF", "P")]
     found += [picture("TIFF"), picture("TIFF", compression="tiff_lzw"), picture("PPM")]
     found += [picture("JPEG2000"), picture("TGA"), picture("AVIF"), picture("TIFF", "I;16")]
+    found += [picture("TIFF", "F"), picture("TIFF", "I")]
     found += [picture("DDS"), picture("EPS"), picture("ICO")]
     return found
 

@@ -110,7 +110,7 @@ class ImageModality(Modality):
 
     def codec(self, base: Pretrained, manifest: Manifest) -> Images:
         """See `Modality`."""
-        return Images(base.shape.image_size)
+        return Images(base.shape.image_size, manifest.span)
 
     def mask(self, base: Pretrained) -> MaskNoise:
         """See `Modality`."""

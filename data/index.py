@@ -6,7 +6,8 @@
 
 Members are grouped as WebDataset groups them: the key ends at the first dot of the base name, the
 extension is all that follows, neighbours with one key are one sample. A sample needs one image and,
-for fine-tuning, a class number in .cls, .txt or .json ({"label": 3}).
+for fine-tuning, a class: its number in .cls, .txt or .json ({"label": 3}), what stands under
+another name in .json (--label_field), or the folder that it lies in (--label folder).
 """
 
 import itertools
@@ -21,12 +22,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from selfdistill.data import cli, files
+from selfdistill.data import cli
 from selfdistill.data.errors import UserError, printable
 from selfdistill.data.formats import depth
 from selfdistill.data.formats.strays import is_stray
 from selfdistill.data.shards import manifest, tars
-from selfdistill.data.shards.scan import Scanned, scan
+from selfdistill.data.shards.classes import settle
+from selfdistill.data.shards.scan import FOLDER, Scanned, scan
 from selfdistill.data.shards.span import beside
 from selfdistill.data.splits import SPLITS, UNLABELLED
 
@@ -110,42 +112,13 @@ def _tars(paths: list[Path], split: str | None) -> dict[str, list[Path]]:
     return {name: paths}
 
 
-def _class_names(path: str | None, scanned: Sequence[Scanned]) -> list[str]:
-    """From the file of names, or numbers up to the greatest label."""
-    greatest = max((int(s.labels.max()) for s in scanned if len(s.labels)), default=-1)
-    if path is None:
-        return [str(number) for number in range(greatest + 1)]
-    try:
-        text = files.read(Path(path), "give a text file").decode()
-    except (FileNotFoundError, UnicodeDecodeError):
-        raise UserError(
-            f"--classes {path}: no text file there: give one with a class name a line, in the order"
-            " of the labels"
-        ) from None
-    names = [line.strip() for line in text.rstrip().split("\n")]
-    for number, name in enumerate(names):
-        if not name or name in names[:number]:
-            wrong = f"{name} stands in line {names.index(name) + 1} too" if name else "it is empty"
-            raise UserError(
-                f"{path} line {number + 1}: {wrong}, and labels count the lines: correct the file"
-            )
-    if greatest >= len(names):
-        shard, row = next(
-            (s, int(np.argmax(s.labels))) for s in scanned if (s.labels == greatest).any()
-        )
-        raise UserError(
-            f"shard {shard.shard.name}, sample {row}: label {greatest} is outside the {len(names)}"
-            f" classes of {path}: labels begin at 0; add the names that are missing"
-        )
-    return names
-
-
 def index(
     *places: str,
     split: str | None = None,
     classes: str | None = None,
     image: str = "auto",
     label: str = "auto",
+    label_field: str | None = None,
     unlabelled: bool = False,
     range: str | None = None,
     workers: int = 4,
@@ -159,7 +132,9 @@ def index(
         classes: Text file with a class name a line, in the order of the labels; by default the
             classes are called by their numbers, up to the greatest label.
         image: Extension of the inputs where a sample has several images.
-        label: Extension of the label; by default the first of cls, txt and json that is there.
+        label: Extension of the label; by default the first of cls, txt and json that is there. Or
+            `folder`: the name of the folder in the tar that the image lies in.
+        label_field: Name in the label's JSON under which the class stands, by name or number.
         unlabelled: Take no labels, whatever files there are.
         range: LOW,HIGH, the values of pictures of more than 8 bits that are black and white, or
             auto, the smallest and largest of the tars; by default auto where 16-bit pictures use
@@ -171,6 +146,8 @@ def index(
         UserError: Names shard, sample and cure.
     """
     wanted = depth.parse(range)
+    if label_field is not None and (unlabelled or label == FOLDER):
+        raise UserError("--label_field is for labels in JSON: leave the other option out")
     groups = _groups(places, split)
     for paths in groups.values():
         there = paths[0].parent / manifest.FILE
@@ -182,7 +159,7 @@ def index(
     console = Console(stderr=True)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         try:
-            jobs = pool.map(lambda job: scan(job[0], image, label, job[1]), todo)
+            jobs = pool.map(lambda job: scan(job[0], image, label, job[1], label_field), todo)
             bar = track(
                 jobs,
                 "indexing",
@@ -191,11 +168,12 @@ def index(
                 transient=True,
                 disable=not console.is_terminal,
             )
-            scanned = list(bar)
+            scanned: Sequence[Scanned] = list(bar)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    names = _class_names(classes, scanned)
+    root = manifest.as_typed(todo[0][0]).parent.parent
+    names, scanned = settle(classes, scanned, root, set(groups))
     span = _span(groups, scanned, wanted)
     at = 0
     for name, paths in groups.items():

@@ -39,7 +39,7 @@ class AsStored:
     def encode(self, sample: Sample) -> tuple[str, bytes]:
         """See `data.shards.encoding.Kind`."""
         assert isinstance(sample.source, bytes)
-        stored = str(self.entries["stored"])
+        stored = str(self.entries.get("stored", "original"))  # data.index does not say
         return stored if stored != "original" else suffix(sample.source), sample.source
 
     def entry(self) -> dict[str, Any]:

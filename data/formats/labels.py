@@ -1,7 +1,10 @@
-"""A sample's class number, as it stands in its label member (.cls, .txt or .json)."""
+"""A sample's class number, as it stands in its label member (.cls, .txt or .json), or its name."""
 
 import json
 import re
+
+from selfdistill.data.errors import UserError, printable
+from selfdistill.data.records import from_json
 
 # Names under which the number may stand in a JSON object.
 JSON_KEYS = ("label", "cls", "class", "target")
@@ -9,6 +12,7 @@ JSON_KEYS = ("label", "cls", "class", "target")
 LARGEST = 2**20
 #: A number from here on means something else: an id, a date, a hash.
 MAX_CLASSES = 2**20
+_LONGEST = 1000  # characters of a name
 
 # "3", and "3.0" as tables write it where a column has gaps.
 _NUMBER = re.compile(rb"(\d+)(?:\.0*)?")
@@ -42,6 +46,38 @@ def parse(text: bytes) -> int:
     if number >= MAX_CLASSES:
         raise ValueError(f"its label {_shown(value)} is hardly the number of a class")
     return number
+
+
+def by_name(text: bytes, field: str) -> str:
+    """Reads a class's name.
+
+    Args:
+        text: A JSON object.
+        field: The name under which it stands there.
+
+    Returns:
+        The name; of a whole number its digits.
+
+    Raises:
+        ValueError: There is none; says what stands there.
+    """
+    try:
+        found = from_json(text, "its label")
+    except UserError:
+        raise ValueError(f"its label {_shown(text)} is no valid JSON") from None
+    if not isinstance(found, dict) or field not in found:
+        there = ", ".join(map(printable, list(found)[:6])) if isinstance(found, dict) else ""
+        raise ValueError(f"its JSON has no field {field!r}, only {there or 'nothing'}")
+    value = found[field]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_CLASSES:
+        return str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"its {field} {_shown(value)} is no class")
+    if len(value) > _LONGEST:
+        raise ValueError(f"its {field} {_shown(value)} is too long for a class's name")
+    return value.strip()
 
 
 def _shown(value: object) -> str:

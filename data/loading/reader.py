@@ -23,7 +23,7 @@ from selfdistill.data.errors import BrokenData, UserError
 from selfdistill.data.files import LARGEST
 from selfdistill.data.formats import labels
 from selfdistill.data.remote.cache import Report, ShardCache
-from selfdistill.data.shards.manifest import FILE, MEMBERS, Manifest, is_remote
+from selfdistill.data.shards.manifest import FILE, IN_TABLE, MEMBERS, Manifest, is_remote
 from selfdistill.data.shards.tars import BLOCK, parse_header
 
 # Read label and input in one go when no more than this lies between them.
@@ -203,7 +203,9 @@ class Reader:
                 parts = [(os.pread(fd, b - a, a), 0) for a, b in (span, label_span)]
         try:
             content, name = self._member(*parts[0], size)
-            if label_at >= 0:
+            if label_at == IN_TABLE:
+                label = label_size
+            elif label_at >= 0:
                 label = self._label(self._member(*parts[1], label_size)[0])
         except ValueError as error:
             raise self._broken(shard, name, str(error)) from None
@@ -223,6 +225,10 @@ class Reader:
             return f"{MEMBERS} places it at byte {at}, with {size} bytes, in a shard of {end}"
         if label_at == -1 and self._all_labelled:
             return f"{MEMBERS} has no label for it, and {FILE} says that all samples have one"
+        if label_at == IN_TABLE:
+            classes = len(self.manifest.classes)
+            wrong = not 0 <= label_size < classes
+            return f"its label {label_size} is outside the {classes} classes" if wrong else ""
         fits = 0 <= label_size <= labels.LARGEST and BLOCK <= label_at <= end - label_size
         if label_at != -1 and not fits:
             return (

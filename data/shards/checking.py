@@ -110,8 +110,10 @@ def _check_sample(
             if names is not None and not names.are_one(at, label_at):
                 raise ValueError(f"its label is that of another sample, {label_name}")
             label = labels.parse(text)
-            if label >= classes:
-                raise ValueError(f"its label {label} is outside the {classes} classes")
+        elif label_at == manifest.IN_TABLE:
+            label = label_size
+        if label >= classes or label < -1:
+            raise ValueError(f"its label {label} is outside the {classes} classes")
         if decode is not None:
             decode(content)
         return duplicates.digest(content), label, ""

@@ -30,6 +30,8 @@ from selfdistill.data.splits import SPLITS, UNLABELLED, Metric
 FORMAT = "selfdistill-shards"
 FILE = "manifest.json"
 MEMBERS = "members.npy"
+#: In place of a label's offset: the tar has no number of the class, its column of length holds it.
+IN_TABLE = -2
 #: Of addresses that a manifest may name. Never a command: it may come from a stranger.
 SCHEMES = ("http", "https", "s3", "gs", "az", "hf")
 # The hash of a table up to this size is checked at every start (0.1 s); beyond, by data.verify.
@@ -300,7 +302,7 @@ class Manifest:
     def members(self) -> NDArray[np.int64]:
         """int64 [N, 4], memory-mapped: offset and length of input and label in the shard's tar.
 
-        A sample without a label has -1, -1.
+        A sample without a label has -1, -1; one whose tar names its class has `IN_TABLE`, number.
 
         Raises:
             UserError: The table is missing, or is not the one that the manifest names.

@@ -7,7 +7,7 @@ extension is all that follows, neighbours with one key are one sample.
 import itertools
 import tarfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -19,6 +19,8 @@ from selfdistill.data.formats import depth, images, labels
 from selfdistill.data.shards import manifest, tars
 
 LABELS = ("cls", "txt", "json")
+#: In place of a label's extension: the class is the folder.
+FOLDER = "folder"
 # First bytes of what people compress tars with.
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -29,9 +31,10 @@ class Scanned(NamedTuple):
     Attributes:
         shard: Name, hash and size.
         rows: int64 [n, 4], of members.npy.
-        labels: int64 [n], -1 for none.
+        labels: int64 [n], -1 for none; where there are `names`, places among these.
         extras: Names of the members that belong to no sample.
         values: Of its pictures of more than 8 bits; None if there are none.
+        names: Classes by name, in the order in which they came.
     """
 
     shard: manifest.ShardInfo
@@ -39,6 +42,17 @@ class Scanned(NamedTuple):
     labels: NDArray[np.int64]
     extras: list[str]
     values: depth.Seen | None = None
+    names: Sequence[str] = ()
+
+    def renumbered(self, numbers: Sequence[int]) -> "Scanned":
+        """The same with classes of other numbers, `numbers` being those of `names`.
+
+        The tar has no such number, so the table holds it itself, see `manifest.IN_TABLE`.
+        """
+        found = np.array(numbers, np.int64)[self.labels]
+        rows = self.rows.copy()
+        rows[:, 2], rows[:, 3] = manifest.IN_TABLE, found
+        return self._replace(rows=rows, labels=found, names=())
 
 
 class _Sample(NamedTuple):
@@ -161,10 +175,8 @@ def _label(path: Path, sample: _Sample, image: str, wanted: Sequence[str], named
     return own[0] if own else ""
 
 
-def _class(path: Path, sample: _Sample, extension: str, file: BinaryIO) -> tuple[int, int, int]:
-    """Offset and length of the sample's label member, and its class number; -1 each if none."""
-    if not extension:
-        return -1, -1, -1
+def _content(path: Path, sample: _Sample, extension: str, file: BinaryIO) -> bytes:
+    """The sample's label member."""
     member = sample.members[extension]
     if member.size > labels.LARGEST:
         raise UserError(
@@ -172,12 +184,47 @@ def _class(path: Path, sample: _Sample, extension: str, file: BinaryIO) -> tuple
             " name another file (--label EXTENSION), or take none (--unlabelled)"
         )
     file.seek(member.offset)
+    return file.read(member.size)
+
+
+def _class(path: Path, sample: _Sample, extension: str, file: BinaryIO) -> tuple[int, int, int]:
+    """Offset and length of the sample's label member, and its class number; -1 each if none."""
+    if not extension:
+        return -1, -1, -1
+    member, content = sample.members[extension], _content(path, sample, extension, file)
     try:
-        return member.offset, member.size, labels.parse(file.read(member.size))
+        return member.offset, member.size, labels.parse(content)
     except ValueError as error:
         raise UserError(
             f"shard {path}, sample {sample.key}: {error} (.{extension}): write the number of its"
             " class there, or name another file (--label EXTENSION), or take none (--unlabelled)"
+        ) from None
+
+
+def _name(
+    path: Path, sample: _Sample, image: str, extension: str, field: str | None, file: BinaryIO
+) -> str:
+    """The sample's class by name: what stands in a field of its JSON, or its folder."""
+    where = f"shard {path}, sample {sample.key}"
+    if field is None:
+        folder = PurePosixPath(sample.members[image].name).parent.name
+        if not folder:
+            raise UserError(
+                f"{where}: it lies in no folder, which --label folder takes for the class: make the"
+                " tar anew from class folders"
+            )
+        return folder
+    if not extension:
+        raise UserError(
+            f"{where}: it has no .json with the field {field!r}: name the file (--label EXTENSION),"
+            " or take no labels (--unlabelled)"
+        )
+    try:
+        return labels.by_name(_content(path, sample, extension, file), field)
+    except ValueError as error:
+        raise UserError(
+            f"{where}: {error} (.{extension}): correct it, name another (--label_field), or take"
+            " no labels (--unlabelled)"
         ) from None
 
 
@@ -190,14 +237,21 @@ def _values(picture: tars.Member, file: BinaryIO) -> depth.Seen | None:
     return images.values(head + file.read(picture.size - len(head)))
 
 
-def scan(path: Path, image: str = "auto", label: str = "auto", unlabelled: bool = False) -> Scanned:
+def scan(
+    path: Path,
+    image: str = "auto",
+    label: str = "auto",
+    unlabelled: bool = False,
+    field: str | None = None,
+) -> Scanned:
     """Reads one tar.
 
     Args:
         path: The tar.
         image: Extension of the inputs; "auto" for any image's.
-        label: Extension of the labels; "auto" for the first of .cls, .txt, .json.
+        label: Extension of the labels; "auto" for the first of .cls, .txt, .json; or `FOLDER`.
         unlabelled: Take no labels.
+        field: In which a label's JSON names the class.
 
     Returns:
         Its name, hash and samples.
@@ -213,7 +267,10 @@ def scan(path: Path, image: str = "auto", label: str = "auto", unlabelled: bool 
                 f"{path} is compressed ({kind}), so its samples cannot be read by their place:"
                 " decompress it (images hardly shrink by it)"
             )
-    wanted = () if unlabelled else LABELS if label == "auto" else (label,)
+    named = not unlabelled and (label == FOLDER or field is not None)
+    any_ = LABELS if field is None else LABELS[-1:]
+    wanted = () if unlabelled or label == FOLDER else any_ if label == "auto" else (label,)
+    names: dict[str, int] = {}
     rows: list[tuple[int, ...]] = []
     numbers: list[int] = []
     extras: list[str] = []
@@ -227,7 +284,11 @@ def scan(path: Path, image: str = "auto", label: str = "auto", unlabelled: bool 
                     continue
                 input_ = _image(path, sample, image)
                 target = _label(path, sample, input_, wanted, (image, label) != ("auto", "auto"))
-                *place, number = _class(path, sample, target, file)
+                if named:
+                    name = _name(path, sample, input_, target, field, file)
+                    place, number = [-1, -1], names.setdefault(name, len(names))
+                else:
+                    *place, number = _class(path, sample, target, file)
                 picture = sample.members[input_]
                 rows.append((picture.offset, picture.size, *place))
                 numbers.append(number)
@@ -242,4 +303,5 @@ def scan(path: Path, image: str = "auto", label: str = "auto", unlabelled: bool 
         np.array(numbers, dtype=np.int64),
         extras,
         depth.joined(values) if values else None,
+        list(names),
     )

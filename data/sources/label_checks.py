@@ -34,7 +34,7 @@ def check(splits: Splits) -> list[str]:
             counts[split] = Counter(names[s.label] for s in samples if s.label is not None)
     if not classes:
         return []
-    _refuse(classes, sum(counter.total() for counter in counts.values()))
+    refuse(classes, sum(counter.total() for counter in counts.values()))
     notes = []
     if len(classes) == 1:
         notes.append(f"note: all samples are of one class, {classes[0]!r}: nothing to tell apart")
@@ -57,7 +57,8 @@ def check(splits: Splits) -> list[str]:
     return notes
 
 
-def _refuse(classes: list[str], samples: int) -> None:
+def refuse(classes: list[str], samples: int) -> None:
+    """Refuses names that can hardly be classes of so many samples; see `check`."""
     for name in classes:
         try:
             name.encode()

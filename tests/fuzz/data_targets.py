@@ -143,7 +143,8 @@ def read_image(content: bytes, folder: Path) -> None:
 
 def read_label(content: bytes, folder: Path) -> None:
     """A label's member, and a text's."""
-    for parse in (labels.parse, texts.read, functools.partial(texts.read, stored="json")):
+    named = functools.partial(labels.by_name, field="label")
+    for parse in (labels.parse, named, texts.read, functools.partial(texts.read, stored="json")):
         with _told():
             parse(content)
 

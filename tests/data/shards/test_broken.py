@@ -311,7 +311,7 @@ def test_headers_of_all_kinds() -> None:
         *((0, at, "places it at byte") for at in (-1, 0, 2**40, 2**63 - 1, -(2**63))),
         *((1, size, "places it at byte") for size in (-1, 2**40, 2**63 - 1, -(2**63))),
         (2, -1, "has no label for it"),
-        (2, -2, "places its label at byte -2"),
+        (2, -3, "places its label at byte -3"),
         *((3, size, "places its label at byte") for size in (-1, 2**63 - 1)),
     ],
 )

@@ -120,6 +120,7 @@ def index(
     label: str = "auto",
     label_field: str | None = None,
     unlabelled: bool = False,
+    skip_incomplete: bool = False,
     range: str | None = None,
     workers: int = 4,
     overwrite: bool = False,
@@ -136,6 +137,7 @@ def index(
             `folder`: the name of the folder in the tar that the image lies in.
         label_field: Name in the label's JSON under which the class stands, by name or number.
         unlabelled: Take no labels, whatever files there are.
+        skip_incomplete: Leave out samples without a picture, and say how many.
         range: LOW,HIGH, the values of pictures of more than 8 bits that are black and white, or
             auto, the smallest and largest of the tars; by default auto where 16-bit pictures use
             less than half of their range, else 0,65535.
@@ -159,7 +161,9 @@ def index(
     console = Console(stderr=True)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         try:
-            jobs = pool.map(lambda job: scan(job[0], image, label, job[1], label_field), todo)
+            jobs = pool.map(
+                lambda job: scan(job[0], image, label, job[1], label_field, skip_incomplete), todo
+            )
             bar = track(
                 jobs,
                 "indexing",
@@ -227,19 +231,45 @@ def _write(
         members=np.concatenate([s.rows for s in scanned]),
         image={"size": None} | depth.entry(span),
     )
-    extras = [name for s in scanned for name in s.extras]
     kind = "no labels" if unlabelled else f"{len(names)} classes"
     print(f"{folder}: {split}, {len(numbers)} samples in {len(scanned)} shards, {kind}")
-    if extras:
-        suffixes = Counter(PurePosixPath(name).suffix or "no suffix" for name in extras)
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
-        note = f"note: {len(extras)} files belong to no sample ({kinds}), such as {extras[0]}"
+    for note in _passed_over(folder, scanned):
         print(printable(note))
     if empty := [name for name, count in zip(names, counts, strict=True) if count == 0]:
         note = f"note: {len(empty)} classes have no sample in {split}, the first is {empty[0]}"
         print(printable(note))
     if manifest.as_typed(folder).name != split:
         print(f"note: training looks for DATA/{split}: call the folder {split}, or link it there")
+
+
+def _passed_over(folder: Path, scanned: Sequence[Scanned]) -> list[str]:
+    """What of the tars, and of their folder, is not taken, a line each."""
+    notes = []
+    if incomplete := [(s.shard.name, key) for s in scanned for key in s.incomplete]:
+        shard, key = incomplete[0]
+        notes.append(
+            f"note: {len(incomplete)} samples without a picture are left out, such as {key} of"
+            f" {shard}"
+        )
+    unused = sum((s.unused for s in scanned), Counter[str]())
+    if unused:
+        kinds = ", ".join(f"{count} .{suffix}" for suffix, count in unused.most_common(5))
+        notes.append(f"note: {unused.total()} files beside the pictures are not used ({kinds})")
+    tarred = [name for s in scanned for name in s.extras]
+    own = (manifest.FILE, manifest.MEMBERS)
+    others = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.suffix.lower() != ".tar" and path.name not in own and path.is_file()
+    )
+    others = [name for name in others if not is_stray(name)]
+    passed = ((tarred, "belong to no sample"), (others, "beside the tars are not read"))
+    for names, where in passed:
+        if names:
+            suffixes = Counter(PurePosixPath(name).suffix or "no suffix" for name in names)
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
+            notes.append(f"note: {len(names)} files {where} ({kinds}), such as {names[0]}")
+    return notes
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ class _Names:
         for member in members:
             if tars.of_sample(member.name):
                 self.at.setdefault(member.offset, []).append(member.name)
+        self.empty = {member.name for member in members if not member.size}
         self.all = {name for names in self.at.values() for name in names}
 
     def are_one(self, input_: int, label: int) -> bool:
@@ -68,7 +69,9 @@ class _Names:
         """Keys of samples that no row has."""
         suffixes = images.SUFFIXES if file.kind == "image" else {f".{file.text['stored']}"}
         there = {
-            _key(name) for name in self.all if f".{name.rpartition('.')[2]}".lower() in suffixes
+            _key(name)
+            for name in self.all - self.empty
+            if f".{name.rpartition('.')[2]}".lower() in suffixes
         }
         return sorted(there - {_key(n) for at in rows[:, 0].tolist() for n in self.at.get(at, [])})
 

@@ -6,6 +6,7 @@ extension is all that follows, neighbours with one key are one sample.
 
 import itertools
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
@@ -35,14 +36,18 @@ class Scanned(NamedTuple):
         extras: Names of the members that belong to no sample.
         values: Of its pictures of more than 8 bits; None if there are none.
         names: Classes by name, in the order in which they came.
+        incomplete: Keys of samples without a picture, which were left out.
+        unused: How many files of samples are neither picture nor label, by extension.
     """
 
     shard: manifest.ShardInfo
     rows: NDArray[np.int64]
     labels: NDArray[np.int64]
     extras: list[str]
-    values: depth.Seen | None = None
-    names: Sequence[str] = ()
+    values: depth.Seen | None
+    names: Sequence[str]
+    incomplete: Sequence[str]
+    unused: Counter[str]
 
     def renumbered(self, numbers: Sequence[int]) -> "Scanned":
         """The same with classes of other numbers, `numbers` being those of `names`.
@@ -60,19 +65,19 @@ class _Sample(NamedTuple):
     members: dict[str, tars.Member]
 
 
-def _members(path: Path) -> Iterator[tuple[str, str, tars.Member]]:
+def _members(found: Sequence[tars.Member]) -> Iterator[tuple[str, str, tars.Member]]:
     """Key, extension and place of a tar's files, less those that belong to no sample."""
-    for member in tars.scan(path):
+    for member in found:
         split = tars.split_name(member.name)
         if split is not None and tars.of_sample(member.name):
             yield *split, member
 
 
-def _samples(path: Path) -> Iterator[_Sample]:
+def _samples(path: Path, found: Sequence[tars.Member]) -> Iterator[_Sample]:
     """A tar's samples: neighbouring members with one key."""
     seen: set[str] = set()
     sample: _Sample | None = None
-    for key, extension, member in _members(path):
+    for key, extension, member in _members(found):
         if sample is None or key != sample.key:
             if sample is not None:
                 yield sample
@@ -93,10 +98,10 @@ def _samples(path: Path) -> Iterator[_Sample]:
         yield sample
 
 
-def _apart(path: Path, key: str) -> bool:
-    """Whether the files of a key stand in more than one place of a tar."""
-    runs = itertools.groupby(one for one, _, _ in _members(path))
-    return [one for one, _ in runs].count(key) > 1
+def _scattered(found: Sequence[tars.Member]) -> set[str]:
+    """Keys whose files stand in more than one place of a tar."""
+    runs = Counter(key for key, _ in itertools.groupby(key for key, _, _ in _members(found)))
+    return {key for key, count in runs.items() if count > 1}
 
 
 def _stem(extension: str) -> str:
@@ -115,8 +120,8 @@ def _belongs(sample: _Sample, image: str, label: Sequence[str]) -> bool:
     )
 
 
-def _image(path: Path, sample: _Sample, wanted: str) -> str:
-    """Extension of the sample's input."""
+def _images(sample: _Sample, wanted: str) -> list[str]:
+    """Extensions of the files that may be the sample's input."""
     found = [
         extension
         for extension in sample.members
@@ -125,25 +130,31 @@ def _image(path: Path, sample: _Sample, wanted: str) -> str:
     if not found and wanted == "auto":
         # A key with dots: "a.b.jpg" is sample "a" with extension "b.jpg".
         found = [e for e in sample.members if "." + e.rpartition(".")[2] in images.SUFFIXES]
+    return found
+
+
+def _image(path: Path, sample: _Sample, wanted: str, found: Sequence[tars.Member]) -> str:
+    """Extension of the sample's input, among the files of its tar."""
+    inputs = _images(sample, wanted)
     where = f"shard {path}, sample {sample.key}"
     has = ", ".join(f".{extension}" for extension in sample.members)
-    if not found and _apart(path, sample.key):
+    if not inputs and sample.key in _scattered(found):
         raise UserError(
             f"{where}: its files do not stand together in the tar: make the tar anew, with its"
             " files in order (tar --sort=name)"
         )
-    if not found:
+    if not inputs:
         kind = "image" if wanted == "auto" else f".{wanted}"
         raise UserError(
-            f"{where}: no {kind} among its files ({has}): leave the sample out of the tar, or name"
-            " the images' extension (--image EXTENSION)"
+            f"{where}: no {kind} among its files ({has}): leave such samples out"
+            " (--skip_incomplete), or name the images' extension (--image EXTENSION)"
         )
-    if len(found) > 1:
+    if len(inputs) > 1:
         raise UserError(
             f"{where}: more than one image among its files ({has}): say which (--image EXTENSION);"
             " or, if they are different samples, rename them (a key ends at the first dot)"
         )
-    return found[0]
+    return inputs[0]
 
 
 def _label(path: Path, sample: _Sample, image: str, wanted: Sequence[str], named: bool) -> str:
@@ -243,6 +254,7 @@ def scan(
     label: str = "auto",
     unlabelled: bool = False,
     field: str | None = None,
+    skip_incomplete: bool = False,
 ) -> Scanned:
     """Reads one tar.
 
@@ -252,6 +264,7 @@ def scan(
         label: Extension of the labels; "auto" for the first of .cls, .txt, .json; or `FOLDER`.
         unlabelled: Take no labels.
         field: In which a label's JSON names the class.
+        skip_incomplete: Leave out samples without a picture, or with an empty one.
 
     Returns:
         Its name, hash and samples.
@@ -275,14 +288,22 @@ def scan(
     numbers: list[int] = []
     extras: list[str] = []
     values: list[depth.Seen] = []
+    incomplete: list[str] = []
+    unused: Counter[str] = Counter()
     try:
-        extras += [m.name for m in tars.scan(path) if not tars.of_sample(m.name)]
+        found = tars.scan(path)
+        extras += [m.name for m in found if not tars.of_sample(m.name)]
+        scattered = _scattered(found) if skip_incomplete else set[str]()
         with path.open("rb") as file:
-            for sample in _samples(path):
+            for sample in _samples(path, found):
                 if not _belongs(sample, image, (*LABELS, *wanted)):
                     extras += [member.name for member in sample.members.values()]
                     continue
-                input_ = _image(path, sample, image)
+                whole = any(sample.members[one].size for one in _images(sample, image))
+                if skip_incomplete and not whole and sample.key not in scattered:
+                    incomplete.append(sample.key)
+                    continue
+                input_ = _image(path, sample, image, found)
                 target = _label(path, sample, input_, wanted, (image, label) != ("auto", "auto"))
                 if named:
                     name = _name(path, sample, input_, target, field, file)
@@ -292,6 +313,8 @@ def scan(
                 picture = sample.members[input_]
                 rows.append((picture.offset, picture.size, *place))
                 numbers.append(number)
+                others = sample.members.keys() - {input_, target}
+                unused.update(extension.rpartition(".")[2] for extension in others)
                 deep = _values(picture, file)
                 values += [] if deep is None else [deep]
     except tarfile.TarError as error:
@@ -304,4 +327,6 @@ def scan(
         extras,
         depth.joined(values) if values else None,
         list(names),
+        incomplete,
+        unused,
     )

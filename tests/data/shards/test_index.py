@@ -346,3 +346,42 @@ def test_a_split_is_called_what_it_is_called(
         assert call(index, *words, "--overwrite") == 0
         assert Manifest.load(".").split == "test"
     assert "training looks for" not in capsys.readouterr().out
+
+
+def test_a_folder_of_img2dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gaps where a download failed, captions, notes; tables beside the tars."""
+    for shard in range(2):
+        members = []
+        for number in range(4):
+            key, meta = (
+                f"{shard:05d}{number:04d}",
+                {"url": "x", "caption": "a", "status": "success"},
+            )
+            broken = (shard, number) in ((0, 1), (1, 3))
+            picture = [] if broken else [(f"{key}.jpg", encoded(4 * shard + number, "png"))]
+            members += [*picture, (f"{key}.json", json.dumps(meta).encode()), (f"{key}.txt", b"a")]
+        if shard:
+            members.append(("000010009.jpg", b""))
+        tar_of(tmp_path / "train" / f"{shard:05d}.tar", members)
+        (tmp_path / "train" / f"{shard:05d}.parquet").write_bytes(b"PAR1")
+        (tmp_path / "train" / f"{shard:05d}_stats.json").write_text("{}")
+    assert call(index, tmp_path, "--unlabelled") == 2
+    assert "leave such samples out (--skip_incomplete)" in capsys.readouterr().err
+    assert call(index, tmp_path, "--unlabelled", "--skip_incomplete") == 0
+    said = capsys.readouterr().out
+    assert "6 samples in 2 shards" in said
+    assert "note: 3 samples without a picture are left out, such as 000000001 of 00000.tar" in said
+    assert "note: 12 files beside the pictures are not used (6 .json, 6 .txt)" in said
+    assert "note: 4 files beside the tars are not read (2 .parquet, 2 .json)" in said
+    assert read(tmp_path / "train") == [(n, -1) for n in (0, 2, 3, 4, 5, 6)]
+    assert call(verify, tmp_path, "--decode") == 0
+
+
+def test_files_that_are_apart_are_no_gap(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All samples of a tar that nobody sorted would be left out."""
+    members = [(f"{n}.txt", b"0") for n in "ab"] + [(f"{n}.png", encoded(0)) for n in "ab"]
+    tar_of(tmp_path / "train" / "a.tar", members)
+    assert call(index, tmp_path, "--skip_incomplete") == 2
+    assert "do not stand together" in capsys.readouterr().err

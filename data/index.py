@@ -28,7 +28,7 @@ from selfdistill.data.formats import depth
 from selfdistill.data.formats.strays import is_stray
 from selfdistill.data.shards import manifest, tars
 from selfdistill.data.shards.classes import settle
-from selfdistill.data.shards.scan import FOLDER, Scanned, scan
+from selfdistill.data.shards.scan import FOLDER, Scanned, compressed, scan
 from selfdistill.data.shards.span import beside
 from selfdistill.data.splits import SPLITS, UNLABELLED
 
@@ -77,15 +77,13 @@ def _all_tars(folder: Path) -> list[Path]:
     """A folder's tars; refuses compressed ones, which would be missing without a word."""
     packed = [
         path
-        for kind in ("*.tar.*", "*.tgz")
+        for kind in ("*.tar.*", "*.tgz", "*.tzst", "*.tbz2", "*.txz")
         for path in folder.glob(kind)
         if path.is_file() and not is_stray(path.name)
     ]
     if packed:
-        raise UserError(
-            f"{folder}: no tars (*.tar) to be read by place: {min(packed).name} is compressed:"
-            " decompress it, or name the tars to index one by one"
-        )
+        name = min(packed).name
+        raise UserError(f"{folder}: no tars (*.tar) to be read by place: {name} {compressed(name)}")
     return tars.beside(folder)
 
 

@@ -10,7 +10,7 @@ SOURCE is one of
   a folder of such files               SOURCE/{train,val,test}.{jsonl,csv,tsv,txt}
   a folder of `datasets` saved to disk where that library is installed
   a known data set as published        recognised by its files, or named with --layout
-  a .tar, .tgz or .zip of one of these
+  a .tar, .tgz, .tar.zst or .zip of one of these
 
 OUT/{train,val,test}/ then hold shards NAME-SPLIT-000000.tar, manifest.json and members.npy.
 """

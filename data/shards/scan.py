@@ -5,6 +5,8 @@ extension is all that follows, neighbours with one key are one sample.
 """
 
 import itertools
+import re
+import shlex
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,6 +26,19 @@ LABELS = ("cls", "txt", "json")
 FOLDER = "folder"
 # First bytes of what people compress tars with.
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+def compressed(name: str, kind: str = "") -> str:
+    """What is wrong with a compressed tar, and the cure: images hardly shrink by it."""
+    suffixes = {".tgz": "gzip", ".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+    tool = kind or suffixes.get(PurePosixPath(name).suffix.lower(), "")
+    plain = re.sub(r"(\.tar)?\.(tgz|gz|bz2|xz|zst|tar)$", "", name, flags=re.IGNORECASE)
+    made = f"{plain}-plain.tar" if name.lower() == f"{plain}.tar".lower() else f"{plain}.tar"
+    how = f" ({tool} -dc < {shlex.quote(name)} > {shlex.quote(made)})" if tool else ""
+    return (
+        f"is compressed{f' ({tool})' if tool else ''}, so its samples cannot be read by their"
+        f" place: decompress it{how}; or, if it holds class folders, pack it (python -m data.pack)"
+    )
 
 
 class Scanned(NamedTuple):
@@ -276,10 +291,7 @@ def scan(
         head = file.read(8)
     for magic, kind in _COMPRESSED.items():
         if head.startswith(magic):
-            raise UserError(
-                f"{path} is compressed ({kind}), so its samples cannot be read by their place:"
-                " decompress it (images hardly shrink by it)"
-            )
+            raise UserError(f"{path} {compressed(path.name, kind)}")
     named = not unlabelled and (label == FOLDER or field is not None)
     any_ = LABELS if field is None else LABELS[-1:]
     wanted = () if unlabelled or label == FOLDER else any_ if label == "auto" else (label,)
@@ -313,7 +325,7 @@ def scan(
                 picture = sample.members[input_]
                 rows.append((picture.offset, picture.size, *place))
                 numbers.append(number)
-                others = sample.members.keys() - {input_, target}
+                others = [e for e in sample.members if e not in (input_, target)]
                 unused.update(extension.rpartition(".")[2] for extension in others)
                 deep = _values(picture, file)
                 values += [] if deep is None else [deep]

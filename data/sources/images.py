@@ -133,6 +133,8 @@ def _class_names(folder: Path, walk: _Walk) -> list[str]:
         has = "neither class folders nor images"
         if walk.images(folder):
             has = "images but no class folders"
+            if ".cls" in walk.others.values():
+                has += " (labels as in a WebDataset tar: python -m data.index takes such tars)"
         raise UserError(
             f"{folder} holds {has}: put images into one folder a class, or pack them without labels"
             " (--unlabelled)"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zstandard
 from PIL import Image
 
 from selfdistill.data.errors import BrokenData
@@ -248,5 +249,10 @@ TARGETS = [
     Target("txt", functools.partial(_texts, ".txt"), edited([b"one\ntwo\n\xc3\xa9\n"])),
     Target("list", read_list, edited(_LIST)),
     Target("zip", functools.partial(read_archive, ".zip"), edited([_zip()])),
+    Target(
+        "zst",
+        functools.partial(read_archive, ".tar.zst"),
+        edited([zstandard.ZstdCompressor().compress(_tar())]),
+    ),
     Target("tgz", functools.partial(read_archive, ".tar"), edited([_tar(), gzip.compress(_tar())])),
 ]

@@ -18,7 +18,9 @@ from selfdistill.data.errors import UserError
 from selfdistill.data.formats.strays import is_stray
 from selfdistill.data.splits import DIVIDED
 
-SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+_ZSTD = (".tar.zst", ".tzst")
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", *_ZSTD, ".zip")
+_PIECE = 2**20
 
 
 def is_archive(path: Path) -> bool:
@@ -94,7 +96,38 @@ def _no_link(path: Path, member: tarfile.TarInfo, folder: str) -> tarfile.TarInf
     return tarfile.data_filter(member, folder)
 
 
+def _unpacked(path: Path, folder: Path) -> Path:
+    """A tar without its Zstandard compression, which tarfile does not know."""
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(
+            f"{path} is compressed by Zstandard, and the package zstandard is not installed here:"
+            " pip install selfdistill[zstd], or decompress it yourself (zstd -d)"
+        ) from None
+    made = folder / ".whole.tar"  # hidden: no part of the data
+    try:
+        with path.open("rb") as file, made.open("wb") as out:
+            reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+            shutil.copyfileobj(reader, out, _PIECE)
+    except zstandard.ZstdError as error:
+        raise UserError(
+            f"{path} is broken or cut short ({error}): take the official archive again"
+        ) from None
+    return made
+
+
 def _extract(path: Path, folder: Path) -> None:
+    if path.name.lower().endswith(_ZSTD):
+        made = _unpacked(path, folder)
+        _extract_plain(path, made, folder)
+        made.unlink(missing_ok=True)
+    else:
+        _extract_plain(path, path, folder)
+
+
+def _extract_plain(path: Path, content: Path, folder: Path) -> None:
+    """Extracts what `content` holds of the archive that the user knows as `path`."""
     try:
         if path.name.lower().endswith(".zip"):
             with zipfile.ZipFile(path) as archive:
@@ -104,7 +137,7 @@ def _extract(path: Path, folder: Path) -> None:
                         raise _link(path, info.filename)
                 archive.extractall(folder, members=wanted)
         else:
-            with tarfile.open(path) as tar:
+            with tarfile.open(content, "r" if content is path else "r:") as tar:
                 tar.extractall(folder, filter=functools.partial(_no_link, path))
                 _check_end(tar)
     except tarfile.FilterError as error:

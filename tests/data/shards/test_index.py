@@ -213,7 +213,7 @@ def holding(*members: tuple[str, bytes]) -> Callable[[Path], None]:
 
 
 MISTAKES: list[tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ...]]] = [
-    (compressed, (), ("a.tar", "compressed (gzip)")),
+    (compressed, (), ("a.tar", "compressed (gzip)", "(gzip -dc < a.tar > a-plain.tar)")),
     (cut, (), ("a.tar", "no whole tar")),
     (lambda folder: (folder / "a.tar").write_bytes(b"text" * 400) and None, (), ("no whole tar",)),
     (holding(*sample("a"), *sample("b"), *sample("a")), (), ("sample a", "comes twice")),
@@ -238,7 +238,7 @@ MISTAKES: list[tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ...]]] 
     (holding(*sample("a")), ("--split", "vall"), ("Did you mean val?",)),
     (holding(*sample("a")), ("--worker", "2"), ("Did you mean --workers?",)),
     (holding(), (), ("no samples",)),
-    (lambda folder: (folder / "x.tar.gz").touch(), (), ("no tars", "x.tar.gz is compressed")),
+    (lambda folder: (folder / "x.tar.gz").touch(), (), ("x.tar.gz is compressed", "> x.tar)")),
 ]
 
 

@@ -1,18 +1,22 @@
 """Archives as a source: read as their folders are, refused where they lead outside or are cut."""
 
 import io
+import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 
 from selfdistill.data.pack import pack
 from tests.data.sources.test_layouts import EXPECTED, MAKE, packed
 from tests.kit.command import call
+from tests.kit.launches import ROOT
 from tests.kit.shards import numbered
 
 
@@ -104,3 +108,57 @@ def test_links_and_other_ways_of_archives_are_refused(
         assert said in printed, (name, printed)
         assert printed.count("\n") == 1
     assert not list(victim.iterdir())
+
+
+def zstd(path: Path, content: bytes) -> Path:
+    """Compressed by Arrow's own Zstandard."""
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.CompressedOutputStream(file, "zstd") as s:
+        s.write(content)
+    return path
+
+
+def test_zstandard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "source"
+    root.mkdir()
+    MAKE["xray"](root)
+    subprocess.run(["tar", "-cf", tmp_path / "whole.tar", "-C", root, "."], check=True)
+    content = (tmp_path / "whole.tar").read_bytes()
+    for name in ("a.tar.zst", "b.tzst"):
+        assert packed(zstd(tmp_path / name, content), tmp_path / name[0]) == EXPECTED["xray"]
+    parts = (content[:5000], content[5000:])  # frames, as pzstd writes them
+    frames = [zstd(tmp_path / "x", part).read_bytes() for part in parts]
+    (tmp_path / "c.tar.zst").write_bytes(b"".join(frames))
+    assert packed(tmp_path / "c.tar.zst", tmp_path / "c") == EXPECTED["xray"]
+    whole = (tmp_path / "a.tar.zst").read_bytes()
+    capsys.readouterr()
+    for broken in (whole[: len(whole) // 2], whole[:4] + whole[5:], b"no zstd", b""):
+        (tmp_path / "d.tar.zst").write_bytes(broken)
+        assert call(pack, tmp_path / "d.tar.zst", tmp_path / "d") == 2
+        error = capsys.readouterr().err
+        assert "is broken" in error
+        assert error.count("\n") == 1
+    assert not list(tmp_path.glob(".extracted*"))
+
+
+def test_zstandard_where_it_is_not_installed(tmp_path: Path) -> None:
+    zstd(tmp_path / "a.tar.zst", b"")
+    code = (
+        "import sys; sys.modules['zstandard'] = None; sys.argv = ['pack', 'a.tar.zst', 'out'];"
+        " from selfdistill.data.cli import run; from selfdistill.data.pack import pack; run(pack)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("or decompress it yourself (zstd -d)")
+    assert "pip install selfdistill[zstd]" in done.stderr
+
+
+def test_a_compressed_tar_of_labels_is_for_data_index(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as tar:
+        for name in ("1.png", "1.cls"):
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    assert call(pack, tmp_path / "a.tgz", tmp_path / "out") == 2
+    assert "python -m data.index" in capsys.readouterr().err

@@ -24,7 +24,8 @@ FULL: Range = (0.0, 65535.0)
 HEAD = 32
 
 _LARGEST = 1e30  # beyond, differences of floats of 32 bits are none
-_ROWS = 2**22  # pixels that are computed at a time, so that large images need little memory
+#: Pixels that are computed at a time, so that large images need little memory.
+ROWS = 2**22
 # First bytes of kinds that have 8 bits, or that Pillow reads as such.
 _SHALLOW = (b"\xff\xd8", b"GIF8", b"BM", b"RIFF")
 # Pillow's names of 16-bit colours in a file: the half of a value that it takes, and the other.
@@ -109,7 +110,7 @@ def with_half(image: ImageFile.ImageFile, name: str) -> Image.Image:
 def bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
     """Boxes of whole rows, from the top to the bottom."""
     width, height = image.size
-    rows = max(1, _ROWS // max(1, width))
+    rows = max(1, ROWS // max(1, width))
     for top in range(0, height, rows):
         yield 0, top, width, min(height, top + rows)
 
@@ -129,11 +130,20 @@ def _values(
 
 
 class Seen(NamedTuple):
-    """What values pictures have: the smallest, the largest, whether all are whole numbers."""
+    """What values pictures have.
+
+    Attributes:
+        low: The smallest.
+        high: The largest.
+        whole: All are whole numbers.
+        windowed: Every file says itself which values are black and white, as DICOM does.
+        pictures: How many they are.
+    """
 
     low: float
     high: float
     whole: bool = True
+    windowed: bool = False
     pictures: int = 1
 
 
@@ -156,8 +166,8 @@ def seen(image: Image.Image, low: Image.Image | None = None) -> Seen:
 
 def joined(found: Iterable[Seen]) -> Seen:
     """The values of several together; there must be some."""
-    lows, highs, whole, pictures = zip(*found, strict=True)
-    return Seen(min(lows), max(highs), all(whole), sum(pictures))
+    lows, highs, whole, windowed, pictures = zip(*found, strict=True)
+    return Seen(min(lows), max(highs), all(whole), all(windowed), sum(pictures))
 
 
 def scaled(image: Image.Image, span: Range | None, low: Image.Image | None = None) -> Image.Image:
@@ -189,8 +199,9 @@ def scaled(image: Image.Image, span: Range | None, low: Image.Image | None = Non
 def choose(wanted: Range | str | None, found: Seen | None) -> tuple[Range | None, str]:
     """The range of a set, and a line about it.
 
-    Where nothing is asked for, 16-bit pictures that use the upper half of their range keep it all
-    (v / 257); others get the set's own, for they would come out dark.
+    Where nothing is asked for, files with windows of their own keep these, and 16-bit pictures that
+    use the upper half of their range keep it all (v / 257); others get the set's own, for they
+    would come out dark.
 
     Args:
         wanted: From `parse`.
@@ -206,6 +217,12 @@ def choose(wanted: Range | str | None, found: Seen | None) -> tuple[Range | None
         return wanted, ""
     if found is None:
         return None, ""
+    if wanted is None and found.windowed:
+        return None, (
+            f"{found.pictures} pictures are shown through the windows that their files name"
+            f" (values {found.low:.10g} to {found.high:.10g}; another way: --range auto, or"
+            " LOW,HIGH)"
+        )
     span = found.low, found.high
     used = ""
     fits = found.whole and found.low >= 0 and found.high <= FULL[1]

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from selfdistill.data.errors import BrokenData, UserError
-from selfdistill.data.formats import depth, metadata, png
+from selfdistill.data.formats import depth, dicom, metadata, png
 
 SUFFIXES = frozenset(
     f".{kind}"
@@ -43,6 +43,7 @@ SUFFIXES = frozenset(
         "jp2",
         "tga",
         "avif",
+        "dcm",
     ]
 )
 
@@ -143,6 +144,8 @@ def _read(
         span: See `to_rgb`.
     """
     with _one_line(content):
+        if dicom.is_dicom(content):
+            return dicom.read(content, span, _limit)
         if content.startswith(png.SIGNATURE):
             plain = png.plain(content)
             if plain is not None:
@@ -229,6 +232,8 @@ def _number(value: object) -> int:
 
 def kind_of(content: bytes) -> str | None:
     """An image's usual extension, such as "jpg"; None where it is no image."""
+    if dicom.is_dicom(content):
+        return "dcm"
     try:
         kind = (opened(content).format or "").lower()
     except _BROKEN:
@@ -253,6 +258,8 @@ def _by_pillow(
 def values(content: bytes) -> depth.Seen | None:
     """The values of a picture of more than 8 bits; None of others, and of those that are broken."""
     with contextlib.suppress(ValueError), _one_line(content):
+        if dicom.is_dicom(content):
+            return dicom.values(content, _limit)
         image = opened(content)
         half = depth.other_half(image)
         if half or depth.is_deep(image):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from selfdistill.data import files
 from selfdistill.data.errors import UserError
-from selfdistill.data.formats import depth, images, texts
+from selfdistill.data.formats import depth, dicom, images, texts
 from selfdistill.data.sources.samples import Sample
 from selfdistill.data.splits import Metric
 
@@ -42,13 +42,19 @@ def content_of(sample: Sample) -> bytes:
 def values_of(sample: Sample) -> depth.Seen | None:
     """The values of a picture of more than 8 bits; None of others, and of unreadable ones."""
     try:
-        if isinstance(sample.source, Path):
-            with files.opened(sample.source, "give a regular file") as file:
-                if not depth.may_be_deep(file.read(depth.HEAD)):
-                    return None
-        return images.values(content_of(sample))
-    except (ValueError, OSError, UserError):
+        return images.values(content_of(sample)) if _may_be_deep(sample) else None
+    except (ValueError, OSError):
         return None  # packing says what is wrong
+
+
+def _may_be_deep(sample: Sample) -> bool:
+    if not isinstance(sample.source, Path):
+        return True
+    try:
+        with files.opened(sample.source, "give a regular file") as file:
+            return depth.may_be_deep(file.read(depth.HEAD))
+    except (OSError, UserError):
+        return False
 
 
 class Kind(Protocol):
@@ -107,6 +113,11 @@ class ImageModality:
 
         if not self.keep_original:
             return "png", images.prepare(content, self.size, on_unreadable, self.span)
+        if dicom.is_dicom(content):
+            raise UserError(
+                f"{sample.name} is DICOM, with the patient's data in it, and --keep_original would"
+                " store them: leave the option out"
+            )
         images.read(content, on_unreadable, self.span)  # only to see that it can be read
         if isinstance(sample.source, Path):
             return sample.source.suffix.lower().lstrip(".") or "img", content

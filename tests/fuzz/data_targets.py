@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import zstandard
 from PIL import Image
+from pydicom.uid import RLELossless
 
 from selfdistill.data.errors import BrokenData
 from selfdistill.data.formats import depth, images, labels, texts
@@ -31,6 +32,7 @@ from selfdistill.data.sources import label_checks
 from selfdistill.data.sources import texts as text_sources
 from selfdistill.data.sources.layouts import archive
 from selfdistill.data.sources.samples import Columns
+from tests.data.sources import test_dicom
 from tests.fuzz.harness import Target
 from tests.fuzz.inputs import documents, edited
 
@@ -227,6 +229,23 @@ def _pictures() -> list[bytes]:
     return found
 
 
+def _dicom() -> list[bytes]:
+    """With a window, without, palette, in colour, and compressed."""
+    colours = {
+        f"{name}PaletteColorLookupTable{part}": value
+        for name in ("Red", "Green", "Blue")
+        for part, value in (("Descriptor", [256, 0, 8]), ("Data", bytes(range(256))))
+    }
+    made = test_dicom.made
+    small = (test_dicom.VALUES // 16).astype(np.uint8)
+    found = [made(test_dicom.VALUES, WindowCenter=99, WindowWidth=50), made(test_dicom.VALUES)]
+    found += [made(small, 8, "PALETTE COLOR", **colours)]
+    found += [made(np.stack([small] * 3, -1), 8, kind) for kind in ("RGB", "YBR_FULL")]
+    found += [made(test_dicom.VALUES, RescaleSlope=2, RescaleIntercept=-9)]
+    found[-1].compress(RLELossless)
+    return [test_dicom.file(ds) for ds in found]
+
+
 _JSONL = [
     b'{"text": "one", "label": "a", "id": 1}\n{"text": "two", "label": "b", "id": 2}\n' * 1,
     b'{"text": "one", "text_pair": "x", "label": 0, "split": "train"}\n',
@@ -240,6 +259,7 @@ TARGETS = [
     Target("shard", read_shard, edited([next(packed().glob("*.tar")).read_bytes()])),
     Target("tar", read_tar, edited([_tar(), _tar(tarfile.GNU_FORMAT)])),
     Target("image", read_image, edited(_pictures())),
+    Target("dicom", read_image, edited(_dicom())),
     Target(
         "label", read_label, edited([b"3", b'{"label": 3}', b'{"text": "a", "text_pair": "b"}'])
     ),

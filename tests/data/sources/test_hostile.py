@@ -106,7 +106,7 @@ def test_deep_grey_and_transparent_images_are_computed_in_bands(
     white = Image.new("RGBA", clear.size, (255, 255, 255, 255))
     laid = Image.alpha_composite(white, clear).convert("RGB")
     assert np.array_equal(whole[1], np.asarray(laid))
-    monkeypatch.setattr(depth, "_ROWS", 100)
+    monkeypatch.setattr(depth, "ROWS", 100)
     for image, before in zip((deep, clear), whole, strict=True):
         assert np.array_equal(np.asarray(images.to_rgb(image)), before)
 

@@ -26,6 +26,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from selfdistill.data.errors import UserError, printable
 from selfdistill.data.formats import depth, images
+from selfdistill.data.formats.channels import Channels
+from selfdistill.data.formats.channels import parse as parse_channels
 from selfdistill.data.formats.depth import Range
 from selfdistill.data.formats.texts import Stored
 from selfdistill.data.shards import duplicates, manifest
@@ -59,12 +61,13 @@ _BARS = (
 __all__ = ["Packed", "Sample", "choose_size", "pack", "write_split"]
 
 
-def choose_size(splits: Splits, span: Range | None = None) -> int:
+def choose_size(splits: Splits, span: Range | None = None, chosen: Channels | None = None) -> int:
     """The side to fit images to when none is asked for.
 
     Args:
         splits: The samples.
         span: Range of more than 8 bits.
+        chosen: Channels of TIFFs that have several.
 
     Returns:
         The images' own side where the first 64 of each split are squares of one size up to 224
@@ -74,7 +77,7 @@ def choose_size(splits: Splits, span: Range | None = None) -> int:
     for samples, _ in splits.values():
         for sample in itertools.islice(samples, 64):
             try:
-                width, height = images.read(content_of(sample), span=span).size
+                width, height = images.read(content_of(sample), None, span, chosen).size
             except ValueError:
                 continue  # packing reports what cannot be read
             if width != height or width > DEFAULT_SIZE or side not in (0, width):
@@ -145,13 +148,14 @@ def _kind(
     size: int | None,
     keep_original: bool,
     span: Range | None,
+    chosen: Channels | None,
     metric: Metric | None,
     max_words: int,
 ) -> Kind:
     """How the samples are stored; refuses options of the other kind."""
     if found.kind == "image":
         _refuse("texts", "images", metric=metric is not None, max_words=max_words != MAX_WORDS)
-        return ImageModality(size, keep_original, span)
+        return ImageModality(size, keep_original, span, chosen)
     _refuse("images", "texts", size=size is not None, keep_original=keep_original)
     stored: Stored = "json" if text_sources.has_pairs(found.splits) else "txt"
     return TextModality(stored, metric or found.metric, max_words)
@@ -189,6 +193,7 @@ def pack(
     size: int | None = None,
     keep_original: bool = False,
     range: str | None = None,
+    channels: str | None = None,
     splits: str | None = None,
     unlabelled: bool | str = False,
     split: str | None = None,
@@ -224,6 +229,8 @@ def pack(
         range: LOW,HIGH, the values of pictures of more than 8 bits that are black and white, or
             auto, the smallest and largest of the set; by default auto where 16-bit pictures use
             less than half of their range, else 0,65535. Later splits of OUT get the same.
+        channels: Of TIFFs with several pages, or more channels than colours: the number of the one
+            to take, or of three for red, green and blue, such as 3,2,1.
         splits: Shares of train, val and test where the source has no splits; default 0.8,0.1,0.1,
             taken class by class at random.
         unlabelled: Without a value, take all without labels, whatever folders images lie in.
@@ -257,7 +264,7 @@ def pack(
         overwrite: Replace shards that are in `out`.
     """
     images.allow(max_pixels)
-    wanted = depth.parse(range)
+    wanted, chosen = depth.parse(range), parse_channels(channels)
     console = Console(stderr=True)
     out_dir, root = Path(out), Path(source)
     extra = unlabelled if isinstance(unlabelled, str) else None
@@ -268,8 +275,11 @@ def pack(
             f"--unlabelled {extra} goes with the train split, --split {split} packs another one:"
             " give one of them"
         )
-    if keep_original and size is not None:
-        raise UserError("--keep_original stores files as they are, --size changes them: give one")
+    for changing, given in (("size", size), ("channels", chosen)):
+        if keep_original and given is not None:
+            raise UserError(
+                f"--keep_original stores files as they are, --{changing} changes them: give one"
+            )
     if out_dir.is_file():
         raise UserError(f"{out} is a file: give a folder")
     if root.exists() and out_dir.resolve() == root.resolve():
@@ -311,17 +321,19 @@ def pack(
             divided[UNLABELLED] = additional, []
         span = None
         if found.kind == "text":
-            _refuse("images", "texts", range=wanted is not None)
+            _refuse("images", "texts", range=wanted is not None, channels=chosen is not None)
         elif wanted is not None or not found.known:  # known data sets have 8 bits
             with Progress(*_BARS, console=console, transient=True) as progress:
-                span, note = find_span(divided, out_dir, wanted, progress)
+                span, note = find_span(divided, out_dir, wanted, chosen, progress)
             found.notes.extend([note] if note else [])
         if found.kind == "image" and not keep_original and size is None:
-            size = choose_size(own, span)
+            size = choose_size(own, span, chosen)
             found.notes.append(f"size {size} x {size} pixels (another one: --size)")
         for note in found.notes:
             console.print(printable(note), highlight=False, markup=False, soft_wrap=True)
-        kind = _kind(found._replace(splits=divided), size, keep_original, span, metric, max_words)
+        kind = _kind(
+            found._replace(splits=divided), size, keep_original, span, chosen, metric, max_words
+        )
         staging = out_dir.parent / f".{out_dir.name}.{os.getpid()}.partial"
         seen = duplicates.Inputs(next((names for _, names in divided.values() if names), []))
         try:

@@ -3,27 +3,25 @@
 What is done, so that no mode is silently wrong: palettes are looked up; CMYK is converted; more
 than 8 bits are scaled by the set's range (`depth`; 16-bit grey without one by v / 257, rounded;
 plain Pillow clips at 255); transparent pixels are laid over white; grey is repeated; the camera's
-orientation (EXIF) is applied; of an animation the first frame is taken. 32-bit integers beyond 16
-bits and floats are refused where no range is given.
-What stands beside the picture (profiles, texts, EXIF) costs no picture where it cannot be read.
+orientation (EXIF) is applied; of an animation the first frame is taken, of a TIFF the pages that
+are asked for (`channels`). 32-bit integers beyond 16 bits and floats are refused where no range is
+given. What stands beside the picture (profiles, texts, EXIF) costs no picture where it cannot be
+read.
 """
 
 import contextlib
-import functools
 import io
-import math
-import re
-import struct
-import warnings
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from selfdistill.data.errors import BrokenData, UserError
-from selfdistill.data.formats import depth, dicom, metadata, png
+from selfdistill.data.errors import BrokenData
+from selfdistill.data.formats import channels, depth, dicom, metadata, png
+from selfdistill.data.formats.opening import BROKEN, limit, one_line, opened, page_of
+from selfdistill.data.formats.opening import MOST_PIXELS as MOST_PIXELS
+from selfdistill.data.formats.opening import allow as allow
 
 SUFFIXES = frozenset(
     f".{kind}"
@@ -48,39 +46,8 @@ SUFFIXES = frozenset(
 )
 
 
-# Pillow's names of them. It knows others, of which some run programs: an EPS runs Ghostscript.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA", "AVIF")
-
 #: Called once for an image of which something beside the picture could not be read.
 OnUnreadable = Callable[[], object] | None
-
-_TILE_WIDTH, _TILE_LENGTH = 322, 323
-_LONG_COMMENT = re.compile(rb"P[1-7fF](?:\s|#[^\n\r]{0,4096}[\n\r])*#[^\n\r]{4096}")
-
-# Pillow's plug-ins raise almost anything on broken files.
-_BROKEN = (
-    *(OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError),
-    *(struct.error, zlib.error, OverflowError, ZeroDivisionError, AttributeError, AssertionError),
-    RuntimeError,
-)
-
-#: Pixels of an image at most, where no more are allowed: what Pillow warns of.
-MOST_PIXELS = 89_478_485
-
-
-# Pillow refuses twice as many, and warns between: here they are refused.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-def allow(pixels: int) -> None:
-    """Lets this process, and those that it forks, decode larger images, or only smaller ones.
-
-    Args:
-        pixels: Of an image at most.
-    """
-    if pixels < 1:
-        raise UserError(f"max_pixels is {pixels}: give 1 or more")
-    Image.MAX_IMAGE_PIXELS = pixels
 
 
 def _over_white(image: Image.Image) -> Image.Image:
@@ -113,7 +80,7 @@ def to_rgb(
     if image.mode not in ("L", "RGB") or "exif" in image.info or "xmp" in image.info:
         try:
             image = ImageOps.exif_transpose(image)
-        except _BROKEN:
+        except BROKEN:
             if on_unreadable is not None:
                 on_unreadable()
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
@@ -132,6 +99,7 @@ def _read(
     size: int | None = None,
     on_unreadable: OnUnreadable = None,
     span: depth.Range | None = None,
+    chosen: channels.Channels | None = None,
 ) -> Image.Image | NDArray[np.uint8]:
     """As `read`, or an image's pixels where those are had without it.
 
@@ -142,92 +110,33 @@ def _read(
             visibly sharper than `fit` makes it of the whole one (26 dB, where 35 are kept).
         on_unreadable: See `read`.
         span: See `to_rgb`.
+        chosen: See `read`.
     """
-    with _one_line(content):
+    with one_line(content):
         if dicom.is_dicom(content):
-            return dicom.read(content, span, _limit)
+            return dicom.read(content, span, limit)
         if content.startswith(png.SIGNATURE):
             plain = png.plain(content)
             if plain is not None:
                 return plain
-            _limit(png.size(content))
+            limit(png.size(content))
             png.check_rows(content)
         try:
-            return _by_pillow(content, size, on_unreadable, span)
-        except _BROKEN:
+            return _by_pillow(content, size, on_unreadable, span, chosen)
+        except channels.Ambiguous:
+            raise
+        except BROKEN:
             bare = metadata.without(content)
             if bare is None:
                 raise
             image = None
-            with contextlib.suppress(*_BROKEN):
-                image = _by_pillow(bare, size, None, span)
+            with contextlib.suppress(*BROKEN):
+                image = _by_pillow(bare, size, None, span, chosen)
             if image is None:
                 raise
             if on_unreadable is not None:
                 on_unreadable()
             return image
-
-
-@contextlib.contextmanager
-def _one_line(content: bytes) -> Iterator[None]:
-    """Makes a ValueError of one line of all that Pillow raises."""
-    try:
-        yield
-    except UnidentifiedImageError:
-        raise ValueError("it is no image of a known kind" if content else "it is empty") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(_too_many()) from None
-    except MemoryError:
-        raise ValueError("it does not fit in memory; make it smaller") from None
-    except _BROKEN as error:
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Those of the formats that this Pillow was built with."""
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
-
-
-def _too_many() -> str:
-    most = Image.MAX_IMAGE_PIXELS or MOST_PIXELS
-    return (
-        f"it has too many pixels (more than {most:,}); make it smaller, or allow them (max_pixels)"
-    )
-
-
-def _limit(size: tuple[int, int]) -> None:
-    if math.prod(size) > (Image.MAX_IMAGE_PIXELS or MOST_PIXELS):
-        raise ValueError(_too_many())
-
-
-def opened(content: bytes) -> ImageFile.ImageFile:
-    """An image as Pillow opens it, of a format that is read here; its pixels come later.
-
-    Args:
-        content: The file's bytes.
-
-    Raises:
-        UnidentifiedImageError: It is of no such format.
-        ValueError: It has more pixels than are allowed.
-    """
-    if _LONG_COMMENT.match(content):  # Pillow reads it letter by letter, and copies it each time
-        raise ValueError("its header has a comment of more than 4,096 bytes")
-    formats = _formats()
-    if content.startswith(png.SIGNATURE):
-        formats = ("PNG",)
-    elif content.startswith(b"\xff\xd8"):
-        formats = ("JPEG",)
-    image = Image.open(io.BytesIO(content), formats=formats)
-    _limit(image.size)
-    tags = getattr(image, "tag_v2", {})  # of a TIFF, whose tiles may be larger than it is
-    _limit((_number(tags.get(_TILE_WIDTH)), _number(tags.get(_TILE_LENGTH))))
-    return image
-
-
-def _number(value: object) -> int:
-    return value if isinstance(value, int) else 0
 
 
 def kind_of(content: bytes) -> str | None:
@@ -236,15 +145,46 @@ def kind_of(content: bytes) -> str | None:
         return "dcm"
     try:
         kind = (opened(content).format or "").lower()
-    except _BROKEN:
+    except BROKEN:
         return None
     return {"jpeg": "jpg", "jpeg2000": "jp2"}.get(kind, kind) or None
 
 
-def _by_pillow(
-    content: bytes, size: int | None, on_unreadable: OnUnreadable, span: depth.Range | None
-) -> Image.Image:
+def _taken(content: bytes, chosen: channels.Channels | None) -> tuple[channels.Channels, bool]:
+    """Pages to read, and whether `chosen` are channels of a page instead."""
+    if not content.startswith(channels.TIFF):
+        return (1,), False
     image = opened(content)
+    if channels.pages(lambda: opened(content), BROKEN):
+        if chosen is None:
+            raise channels.ask("several pages")
+        return chosen, False
+    extra = channels.extra(image)
+    if extra and chosen is None:
+        raise channels.ask(f"{len(image.getbands())} channels and {extra} more")
+    return (1,), extra > 0
+
+
+def _by_pillow(
+    content: bytes,
+    size: int | None,
+    on_unreadable: OnUnreadable,
+    span: depth.Range | None,
+    chosen: channels.Channels | None,
+) -> Image.Image:
+    pages, picks = _taken(content, chosen)
+    found = channels.merged([_shown(content, p, size, on_unreadable, span) for p in pages])
+    return channels.picked(found, chosen) if picks and chosen else found
+
+
+def _shown(
+    content: bytes,
+    page: int,
+    size: int | None,
+    on_unreadable: OnUnreadable,
+    span: depth.Range | None,
+) -> Image.Image:
+    image = page_of(content, page)
     if size is not None:
         least = size + size // 2
         image.draft(None, (least, least))  # of JPEGs; others have no such way
@@ -252,19 +192,22 @@ def _by_pillow(
     found = to_rgb(image, on_unreadable, span)
     if not half or span in (None, depth.FULL) or "transparency" in image.info:
         return found
-    return depth.scaled(found, span, to_rgb(depth.with_half(opened(content), half)))
+    return depth.scaled(found, span, to_rgb(depth.with_half(page_of(content, page), half)))
 
 
-def values(content: bytes) -> depth.Seen | None:
+def values(content: bytes, chosen: channels.Channels | None = None) -> depth.Seen | None:
     """The values of a picture of more than 8 bits; None of others, and of those that are broken."""
-    with contextlib.suppress(ValueError), _one_line(content):
+    found = []
+    with contextlib.suppress(ValueError), one_line(content):
         if dicom.is_dicom(content):
-            return dicom.values(content, _limit)
-        image = opened(content)
-        half = depth.other_half(image)
-        if half or depth.is_deep(image):
-            low = depth.with_half(opened(content), half) if half else None
-            return depth.seen(image, low)
+            return dicom.values(content, limit)
+        for page in _taken(content, chosen)[0]:
+            image = page_of(content, page)
+            half = depth.other_half(image)
+            if half or depth.is_deep(image):
+                low = depth.with_half(page_of(content, page), half) if half else None
+                found.append(depth.seen(image, low))
+        return depth.joined(found)._replace(pictures=1) if found else None
     return None
 
 
@@ -273,7 +216,10 @@ def _image(found: Image.Image | NDArray[np.uint8]) -> Image.Image:
 
 
 def read(
-    content: bytes, on_unreadable: OnUnreadable = None, span: depth.Range | None = None
+    content: bytes,
+    on_unreadable: OnUnreadable = None,
+    span: depth.Range | None = None,
+    chosen: channels.Channels | None = None,
 ) -> Image.Image:
     """A whole image file as mode L or RGB.
 
@@ -281,6 +227,7 @@ def read(
         content: The file's bytes.
         on_unreadable: Called where metadata cannot be read, and was passed over.
         span: Range of more than 8 bits, see `depth`.
+        chosen: Pages or channels of TIFFs that have several, see `channels`.
 
     Returns:
         The upright image.
@@ -288,7 +235,7 @@ def read(
     Raises:
         ValueError: It is broken or of no known kind; one line that says how.
     """
-    return _image(_read(content, None, on_unreadable, span))
+    return _image(_read(content, None, on_unreadable, span, chosen))
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
@@ -318,6 +265,7 @@ def prepare(
     size: int | None,
     on_unreadable: OnUnreadable = None,
     span: depth.Range | None = None,
+    chosen: channels.Channels | None = None,
 ) -> bytes:
     """An image file as it is packed: fitted to a square, PNG, without loss.
 
@@ -326,6 +274,7 @@ def prepare(
         size: Side of the square in pixels; None keeps the image's own.
         on_unreadable: See `read`.
         span: See `read`.
+        chosen: See `read`.
 
     Returns:
         A PNG file, grey or RGB.
@@ -333,7 +282,7 @@ def prepare(
     Raises:
         ValueError: See `read`.
     """
-    image = read(content, on_unreadable, span)
+    image = read(content, on_unreadable, span, chosen)
     if size is not None:
         image = fit(image, size)
     image.info.clear()  # no colour profiles, no dates: equal pixels make equal files

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from selfdistill.data import files
 from selfdistill.data.errors import UserError
-from selfdistill.data.formats import depth, dicom, images, texts
+from selfdistill.data.formats import channels, depth, dicom, images, texts
 from selfdistill.data.sources.samples import Sample
 from selfdistill.data.splits import Metric
 
@@ -39,10 +39,10 @@ def content_of(sample: Sample) -> bytes:
     return sample.source()
 
 
-def values_of(sample: Sample) -> depth.Seen | None:
+def values_of(sample: Sample, chosen: channels.Channels | None = None) -> depth.Seen | None:
     """The values of a picture of more than 8 bits; None of others, and of unreadable ones."""
     try:
-        return images.values(content_of(sample)) if _may_be_deep(sample) else None
+        return images.values(content_of(sample), chosen) if _may_be_deep(sample) else None
     except (ValueError, OSError):
         return None  # packing says what is wrong
 
@@ -91,12 +91,14 @@ class ImageModality:
         size: Side in pixels of the square that images are fitted to; None keeps their own.
         keep_original: Store the files as they are.
         span: Range of more than 8 bits; None where there are no such pictures.
+        chosen: Pages or channels of TIFFs that have several.
         unreadable: Those of which something beside the picture could not be read.
     """
 
     size: int | None = DEFAULT_SIZE
     keep_original: bool = False
     span: depth.Range | None = None
+    chosen: channels.Channels | None = None
     unreadable: list[str] = field(default_factory=list, compare=False)
     name: ClassVar[Literal["image", "text"]] = "image"
 
@@ -112,7 +114,7 @@ class ImageModality:
             self.unreadable.append(sample.name)
 
         if not self.keep_original:
-            return "png", images.prepare(content, self.size, on_unreadable, self.span)
+            return "png", images.prepare(content, self.size, on_unreadable, self.span, self.chosen)
         if dicom.is_dicom(content):
             raise UserError(
                 f"{sample.name} is DICOM, with the patient's data in it, and --keep_original would"

@@ -1,5 +1,6 @@
 """The range of a set's pictures of more than 8 bits: asked for, of its other splits, or found."""
 
+import functools
 import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from selfdistill.data.errors import UserError
-from selfdistill.data.formats import depth
+from selfdistill.data.formats import channels, depth
 from selfdistill.data.shards import manifest
 from selfdistill.data.shards.encoding import values_of
 from selfdistill.data.sources.samples import Splits
@@ -43,7 +44,11 @@ def beside(folder: Path, packed: set[str], wanted: depth.Range | str | None) -> 
 
 
 def find(
-    splits: Splits, folder: Path, wanted: depth.Range | str | None, progress: Progress
+    splits: Splits,
+    folder: Path,
+    wanted: depth.Range | str | None,
+    chosen: channels.Channels | None,
+    progress: Progress,
 ) -> tuple[depth.Range | None, str]:
     """The range of what is to be packed, and a line about it ("" for none).
 
@@ -51,6 +56,7 @@ def find(
         splits: What is packed.
         folder: The data set's, where other splits may lie.
         wanted: From `depth.parse`.
+        chosen: From `channels.parse`.
         progress: Where to show how far it is.
 
     Raises:
@@ -61,6 +67,7 @@ def find(
         return span, f"range {span[0]:.10g} to {span[1]:.10g}, that of the other splits"
     if isinstance(wanted, tuple):
         return wanted, ""
+    values = functools.partial(values_of, chosen=chosen)
     samples = list(itertools.chain.from_iterable(part for part, _ in splits.values()))
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         try:
@@ -68,7 +75,7 @@ def find(
             task = progress.add_task("range", total=len(samples))
             for at in range(0, len(samples), _BATCH):
                 batch = samples[at : at + _BATCH]
-                found += [one for one in pool.map(values_of, batch) if one is not None]
+                found += [one for one in pool.map(values, batch) if one is not None]
                 progress.advance(task, len(batch))
             progress.remove_task(task)
         except BaseException:

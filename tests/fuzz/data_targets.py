@@ -142,6 +142,9 @@ def read_image(content: bytes, folder: Path) -> None:
     with _told():
         depth.choose("auto", images.values(content))
         images.decode(content, None, span=(0.0, 9.0))
+    with _told():
+        images.values(content, (1, 3, 2))
+        images.prepare(content, 16, chosen=(1, 3, 2))
 
 
 def read_label(content: bytes, folder: Path) -> None:
@@ -225,6 +228,8 @@ def _pictures() -> list[bytes]:
     found += [picture("TIFF"), picture("TIFF", compression="tiff_lzw"), picture("PPM")]
     found += [picture("JPEG2000"), picture("TGA"), picture("AVIF"), picture("TIFF", "I;16")]
     found += [picture("TIFF", "F"), picture("TIFF", "I")]
+    page = Image.new("L", (20, 16), 9)
+    found.append(picture("TIFF", "L", save_all=True, append_images=[page, page]))
     found += [picture("DDS"), picture("EPS"), picture("ICO")]
     return found
 

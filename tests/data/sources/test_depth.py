@@ -47,13 +47,21 @@ def colour_png(values: np.ndarray) -> bytes:
     )
 
 
-def colour_tiff(values: np.ndarray) -> bytes:
-    """16-bit RGB without compression, after TIFF 6.0."""
+def colour_tiff(values: np.ndarray, compressed: bool = False) -> bytes:
+    """16-bit RGB, after TIFF 6.0; compressed by Deflate, which libtiff reads for Pillow."""
     height, width, _ = values.shape
     data = values.astype("<u2").tobytes()
+    data = zlib.compress(data) if compressed else data
+    data += b"\0" * (len(data) % 2)
     at = 8 + len(data)
     entries = [
-        *((256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, at), (259, 3, 1, 1), (262, 3, 1, 2)),
+        *(
+            (256, 3, 1, width),
+            (257, 3, 1, height),
+            (258, 3, 3, at),
+            (259, 3, 1, 8 if compressed else 1),
+        ),
+        (262, 3, 1, 2),
         *((273, 4, 1, 8), (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(data))),
     ]
     table = b"".join(struct.pack("<HHII", *entry) for entry in entries)
@@ -64,7 +72,7 @@ def colour_tiff(values: np.ndarray) -> bytes:
 
 def saved(values: np.ndarray, kind: str) -> bytes:
     if values.ndim == 3:
-        return colour_png(values) if kind == "PNG" else colour_tiff(values)
+        return colour_png(values) if kind == "PNG" else colour_tiff(values, kind == "TIF")
     out = io.BytesIO()
     Image.fromarray(values).save(out, kind)
     return out.getvalue()
@@ -107,10 +115,11 @@ def same(found: list[np.ndarray], right: list[np.ndarray]) -> bool:
         ("TIFF", lambda: bits(12)),
         ("PNG", lambda: bits(12, (6, 6, 3))),
         ("TIFF", lambda: bits(12, (6, 6, 3))),
+        ("TIF", lambda: bits(12, (6, 6, 3))),
         ("TIFF", lambda: RANDOM.normal(0, 3, (6, 6)).astype(np.float32)),
         ("TIFF", lambda: RANDOM.integers(-1000, 10**6, (6, 6), dtype=np.int32)),
     ],
-    ids=["png", "tiff", "rgb-png", "rgb-tiff", "float", "int32"],
+    ids=["png", "tiff", "rgb-png", "rgb-tiff", "rgb-deflate", "float", "int32"],
 )
 def test_a_low_part_of_the_range_is_spread(
     keep: bool, kind: str, make: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -9,6 +9,7 @@ SOURCE is one of
   a .txt of texts without labels       one a line
   a folder of such files               SOURCE/{train,val,test}.{jsonl,csv,tsv,txt}
   a folder of `datasets` saved to disk where that library is installed
+  .parquet, or a folder of such        a column of images or text, and label
   a known data set as published        recognised by its files, or named with --layout
   a .tar, .tgz, .tar.zst or .zip of one of these
 
@@ -43,7 +44,7 @@ from selfdistill.data.shards.span import find as find_span
 from selfdistill.data.shards.unlabelled import join_train
 from selfdistill.data.shards.writer import Packed, check_replaceable, replace, write_split
 from selfdistill.data.sources import images as image_sources
-from selfdistill.data.sources import label_checks, layouts
+from selfdistill.data.sources import label_checks, layouts, parquet
 from selfdistill.data.sources import samples as sources
 from selfdistill.data.sources import texts as text_sources
 from selfdistill.data.sources.samples import Columns, Sample, Samples, Splits
@@ -247,7 +248,7 @@ def pack(
         keep_banner: Keep the 20 rows of copyright notice below FGVC Aircraft's pictures, which the
             data set's authors ask to remove.
         name: First part of the shards' names; by default that of `out`.
-        path_column: Column of an image's file in a CSV.
+        path_column: Column of an image's file in a CSV, or of images in Parquet.
         text_column: Column of the text.
         pair_column: Column of the second text of a pair; it need not be there.
         label_column: Column of the label.
@@ -294,7 +295,10 @@ def pack(
         )
     columns = Columns(path_column, text_column, pair_column, label_column, group=group_column)
     options = layouts.Options(fold=fold, trainval=trainval, keep_banner=keep_banner)
-    with layouts.opened(root, out_dir.parent) as folder:
+    with (
+        layouts.opened(root, out_dir.parent) as whole,
+        parquet.opened(whole, out_dir.parent, columns) as folder,
+    ):
         found = _find(folder, layout, options, columns, unlabelled is True, split)
         inside = root.is_dir() and out_dir.resolve().is_relative_to(root.resolve())
         if found.kind == "image" and not found.known and inside:  # all of its folders count

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import zstandard
 from PIL import Image
 from pydicom.uid import RLELossless
@@ -28,11 +30,11 @@ from selfdistill.data.shards import checking, manifest
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.data.shards.scan import scan
 from selfdistill.data.sources import images as image_sources
-from selfdistill.data.sources import label_checks
+from selfdistill.data.sources import label_checks, parquet
 from selfdistill.data.sources import texts as text_sources
 from selfdistill.data.sources.layouts import archive
 from selfdistill.data.sources.samples import Columns
-from tests.data.sources import test_dicom
+from tests.data.formats import test_dicom
 from tests.fuzz.harness import Target
 from tests.fuzz.inputs import documents, edited
 
@@ -192,6 +194,35 @@ def read_archive(suffix: str, content: bytes, folder: Path) -> None:
     assert not list(inside.iterdir())
 
 
+def read_parquet(content: bytes, folder: Path) -> None:
+    """A Parquet file: nothing is left of it."""
+    path = folder / "x.parquet"
+    path.write_bytes(content)
+    with parquet.opened(path, folder / "scratch", Columns()) as made:
+        if made.suffix == ".csv":
+            image_sources.find(made)
+        else:
+            text_sources.find(made, Columns())
+    assert not list((folder / "scratch").iterdir())
+
+
+def _parquet() -> list[bytes]:
+    """Images with names of classes, and texts; with and without compression."""
+    known = b'{"info": {"features": {"label": {"names": ["a", "b"]}}}}'
+    pictures = [{"bytes": picture("PNG"), "path": "x"}] * 3
+    tables = [
+        pyarrow.table({"image": pictures, "label": [0, 1, 0]}, metadata={"huggingface": known})
+    ]
+    tables.append(pyarrow.table({"text": ["one", "two"], "label": ["a", "b"], "n": [1.0, None]}))
+    found = []
+    for table in tables:
+        for compression in ("none", "snappy", "zstd"):
+            out = io.BytesIO()
+            pyarrow.parquet.write_table(table, out, compression=compression)
+            found.append(out.getvalue())
+    return found
+
+
 def _tar(kind: int = tarfile.PAX_FORMAT) -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=kind) as tar:
@@ -273,6 +304,7 @@ TARGETS = [
     Target("tsv", functools.partial(_texts, ".tsv"), edited([b"text\tlabel\none\ta\ntwo\tb\n"])),
     Target("txt", functools.partial(_texts, ".txt"), edited([b"one\ntwo\n\xc3\xa9\n"])),
     Target("list", read_list, edited(_LIST)),
+    Target("parquet", read_parquet, edited(_parquet())),
     Target("zip", functools.partial(read_archive, ".zip"), edited([_zip()])),
     Target(
         "zst",

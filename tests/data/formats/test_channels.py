@@ -10,7 +10,7 @@ from PIL import Image
 
 from selfdistill.data.formats import channels, images
 from selfdistill.data.pack import pack
-from tests.data.sources.test_depth import bits, same, stored
+from tests.data.formats.test_depth import bits, same, stored
 from tests.kit.command import call
 
 GREY = np.random.default_rng(0).integers(0, 256, (4, 5, 6), dtype=np.uint8)

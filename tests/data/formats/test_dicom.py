@@ -19,7 +19,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from selfdistill.data.formats import dicom, images
 from selfdistill.data.pack import pack
 from selfdistill.data.shards.manifest import Manifest
-from tests.data.sources.test_depth import same, stored
+from tests.data.formats.test_depth import same, stored
 from tests.kit.command import call
 from tests.kit.launches import ROOT
 

@@ -1,0 +1,227 @@
+"""Parquet files, as hubs keep data sets: unpacked to images with a list, or to JSON Lines.
+
+    data/train-00000-of-00002.parquet    the split stands before the first dash; or one file alone
+
+Images are a column of bytes, or of records of bytes and path. Numbers of classes become names where
+the file tells them (`datasets` writes them into the schema).
+"""
+
+import csv
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from selfdistill.data import records
+from selfdistill.data.cli import nearest
+from selfdistill.data.errors import UserError, printable
+from selfdistill.data.formats import images
+from selfdistill.data.formats.strays import is_stray
+from selfdistill.data.sources.samples import Columns
+from selfdistill.data.splits import ALIASES
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_ROWS = 64  # that are held at a time
+
+
+def _files(root: Path) -> list[Path]:
+    """The Parquet files of a source; none where it is another one."""
+    if root.is_file():
+        return [root] if root.suffix.lower() == ".parquet" else []
+    for folder in (root, root / "data"):
+        inside = list(folder.iterdir()) if folder.is_dir() else []
+        found = [p for p in inside if p.suffix.lower() == ".parquet" and p.is_file()]
+        # img2dataset leaves tables beside its tars
+        if found and not any(p.suffix.lower() == ".tar" for p in inside):
+            return sorted(p for p in found if not is_stray(p.name))
+    return []
+
+
+def _splits(files: list[Path]) -> list[str]:
+    """The split of each file; "" for all where none is named after one."""
+    found = [ALIASES.get(re.split(r"[-_.]", path.name)[0].lower(), "") for path in files]
+    if any(found) and not all(found):
+        lost = files[found.index("")]
+        raise UserError(f"{lost} is named after no split, as others are: rename or remove it")
+    return found
+
+
+@contextmanager
+def opened(root: Path, scratch: Path, columns: Columns) -> Iterator[Path]:
+    """What to read in place of Parquet files: a list of images, or JSON Lines, in a new folder.
+
+    Args:
+        root: What the user named.
+        scratch: Where that folder is made: it holds all images, and goes in the end.
+        columns: Names of the columns; that of paths may be the column of images.
+
+    Yields:
+        The file; `root` itself where there are no Parquet files.
+
+    Raises:
+        UserError: They cannot be read, or have neither images nor texts.
+    """
+    files = _files(root)
+    if not files:
+        yield root
+        return
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            f"{files[0]} needs the package pyarrow, which is not installed here:"
+            " pip install selfdistill[parquet]"
+        ) from None
+    scratch.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".extracted-", dir=scratch))
+    try:
+        try:
+            made = _unpack(files, _splits(files), folder, columns)
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            why = printable(" ".join(str(error).split()))[:200]
+            raise UserError(f"{root} cannot be read ({why}): fetch it again") from None
+        yield made
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unpack(files: list[Path], splits: list[str], folder: Path, columns: Columns) -> Path:
+    """Writes images and their list, or JSON Lines."""
+    from pyarrow.parquet import ParquetFile, read_schema
+
+    schema = read_schema(files[0])
+    image = _image(files[0], schema, columns)
+    target = folder / ("images.jsonl" if image is None else "images.csv")
+    with target.open("w", newline="", encoding="utf-8") as out:
+        number = 0
+        for path, split in zip(files, splits, strict=True):
+            with ParquetFile(path) as table:
+                if table.schema_arrow.names != schema.names:
+                    raise UserError(f"{path} has other columns than {files[0]}: remove one of them")
+                number = _write(path, table, split, image, number, folder, out, columns)
+    return target
+
+
+def _image(path: Path, schema: "pyarrow.Schema", columns: Columns) -> str | None:
+    """The column of images; None where the table holds texts.
+
+    Raises:
+        UserError: There are several, or neither.
+    """
+    import pyarrow.types as types
+
+    found = [
+        field.name
+        for field in schema
+        if types.is_binary(field.type)
+        or types.is_large_binary(field.type)
+        or (types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
+    ]
+    if columns.path in found:
+        return columns.path
+    if columns.path != Columns().path:
+        raise UserError(
+            f"{path} has no column {columns.path!r} of images"
+            f" (it has {', '.join(map(printable, schema.names))})."
+            + nearest(columns.path, schema.names, prefix="")
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"{path} has several columns of images ({', '.join(map(printable, found))}): name one"
+            " with --path_column"
+        )
+    if not found and columns.text not in schema.names:
+        raise UserError(
+            f"{path} has neither images nor a column {columns.text!r} of texts (it has"
+            f" {', '.join(map(printable, schema.names))}): name yours with --text_column"
+        )
+    return found[0] if found else None
+
+
+def _class_names(path: Path, schema: "pyarrow.Schema") -> dict[str, list[str]]:
+    """Names of classes by column, as `datasets` writes them."""
+    content = (schema.metadata or {}).get(b"huggingface")
+    if content is None:
+        return {}
+    known = records.from_json(content, f"{path}: what it says of its columns")
+    for key in ("info", "features"):
+        known = known.get(key) if isinstance(known, dict) else None
+    found = {}
+    for name, kind in (known if isinstance(known, dict) else {}).items():
+        names = kind.get("names") if isinstance(kind, dict) else None
+        if isinstance(names, list) and all(isinstance(one, str) for one in names):
+            found[name] = names
+    return found
+
+
+def _plain_columns(schema: "pyarrow.Schema") -> list[str]:
+    """Columns of texts and numbers; others (times, lists) say nothing here."""
+    import pyarrow.types as types
+
+    kinds = (types.is_string, types.is_large_string, types.is_integer, types.is_floating)
+    more = (types.is_boolean, types.is_dictionary)
+    return [one.name for one in schema if any(kind(one.type) for kind in (*kinds, *more))]
+
+
+def _plain(path: Path, row: int, value: Any, names: list[str] | None) -> Any:
+    """A value as text or a whole number; classes by name; None for what is neither."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if names is None or not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        return value if isinstance(value, str | int | float) else None
+    if value >= len(names):
+        raise UserError(
+            f"{path} row {row}: class {value} is outside the {len(names)} that it names: fetch it"
+            " again"
+        )
+    return names[value]
+
+
+def _write(
+    path: Path,
+    table: "pyarrow.parquet.ParquetFile",
+    split: str,
+    image: str | None,
+    number: int,
+    folder: Path,
+    out: IO[str],
+    columns: Columns,
+) -> int:
+    """One file's rows; returns how many there are with those before."""
+    names = _class_names(path, table.schema_arrow)
+    plain = _plain_columns(table.schema_arrow)
+    own = {image, columns.path if image else None, "split" if split else None}
+    plain = [one for one in plain if one not in own]
+    writer, row = csv.writer(out), 0
+    if image is not None and number == 0:
+        writer.writerow([columns.path, *plain, *(["split"] if split else [])])
+    for batch in table.iter_batches(_ROWS, columns=[*([image] if image else []), *plain]):
+        for values in batch.to_pylist():
+            shown = {key: _plain(path, row, values[key], names.get(key)) for key in plain}
+            if image is None:
+                kept = {key: value for key, value in shown.items() if value is not None}
+                line = kept | ({"split": split} if split else {})
+                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            else:
+                content = values[image]
+                content = content.get("bytes") if isinstance(content, dict) else content
+                if not isinstance(content, bytes):
+                    raise UserError(
+                        f"{path} row {row} has no bytes of its image, perhaps only a path: write"
+                        " the images into the table, or list them in a CSV"
+                    )
+                name = f"{number:08d}.{images.kind_of(content) or 'img'}"
+                (folder / name).write_bytes(content)
+                cells = ["" if value is None else value for value in shown.values()]
+                writer.writerow([name, *cells, *([split] if split else [])])
+            number, row = number + 1, row + 1
+    return number

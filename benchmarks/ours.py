@@ -18,11 +18,8 @@ from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.config.schema import Config
 from selfdistill.engine.config.stages import StageSection
 from selfdistill.engine.models.images.weights import load_pretrained
-from selfdistill.engine.models.texts.language import (
-    MaskedLanguageModel,
-    TextClassifier,
-    TextEncoder,
-)
+from selfdistill.engine.models.texts.classifier import TextClassifier
+from selfdistill.engine.models.texts.language import MaskedLanguageModel, TextEncoder
 from selfdistill.engine.runtime import distributed
 from selfdistill.engine.runtime.allocator import keep_memory
 from selfdistill.engine.runtime.zero import chosen

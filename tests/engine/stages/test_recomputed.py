@@ -13,13 +13,14 @@ from transformers import AutoTokenizer
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.config.options import load
-from selfdistill.engine.models.images.vit_mae import Shape, ViTMAE
+from selfdistill.engine.models.images.shape import Shape
+from selfdistill.engine.models.images.vit_mae import ViTMAE
 from selfdistill.engine.models.images.weights import Pretrained
 from selfdistill.engine.models.texts.language import HEADS, MaskedLanguageModel
 from selfdistill.engine.runtime.distributed import Ranks
 from selfdistill.engine.runtime.precision import autocast
 from selfdistill.engine.training.modalities.image import ImageModality
-from tests.engine.models.test_language import batch_of, kind_of
+from tests.engine.models.texts.test_language import batch_of, kind_of
 from tests.kit import texts as text_kit
 from tests.kit.launches import make_world, metrics, run_cases
 from tests.kit.plain_loop import RATE, ZERO3

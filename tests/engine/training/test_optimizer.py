@@ -15,8 +15,10 @@ from selfdistill.engine.checkpoints.checkpoint import BEFORE
 from selfdistill.engine.checkpoints.folder import _check_complete
 from selfdistill.engine.config.stages import FinetuneSection
 from selfdistill.engine.models.images.networks import ImageClassifier, Normalize
-from selfdistill.engine.models.images.vit_mae import Shape, ViTClassifier, ViTEncoder
-from selfdistill.engine.models.texts.language import HEADS, TextClassifier
+from selfdistill.engine.models.images.shape import Shape
+from selfdistill.engine.models.images.vit_mae import ViTClassifier, ViTEncoder
+from selfdistill.engine.models.texts.classifier import TextClassifier
+from selfdistill.engine.models.texts.language import HEADS
 from selfdistill.engine.training import optimizer as optim
 from tests.kit.texts import config_of
 

@@ -32,6 +32,8 @@ _STATE = ("model", "state_dict", "model_state_dict")
 _PREFIXES = ("module.", "model.", "_orig_mod.")
 #: Tensors may share their numbers, as tied embeddings do: so many times the file's size at most.
 _TIED = 4
+#: Weights of other libraries, and of downloads that did not end.
+_FOREIGN = (".h5", ".msgpack", ".onnx", ".gguf", ".incomplete", ".part", ".crdownload")
 _CONFIGS = ["config.json", "preprocessor_config.json"]
 
 
@@ -57,6 +59,7 @@ def locate(
     if path.name == "model.safetensors" and (path.parent / "config.json").exists():
         path = path.parent  # its configuration tells more than its tensors
     if path.exists():
+        _refuse_adapter(path, source)
         return path
     name = source.removeprefix("hf-hub:")
     if name.startswith("timm:"):  # and timm's name of its weights
@@ -68,6 +71,19 @@ def locate(
             f"such as {example}"
         )
     return _fetch(name, [*_CONFIGS, *patterns])
+
+
+def _refuse_adapter(path: Path, source: str) -> None:
+    """Refuses a folder with PEFT's updates of a model and not the model.
+
+    Raises:
+        UserError: it is one.
+    """
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise UserError(
+            f"{source} is an adapter (adapter_config.json), not a whole model: merge it into its"
+            " base with PEFT's merge_and_unload, and give the folder that you save"
+        )
 
 
 def _fetch(name: str, configs: list[str]) -> Path:
@@ -103,9 +119,11 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
         index = folder / f"{name}.index.json"
         if index.exists():
             return _read_shards(index, reader)
+    others = [p.name for p in folder.iterdir() if p.suffix in _FOREIGN]
+    why = f": {sorted(others)[0]} is not read here" if others else ""
     raise UserError(
-        f"{folder} has a config.json but no weights: put model.safetensors or pytorch_model.bin "
-        "beside it"
+        f"{folder} has a config.json but no weights{why}: put model.safetensors or"
+        " pytorch_model.bin beside it"
     )
 
 
@@ -154,7 +172,8 @@ def _check_plain(path: Path, tensors: Mapping[str, Tensor]) -> None:
     total = 0
     for name, tensor in tensors.items():
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
-        if not plain or tensor.is_quantized or not tensor.is_floating_point():
+        floats = tensor.is_floating_point() and tensor.element_size() > 1
+        if not plain or tensor.is_quantized or not floats:
             if plain and tensor.dtype in (torch.int64, torch.int32, torch.bool) and tensor.ndim < 3:
                 continue  # numbers of positions, which no model here trains
             raise UserError(

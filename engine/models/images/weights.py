@@ -117,9 +117,10 @@ def _complete(part: str, found: Found, given: Mapping[str, Tensor]) -> Tensors:
         )
     for name, tensor in wanted.items():
         if given[name].shape != tensor.shape:
+            theirs = "its configuration" if part == "encoder" else "its encoder's configuration"
             raise UserError(
-                f"{found.origin}: {part}.{name} is {tuple(given[name].shape)}, its configuration "
-                f"asks for {tuple(tensor.shape)}: the two do not belong together"
+                f"{found.origin}: {part}.{name} is {tuple(given[name].shape)}, {theirs} asks for"
+                f" {tuple(tensor.shape)}: the two do not belong together"
             )
     wanted = {name: torch.full(tensor.shape, torch.nan) for name, tensor in wanted.items()}
     for name, tensor in wanted.items():

@@ -25,6 +25,11 @@ def named(model_type: object, origin: str) -> ModelType:
     for one in TYPES:
         if model_type in one.model_types:
             return one
+    if str(model_type).startswith("siglip2"):
+        raise UserError(
+            f"{origin} is a SigLIP 2 for images of any shape (NaFlex), which is not known here:"
+            " take one of a fixed size, as google/siglip2-base-patch16-224"
+        )
     kind = f"a {str(model_type)[:80]}" if model_type else "a model of unknown type"
     raise UserError(
         f"{origin} is {kind}, none of the image encoders known here"

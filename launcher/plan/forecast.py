@@ -21,7 +21,8 @@ from selfdistill.engine.runtime.distributed import Ranks
 from selfdistill.engine.training import teacher
 from selfdistill.engine.training.modalities.base import settle_pooling
 from selfdistill.launcher.doctor.devices import DEVICES, Device, best_precision, find
-from selfdistill.launcher.plan.workload import IMAGES, TEXTS, ImageWork, Workload
+from selfdistill.launcher.plan.known import IMAGES, TEXTS
+from selfdistill.launcher.plan.workload import ImageWork, Workload
 
 
 class Options(pydantic.BaseModel):

@@ -31,20 +31,7 @@ from selfdistill.launcher.plan.activations import (
     peak,
     whole_images,
 )
-
-#: Hub names whose shape is known without the network: (width, depth, heads, patch size).
-IMAGES = {
-    "facebook/vit-mae-base": (768, 12, 12, 16),
-    "facebook/vit-mae-large": (1024, 24, 16, 16),
-    "facebook/vit-mae-huge": (1280, 32, 16, 14),
-}
-#: The same of language models: (width, depth, heads); all with RoBERTa's vocabulary.
-TEXTS = {
-    "FacebookAI/roberta-base": (768, 12, 12),
-    "roberta-base": (768, 12, 12),
-    "FacebookAI/roberta-large": (1024, 24, 16),
-    "roberta-large": (1024, 24, 16),
-}
+from selfdistill.launcher.plan.known import IMAGES, TEXTS
 
 
 @dataclass(frozen=True)
@@ -178,8 +165,7 @@ class ImageWork(Workload):
 
     def _shape(self, path: str) -> Shape:
         if path in IMAGES and not Path(path).exists():
-            width, depth, heads, patch = IMAGES[path]
-            shape = Shape(224, patch, width, depth, heads, 4 * width)
+            shape = IMAGES[path]
         elif Path(path).exists():
             shape = formats.read(Path(path), path).shape
         else:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, RobertaConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from selfdistill.data.cli import format_error
 from selfdistill.data.errors import UserError
@@ -31,7 +31,8 @@ from selfdistill.launcher.plan.activations import (
     peak,
     whole_texts,
 )
-from selfdistill.launcher.plan.workload import TEXTS, Workload, unknown
+from selfdistill.launcher.plan.known import TEXTS
+from selfdistill.launcher.plan.workload import Workload, unknown
 
 #: Bytes of English that make one token of RoBERTa's, roughly; special tokens of a text.
 BYTES_PER_TOKEN, SPECIAL = 4.2, 2
@@ -166,16 +167,7 @@ def _read(path: str, run: Run) -> PreTrainedConfig:
     if not Path(path).exists():
         if path not in TEXTS:
             raise unknown(path)
-        width, depth, heads = TEXTS[path]
-        return RobertaConfig(
-            vocab_size=50_265,
-            hidden_size=width,
-            num_hidden_layers=depth,
-            num_attention_heads=heads,
-            intermediate_size=4 * width,
-            max_position_embeddings=514,
-            type_vocab_size=1,
-        )
+        return TEXTS[path]
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,5 +1,7 @@
 """Random crops against torchvision's and Pillow's."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,13 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2.functional import resized_crop
 
+from selfdistill.data import pack
+from selfdistill.data.loading.codec import Images
+from selfdistill.data.loading.loader import Loader
+from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.config.options import load
-from selfdistill.engine.training.views import Crops
+from selfdistill.engine.training.views import Crops, Flips, Together
+from tests.kit.launches import make_images
 
 
 @pytest.mark.parametrize(("smallest", "largest"), [(0.08, 1.0), (0.9, 1.0), (0.5, 0.5)])
@@ -65,3 +72,23 @@ def test_what_a_crop_may_be() -> None:
     for wrong in ((0, 1), (0.5, 0.1), (0.5, 1.5)):
         with pytest.raises(Exception, match="the smallest and the largest share"):
             load({"finetune.crop": wrong})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_carry_crops(workers: int, tmp_path: Path) -> None:
+    """Also where a worker has laid the images in memory that it shares."""
+    make_images(tmp_path / "images", size=32)
+    pack.pack(str(tmp_path / "images"), str(tmp_path / "shards"))
+    manifest = Manifest.load_split(str(tmp_path / "shards"), "train")
+    crops, options = Crops(5, 0.1, 0.9), {"batch": 4, "seed": 0, "codec": Images(32)}
+    whole = Loader(manifest, **options, workers=0)
+    cropped = Loader(manifest, **options, workers=workers, keyed=Together((crops, Flips(0))))
+    try:
+        for before, after, _ in zip(whole, cropped, range(6), strict=False):
+            assert torch.equal(before["ids"], after["ids"])
+            expected = crops(before["positions"].numpy(), {"images": before["images"]})["images"]
+            assert np.array_equal(after["images"].numpy(), expected)
+            assert not torch.equal(after["images"], before["images"])
+    finally:
+        whole.close()
+        cropped.close()

@@ -1,6 +1,7 @@
 """Parquet files, as hubs keep data sets: unpacked to images with a list, or to JSON Lines.
 
     data/train-00000-of-00002.parquet    the split stands before the first dash; or one file alone
+    train/data-00000-of-00001.arrow      images that `datasets` saved to disk, in a folder a split
 
 Images are a column of bytes, or of records of bytes and path. Numbers of classes become names where
 the file tells them (`datasets` writes them into the schema).
@@ -11,10 +12,10 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from selfdistill.data import records
 from selfdistill.data.cli import nearest
@@ -28,10 +29,28 @@ if TYPE_CHECKING:
     import pyarrow
 
 _ROWS = 64  # that are held at a time
+_Batches = Callable[[list[str]], Iterator["pyarrow.RecordBatch"]]
+
+
+class _Rows(NamedTuple):
+    """A file, its schema, its rows, and its split ("" for none)."""
+
+    path: Path
+    schema: "pyarrow.Schema"
+    batches: _Batches
+    split: str
+
+
+def _saved(root: Path) -> list[Path]:
+    """The files of a folder that `datasets.save_to_disk` wrote; texts it reads itself."""
+    if not any((root / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return []
+    found = sorted(p for place in ("*.arrow", "*/*.arrow") for p in root.glob(place) if p.is_file())
+    return [path for path in found if not is_stray(path.relative_to(root))]
 
 
 def _files(root: Path) -> list[Path]:
-    """The Parquet files of a source; none where it is another one."""
+    """The files of a source with tables; none where it is another one."""
     if root.is_file():
         return [root] if root.suffix.lower() == ".parquet" else []
     for folder in (root, root / "data"):
@@ -43,13 +62,21 @@ def _files(root: Path) -> list[Path]:
     return []
 
 
-def _splits(files: list[Path]) -> list[str]:
+def _splits(root: Path, files: list[Path]) -> list[str]:
     """The split of each file; "" for all where none is named after one."""
-    found = [ALIASES.get(re.split(r"[-_.]", path.name)[0].lower(), "") for path in files]
+    named = [path if path.suffix != ".arrow" else path.parent for path in files]
+    found = [
+        "" if path == root and path.is_dir() else ALIASES.get(_first_word(path.name), "")
+        for path in named
+    ]
     if any(found) and not all(found):
         lost = files[found.index("")]
         raise UserError(f"{lost} is named after no split, as others are: rename or remove it")
     return found
+
+
+def _first_word(name: str) -> str:
+    return re.split(r"[-_.]", name)[0].lower()
 
 
 @contextmanager
@@ -67,14 +94,17 @@ def opened(root: Path, scratch: Path, columns: Columns) -> Iterator[Path]:
     Raises:
         UserError: They cannot be read, or have neither images nor texts.
     """
-    files = _files(root)
-    if not files:
+    files, saved = _files(root), _saved(root)
+    if not files and not saved:
         yield root
         return
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
+        if not files:
+            yield root
+            return
         raise UserError(
             f"{files[0]} needs the package pyarrow, which is not installed here:"
             " pip install selfdistill[parquet]"
@@ -83,8 +113,10 @@ def opened(root: Path, scratch: Path, columns: Columns) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=".extracted-", dir=scratch))
     try:
         try:
-            made = _unpack(files, _splits(files), folder, columns)
-        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+            made = root
+            if files or _has_images(saved[0]):
+                made = _unpack(files or saved, _splits(root, files or saved), folder, columns)
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError, LookupError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             why = printable(" ".join(str(error).split()))[:200]
@@ -94,21 +126,58 @@ def opened(root: Path, scratch: Path, columns: Columns) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def _table(path: Path) -> Iterator[tuple["pyarrow.Schema", _Batches]]:
+    """A file's schema, and its rows by the columns that are wanted, a few at a time."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    if path.suffix == ".arrow":
+        with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as reader:
+
+            def batches(columns: list[str]) -> Iterator["pyarrow.RecordBatch"]:
+                for batch in reader:
+                    chosen = batch.select(columns)
+                    yield from (chosen.slice(at, _ROWS) for at in range(0, len(chosen), _ROWS))
+
+            yield reader.schema, batches
+    else:
+        with ParquetFile(path) as table:
+            yield table.schema_arrow, lambda columns: table.iter_batches(_ROWS, columns=columns)
+
+
+def _has_images(path: Path) -> bool:
+    with _table(path) as (schema, _):
+        return bool(_binary(schema))
+
+
 def _unpack(files: list[Path], splits: list[str], folder: Path, columns: Columns) -> Path:
     """Writes images and their list, or JSON Lines."""
-    from pyarrow.parquet import ParquetFile, read_schema
-
-    schema = read_schema(files[0])
-    image = _image(files[0], schema, columns)
+    with _table(files[0]) as (first, _):
+        image = _image(files[0], first, columns)
     target = folder / ("images.jsonl" if image is None else "images.csv")
     with target.open("w", newline="", encoding="utf-8") as out:
         number = 0
         for path, split in zip(files, splits, strict=True):
-            with ParquetFile(path) as table:
-                if table.schema_arrow.names != schema.names:
+            with _table(path) as (schema, batches):
+                if schema.names != first.names:
                     raise UserError(f"{path} has other columns than {files[0]}: remove one of them")
-                number = _write(path, table, split, image, number, folder, out, columns)
+                rows = _Rows(path, schema, batches, split)
+                number = _write(rows, image, number, folder, out, columns)
     return target
+
+
+def _binary(schema: "pyarrow.Schema") -> list[str]:
+    """Columns that may be of images."""
+    import pyarrow.types as types
+
+    return [
+        field.name
+        for field in schema
+        if types.is_binary(field.type)
+        or types.is_large_binary(field.type)
+        or (types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
+    ]
 
 
 def _image(path: Path, schema: "pyarrow.Schema", columns: Columns) -> str | None:
@@ -117,15 +186,7 @@ def _image(path: Path, schema: "pyarrow.Schema", columns: Columns) -> str | None
     Raises:
         UserError: There are several, or neither.
     """
-    import pyarrow.types as types
-
-    found = [
-        field.name
-        for field in schema
-        if types.is_binary(field.type)
-        or types.is_large_binary(field.type)
-        or (types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
-    ]
+    found = _binary(schema)
     if columns.path in found:
         return columns.path
     if columns.path != Columns().path:
@@ -187,24 +248,18 @@ def _plain(path: Path, row: int, value: Any, names: list[str] | None) -> Any:
 
 
 def _write(
-    path: Path,
-    table: "pyarrow.parquet.ParquetFile",
-    split: str,
-    image: str | None,
-    number: int,
-    folder: Path,
-    out: IO[str],
-    columns: Columns,
+    rows: _Rows, image: str | None, number: int, folder: Path, out: IO[str], columns: Columns
 ) -> int:
     """One file's rows; returns how many there are with those before."""
-    names = _class_names(path, table.schema_arrow)
-    plain = _plain_columns(table.schema_arrow)
+    path, schema, batches, split = rows
+    names = _class_names(path, schema)
+    plain = _plain_columns(schema)
     own = {image, columns.path if image else None, "split" if split else None}
     plain = [one for one in plain if one not in own]
     writer, row = csv.writer(out), 0
     if image is not None and number == 0:
         writer.writerow([columns.path, *plain, *(["split"] if split else [])])
-    for batch in table.iter_batches(_ROWS, columns=[*([image] if image else []), *plain]):
+    for batch in batches([*([image] if image else []), *plain]):
         for values in batch.to_pylist():
             shown = {key: _plain(path, row, values[key], names.get(key)) for key in plain}
             if image is None:

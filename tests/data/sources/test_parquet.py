@@ -59,6 +59,28 @@ def test_splits_as_a_hub_keeps_them(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"set", "out"}
 
 
+def test_images_that_datasets_saved(tmp_path: Path) -> None:
+    """One data set, and a dictionary of splits; files of images are taken into the table."""
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)}
+    )
+    (tmp_path / "a.png").write_bytes(png(numbered(0, 8)))
+    rows = table(range(7)) | {"image": [str(tmp_path / "a.png"), *table(range(1, 7))["image"]]}
+    one = datasets.Dataset.from_dict(rows, features=features)
+    one.save_to_disk(tmp_path / "one", num_shards=2)
+    (tmp_path / "a.png").unlink()
+    wanted = {n: NAMES[n % 3] for n in range(7)}
+    assert packed(tmp_path / "one", tmp_path / "o1", "--splits", 1) == {"train": wanted}
+    two = datasets.Dataset.from_dict(table(range(7, 10)), features=features)
+    datasets.DatasetDict({"train": one.select(range(1, 7)), "test": two}).save_to_disk(
+        tmp_path / "both"
+    )
+    assert packed(tmp_path / "both", tmp_path / "o2") == {
+        "train": {n: wanted[n] for n in range(1, 7)},
+        "test": {n: NAMES[n % 3] for n in range(7, 10)},
+    }
+
+
 def test_one_file_of_patients(tmp_path: Path) -> None:
     """The other columns are there as in a CSV."""
     patients = [f"p{n // 4}" for n in range(40)]

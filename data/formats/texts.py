@@ -23,6 +23,10 @@ Stored = Literal["txt", "json"]
 TEXT, PAIR = "text", "text_pair"
 
 
+#: Token ids; or rows of ids, of the segment of each token, and where asked for of its word.
+Tokens = list[int] | list[list[int]]
+
+
 class Text(NamedTuple):
     """A text, and the second of a pair (None for a single text)."""
 
@@ -121,8 +125,8 @@ class Texts:
     first position: a row that attends to nothing would be a softmax over nothing, which is NaN.
 
     Args:
-        encode: Token ids of a text, or of a pair, with the special tokens, at least one of them and
-            at most `max_length`; or two such rows, ids and the segment of each token.
+        encode: Tokens of a text, or of a pair, with the special ones, at least one of them and at
+            most `max_length`.
         pad_id: The id at padding.
         special_ids: Ids that are never masked; `pad_id` is taken as one of them.
         max_length: Tokens.
@@ -130,11 +134,13 @@ class Texts:
         packed: Also say how the texts fill fewer rows of L tokens, several in one.
         pairs: The split has pairs (`Manifest.text`, "pairs").
         stored: Extension of the members (`Manifest.text`, "stored"); by default "json" for pairs.
+        overlapping: Tokens of a window, from the part before it and its own; None where windows
+            share none.
     """
 
     def __init__(
         self,
-        encode: Callable[[str, str | None], list[int] | list[list[int]]],
+        encode: Callable[[str, str | None], Tokens],
         *,
         pad_id: int,
         special_ids: frozenset[int],
@@ -143,10 +149,11 @@ class Texts:
         packed: bool = False,
         pairs: bool = False,
         stored: Stored | None = None,
+        overlapping: Callable[[str, str], Tokens] | None = None,
     ) -> None:
         assert max_length > 0
         assert bucket > 0
-        self.encode = encode
+        self.encode, self.overlapping = encode, overlapping
         self.pad_id = pad_id
         self.special_ids = np.array(sorted(special_ids | {pad_id}), dtype=np.int64)
         self.max_length = max_length
@@ -155,20 +162,40 @@ class Texts:
         self.stored: Stored = stored or ("json" if pairs else "txt")
 
     def decode(self, content: bytes, name: str) -> NDArray[Any]:
-        """See `Codec`; int64 [n], token ids, or [2, n], ids and segments."""
-        text = parse(content, name, self.stored)
-        ids = np.asarray(self.encode(text.text, text.pair), dtype=np.int64)
-        assert ids.ndim in (1, 2)
-        assert 0 < ids.shape[-1] <= self.max_length
-        return ids
+        """See `Codec`; int64 [n], token ids, or [2, n] or [3, n], see `Tokens`."""
+        return self._array(self.encode(*parse(content, name, self.stored)))
+
+    def window(
+        self, content: bytes, name: str, pieces: Callable[[str], tuple[str, str]]
+    ) -> NDArray[Any]:
+        """A window of a long text, as `decode` gives a whole one.
+
+        Args:
+            content: The text's member.
+            name: Of the text, for messages.
+            pieces: The window before it, which may be empty, and this, of a text.
+
+        Raises:
+            BrokenData: See `decode`.
+        """
+        before, text = pieces(parse(content, name, self.stored).text)
+        if before and self.overlapping is not None:
+            return self._array(self.overlapping(before, text))
+        return self._array(self.encode(text, None))
+
+    def _array(self, tokens: Tokens) -> NDArray[np.int64]:
+        array = np.asarray(tokens, dtype=np.int64)
+        assert array.ndim in (1, 2)
+        assert 0 < array.shape[-1] <= self.max_length
+        return array
 
     def blank(self, like: NDArray[Any] | None) -> NDArray[Any] | None:
         """See `Codec`; one pad id."""
         return np.array([self.pad_id], dtype=np.int64)
 
     def nbytes(self, rows: int) -> int:
-        """See `Codec`; its five arrays of numbers, and the masked view's."""
-        return rows * self.max_length * 8 * 7
+        """See `Codec`; its six arrays of numbers, and the masked view's."""
+        return rows * self.max_length * 8 * 8
 
     def collate(
         self, arrays: list[NDArray[Any]], names: list[str], room: NDArray[np.uint8] | None = None
@@ -178,7 +205,9 @@ class Texts:
         Returns:
             input_ids int64 [b, L], `pad_id` at padding; attention_mask int64 [b, L], 0 at padding;
             maskable bool [b, L], True at tokens that are not special; where a text has a second
-            segment token_type_ids int64 [b, L]; and where nothing is padded `unpadded`, ones [b].
+            segment token_type_ids int64 [b, L]; where words are told apart `words` int64 [b, L],
+            the number of each token's word in its text, -1 at padding; and where nothing is padded
+            `unpadded`, ones [b].
             If asked for, and where it spares rows, the layout of packed rows, int64: packed_at
             [r, L], places in the flattened batch, -1 at padding, and packed_to [b, L], where in the
             flattened rows each token went, 0 for padding.
@@ -190,12 +219,17 @@ class Texts:
         length = min(-(-longest // self.bucket) * self.bucket, self.max_length)
         ids = np.full((len(arrays), length), self.pad_id, dtype=np.int64)
         attention = np.zeros((len(arrays), length), dtype=np.int64)
-        kinds = np.zeros_like(ids) if any(array.ndim == 2 for array in arrays) else None
+        told = any(len(array) == 3 for array in arrays if array.ndim == 2)
+        words = np.full_like(ids, -1) if told else None
+        second = any(array[1].any() for array in arrays if array.ndim == 2)
+        kinds = np.zeros_like(ids) if second else None
         for row, array in enumerate(arrays):
             ids[row, : lengths[row]] = array if array.ndim == 1 else array[0]
             attention[row, : lengths[row]] = 1
             if kinds is not None and array.ndim == 2:
                 kinds[row, : lengths[row]] = array[1]
+            if words is not None and array.ndim == 2:
+                words[row, : lengths[row]] = array[2]
         maskable = (attention == 1) & ~np.isin(ids, self.special_ids)
         out = {
             "input_ids": torch.from_numpy(ids),
@@ -204,6 +238,8 @@ class Texts:
         }
         if kinds is not None:
             out["token_type_ids"] = torch.from_numpy(kinds)
+        if words is not None:
+            out["words"] = torch.from_numpy(words)
         if attention.all():
             out["unpadded"] = torch.ones(len(arrays), dtype=torch.bool)
         elif self.packed:

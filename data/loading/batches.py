@@ -16,6 +16,7 @@ from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.datasets import Samples
 from selfdistill.data.loading.order import Ints
 from selfdistill.data.loading.shared_memory import Ring, received
+from selfdistill.data.loading.windows import Windows
 from selfdistill.data.loading.workers import awaiting, ignore_signals, stop
 from selfdistill.data.remote.cache import Report, as_python_warning
 from selfdistill.data.shards.manifest import Manifest
@@ -45,6 +46,7 @@ class Options(TypedDict, total=False):
         report: Told of each skipped sample, and of a cache that is too small, in a line; by default
             a Python warning.
         codec: Decodes the samples; by default `Images` in the size they were packed in.
+        windows: The samples, where some are windows of long texts; else each text is one.
         require_labels: Refuse data of which a sample has no label.
         pin: Batches in page-locked memory.
     """
@@ -56,6 +58,7 @@ class Options(TypedDict, total=False):
     skip_broken: float
     report: Report | None
     codec: Codec | None
+    windows: Windows | None
     require_labels: bool
     pin: bool
 
@@ -65,6 +68,7 @@ class Batches:
 
     Attributes:
         manifest: The split.
+        count: Its samples, windows of long texts each counted.
         samples: What the workers run.
         broken: Samples skipped so far by this rank: id -> what is wrong. What the others skipped
             may be added: it is then counted, and not reported again.
@@ -77,6 +81,7 @@ class Batches:
         if not 0 <= skip_broken < 1:
             raise UserError(f"skip_broken is {skip_broken}: give the tolerated share, 0 to below 1")
         self.manifest = manifest
+        self.count = (options.get("windows") or manifest).samples
         self.broken: dict[int, str] = {}
         self._noted = False
         self.samples = samples
@@ -175,11 +180,11 @@ class Batches:
         Raises:
             UserError: They are more than the tolerated share of the whole split.
         """
-        if count > self._skip_broken * self.manifest.samples:
+        if count > self._skip_broken * self.count:
             last = f"; the last: {list(self.broken.values())[-1]}" if self.broken else ""
             raise UserError(
                 f"{self.manifest.root}: {count} broken samples are more than the tolerated share"
-                f" {self._skip_broken:g} of {self.manifest.samples}: mend the data"
+                f" {self._skip_broken:g} of {self.count}: mend the data"
                 " (python -m data.verify names what is broken), or tolerate more"
                 f" (--data.skip_broken){last}"
             )

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from selfdistill.data.errors import BrokenData, UserError
+from selfdistill.data.formats.texts import Texts
 from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.order import Ints, Order
 from selfdistill.data.loading.reader import Reader, Record
 from selfdistill.data.loading.shared_memory import Ring, carried
+from selfdistill.data.loading.windows import Windows
 
 # Makes arrays [b, ...] from positions int64 [b] and the batch that stands there.
 Keyed = Callable[[Ints, dict[str, torch.Tensor]], dict[str, NDArray[Any]]]
@@ -25,15 +27,25 @@ _TRIES = 64
 class Samples(Dataset[dict[str, Any]], ABC):
     """Reads and decodes the samples of a batch; an error is returned, so that its line survives."""
 
-    def __init__(self, reader: Reader, codec: Codec, skip: bool) -> None:
+    def __init__(
+        self, reader: Reader, codec: Codec, skip: bool, windows: Windows | None = None
+    ) -> None:
         self.reader = reader
         self.codec = codec
         self.skip = skip
+        self.windows = windows
         self.ring: Ring | None = None
 
     def _sample(self, sample: int) -> tuple[NDArray[Any], Record]:
-        record = self.reader.record(sample)
-        return self.codec.decode(record.input, record.name), record
+        if self.windows is None:
+            record = self.reader.record(sample)
+            return self.codec.decode(record.input, record.name), record
+        window = self.windows.window(sample)
+        record = self.reader.record(window.text)
+        if window.parts == 1:
+            return self.codec.decode(record.input, record.name), record
+        assert isinstance(self.codec, Texts)
+        return self.codec.window(record.input, record.name, window.pieces), record
 
     @abstractmethod
     def batch(self, positions: Ints, room: NDArray[np.uint8] | None = None) -> dict[str, Any]:
@@ -59,9 +71,15 @@ class Stream(Samples):
     """Batches of the endless stream."""
 
     def __init__(
-        self, reader: Reader, codec: Codec, skip: bool, order: Order, keyed: Keyed | None
+        self,
+        reader: Reader,
+        codec: Codec,
+        skip: bool,
+        windows: Windows | None,
+        order: Order,
+        keyed: Keyed | None,
     ) -> None:
-        super().__init__(reader, codec, skip)
+        super().__init__(reader, codec, skip, windows)
         self.order = order
         self.keyed = keyed
         self._ahead: list[list[int]] = []
@@ -146,7 +164,8 @@ class Rows(Samples):
 
     def _readable(self) -> NDArray[Any]:
         """The array of the first sample that can be read."""
-        last = min(self.reader.manifest.samples, _TRIES) - 1
+        split = self.windows or self.reader.manifest
+        last = min(split.samples, _TRIES) - 1
         for sample in range(last):
             try:
                 return self._sample(sample)[0]
@@ -158,6 +177,6 @@ class Rows(Samples):
     def _prefetch(self, sample: int) -> None:
         """The remote shards after this one are fetched ahead by the first worker."""
         if sample >= 0 and self._prefetches():
-            starts = self.reader.manifest.starts
+            starts = (self.windows or self.reader.manifest).starts
             shard = int(np.searchsorted(starts, sample, side="right")) - 1
             self.reader.prefetch(list(range(shard, min(shard + 3, len(starts) - 1))))

@@ -108,13 +108,15 @@ class Loader(Batches):
                 f"batch {batch} does not divide by {world} ranks x {accumulation} micro-batches:"
                 f" give {near}"
             )
-        self.order = Order(manifest.counts, seed, partitions, window)
+        windows = options.get("windows")
+        self.order = Order((windows or manifest).counts, seed, partitions, window)
         if batch % partitions:
             raise UserError(
                 f"batch {batch} does not divide by {partitions} partitions: make it a multiple"
             )
         reader, codec = _opened(manifest, options)
-        stream = Stream(reader, codec, options.get("skip_broken", 0) > 0, self.order, keyed)
+        skip = options.get("skip_broken", 0) > 0
+        stream = Stream(reader, codec, skip, windows, self.order, keyed)
         super().__init__(manifest, stream, options)
         self.batch, self.rank, self.world = batch, rank, world
         self.accumulation, self.start_step = accumulation, start_step
@@ -171,12 +173,12 @@ class Sequential(Batches):
                 f"{manifest.root} has no samples: pack some first (python -m data.pack)"
             )
         reader, codec = _opened(manifest, options)
-        rows = Rows(reader, codec, options.get("skip_broken", 0) > 0)
+        rows = Rows(reader, codec, options.get("skip_broken", 0) > 0, options.get("windows"))
         super().__init__(manifest, rows, options)
         self.batch = batch
         if spans is None:
-            first, last = (manifest.samples * (rank + i) // world for i in (0, 1))
-            batches = math.ceil(math.ceil(manifest.samples / world) / batch)
+            first, last = (self.count * (rank + i) // world for i in (0, 1))
+            batches = math.ceil(math.ceil(self.count / world) / batch)
             self._spans = [(first, last, batches)]
         else:
             self._spans = [(a, b, math.ceil((b - a) / batch)) for a, b in spans]

@@ -25,6 +25,7 @@ from selfdistill.data.formats import images
 from selfdistill.data.loading.batches import Options
 from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.loader import warn_once
+from selfdistill.data.loading.windows import Windows
 from selfdistill.engine.checkpoints.checkpoint import BEFORE, FREE
 from selfdistill.engine.checkpoints.files import write_text
 from selfdistill.engine.checkpoints.results import RESULT, read_result
@@ -91,11 +92,14 @@ class Run:
             return min(_WORKERS, max(min(1, cores - 1), cores - 2))
         return min(1, torch.get_num_threads() - 1)
 
-    def reading(self, codec: Codec, *, require_labels: bool = False) -> Options:
-        """How every loader of this rank reads, with a codec of its samples."""
+    def reading(
+        self, codec: Codec, windows: Windows | None = None, *, require_labels: bool = False
+    ) -> Options:
+        """How every loader of this rank reads, with a codec of its samples and what they are."""
         config = self.config.data
         return {
             "codec": codec,
+            "windows": windows,
             "require_labels": require_labels,
             "workers": self.workers,
             "cache_dir": config.cache_dir,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from selfdistill.data.formats.images import MOST_PIXELS
 from selfdistill.data.records import BOUND
@@ -89,6 +89,7 @@ class TokenSection(Section):
     policy: Literal["mask", "bert"] = Field(
         "mask", description="mask tokens everywhere, or 80% with 10% random, 10% unchanged"
     )
+    whole_word: bool = Field(False, description="all tokens of a word are masked, or none")
     dropout: float | None = Field(
         None, ge=0, lt=1, description="in stages 1, 2 (none = model's own)"
     )
@@ -98,10 +99,20 @@ class TextSection(Section):
     """How texts become token ids."""
 
     max_length: int | None = Field(None, ge=3, description="tokens (none = the model's limit)")
+    split: bool = Field(
+        True, description="stages 0 to 2: long texts in windows (false: their beginnings alone)"
+    )
+    overlap: int = Field(0, ge=0, description="tokens that neighbouring windows share")
     bucket: int = Field(32, ge=1, description="lengths are padded to multiples of this")
     packed: bool | None = Field(
         None, description="several texts in a row in place of padding (left out: on GPUs)"
     )
+
+    @model_validator(mode="after")
+    def _overlap_of_windows(self) -> TextSection:
+        if self.overlap and not self.split:
+            raise ValueError("overlap is that of windows: give split true, or leave it out")
+        return self
 
 
 class TeacherSection(Section):

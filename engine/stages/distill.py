@@ -109,7 +109,7 @@ class Distill(Stage):
         feature = config.distill.settled
         shape = modality.feature_shape(weights, feature)
         folder = run.folder / self.name / "teacher"
-        size = None if shape is None else table_bytes(self.train.samples, shape)
+        size = None if shape is None else table_bytes(self.samples, shape)
         mode = main_only(ranks, lambda: choose(config.teacher.mode, size, config, folder))
         table = "" if size is None else f" (its features as a table: {size / 2**20:.1f} MiB)"
         run.info(f"{self.name}: teacher {mode}{table}")
@@ -122,13 +122,14 @@ class Distill(Stage):
         if mode == "replicated":
             return whole
         assert shape is not None
+        parts = f", {self.samples} windows" if self.windows else ""
         key = {
             "manifest": self.train.hash,
             "teacher": weights.sha256,
-            "view": f"{modality.view(weights)}, {feature}, {config.precision}",
+            "view": f"{modality.view(weights)}{parts}, {feature}, {config.precision}",
         }
         codec = modality.codec(weights, self.train)
-        return build_table(run, folder, key, self.train, codec, whole, shape)
+        return build_table(run, folder, key, self.train, self.windows, codec, whole, shape)
 
     def _updates(self) -> dict[str, Tensor] | None:
         """The teacher's updates of the weights that the student has too, or None."""

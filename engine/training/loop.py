@@ -39,8 +39,7 @@ def run_stage(stage: Stage) -> None:
     if not open_stage(run, name, stage.record, stage.train.hash):
         return
     check_shards(run, stage.manifests, labels=stage.labelled)
-    stage.modality.check(stage.train, stage.base)
-    stage.plan.check_warmup(stage.section, stage.steps)
+    stage.check()
     trainer = Trainer(stage)
     try:
         trainer.train()
@@ -73,7 +72,7 @@ class Trainer:
         folder = run.folder / stage.name
         if plan.steps is None:
             run.info(
-                f"{stage.name}: {plan.epochs:g} epochs x {stage.train.samples} samples"
+                f"{stage.name}: {plan.epochs:g} epochs x {stage.samples} samples"
                 f" / batch {plan.batch} = {stage.steps} steps"
             )
         run.boundary(f"{stage.name}: starting")
@@ -98,7 +97,7 @@ class Trainer:
             window=config.data.window,
             start_step=step,
             keyed=stage.keyed(),
-            **run.reading(codec, require_labels=stage.labelled),
+            **run.reading(codec, stage.windows, require_labels=stage.labelled),
         )
         self.batches = iter(self.loader)
         self.skipped = None

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.config.stages import StageSection
 from selfdistill.engine.training.modalities.base import Section
@@ -18,7 +17,7 @@ def record_of(
     run: Run,
     section: Section,
     plan: StageSection,
-    train: Manifest,
+    samples: int,
     extra: dict[str, Any],
     seed: int,
 ) -> dict[str, Any]:
@@ -28,7 +27,7 @@ def record_of(
         run: The launch.
         section: pretrain | distill | finetune.
         plan: Its settings.
-        train: What it learns from.
+        samples: Number of those that it learns from.
         extra: Hashes of the weights it starts from, settings of its view.
         seed: Of order, head and dropout.
     """
@@ -37,7 +36,7 @@ def record_of(
     settings, mode = plan.model_dump(mode="json", exclude=elsewhere), config.compile_mode
     return {
         **{f"{section}.{k}": v for k, v in settings.items()},
-        f"{section}.steps": plan.length(train.samples),
+        f"{section}.steps": plan.length(samples),
         "seed": seed,
         "precision": config.precision,
         "zero": config.zero,

@@ -29,6 +29,8 @@ class Stage:
         labelled: whether every sample must have a label.
         reconstructs: whether the objective reconstructs a masked view, which pictures show.
         counted: whether `Modality.flops` says what a step costs.
+        windows: which samples are windows of long texts; None where each text or image is one.
+        samples: number of the samples.
         model: the network in the objective, made by `build`; its `encoder` is watched.
 
     Args:
@@ -68,8 +70,20 @@ class Stage:
             seed,
         )
         self.plan: StageSection = getattr(run.config, self.section)
-        self.steps = self.plan.length(train.samples)
-        self.record = record_of(run, self.section, self.plan, train, record, seed)
+        # A label is that of the whole text.
+        self.windows = None if self.labelled else modality.windows(train, base)
+        self.samples = (self.windows or train).samples
+        self.steps = self.plan.length(self.samples)
+        if self.windows is not None:
+            overlap = run.config.text.overlap
+            record = record | {"text.windows": self.samples, "text.overlap": overlap}
+        self.record = record_of(run, self.section, self.plan, self.samples, record, seed)
+
+    def check(self) -> None:
+        """Refuses data that the model cannot read, and a warm-up that is too long."""
+        if self.windows is None:  # else it was told how texts are cut
+            self.modality.check(self.train, self.base)
+        self.plan.check_warmup(self.section, self.steps)
 
     @property
     def manifests(self) -> list[Manifest]:

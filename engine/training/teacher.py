@@ -19,6 +19,7 @@ from selfdistill.data.errors import UserError
 from selfdistill.data.files import fresh
 from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.loader import Sequential
+from selfdistill.data.loading.windows import Windows
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.checkpoint import gather
 from selfdistill.engine.checkpoints.files import fsync, write_text
@@ -219,6 +220,7 @@ def build_table(
     folder: Path,
     key: dict[str, Any],
     manifest: Manifest,
+    windows: Windows | None,
     codec: Codec,
     teacher: Callable[[dict[str, Tensor]], Tensor],
     shape: tuple[int, ...],
@@ -234,7 +236,7 @@ def build_table(
         UserError: a table is there but belongs to another teacher, data set or view; broken data.
         Preempted: the ranks leave between two parts.
     """
-    file, ranks = folder / "features.npy", run.ranks
+    file, ranks, samples = folder / "features.npy", run.ranks, (windows or manifest).samples
     state = main_only(ranks, lambda: _read_key(folder / "table.json"))
     if state is not None:
         wrong = [k for k in key if state.get(k) != key[k]]
@@ -245,15 +247,15 @@ def build_table(
                 f"{folder}: the cached features were made with another {what}: delete that folder "
                 "to compute them anew, or give the teacher and data they were made with"
             )
-        return Cached(_open(file, manifest.samples, shape), ranks.device, folder)
+        return Cached(_open(file, samples, shape), ranks.device, folder)
 
     row = table_bytes(1, shape)
-    size = max(1, min(_PART, 2**26 // row, max(_BATCH // 2, -(-manifest.samples // 64))))
-    spans = [(a, min(a + size, manifest.samples)) for a in range(0, manifest.samples, size)]
+    size = max(1, min(_PART, 2**26 // row, max(_BATCH // 2, -(-samples // 64))))
+    spans = [(a, min(a + size, samples)) for a in range(0, samples, size)]
     missing = main_only(ranks, lambda: _prepare(folder, key, spans))
-    _compute(run, folder, manifest, codec, teacher, shape, missing)
-    main_only(ranks, lambda: _join(run, folder, key, manifest, spans, shape))
-    return Cached(_open(file, manifest.samples, shape), ranks.device, folder)
+    _compute(run, folder, manifest, windows, codec, teacher, shape, missing)
+    main_only(ranks, lambda: _join(run, folder, key, spans, (samples, *shape)))
+    return Cached(_open(file, samples, shape), ranks.device, folder)
 
 
 def _read_key(path: Path) -> dict[str, Any] | None:
@@ -287,6 +289,7 @@ def _compute(
     run: Run,
     folder: Path,
     manifest: Manifest,
+    windows: Windows | None,
     codec: Codec,
     teacher: Callable[[dict[str, Tensor]], Tensor],
     shape: tuple[int, ...],
@@ -302,7 +305,7 @@ def _compute(
         manifest,
         batch=size,
         spans=mine,
-        **run.reading(codec),
+        **run.reading(codec, windows),
     )
     batches, reported = iter(passed), time.monotonic()
     rounds = -(-len(missing) // ranks.world)
@@ -354,15 +357,14 @@ def _join(
     run: Run,
     folder: Path,
     key: dict[str, Any],
-    manifest: Manifest,
     spans: list[tuple[int, int]],
     shape: tuple[int, ...],
 ) -> None:
     draft = folder / ".features.npy.tmp"
     draft.unlink(missing_ok=True)  # no link that somebody left there is written through
-    table = np.lib.format.open_memmap(draft, "w+", np.float32, (manifest.samples, *shape))
+    table = np.lib.format.open_memmap(draft, "w+", np.float32, shape)
     for first, last in spans:
-        table[first:last] = _open(_part(folder, (first, last)), last - first, shape)
+        table[first:last] = _open(_part(folder, (first, last)), last - first, shape[1:])
         run.watchdog.beat()
     table.flush()
     del table

@@ -142,7 +142,8 @@ class MaskTokens:
 
     Special tokens and padding, which the batch's `maskable` names, are never chosen. A text may
     have none chosen. Policy `mask` puts the mask token everywhere, as the paper states; `bert` puts
-    it in 8 of 10 places, a random token in 1, and leaves 1 as it is (Devlin et al. 2019).
+    it in 8 of 10 places, a random token in 1, and leaves 1 as it is (Devlin et al. 2019). Where the
+    batch has `words`, words are chosen with the same probability, and all their tokens with them.
 
     Attributes:
         seed: of the run.
@@ -163,7 +164,7 @@ class MaskTokens:
 
         Args:
             positions: int64 [b], in the stream.
-            batch: `input_ids` int64 [b, T], `maskable` bool [b, T].
+            batch: `input_ids` int64 [b, T], `maskable` bool [b, T], perhaps `words` int64 [b, T].
 
         Returns:
             masked_ids int64 [b, T]; masked_at int64 [n], places in the flattened batch; originals
@@ -171,11 +172,18 @@ class MaskTokens:
         """
         ids, maskable = batch["input_ids"].numpy(), batch["maskable"].numpy()
         noise = rng.uniform(self.seed, "mask", positions, ids.shape[1])
-        chosen = (noise < self.ratio) & maskable
+        first, drawn = np.ones_like(maskable), noise
+        if "words" in batch:
+            words = batch["words"].numpy()
+            first[:, 1:] = words[:, 1:] != words[:, :-1]
+            begin = np.maximum.accumulate(np.where(first, np.arange(ids.shape[1]), 0), axis=1)
+            drawn = np.take_along_axis(noise, begin, axis=1)  # a word's is its first token's
+        chosen = (drawn < self.ratio) & maskable
         masked = np.where(chosen, self.mask_id, ids)
         if self.policy == "bert":
-            # Below the ratio the noise is uniform too: its place there says what is done.
-            share = noise / self.ratio
+            # What is done is drawn for each token. Below the ratio the noise is uniform too: its
+            # place there says it. That of a word's other tokens has not been looked at.
+            share = np.where(first, noise / self.ratio, noise)
             draws = rng.uniform(self.seed, "random token", positions, ids.shape[1])
             random = (draws * self.vocabulary).astype(np.int64)
             masked = np.where(chosen & (share >= 0.8), random, masked)

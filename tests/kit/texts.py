@@ -5,7 +5,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     AutoModelForMaskedLM,
     BertConfig,
@@ -63,6 +72,37 @@ def make_tokenizer(*, mask: bool = True, longest: int = 62, segments: bool = Fal
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, model_max_length=longest, model_input_names=told, **names
     )
+
+
+def make_other(kind: str, *, longest: int = 62) -> Any:
+    """A tokenizer of BERT's kind ("wordpiece"), or of XLM-R's and DeBERTa's ("sentencepiece")."""
+    trainer: Any
+    if kind == "wordpiece":
+        raw = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        raw.normalizer = normalizers.BertNormalizer(lowercase=True)
+        raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        raw.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=120, special_tokens=SPECIAL, show_progress=False
+        )
+    else:
+        raw = Tokenizer(models.Unigram())
+        spaces = normalizers.Replace(Regex(r"\s+"), " ")  # as these models' own have it
+        raw.normalizer = normalizers.Sequence([normalizers.NFKC(), spaces])
+        raw.pre_tokenizer = pre_tokenizers.Metaspace()
+        raw.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=120, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
+        )
+    raw.train_from_iterator(SENTENCES * 5, trainer)
+    raw.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B:1 </s>:1",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )
+    names = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>"}
+    names |= {"pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=longest, **names)
 
 
 def config_of(kind: str, vocabulary: int) -> PreTrainedConfig:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.datasets import Keyed
+from selfdistill.data.loading.windows import Windows
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.config.schema import Config
 from selfdistill.engine.monitoring.monitor import Monitor
@@ -53,6 +54,13 @@ class Modality(Protocol):
 
     def check(self, manifest: Manifest, base: Any) -> None:
         """Refuses data that the model cannot read, with a UserError."""
+        ...
+
+    def windows(self, manifest: Manifest, base: Any) -> Windows | None:
+        """The samples of a split without labels; None where each text or image is one.
+
+        Every rank calls it.
+        """
         ...
 
     def same_architecture(self, taught: Any, base: Any) -> None:

@@ -97,6 +97,10 @@ class ImageModality(Modality):
                 f"pack with --size {side}, or give --model.image_size {packed}"
             )
 
+    def windows(self, manifest: Manifest, base: Pretrained) -> None:
+        """See `Modality`: images are not cut."""
+        return
+
     def same_architecture(self, taught: Pretrained, base: Pretrained) -> None:
         """See `Modality`."""
         for field in ENCODER:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from selfdistill.data.errors import BrokenData, UserError
 from selfdistill.data.formats.texts import Text, Texts, parse
 from selfdistill.data.loading.reader import Reader
+from selfdistill.data.loading.windows import Windows
 from selfdistill.data.shards.manifest import Manifest, is_remote
 from selfdistill.engine.checkpoints.export import export_transformers
 from selfdistill.engine.checkpoints.folder import Run
@@ -45,6 +46,8 @@ from selfdistill.engine.training.modalities.base import (
     TeacherMode,
     settle_pooling,
 )
+from selfdistill.engine.training.modalities.tokens import Encoder, number_of_tokens
+from selfdistill.engine.training.modalities.windows import windows_of
 from selfdistill.engine.training.objectives import Feature
 from selfdistill.engine.training.views import MaskTokens
 
@@ -100,38 +103,43 @@ class TextModality(Modality):
 
     def _counts(self, tokenizer: Any) -> NDArray[np.int64]:
         """How often each token stands in the texts, int64 [vocabulary]."""
-        encode = _ids(tokenizer)
-        ids = [i for text in self._some(COUNTED) for i in encode(text)]
+        texts = self._some(self.manifest, COUNTED)
+        ids = [i for text in texts for i in tokenizer(*text, verbose=False)["input_ids"]]
         counts = np.bincount(np.array(ids, dtype=np.int64), minlength=len(tokenizer))
         counts[tokenizer.all_special_ids] = 0
         return counts
 
-    def _some(self, number: int) -> Iterator[Text]:
-        """So many texts from all over the set; those that are broken are the loader's to report."""
-        reader = Reader(self.manifest, self.config.data.cache_dir, self.config.data.cache_gb)
-        last = self.manifest.samples - 1
+    def _some(self, manifest: Manifest, number: int) -> Iterator[Text]:
+        """So many texts from all over a set; those that are broken are the loader's to report."""
+        reader = Reader(manifest, self.config.data.cache_dir, self.config.data.cache_gb)
+        last = manifest.samples - 1
         for sample in np.unique(np.linspace(0, last, number).astype(np.int64)).tolist():
             try:
                 record = reader.record(sample)
-                yield parse(record.input, record.name, self.manifest.text["stored"])
+                yield parse(record.input, record.name, manifest.text["stored"])
             except BrokenData:
                 continue
         reader.close()
 
     def check(self, manifest: Manifest, base: Language) -> None:
-        """See `Modality`; says how many texts are longer than what is read of them."""
+        """See `Modality`; says how many texts, or pairs, are longer than what is read of them."""
         remote = is_remote(manifest.root) or any(is_remote(s.name) for s in manifest.shards)
         if not self.run.ranks.main or remote:  # shards would be fetched for this alone
             return
-        encode = _ids(base.tokenizer)
-        lengths = np.array([len(encode(text)) for text in self._some(LOOKED_AT)])
-        longer = float((lengths > base.max_length).mean())
+        texts = list(self._some(manifest, LOOKED_AT))
+        longer = sum(number_of_tokens(base.tokenizer, text) > base.max_length for text in texts)
         if longer:
+            share = f"about {100 * longer / len(texts):.1f}% (looked at {len(texts)})"
+            count = f"{longer}" if len(texts) == manifest.samples else share
             self.run.info_once(
-                f"{manifest.root}: about {100 * longer:.1f}% of the texts are longer than"
-                f" {base.max_length} tokens (looked at {len(lengths)}): only their beginnings"
-                " are read"
+                f"{manifest.root}: of {manifest.samples} texts {count} are longer than"
+                f" {base.max_length} tokens: only their beginnings are read"
             )
+
+    def windows(self, manifest: Manifest, base: Language) -> Windows | None:
+        """See `Modality`."""
+        special = base.tokenizer.num_special_tokens_to_add()
+        return windows_of(self.run, manifest, base.tokenizer, base.max_length, special)
 
     def same_architecture(self, taught: Language, base: Language) -> None:
         """See `Modality`."""
@@ -151,17 +159,24 @@ class TextModality(Modality):
 
     def codec(self, base: Language, manifest: Manifest) -> Texts:
         """See `Modality`."""
-        tokenizer = base.tokenizer
+        tokenizer, overlap = base.tokenizer, self.config.text.overlap
+        encoder = Encoder(
+            tokenizer,
+            base.max_length,
+            getattr(base.config, "type_vocab_size", None) or 0,
+            words=self.config.mlm.whole_word,
+            overlap=overlap,
+            origin=base.origin,
+        )
         return Texts(
-            _encoder(
-                tokenizer, base.max_length, getattr(base.config, "type_vocab_size", None) or 0
-            ),
+            encoder,
             pad_id=tokenizer.pad_token_id,
             special_ids=frozenset(tokenizer.all_special_ids),
             max_length=base.max_length,
             bucket=self.config.text.bucket,
             packed=self._packs(base),
             stored=manifest.text.get("stored"),
+            overlapping=encoder.overlapping if overlap else None,
         )
 
     def mask(self, base: Language) -> MaskTokens:
@@ -265,11 +280,13 @@ class TextModality(Modality):
 
     def record(self) -> dict[str, Any]:
         """See `Modality`."""
-        settings = self.config
-        # How texts lie in rows changes no figure.
+        mlm, text = self.config.mlm, self.config.text
+        words = {"mlm.whole_word": True} if mlm.whole_word else {}
+        # How texts lie in rows changes no figure; a stage tells of its windows, if it has some.
         return {
-            "mlm": settings.mlm.model_dump(),
-            "text": settings.text.model_dump(exclude={"packed"}),
+            "mlm": mlm.model_dump(exclude={"whole_word"}),
+            "text": text.model_dump(exclude={"packed", "split", "overlap"}),
+            **words,
         }
 
     def count(self, batch: Batch) -> int:
@@ -370,29 +387,3 @@ class TextModality(Modality):
                 tokenizer.model_max_length = max_length
             pooling: Pooled | None = "mean" if modules else None
             export_transformers(folder, network, tensors, tokenizer, base.config, pooling)
-
-
-def _encoder(
-    tokenizer: Any, max_length: int, segments: int
-) -> Callable[[str, str | None], list[int] | list[list[int]]]:
-    """Token ids of a text or a pair.
-
-    Args:
-        tokenizer: of transformers.
-        max_length: of the result.
-        segments: that the model tells apart (BERT: 2). Where the tokenizer numbers them, and there
-            is more than one in a text, they come beside the ids.
-    """
-
-    def encode(text: str, pair: str | None) -> list[int] | list[list[int]]:
-        found = tokenizer(text, pair, truncation=True, max_length=max_length)
-        ids: list[int] = found["input_ids"]
-        kinds: list[int] = found.get("token_type_ids", []) if segments > 1 else []
-        return [ids, kinds] if any(kinds) else ids
-
-    return encode
-
-
-def _ids(tokenizer: Any) -> Callable[[Text], list[int]]:
-    """Token ids of a whole text."""
-    return lambda text: list(tokenizer(*text, verbose=False)["input_ids"])

@@ -53,9 +53,9 @@ def said(root: Path) -> str:
     encoder = without_decoder(root / "images" / "base", root / "images" / "encoder")
     (root / "zero3.json").write_text(ZERO3)
     common = {"data": str(root / "shards"), "model": str(root / "base"), "text.bucket": 8}
-    common |= {"decoder.steps": STEPS, "decoder.batch": 8, "decoder.lr": RATE}
+    common |= {"text.split": False, "decoder.steps": STEPS, "decoder.batch": 8, "decoder.lr": RATE}
     images = common | {"data": str(root / "images" / "shards"), "model": str(encoder)}
-    del images["text.bucket"]
+    del images["text.bucket"], images["text.split"]
     runs = root / "runs"
     cases: list[dict[str, Any]] = []
     for zero in ZEROS:

@@ -36,7 +36,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("parity-text")
     text_kit.make_texts(root / "shards")
     text_kit.make_language(root / "base")
-    run_every_case(root, {"text.bucket": 8})
+    run_every_case(root, {"text.bucket": 8, "text.split": False})
     return root
 
 

@@ -25,7 +25,8 @@ from selfdistill.engine.config.schema import Config
 from selfdistill.engine.models.texts.language import HEADS
 from selfdistill.engine.models.texts.weights import load_language
 from selfdistill.engine.runtime.distributed import Ranks
-from selfdistill.engine.training.modalities.text import TextModality, _encoder
+from selfdistill.engine.training.modalities.text import TextModality
+from selfdistill.engine.training.modalities.tokens import Encoder
 from selfdistill.engine.training.views import MaskTokens
 from tests.kit import texts as text_kit
 
@@ -244,7 +245,7 @@ def test_segments_are_those_of_the_tokenizer(name: str) -> None:
     """Also where a text has a separator written out; a model of one segment gets none."""
     words = ["a", "b </s> c", "<pad> d"]
     tokenizer = text_kit.make_tokenizer(segments=name != "roberta")
-    encode = _encoder(tokenizer, 32, 1 if name == "roberta" else 2)
+    encode = Encoder(tokenizer, 32, 1 if name == "roberta" else 2)
     codec = Texts(encode, pad_id=1, special_ids=frozenset({0, 2}), max_length=32, bucket=32)
     pairs = [(a, b) for a in words for b in words]
     arrays = [np.asarray(encode(a, b)) for a, b in pairs]

@@ -35,12 +35,16 @@ def ranks() -> Iterator[Any]:
     """This process as the only rank of a process group (`engine.runtime.distributed.Ranks`).
 
     The group stays. The environment that DeepSpeed reads does not: launches of other tests would
-    take themselves for this rank.
+    take themselves for this rank. Nor does the linear function that its ZeRO-3 puts in the place of
+    PyTorch's: it sums, and saves for the backward, in another way.
     """
+    from torch.nn import functional
+
     from selfdistill.engine.runtime.distributed import initialize
 
-    before = dict(os.environ)
+    before, linear = dict(os.environ), functional.linear
     yield initialize()
+    functional.linear = linear
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)

@@ -205,7 +205,8 @@ class ImageModality(Modality):
     ) -> float:
         """See `Modality`."""
         config = self.config
-        pool = config.finetune.pool if section == "finetune" else config.distill.feature
+        plan = {"distill": config.distill, "finetune": config.finetune}.get(section)
+        pool = plan.settled if plan else ""  # the others read no summary
         one = flops.step_flops(
             base.shape,
             section,

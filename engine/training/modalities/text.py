@@ -331,7 +331,7 @@ class TextModality(Modality):
             return found
 
         if section == "finetune":
-            if self.config.finetune.pool == "mean":
+            if self.config.finetune.settled == "mean":
                 return 3 * (encoder(None) + len(lengths) * 2 * width * classes)
             return 3 * (encoder(1) + len(lengths) * 2 * width * (width + classes))
         masked = len(batch["masked_at"])
@@ -344,7 +344,7 @@ class TextModality(Modality):
             mlm -= masked * 2 * width * int(config.vocab_size)
         if section == "pretrain":
             return mlm
-        rows = 1 if self.config.distill.feature == "cls" else None
+        rows = 1 if self.config.distill.settled == "cls" else None
         return mlm + trained(rows) + (0 if mode == "cached" else encoder(rows))
 
     def draw(self, monitor: Monitor, step: int, batch: Batch, out: Batch, base: Language) -> None:

@@ -115,7 +115,9 @@ def test_a_part_of_the_encoder(
     stage: flops.Stage, shape: Shape, adapt: Any, cls_only: bool
 ) -> None:
     """Exactly: what is frozen has no product for its gradient, nor has what is before it."""
-    config = Config.model_validate({"adapt": adapt, "lora": {"rank": 8}})
+    config = Config.model_validate(
+        {"adapt": adapt, "lora": {"rank": 8}, "distill": {"feature": "cls"}}
+    )
     options: Any = {"teacher": "cached", "cls_only": cls_only, "part": flops.Part(adapt, 8)}
     formula = flops.step_flops(shape, stage, **options)
     assert formula == pytest.approx(counted(stage, shape, "cached", 0, cls_only, config), rel=1e-9)
@@ -128,7 +130,9 @@ def test_a_part_of_the_encoder(
 @pytest.mark.parametrize("stage", ["pretrain", "distill"])
 def test_texts(stage: flops.Stage, kind: str, adapt: str) -> None:
     """Unpadded ones, whose last layer is cut or not."""
-    config = Config.model_validate({"adapt": adapt, "lora": {"rank": 4}})
+    config = Config.model_validate(
+        {"adapt": adapt, "lora": {"rank": 4}, "distill": {"feature": "cls"}}
+    )
     run = Run(config, Ranks(0, 0, 1, torch.device("cpu")), Path())
     shape = config_of(kind, 300)
     modality: Any = TextModality(run, None)  # type: ignore[arg-type]

@@ -205,8 +205,9 @@ class ImageModality(Modality):
     ) -> float:
         """See `Modality`."""
         config = self.config
-        plan = {"distill": config.distill, "finetune": config.finetune}.get(section)
-        pool = plan.settled if plan else ""  # the others read no summary
+        pool = ""  # of the other stages no summary is read
+        if section in ("distill", "finetune"):
+            pool = config.distill.settled if section == "distill" else config.finetune.settled
         one = flops.step_flops(
             base.shape,
             section,

@@ -6,12 +6,14 @@ import functools
 import itertools
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import ViTMAEForPreTraining
 
 from benchmarks.sizes import CLASSES, SIZES, Batch, Stage, config_of, head, network
 from selfdistill.engine.checkpoints.folder import Run
@@ -52,8 +54,17 @@ def _images(name: str, run: Run, stage: Stage) -> tuple[Any, Any, type[Any]]:
 @functools.cache  # of many steps in one process
 def _pretrained(name: str, seed: int) -> Any:
     """The weights of a seed, as they come from transformers."""
+    model = network(name, seed)
+    if name != "dinov2_small":
+        return _loaded(model)
+    whole = ViTMAEForPreTraining(model.config)  # whose encoder is not read
+    whole.decoder.load_state_dict(model.decoder.state_dict())
+    return replace(_loaded(model.vit.dinov2), decoder=_loaded(whole).decoder)
+
+
+def _loaded(model: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        network(name, seed).save_pretrained(folder)
+        model.save_pretrained(folder)
         return load_pretrained(folder, None)
 
 
@@ -63,9 +74,10 @@ def _texts(name: str, stage: Stage) -> tuple[Any, Any, type[Any]]:
     if stage == "finetune":
         config.num_labels = CLASSES
         torch.manual_seed(0)
-        classifier = TextClassifier(config)
+        classifier = TextClassifier(config, SIZES[name].feature)
         classifier.encoder.load_state_dict(base.base_model.state_dict())
-        last = classifier.network.classifier.out_proj
+        last = classifier.network.classifier
+        last = last if classifier.mean else last.out_proj
         with torch.no_grad():
             last.weight.copy_(head(last.weight.shape[1]))
             last.bias.zero_()
@@ -124,15 +136,17 @@ def make(
         batches = [{k: v.pin_memory() for k, v in b.items()} for b in batches]
     run = Run(config, ranks, Path(tempfile.gettempdir()))
     plan: StageSection = getattr(config, stage)
-    image = SIZES[name].kind == "image"
+    image, feature = SIZES[name].kind == "image", SIZES[name].feature
     model, encoder, kind = _images(name, run, stage) if image else _texts(name, stage)
     if stage == "finetune":
         objective: nn.Module = ClassifyObjective(model)
+    elif stage == "distill":
+        objective = DistillObjective(model, feature)
     else:
-        objective = DistillObjective(model) if stage == "distill" else MaskedObjective(model)
+        objective = MaskedObjective(model)
     asked: Teacher | None = None
     if encoder is not None:
-        asked = Replicated(FeatureExtractor(encoder, "cls"), kind.full, ranks, run.dtype)
+        asked = Replicated(FeatureExtractor(encoder, feature), kind.full, ranks, run.dtype)
         if teacher == "cached":
             table = np.concatenate([asked(b).cpu().numpy() for b in batches])
             asked = Cached(table, ranks.device, run.folder)

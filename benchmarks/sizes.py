@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
+    BertConfig,
     RobertaConfig,
     ViTMAEConfig,
     ViTMAEForPreTraining,
 )
 
+from benchmarks import dinov2
 from selfdistill.engine.models.images.found import IMAGENET_MEAN, IMAGENET_STD
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -39,21 +41,25 @@ class Size:
         title: for the table.
         batch: samples of a step, in stages 1 and 2; half of it in fine-tuning.
         length: tokens of a text.
+        feature: that is distilled and classified, as the recipes say.
     """
 
     kind: Literal["image", "text"]
     title: str
     batch: int
     length: int = 0
+    feature: Literal["cls", "mean"] = "cls"
 
 
 SIZES = {
     "tiny": Size("image", "ViT 32 x 2, 16 pixels", 8),
     "small": Size("image", "ViT 192 x 6, 64 pixels", 64),
     "vit_base": Size("image", "ViT-B/16, 224 pixels", 64),
+    "dinov2_small": Size("image", "DINOv2-S/14, 112 pixels", 16),
     "tiny_text": Size("text", "RoBERTa 32 x 2, 16 tokens", 8, 16),
     "small_text": Size("text", "RoBERTa 192 x 4, 48 tokens", 32, 48),
     "roberta_base": Size("text", "RoBERTa-base, 128 tokens", 16, 128),
+    "minilm": Size("text", "MiniLM 384 x 6, 128 tokens", 16, 128, "mean"),
 }
 
 
@@ -65,6 +71,24 @@ def config_of(name: str) -> Any:
         )
     elif name == "vit_base":
         config = ViTMAEConfig()
+    elif name == "dinov2_small":  # with MAE's decoder, 512 x 8
+        config = ViTMAEConfig(
+            image_size=112,
+            patch_size=14,
+            hidden_size=384,
+            num_attention_heads=6,
+            intermediate_size=1536,
+            layer_norm_eps=1e-6,
+            norm_pix_loss=True,
+        )
+    elif name == "minilm":
+        config = BertConfig(
+            hidden_size=384,
+            num_hidden_layers=6,
+            intermediate_size=1536,
+            bos_token_id=101,
+            eos_token_id=102,
+        )
     elif name == "tiny":
         config = ViTMAEConfig(
             image_size=16,
@@ -97,6 +121,8 @@ def network(name: str, seed: int) -> Any:
     """Transformers' masked auto-encoder with the weights of a seed, the same for everybody."""
     torch.manual_seed(seed)
     config = config_of(name)
+    if name == "dinov2_small":
+        return dinov2.autoencoder(config)
     if SIZES[name].kind == "image":
         return ViTMAEForPreTraining(config)
     return AutoModelForMaskedLM.from_config(config, dtype=torch.float32)

@@ -229,7 +229,7 @@ def main(
     """Times the stages' steps.
 
     Args:
-        size: tiny, small, vit_base, tiny_text, small_text or roberta_base.
+        size: tiny, small, vit_base, dinov2_small, tiny_text, small_text, roberta_base or minilm.
         stages: of these, separated by commas.
         batch: samples of a step (fine-tuning: half of it); the size's own if missing.
         rounds: that are timed, of each contestant.

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.peers.plain import classifier, classify_loss, full_view, masked_loss
-from benchmarks.sizes import Batch, Stage, network
+from benchmarks.sizes import SIZES, Batch, Stage, network
 
 
 class Objective(nn.Module):
@@ -25,7 +25,7 @@ class Objective(nn.Module):
 
     def __init__(self, name: str, stage: Stage) -> None:
         super().__init__()
-        self.stage = stage
+        self.stage, self.feature = stage, SIZES[name].feature
         self.model = classifier(name) if stage == "finetune" else network(name, 0)
 
     def forward(self, target: Tensor | None = None, **batch: Tensor) -> dict[str, Tensor]:
@@ -34,7 +34,7 @@ class Objective(nn.Module):
             return {"loss": classify_loss(self.model, batch)}
         loss = masked_loss(self.model, batch)
         if target is not None:
-            feature = full_view(self.model, batch).float()
+            feature = full_view(self.model, batch, self.feature).float()
             loss = loss + (feature - target.float()).pow(2).sum(-1).mean()
         return {"loss": loss}
 
@@ -42,16 +42,16 @@ class Objective(nn.Module):
 class Taught(Trainer):
     """A `Trainer` that asks the teacher."""
 
-    def __init__(self, teacher: nn.Module | None, **options: Any) -> None:
+    def __init__(self, teacher: nn.Module | None, feature: str, **options: Any) -> None:
         super().__init__(**options)
-        self.teacher = teacher
+        self.teacher, self.feature = teacher, feature
         self.last: Tensor | None = None
 
     def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         """See `Trainer`."""
         if self.teacher is not None:
             with torch.no_grad():
-                inputs = inputs | {"target": full_view(self.teacher, inputs)}
+                inputs = inputs | {"target": full_view(self.teacher, inputs, self.feature)}
         loss = model(**inputs)["loss"]
         self.last = loss.detach()
         return loss
@@ -143,6 +143,7 @@ def race(
 
         trainer = Taught(
             teacher,
+            SIZES[name].feature,
             model=Objective(name, stage),
             args=arguments,
             train_dataset=Repeated(batches),

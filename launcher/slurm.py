@@ -1,7 +1,9 @@
 """Submits a run to SLURM: `python -m launcher.slurm submit --recipe NAME --data DIR --output DIR`.
 
 The options are checked before anything is queued. The jobs are the templates of slurm/: with
-`--stages all` one job, with several stages a chain in which each waits for the one before.
+`--stages all` one job, with several stages a chain in which each waits for the one before. A chain
+that begins with pretrain has a job for stage 0 before it, which ends at once on a model with a
+decoder.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from selfdistill.engine.config import options as configuration
 from selfdistill.launcher import options as command_line
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("pretrain", "distill", "finetune")
+STAGES = ("decoder", "pretrain", "distill", "finetune")
 USAGE = "python -m launcher.slurm submit --recipe NAME --data DIR --model NAME --output DIR"
 
 #: Options of engine/run.py that the templates take as variables.
@@ -111,10 +113,12 @@ def plan(options: Options, engine: dict[str, cli.Typed]) -> list[Job]:
     if config.data.path is None and config.recipe not in EXAMPLES:
         raise UserError("--data is missing: name a folder made by python -m data.pack")
     chain = [] if options.stages == "all" else options.stages.split(",")
+    if chain[:1] == ["pretrain"] and config.decoder.auto and config.model.path != "scratch":
+        chain.insert(0, "decoder")  # whether the model has one is seen where it can be read
     if options.seeds > 1 and "finetune" not in chain:
         raise UserError(
             f"--seeds {options.seeds} is an array of the stage finetune: add --stages"
-            f" {','.join(STAGES)}, or take --finetune.seeds {options.seeds} in one job"
+            f" {','.join(STAGES[1:])}, or take --finetune.seeds {options.seeds} in one job"
         )
     variables = {name.upper(): "" for name in VARIABLES} | {"SELFDISTILL_ROOT": str(ROOT)}
     arguments: list[str] = []

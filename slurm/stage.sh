@@ -1,5 +1,5 @@
 #!/bin/bash
-# One stage: pretrain, distill or finetune.
+# One stage: decoder, pretrain, distill or finetune.
 #   STAGE=distill RECIPE=vit_base DATA=shards/cub MODEL=facebook/vit-mae-base OUTPUT=runs/cub \
 #       sbatch --nodes=4 slurm/stage.sh
 # As a job array it fine-tunes once for each index, with that seed, in OUTPUT/seeds/INDEX:
@@ -31,4 +31,4 @@ if [ "${STAGE:-}" = finetune ] && [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     one_seed
     launch --stage finetune --seed "$SEED"
 fi
-launch --stage "${STAGE:?is not set: pretrain, distill or finetune}"
+launch --stage "${STAGE:?is not set: decoder, pretrain, distill or finetune}"

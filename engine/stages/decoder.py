@@ -18,7 +18,6 @@ from typing import Any
 
 from torch import nn
 
-from selfdistill.data.errors import UserError
 from selfdistill.data.files import refuse_open
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.checkpoint import BEFORE, FREE
@@ -68,11 +67,7 @@ def _source(run: Run) -> Manifest:
 
 
 def train_decoder(run: Run) -> None:
-    """Stage 0, where the model has no decoder; with --stage all nothing else is asked for.
-
-    Raises:
-        UserError: the model has one, and --stage decoder asks for it.
-    """
+    """Stage 0, where the model has no decoder; where it has one, --stage decoder says so."""
     config = run.config
     if config.stage == "all" and (
         not config.decoder.auto
@@ -84,9 +79,7 @@ def train_decoder(run: Run) -> None:
     base = modality.load()
     if base.decoder is not None:
         if config.stage == NAME:
-            raise UserError(
-                f"{base.origin} has a decoder: nothing is to be done: go on with --stage pretrain"
-            )
+            run.info(f"{NAME}: {base.origin} has one: nothing to do; go on with --stage pretrain")
         return
     stage = Decoder(run, base, modality)
     kept = _shelf() / _key(stage)

@@ -52,14 +52,38 @@ def test_a_chain_waits_stage_by_stage_and_fine_tunes_as_an_array(
 ) -> None:
     assert call(*GIVEN, *CHAIN, "--seeds", "5", "--seed=7", "--dry_run") == 0
     found = commands(capsys.readouterr().out)
-    assert [variables["STAGE"] for variables, _ in found] == CHAIN[1].split(",")
+    assert [variables["STAGE"] for variables, _ in found] == ["decoder", *CHAIN[1].split(",")]
     assert "--dependency" not in " ".join(found[0][1])
-    for (_, words), before in zip(found[1:], ("pretrain", "distill"), strict=True):
+    for (_, words), before in zip(found[1:], ("decoder", "pretrain", "distill"), strict=True):
         assert f"--dependency=afterok:<id of {before}>" in words
         assert "--kill-on-invalid-dep=yes" in words
-    assert "--array=0-4" in found[2][1]
-    assert found[2][0]["SEED"] == "7"
-    assert "--seed" not in found[2][0]["ARGS"]  # each task gives its own
+    assert "--array=0-4" in found[3][1]
+    assert found[3][0]["SEED"] == "7"
+    assert "--seed" not in found[3][0]["ARGS"]  # each task gives its own
+
+
+@pytest.mark.parametrize(
+    ("words", "first"),
+    [
+        (["--stages", "decoder,pretrain"], "decoder"),  # once
+        (["--stages", "pretrain", "--decoder.auto", "false"], "pretrain"),
+        (["--stages", "distill,finetune"], "distill"),
+    ],
+)
+def test_where_a_chain_begins(
+    capsys: pytest.CaptureFixture[str], words: list[str], first: str
+) -> None:
+    assert call(*GIVEN, *words, "--dry_run") == 0
+    stages = [variables["STAGE"] for variables, _ in commands(capsys.readouterr().out)]
+    assert stages[0] == first
+    assert stages.count(first) == 1
+
+
+def test_a_model_from_scratch_has_a_decoder(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [w for w in GIVEN if not w.startswith("--model")]
+    assert call(*words, "--model=scratch", "--stages", "pretrain", "--dry_run") == 0
+    ((variables, _),) = commands(capsys.readouterr().out)
+    assert variables["STAGE"] == "pretrain"
 
 
 def test_without_a_recipe_the_default_of_the_templates_is_not_taken(

@@ -74,7 +74,7 @@ def said(root: Path) -> str:
         | {"save_every": 1, "keep_finished": False, "finetune.metric": "macro_f1"},
         images
         | {"stage": "decoder", "output": str(runs / "whole")}
-        | {"model": str(root / "images" / "base"), "expect_error": "has a decoder: nothing"},
+        | {"model": str(root / "images" / "base")},
         common
         | {"stage": "pretrain", "output": str(runs / "zero0"), "model": str(root / "other")}
         | {"expect_error": "is the decoder of another encoder"},
@@ -157,6 +157,11 @@ def test_checkpoints_of_what_is_complete_may_go(root: Path, said: str) -> None:
     assert (root / "runs" / "none" / "pretrain" / "checkpoints").is_dir()
     assert (root / "runs" / "off" / "finetune" / "result.json").exists()
     assert not list((root / "runs" / "off").rglob("checkpoints"))
+
+
+def test_a_model_with_a_decoder_needs_none(root: Path, said: str) -> None:
+    assert said.count(f"decoder: {root / 'images' / 'base'} has one: nothing to do") == 1
+    assert not (root / "runs" / "whole" / "decoder").exists()
 
 
 def test_it_is_found_again(root: Path, said: str) -> None:

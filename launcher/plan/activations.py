@@ -163,14 +163,21 @@ def whole_images(
     return pixels + masks + norm + stack_bytes(blocks, tokens, size, mask=mask, cut=cut)
 
 
-def masked_images(shape: Shape, size: int, part: Part = WHOLE, recompute: bool = False) -> float:
-    """Of an image in masked auto-encoding: kept patches, decoder, the loss on pixels in fp32."""
+def masked_images(
+    shape: Shape, size: int, part: Part = WHOLE, recompute: bool = False, *, frozen: bool = False
+) -> float:
+    """Of an image in masked auto-encoding: kept patches, decoder, the loss on pixels in fp32.
+
+    Of an encoder that is frozen, as in stage 0, its output alone is kept, which the decoder reads.
+    """
     hidden = shape.patches - shape.kept
     kept_pixels, hidden_pixels = (n * shape.patch_values for n in (shape.kept, hidden))
     kept_pixels *= part.adapt == "full"
     tokens = shape.prefix + shape.kept
     encoder = stack_bytes(encoder_blocks(shape, part, recompute), tokens, size)
     encoder += _norm_bytes(encoder_blocks(shape), tokens, size)
+    if frozen:
+        encoder, kept_pixels = (1.0 + shape.kept) * shape.width * size, 0
     blocks, cut = decoder_blocks(shape, recompute), None if recompute else Cut(hidden, 3, 1)
     decoder = stack_bytes(blocks, 1 + shape.patches, size, cut=cut)
     decoder += _norm_bytes(blocks, hidden, size)
@@ -196,6 +203,7 @@ def masked_texts(
     *,
     mask: int,
     cuts: bool,
+    frozen: bool = False,
 ) -> float:
     """Of a text in masked language modelling; the head sees its masked tokens alone.
 
@@ -207,10 +215,13 @@ def masked_texts(
         size: bytes of a value.
         mask: see `block_bytes`.
         cuts: whether the last layer runs on the masked tokens alone (`LastRows`).
+        frozen: whether the encoder is, as in stage 0: it then leaves nothing.
     """
     # Dense layer, GELU, LayerNorm; logits in fp32 (and in the network's type before), and either
     # their logarithms or, later, their gradient.
     logits = vocabulary * (8 + (size if size < 4 else 0))
     head = masked * (4 * blocks.width * size + logits)
+    if frozen:
+        return head
     cut = Cut(masked, 5, 0) if cuts else None
     return whole_texts(blocks, tokens, size, mask=mask, cut=cut) + head

@@ -56,7 +56,7 @@ class Job:
 
     Attributes:
         name: as its folder.
-        stage: of the three.
+        stage: which.
         section: its settings.
         repeats: rounds of distillation; seeds and starts of fine-tuning.
         samples: of the split that it learns from.
@@ -163,7 +163,7 @@ def prepare(options: Options, config: Config) -> Plan:
     classes = options.classes or (len(labelled.classes) if labelled else 10)
     jobs = [
         _job(name, stage, repeats, options, config, manifests)
-        for name, stage, repeats in _stages(config)
+        for name, stage, repeats in _stages(config, work)
     ]
     if labelled and not classes:
         if config.stage == "finetune":
@@ -179,14 +179,20 @@ def prepare(options: Options, config: Config) -> Plan:
     return Plan(options, config, device, work, jobs, classes, mode, manifests)
 
 
-def _stages(config: Config) -> list[tuple[str, Stage, int]]:
+def _stages(config: Config, work: Workload) -> list[tuple[str, Stage, int]]:
     """Name, stage and repeats of what --stage runs."""
+    if config.stage == "decoder" and work.whole:
+        raise UserError(
+            f"{config.model.path} has a decoder, stage 0 has nothing to do: plan another --stage"
+        )
     starts = 2 + config.rounds if config.stage == "all" and config.compare else 1
     found: list[tuple[str, Stage, int]] = [
         ("pretrain", "pretrain", 1),
         ("distill", "distill", config.rounds),
         ("finetune", "finetune", starts * config.finetune.seeds),
     ]
+    if not work.whole and (config.decoder.auto or config.stage == "decoder"):
+        found.insert(0, ("decoder", "decoder", 1))
     return [entry for entry in found if config.stage in (entry[1], "all")]
 
 
@@ -196,12 +202,15 @@ def _manifests(config: Config) -> dict[str, Manifest]:
     if path is None:
         return {}
     found = {}
-    there = not is_remote(path) and (Path(path) / "unlabelled").is_dir()
-    if split == "unlabelled" or (split == "auto" and there):
+    if split == "unlabelled" or (split == "auto" and _unlabelled(path)):
         found["unlabelled"] = Manifest.load_split(path, "unlabelled", cache)
     if config.stage in ("finetune", "all") or not found:
         found["train"] = Manifest.load_split(path, "train", cache)
     return found
+
+
+def _unlabelled(path: str) -> bool:
+    return not is_remote(path) and (Path(path) / "unlabelled").is_dir()
 
 
 def _work(options: Options, config: Config, manifests: dict[str, Manifest]) -> Workload:
@@ -241,6 +250,12 @@ def _job(
     content = zero.training_config(plain, section, options.devices)
     train = manifests.get("train")
     manifest = train if stage == "finetune" else manifests.get("unlabelled", train)
+    general = config.decoder.data if stage == "decoder" else None
+    if general is not None:
+        split = config.data.split
+        if split == "auto":
+            split = "unlabelled" if _unlabelled(general) else "train"
+        manifest = Manifest.load_split(general, split, config.data.cache_dir)
     samples, size = options.samples, None
     if manifest:
         samples = manifest.samples

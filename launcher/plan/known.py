@@ -53,3 +53,7 @@ TEXTS = {
     "sentence-transformers/all-MiniLM-L6-v2": BertConfig(**_MINILM),
     "answerdotai/ModernBERT-base": ModernBertConfig(),
 }
+#: Of these, those that come without a decoder: stage 0 trains one.
+BARE = frozenset(name for name in IMAGES if "/vit-mae-" not in name) | {
+    "sentence-transformers/all-MiniLM-L6-v2"
+}

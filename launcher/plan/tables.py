@@ -47,7 +47,9 @@ def need(plan: Plan, job: Job, content: dict[str, Any]) -> memory.Need:
     """Memory of one device in a stage under a DeepSpeed configuration."""
     parameters, world = plan.work.parameters(job.stage, plan.classes), plan.options.devices
     teacher = _teacher(plan, content) if job.stage == "distill" else 0.0
-    copies = plan.product * parameters.all if plan.product < plan.size else 0
+    # Autocast keeps no copies of what has no gradient.
+    copied = parameters.trained if job.stage == "decoder" else parameters.all
+    copies = plan.product * copied if plan.product < plan.size else 0
     if copies and job.stage == "distill" and plan.config.adapt != "full":
         copies += plan.product * parameters.frozen  # autocast keeps copies of trained ones alone
     return memory.need(

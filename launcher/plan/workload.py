@@ -31,7 +31,7 @@ from selfdistill.launcher.plan.activations import (
     peak,
     whole_images,
 )
-from selfdistill.launcher.plan.known import IMAGES, TEXTS
+from selfdistill.launcher.plan.known import BARE, IMAGES, TEXTS
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,14 @@ class Workload(ABC):
         origin: the model's name or folder, and its shape in words.
         modality: the engine's own, which counts FLOPs.
         base: weights of which only the shape is known.
+        whole: whether the model has a decoder; else stage 0 trains one.
     """
 
     samples: str
     origin: str
     modality: Modality
     base: Any
+    whole: bool
 
     @abstractmethod
     def network(self, stage: Stage, classes: int) -> nn.Module:
@@ -149,9 +151,10 @@ class ImageWork(Workload):
         self.part = Part(run.config.adapt, run.config.lora.rank)
         path = run.config.model.path
         if path is None or path == "scratch":
-            base = self.modality.load()
+            base, self.whole = self.modality.load(), True
         else:
-            base = _weightless(self._shape(path), path)
+            shape, self.whole = self._found(path)
+            base = _weightless(shape, path)
         settings = run.config.mae
         shape = replace(
             base.shape, mask_ratio=settings.ratio, normalize_pixels=settings.normalize_pixels
@@ -163,20 +166,25 @@ class ImageWork(Workload):
             f" {shape.decoder_depth}"
         )
 
-    def _shape(self, path: str) -> Shape:
+    def _found(self, path: str) -> tuple[Shape, bool]:
+        """The shape, and whether there is a decoder."""
         if path in IMAGES and not Path(path).exists():
-            shape = IMAGES[path]
+            shape, whole = IMAGES[path], path not in BARE
         elif Path(path).exists():
-            shape = formats.read(Path(path), path).shape
+            found = formats.read(Path(path), path)
+            shape, whole = found.shape, bool(found.decoder)
         else:
             raise unknown(path)
-        return replace(shape, image_size=self.config.model.image_size or shape.image_size)
+        return replace(shape, image_size=self.config.model.image_size or shape.image_size), whole
 
     def network(self, stage: Stage, classes: int) -> nn.Module:
         """See `Workload`."""
         if stage == "finetune":
             return ViTClassifier(ViTEncoder(self.shape), classes)
         network = ViTMAE(self.shape)
+        if stage == "decoder":
+            network.encoder.requires_grad_(False)
+            return network
         adapters.adapt(network.encoder, self.config)
         return network
 
@@ -197,6 +205,9 @@ class ImageWork(Workload):
             mask, cls_only = int(config.finetune.dropout > 0), config.finetune.settled == "cls"
             saved = whole_images(shape, size, mask=mask, cls_only=cls_only, recompute=again)
             return peak(saved, whole, size, mask=mask)
+        if stage == "decoder":
+            parts = [(decoder_blocks(shape, again), 1 + shape.patches)]
+            return peak(masked_images(shape, size, recompute=again, frozen=True), parts, size)
         part = self.part
         whole = [(encoder_blocks(shape, part, again), shape.prefix + shape.patches)]
         masked = masked_images(shape, size, part, again)

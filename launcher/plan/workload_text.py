@@ -31,7 +31,7 @@ from selfdistill.launcher.plan.activations import (
     peak,
     whole_texts,
 )
-from selfdistill.launcher.plan.known import TEXTS
+from selfdistill.launcher.plan.known import BARE, TEXTS
 from selfdistill.launcher.plan.workload import Workload, unknown
 
 #: Bytes of English that make one token of RoBERTa's, roughly; special tokens of a text.
@@ -64,6 +64,7 @@ class TextWork(Workload):
                 "--model is missing: a hub name (FacebookAI/roberta-base), a folder, or scratch"
             )
         config = _read(path, run)
+        self.whole = _whole(path, config)
         self.limit = _limit(config)
         limit = run.config.text.max_length
         if limit is not None and limit > self.limit:
@@ -97,6 +98,9 @@ class TextWork(Workload):
             config.num_labels = classes
             return TextClassifier(config, self.config.finetune.settled)
         network = MaskedLanguageModel(config)
+        if stage == "decoder":
+            network.encoder.requires_grad_(False)
+            return network
         adapters.adapt(network.encoder, self.config)
         return network
 
@@ -139,7 +143,10 @@ class TextWork(Workload):
             size,
             mask=int(rate > 0),
             cuts=cuts(config),
+            frozen=stage == "decoder",
         )
+        if stage == "decoder":
+            return masked
         if stage == "pretrain":
             return peak(masked, stacks, size, mask=int(rate > 0))
         if self.config.distill.settled != "cls":
@@ -178,6 +185,16 @@ def _read(path: str, run: Run) -> PreTrainedConfig:
             f" is not known here: take one of {', '.join(HEADS)}"
         )
     return config
+
+
+def _whole(path: str, config: PreTrainedConfig) -> bool:
+    """Whether a model has its MLM head, by its name or by the class that config.json tells."""
+    if path == "scratch" or not Path(path).exists():
+        return path not in BARE
+    classes = config.architectures
+    return classes is None or any(
+        name.endswith(("ForMaskedLM", "ForPreTraining")) for name in classes
+    )
 
 
 def _limit(config: PreTrainedConfig) -> int:

@@ -181,6 +181,9 @@ def check_arguments(function: Callable[..., Any], argv: Sequence[str]) -> None:
 
 def kind_of(annotation: Any) -> str:
     """A short name of what an option takes, for a page of help: int, cls|mean, float,float."""
+    if typing.get_origin(annotation) is Annotated:  # its last note may say it
+        inner, *notes = typing.get_args(annotation)
+        return notes[-1] if isinstance(notes[-1], str) else kind_of(inner)
     inside = [part for part in typing.get_args(annotation) if part is not type(None)]
     if typing.get_origin(annotation) is typing.Literal:
         return "|".join(map(str, inside))
@@ -264,7 +267,7 @@ def _validated(function: Callable[..., Any]) -> Callable[..., None]:
         try:
             return adapter.validate_python(None if text in ("None", "none", "null") else text)
         except pydantic.ValidationError as error:
-            reason = error.errors()[0]["msg"]
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
             hint = nearest(str(text), _choices(annotation), prefix="")
             raise UserError(f"option --{name}: {reason}, not {text!r}.{hint}") from None
 

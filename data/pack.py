@@ -146,7 +146,7 @@ def _extra(root: Path, found: _Found, columns: Columns, notes: list[str]) -> Sam
 
 def _kind(
     found: _Found,
-    size: int | None,
+    size: images.Size | None,
     keep_original: bool,
     span: Range | None,
     chosen: Channels | None,
@@ -191,7 +191,7 @@ def _renumbered(found: Splits, split: str, out_dir: Path) -> Splits:
 def pack(
     source: str,
     out: str,
-    size: int | None = None,
+    size: images.Size | None = None,
     keep_original: bool = False,
     range: str | None = None,
     channels: str | None = None,
@@ -226,6 +226,7 @@ def pack(
         out: The data set's folder, e.g. shards/cub.
         size: Side in pixels; images are fitted to this square (short side bicubic, centre crop) and
             stored as PNG. By default their own if they are squares of one size up to 224, else 224.
+            224x448 is a rectangle, height x width, that they are scaled to cover.
         keep_original: Store the files as they are; training then fits them each time.
         range: LOW,HIGH, the values of pictures of more than 8 bits that are black and white, or
             auto, the smallest and largest of the set; by default auto where 16-bit pictures use

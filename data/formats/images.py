@@ -11,9 +11,12 @@ read.
 
 import contextlib
 import io
+import re
 from collections.abc import Callable
+from typing import Annotated
 
 import numpy as np
+import pydantic
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -44,6 +47,46 @@ SUFFIXES = frozenset(
         "dcm",
     ]
 )
+
+
+#: Height and width in pixels.
+Sides = tuple[int, int]
+
+
+def size_of(value: object) -> int | Sides:
+    """An image's size as it is typed or stands in a file: 224, "224", "224x448" or [224, 448].
+
+    Returns:
+        Pixels: the side of a square, or height and width of another rectangle.
+
+    Raises:
+        ValueError: It is none, or a side is not of 1 to 32,768 pixels.
+    """
+    found = [value]
+    if isinstance(value, list | tuple):
+        found = list(value)
+    elif isinstance(value, str) and re.fullmatch("[0-9]{1,9}(x[0-9]{1,9})?", value):
+        found = [int(side) for side in value.split("x")]
+    if len(found) not in (1, 2) or any(type(side) is not int for side in found):
+        raise ValueError("give a side in pixels, such as 224, or height x width, such as 224x448")
+    numbers = [side for side in found if isinstance(side, int)]
+    if not 0 < min(numbers) <= max(numbers) <= 2**15:
+        raise ValueError("give sides of 1 to 32768 pixels")
+    return numbers[0] if len(set(numbers)) == 1 else (numbers[0], numbers[1])
+
+
+#: Side of a square, or height and width, in pixels; the last note is what --help says.
+Size = Annotated[int | Sides, pydantic.PlainValidator(size_of), "int|HEIGHTxWIDTH"]
+
+
+def sides(size: Size) -> Sides:
+    """Height and width of a size."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def typed(size: Size) -> str:
+    """A size as it is typed: 224, or 224x448."""
+    return str(size) if isinstance(size, int) else "x".join(map(str, size))
 
 
 #: Called once for an image of which something beside the picture could not be read.
@@ -238,40 +281,47 @@ def read(
     return _image(_read(content, None, on_unreadable, span, chosen))
 
 
-def fit(image: Image.Image, size: int) -> Image.Image:
-    """Short side to `size` (bicubic, antialiased), then the centre square.
+def fit(image: Image.Image, size: Size) -> Image.Image:
+    """Scales an image (bicubic, antialiased) until it just covers `size`, then cuts the centre.
 
-    To the pixel what transformers' image processors do where Pillow resizes for them, so that an
-    export sees what was scored; by torchvision they differ by one level of 255.
+    A square is to the pixel what transformers' image processors make of it where Pillow resizes for
+    them, so that an export sees what was scored; by torchvision they differ by one level of 255.
+    These processors cover no other rectangle. There it is what timm's evaluation makes of it.
 
     Args:
         image: Mode L or RGB.
         size: Pixels.
 
     Returns:
-        The image, size x size.
+        The image of that size.
     """
-    if image.size == (size, size):
+    high, wide = sides(size)
+    if image.size == (wide, high):
         return image
-    short = min(image.size)
-    width, height = (int(size * side / short) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
+    if high == wide:
+        short = min(image.size)
+        width, height = (int(high * side / short) for side in image.size)
+        left, top = (width - wide) // 2, (height - high) // 2
+    else:
+        ratio = min(image.height / high, image.width / wide)
+        width, height = round(image.width / ratio), round(image.height / ratio)
+        left, top = round((width - wide) / 2), round((height - high) / 2)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    return resized.crop((left, top, left + size, top + size))
+    return resized.crop((left, top, left + wide, top + high))
 
 
 def prepare(
     content: bytes,
-    size: int | None,
+    size: Size | None,
     on_unreadable: OnUnreadable = None,
     span: depth.Range | None = None,
     chosen: channels.Channels | None = None,
 ) -> bytes:
-    """An image file as it is packed: fitted to a square, PNG, without loss.
+    """An image file as it is packed: fitted to a size, PNG, without loss.
 
     Args:
         content: The file's bytes.
-        size: Side of the square in pixels; None keeps the image's own.
+        size: What it is fitted to, in pixels; None keeps the image's own.
         on_unreadable: See `read`.
         span: See `read`.
         chosen: See `read`.
@@ -293,7 +343,7 @@ def prepare(
 
 def decode(
     content: bytes,
-    size: int | None,
+    size: Size | None,
     name: str = "image",
     on_unreadable: OnUnreadable = None,
     span: depth.Range | None = None,
@@ -302,7 +352,7 @@ def decode(
 
     Args:
         content: The file's bytes.
-        size: Images of another size are fitted to this square; None leaves them as they are.
+        size: Images of another size are fitted to this one; None leaves them as they are.
         name: Of the sample, for errors.
         on_unreadable: See `read`.
         span: See `read`.
@@ -314,14 +364,15 @@ def decode(
         BrokenData: The image is unreadable.
     """
     try:
-        found = _read(content, size, on_unreadable, span)
+        # A turned picture's sides change places: the longer one stands for both.
+        longest = None if size is None else max(sides(size))
+        found = _read(content, longest, on_unreadable, span)
     except ValueError as error:
         raise BrokenData(
             f"{name}: the image cannot be read: {error}: pack it again from a whole file, or"
             " allow some to be skipped (--data.skip_broken)"
         ) from None
-    ready = isinstance(found, np.ndarray) and found.shape[:2] == (size, size)
-    if size is not None and not ready:
+    if size is not None and not (isinstance(found, np.ndarray) and found.shape[:2] == sides(size)):
         found = fit(_image(found), size)
     pixels = np.asarray(found)
     if pixels.ndim == 2:

@@ -1,5 +1,6 @@
 """Step 3, bytes -> tensors: decodes a sample, and collates the samples of a batch."""
 
+import math
 from typing import Any, Protocol
 
 import numpy as np
@@ -64,12 +65,12 @@ class Images:
     """Images as uint8 [b, 3, H, W] under the name `images`.
 
     Args:
-        size: Side in pixels to which images of another size are fitted; None leaves them, and then
+        size: In pixels, to which images of another size are fitted; None leaves them, and then
             those of a batch must be of one size.
         span: Range of pictures of more than 8 bits, as the manifest has it.
     """
 
-    def __init__(self, size: int | None = None, span: Range | None = None) -> None:
+    def __init__(self, size: images.Size | None = None, span: Range | None = None) -> None:
         self.size, self.span = size, span
         self.noted: list[str] = []
 
@@ -81,11 +82,11 @@ class Images:
         """See `Codec`; black."""
         if like is not None:
             return np.zeros_like(like)
-        return None if self.size is None else np.zeros((3, self.size, self.size), np.uint8)
+        return None if self.size is None else np.zeros((3, *images.sides(self.size)), np.uint8)
 
     def nbytes(self, rows: int) -> int | None:
         """See `Codec`."""
-        return None if self.size is None else rows * 3 * self.size**2
+        return None if self.size is None else rows * 3 * math.prod(images.sides(self.size))
 
     def collate(
         self, arrays: list[NDArray[Any]], names: list[str], room: NDArray[np.uint8] | None = None

@@ -53,7 +53,7 @@ def _opened(manifest: Manifest, options: Options) -> tuple[Reader, Codec]:
     if codec is None:
         if manifest.kind != "image":
             raise UserError(f"{manifest.root} holds {manifest.kind}: an image model cannot read it")
-        codec = Images(manifest.image.get("size"), manifest.span)
+        codec = Images(manifest.size, manifest.span)
     return reader, codec
 
 

@@ -88,14 +88,14 @@ class ImageModality:
     """Images.
 
     Attributes:
-        size: Side in pixels of the square that images are fitted to; None keeps their own.
+        size: In pixels, what images are fitted to; None keeps their own.
         keep_original: Store the files as they are.
         span: Range of more than 8 bits; None where there are no such pictures.
         chosen: Pages or channels of TIFFs that have several.
         unreadable: Those of which something beside the picture could not be read.
     """
 
-    size: int | None = DEFAULT_SIZE
+    size: images.Size | None = DEFAULT_SIZE
     keep_original: bool = False
     span: depth.Range | None = None
     chosen: channels.Channels | None = None
@@ -103,8 +103,8 @@ class ImageModality:
     name: ClassVar[Literal["image", "text"]] = "image"
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise UserError(f"size is {self.size} pixels: give 1 or more")
+        if self.size is not None and min(images.sides(self.size)) < 1:
+            raise UserError(f"size is {images.typed(self.size)} pixels: give 1 or more")
 
     def encode(self, sample: Sample) -> tuple[str, bytes]:
         """See `Kind`; a PNG, or the file as it is."""
@@ -127,11 +127,14 @@ class ImageModality:
 
     def entry(self) -> dict[str, Any]:
         """See `Kind`."""
+        how = "short side bicubic, centre crop"
+        if isinstance(self.size, tuple):
+            how = "both sides covered, bicubic, centre crop"
         as_is = self.keep_original or self.size is None
         found: dict[str, Any] = {
             "size": None if self.keep_original else self.size,
             "stored": "original" if self.keep_original else "png",
-            "fit": None if as_is else "short side bicubic, centre crop",
+            "fit": None if as_is else how,
         }
         return found | depth.entry(self.span)
 

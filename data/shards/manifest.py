@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from selfdistill.data import files, records
 from selfdistill.data.errors import UserError
 from selfdistill.data.formats import depth
+from selfdistill.data.formats.images import size_of
 from selfdistill.data.sources import unpacked
 from selfdistill.data.splits import SPLITS, UNLABELLED, Metric
 
@@ -65,8 +66,9 @@ class _Text(records.Record):
     metric: Metric | None = None
 
 
-#: Side in pixels; None where sizes differ.
-_Size = Annotated[int, pydantic.Field(ge=1, le=2**15)] | None
+_Side = Annotated[int, pydantic.Field(ge=1, le=2**15)]
+#: Side of squares, or height and width, in pixels; None where sizes differ.
+_Size = _Side | Annotated[list[_Side], pydantic.Field(min_length=2, max_length=2)] | None
 
 
 #: Black and white of pictures of more than 8 bits.
@@ -149,6 +151,7 @@ class Manifest:
         class_counts: Samples of each class.
         samples: Number of samples N; their ids are 0..N-1, the rows of `members`.
         image: What is known of the images, e.g. {"size": 64}; empty for other kinds.
+        size: Of the images, None where sizes differ.
         span: Range of the values of pictures of more than 8 bits, see `data.formats.depth`.
         text: What is known of the texts, e.g. {"pairs": False, "stored": "txt"}, and where it is
             known how they are scored "metric", one of `METRICS`; empty for other kinds.
@@ -174,7 +177,8 @@ class Manifest:
         self.class_counts = file.class_counts
         self.samples = file.samples
         self.image = file.image or {}
-        records.checked(_Size, self.image.get("size"), f"{what}: image.size", cure)
+        size = records.checked(_Size, self.image.get("size"), f"{what}: image.size", cure)
+        self.size = None if size is None else size_of(size)
         span = records.checked(_Range, self.image.get("range"), f"{what}: image.range", cure)
         self.span = depth.check((span[0], span[1]), f"{what}: {cure}") if span else None
         self.text = file.text.model_dump(exclude_none=True) if file.text else {}

@@ -35,6 +35,7 @@ def export_mae(
     """Writes a folder for transformers' ``ViTMAEForPreTraining``, or the encoder's own class.
 
     The encoder alone lies in it for timm (timm/), and of a ViT-MAE for ``ViTModel`` (encoder/).
+    Of rectangles transformers has no ViT-MAE, and of some types no encoder.
 
     Args:
         folder: to be made; an export that stands there is replaced.
@@ -51,15 +52,18 @@ def export_mae(
 
     def write(target: Path) -> None:
         plain = kind.config(shape), kind.tensors(encoder, shape)
-        if isinstance(kind, ViT):  # AutoModel would load the masked one, which hides patches
+        square = isinstance(shape.image_size, int)
+        if isinstance(kind, ViT) and square:  # AutoModel loads the masked one, which hides patches
             (target / "encoder").mkdir()
             _write_hugging_face(target / "encoder", *plain, shape, mean, std)
             _write_hugging_face(target, *masked(shape, encoder, decoder), shape, mean, std)
         else:  # transformers' class has no decoder: that lies beside
-            config = plain[0] | decoder_config(shape)
-            _write_hugging_face(target, config, plain[1], shape, mean, std)
+            if kind.has_class(shape):
+                config = plain[0] | decoder_config(shape)
+                _write_hugging_face(target, config, plain[1], shape, mean, std)
             _write_tensors(target / DECODER, decoder)
-        _write_timm(target / "timm", shape, encoder, [], "cls", mean, std)
+        more = {} if kind.has_class(shape) else decoder_config(shape)
+        _write_timm(target / "timm", shape, encoder, [], "cls", mean, std, more)
 
     _replace(Path(folder), write)
 
@@ -76,8 +80,8 @@ def export_classifier(
 ) -> None:
     """Writes a classifier for transformers' class of its type, and for timm in timm/.
 
-    Some of transformers' classes know one way of pooling, and some types have none: what they
-    cannot express is written for timm only.
+    Some of transformers' classes know one way of pooling or squares alone, and some types have
+    none: what they cannot express is written for timm only.
 
     Args:
         folder: to be made; an export that stands there is replaced.
@@ -95,7 +99,7 @@ def export_classifier(
     kind = types.fitting(shape, str(folder))
 
     def write(target: Path) -> None:
-        if kind.head(shape, pool) is not None:
+        if kind.head(shape, pool) is not None and kind.has_class(shape):
             config, tensors = kind.classifier(shape, encoder, head, pool)
             _write_hugging_face(target, config | _labels(classes), tensors, shape, mean, std)
         tensors = dict(encoder) | {f"head.{k}": v for k, v in head.items()}
@@ -176,10 +180,15 @@ def _write_timm(
     pool: str,
     mean: Sequence[float],
     std: Sequence[float],
+    more: Mapping[str, Any] | None = None,
 ) -> None:
-    """A folder for ``timm.create_model("local-dir:...")``; no classes: the features alone."""
+    """A folder for ``timm.create_model("local-dir:...")``; no classes: the features alone.
+
+    ``more`` is what config.json says beside what timm reads.
+    """
     target.mkdir()
-    _write_json(target / "config.json", _timm_config(shape, classes, pool, mean, std))
+    config = _timm_config(shape, classes, pool, mean, std) | dict(more or {})
+    _write_json(target / "config.json", config)
     tensors = dict(tensors)
     if not shape.class_token and pool == "mean":
         tensors = {k: v for k, v in tensors.items() if not k.startswith("attn_pool.")}
@@ -246,7 +255,7 @@ def _timm_config(
         "label_names": list(classes),
         "model_args": arguments,
         "pretrained_cfg": {
-            "input_size": [shape.channels, shape.image_size, shape.image_size],
+            "input_size": [shape.channels, *shape.sides],
             "fixed_input_size": True,
             "interpolation": "bicubic",
             "crop_pct": 1.0,
@@ -272,13 +281,17 @@ def _write_hugging_face(
     std: Sequence[float],
 ) -> None:
     _write_json(target / "config.json", config)
+    height, width = shape.sides
+    square = height == width
+    size = {"height": height, "width": width}
     _write_json(
         target / "preprocessor_config.json",
         {
             # As data/formats/images.py fits: short side, bicubic, centre square. ViTImageProcessor
             # of transformers 4 has no crop and squashes; Bit's does the same work in all versions.
+            # None covers a rectangle: images of another ratio are squashed, and not padded.
             "image_processor_type": "BitImageProcessor",
-            "do_center_crop": True,
+            "do_center_crop": square,
             "do_convert_rgb": True,
             "do_normalize": True,
             "do_rescale": True,
@@ -287,8 +300,8 @@ def _write_hugging_face(
             "image_std": list(std),
             "resample": 3,  # bicubic
             "rescale_factor": 1 / 255,
-            "size": {"shortest_edge": shape.image_size},
-            "crop_size": {"height": shape.image_size, "width": shape.image_size},
+            "size": {"shortest_edge": height} if square else size,
+            "crop_size": size,
         },
     )
     _write_tensors(target / "model.safetensors", tensors)

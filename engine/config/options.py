@@ -101,9 +101,14 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, (words, value) in typed.items():
         negated = words[0].lstrip("-").replace("-", "_") == f"no{name}"
-        values[name] = not negated if value is None else DefaultParseValue(value)
+        values[name] = not negated if value is None else _value(value)
     values.pop("local_rank", None)
     return values
+
+
+def _value(text: str) -> Any:
+    """What was typed as Python reads it; 0x48 is a wrong size, and no 72."""
+    return text if text.startswith("0x") else DefaultParseValue(text)
 
 
 #: Options of a recipe that may name something beside its file.

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from selfdistill.data.formats.images import MOST_PIXELS
+from selfdistill.data.formats.images import MOST_PIXELS, Size
 from selfdistill.data.records import BOUND
 
 
@@ -52,7 +52,7 @@ class DataSection(Section):
 class ShapeSection(Section):
     """Architecture of a model made from scratch (path = "scratch")."""
 
-    image_size: int = Field(64, gt=0)
+    image_size: Size = Field(64)
     patch_size: int = Field(8, gt=0)
     width: int = Field(192, gt=0)
     depth: int = Field(6, gt=0)
@@ -71,7 +71,9 @@ class ModelSection(Section):
     tokenizer: str | None = Field(
         None, description="folder of the tokenizer of a model from scratch"
     )
-    image_size: int | None = Field(None, gt=0, description="train at another resolution")
+    image_size: Size | None = Field(
+        None, description="train at another resolution (224, or 224x448: height x width)"
+    )
     shape: ShapeSection = Field(default_factory=ShapeSection)
 
 

@@ -67,9 +67,10 @@ def reconstruction(
         # As the loss: unbiased variance, and 1e-6 below the root.
         deviation = (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
         filled = filled * deviation + target.mean(dim=-1, keepdim=True)
-    filled = unpatchify(torch.where(hidden, filled, target), shape.patch_size)
+    filled = unpatchify(torch.where(hidden, filled, target), shape.patch_size, shape.grid)
     masked = patchify(pixels, shape.patch_size).masked_fill(hidden, 0.5)
-    rows = [pixels, unpatchify(masked, shape.patch_size), filled * stds + means]
+    masked = unpatchify(masked, shape.patch_size, shape.grid)
+    rows = [pixels, masked, filled * stds + means]
     return _grid([(row.clamp(0, 1) * 255).round().to(torch.uint8) for row in rows])
 
 

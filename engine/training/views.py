@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selfdistill.data import rng
+from selfdistill.data.formats.images import Size, sides
 from selfdistill.data.loading.datasets import Keyed
 
 #: Of a crop to fit, as torchvision has it.
@@ -43,11 +44,12 @@ class Flips:
 
 @dataclass(frozen=True)
 class Crops:
-    """Random crops, resized to the image's size; `images` uint8 [b, C, S, S].
+    """Random crops, resized to the image's size; `images` uint8 [b, C, H, W].
 
     The distribution is that of torchvision's `RandomResizedCrop` (Szegedy et al. 2015): the area's
     share uniform between two bounds, the logarithm of the ratio of the sides between those of 3/4
-    and 4/3, ten tries to fit, else the whole image.
+    and 4/3, ten tries to fit, else the whole image. The ratio is that to the image's own, so that
+    rectangles are stretched no more than squares.
 
     Attributes:
         seed: of the run.
@@ -66,28 +68,29 @@ class Crops:
         parts = (
             image[None, :, top : top + height, left : left + width]
             for image, (top, left, height, width) in zip(
-                images, self.boxes(positions, size[0]).tolist(), strict=True
+                images, self.boxes(positions, (size[0], size[1])).tolist(), strict=True
             )
         )
         resized = [F.interpolate(part, size, mode="bicubic", antialias=True) for part in parts]
         return {"images": torch.cat(resized).numpy()}
 
-    def boxes(self, positions: np.ndarray, side: int) -> np.ndarray:
+    def boxes(self, positions: np.ndarray, size: Size) -> np.ndarray:
         """Top, left, height and width of the crops, int64 [b, 4].
 
         Args:
             positions: int64 [b], in the stream.
-            side: of an image, in pixels.
+            size: of an image, in pixels.
         """
         draws = rng.uniform(self.seed, "crop", positions, 4 * _TRIES).astype(np.float64)
         share, ratio, down, across = np.moveaxis(draws.reshape(-1, _TRIES, 4), 2, 0)
-        area = side**2 * (self.smallest + share * (self.largest - self.smallest))
-        aspect = (4 / 3) ** (2 * ratio - 1)
+        height, width = sides(size)
+        area = height * width * (self.smallest + share * (self.largest - self.smallest))
+        aspect = (4 / 3) ** (2 * ratio - 1) * (width / height)
         sizes = np.rint(np.sqrt(np.stack([area / aspect, area * aspect], axis=2)))
-        corners = np.floor(np.stack([down, across], axis=2) * (side - sizes + 1))
-        fits: np.ndarray = np.all((sizes > 0) & (sizes <= side), axis=2)
+        corners = np.floor(np.stack([down, across], axis=2) * ((height, width) - sizes + 1))
+        fits: np.ndarray = np.all((sizes > 0) & (sizes <= (height, width)), axis=2)
         boxes = np.concatenate([corners, sizes], axis=2)[np.arange(len(fits)), fits.argmax(1)]
-        whole = np.array([0, 0, side, side])
+        whole = np.array([0, 0, height, width])
         return np.where(fits.any(axis=1, keepdims=True), boxes, whole).astype(np.int64)
 
 

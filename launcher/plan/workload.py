@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from selfdistill.data.errors import UserError
+from selfdistill.data.formats.images import typed
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.models import adapters
 from selfdistill.engine.models.images import formats
@@ -161,7 +163,7 @@ class ImageWork(Workload):
         )
         self.base, self.shape = replace(base, shape=shape), shape
         self.origin = (
-            f"{path}: ViT, {shape.image_size} pixels, patches of {shape.patch_size}, encoder"
+            f"{path}: ViT, {typed(shape.image_size)} pixels, patches of {shape.patch_size}, encoder"
             f" {shape.width} x {shape.depth}, decoder {shape.decoder_width} x"
             f" {shape.decoder_depth}"
         )
@@ -221,7 +223,7 @@ class ImageWork(Workload):
 
     def input_bytes(self) -> int:
         """See `Workload`: uint8 pixels."""
-        return self.shape.channels * self.shape.image_size**2
+        return self.shape.channels * math.prod(self.shape.sides)
 
 
 def _weightless(shape: Shape, origin: str) -> Pretrained:

@@ -17,13 +17,13 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return images.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size**2 * channels)
 
 
-def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
-    """The inverse of `patchify` for square images: [B, K, p·p·C] -> [B, C, H, W]."""
-    batch, count, values = patches.shape
-    grid, channels = round(count**0.5), values // patch_size**2
-    patches = patches.reshape(batch, grid, grid, patch_size, patch_size, channels)
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify` for images of a grid: [B, K, p·p·C] -> [B, C, H, W]."""
+    batch, _, values = patches.shape
+    (rows, columns), channels = grid, values // patch_size**2
+    patches = patches.reshape(batch, rows, columns, patch_size, patch_size, channels)
     return patches.permute(0, 5, 1, 3, 2, 4).reshape(
-        batch, channels, grid * patch_size, grid * patch_size
+        batch, channels, rows * patch_size, columns * patch_size
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from selfdistill.data.errors import UserError
+from selfdistill.data.formats.images import Size, sides, typed
 
 #: Of an MLP, under timm's names.
 Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
@@ -19,7 +21,7 @@ ENCODER = (
 
 #: The largest that a shape may have, well beyond any published: a file may say anything.
 _MOST = {
-    **dict.fromkeys(("image_size", "patch_size"), 2**14),
+    "patch_size": 2**14,
     **dict.fromkeys(("width", "decoder_width"), 2**16),
     **dict.fromkeys(("depth", "decoder_depth", "heads", "decoder_heads"), 2**10),
     **dict.fromkeys(("mlp_width", "decoder_mlp_width"), 2**18),
@@ -31,11 +33,12 @@ _MOST = {
 class Shape:
     """All that fixes a ViT-MAE apart from its weights; the defaults are the paper's.
 
-    ``image_size`` and ``patch_size`` are in pixels, one side of a square. ``mlp_width`` is the
-    hidden width of a block's MLP. ``norm_eps`` is 1e-12 in Hugging Face's models and 1e-6 in FAIR's
-    and timm's: it travels with the weights. ``mask_ratio`` is the share of patches that the encoder
-    does not see in pre-training. ``normalize_pixels``: the target is each patch's pixels less their
-    mean, over their standard deviation.
+    ``image_size`` and ``patch_size`` are in pixels, one side of a square; images may also be of a
+    height and another width, in this order. ``mlp_width`` is the hidden width of a block's MLP.
+    ``norm_eps`` is 1e-12 in Hugging Face's models and 1e-6 in FAIR's and timm's: it travels with
+    the weights. ``mask_ratio`` is the share of patches that the encoder does not see in
+    pre-training. ``normalize_pixels``: the target is each patch's pixels less their mean, over
+    their standard deviation.
 
     The others are what later encoders have: ``layer_scale``, a learnt factor for each channel of
     what a block adds (DINOv2); ``registers``, tokens beside the patches that no one reads (DINOv2
@@ -46,7 +49,7 @@ class Shape:
     (DINOv3).
     """
 
-    image_size: int
+    image_size: Size
     patch_size: int
     width: int
     depth: int
@@ -70,8 +73,10 @@ class Shape:
 
     def __post_init__(self) -> None:
         """Refuses a shape that no model can have, with a UserError."""
-        for name, most in _MOST.items():
-            value = getattr(self, name)
+        if isinstance(self.image_size, tuple) and len(set(self.image_size)) == 1:
+            object.__setattr__(self, "image_size", self.image_size[0])
+        given = [("image_size", side, 2**14) for side in sides(self.image_size)]
+        for name, value, most in (*given, *((n, getattr(self, n), m) for n, m in _MOST.items())):
             if type(value) is not int or not 0 < value <= most:
                 raise UserError(f"{name} is {value!r}: it must be a whole number, 1 to {most}")
         if type(self.registers) is not int or not 0 <= self.registers <= 64:
@@ -90,10 +95,12 @@ class Shape:
         for name, value in (("norm_eps", self.norm_eps), ("mask_ratio", self.mask_ratio)):
             if type(value) not in (int, float) or not 0 < value < 1:
                 raise UserError(f"{name} is {value!r}: it must be a number between 0 and 1")
-        if self.image_size % self.patch_size:
+        if any(side % self.patch_size for side in self.sides):
+            near = [max(1, round(s / self.patch_size)) * self.patch_size for s in self.sides]
+            square = isinstance(self.image_size, int)
             raise UserError(
-                f"image size {self.image_size} is not a multiple of patch size {self.patch_size}: "
-                f"take {max(1, round(self.image_size / self.patch_size)) * self.patch_size}"
+                f"image size {typed(self.image_size)} is not a multiple of patch size"
+                f" {self.patch_size}: take {typed(near[0] if square else (near[0], near[1]))}"
             )
         for name, width, heads in (
             ("width", self.width, self.heads),
@@ -111,14 +118,20 @@ class Shape:
             )
 
     @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
+    def sides(self) -> tuple[int, int]:
+        """Height and width of an image, in pixels."""
+        return sides(self.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.sides
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def patches(self) -> int:
         """Patches in an image, K."""
-        return self.grid**2
+        return math.prod(self.grid)
 
     @property
     def prefix(self) -> int:

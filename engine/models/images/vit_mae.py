@@ -20,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selfdistill.data.formats.images import Size, sides
 from selfdistill.engine.models.images.patches import KeptPatchEmbed, patchify, pick
 from selfdistill.engine.models.images.rows_block import CLS, RowsBlock
 from selfdistill.engine.models.images.shape import Shape, kept_patches
@@ -69,17 +70,23 @@ def mae_loss(prediction: Tensor, images: Tensor, hidden: Tensor, normalize_pixel
     return F.mse_loss(prediction.float(), target)
 
 
-def position_table(width: int, grid: int) -> Tensor:
-    """Fixed sine-cosine position embeddings, CLS first (zeros): float32 [1, 1 + grid·grid, width].
+def position_table(width: int, grid: Size) -> Tensor:
+    """Fixed sine-cosine position embeddings, CLS first (zeros): float32 [1, 1 + K, width].
 
     FAIR's MAE code, and so every published MAE weight, has the patch's *column* in the first half
     of the vector and its row in the second, each as (sines, cosines) of frequencies
     10000^(-i/(width/4)). Computed in float64.
+
+    Args:
+        width: of a vector.
+        grid: patches along a side, or rows and columns of them, K in all.
     """
+    rows, columns = sides(grid)
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
+    angle = torch.arange(max(rows, columns), dtype=torch.float64)[:, None] * frequency
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)
-    table = torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)], dim=1)
+    across, down = axis[:columns].repeat(rows, 1), axis[:rows].repeat_interleave(columns, dim=0)
+    table = torch.cat([across, down], dim=1)
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), table]).float()[None]
 
 
@@ -122,7 +129,7 @@ class ViTEncoder(VisionTransformer):
                 first.
         """
         super().__init__(
-            img_size=shape.image_size,
+            img_size=shape.sides,
             patch_size=shape.patch_size,
             in_chans=shape.channels,
             num_classes=0,
@@ -152,7 +159,7 @@ class ViTEncoder(VisionTransformer):
         self.rope = None
         if shape.rope:
             self.rope = RotaryEmbeddingDinoV3(
-                shape.width // shape.heads, shape.rope, feat_shape=[shape.grid] * 2
+                shape.width // shape.heads, shape.rope, feat_shape=list(shape.grid)
             )
         for block in self.blocks:
             block.mlp.drop1.p = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from selfdistill.data.errors import UserError
+from selfdistill.data.formats.images import Sides, Size, typed
 from selfdistill.engine.models.images import formats
 from selfdistill.engine.models.images.found import Found, check_sizes
 from selfdistill.engine.models.images.shape import Shape
@@ -53,15 +55,15 @@ class Pretrained:
         return cls(model.shape, encoder, decoder, IMAGENET_MEAN, IMAGENET_STD, "scratch", digest)
 
 
-def load_pretrained(source: str, image_size: int | None = None) -> Pretrained:
+def load_pretrained(source: str, image_size: Size | None = None) -> Pretrained:
     """Reads weights.
 
     Args:
         source: a Hugging Face folder or hub name (every type in `types`; safetensors or
             pytorch_model.bin; names of transformers 4 and 5), FAIR's .pth, a timm folder or hub
             name, or a timm .safetensors file.
-        image_size: side of the images to train on, if other than the source's. Sine-cosine
-            position embeddings are computed anew, learnt ones resampled; a note says which.
+        image_size: of the images to train on, if other than the source's. Sine-cosine position
+            embeddings are computed anew, learnt ones resampled; a note says which.
 
     Raises:
         UserError: unknown or unreadable source, another architecture, missing or strange tensors,
@@ -79,7 +81,8 @@ def load_pretrained(source: str, image_size: int | None = None) -> Pretrained:
             if part is not None and "pos_embed" in part:
                 table, antialias = part["pos_embed"], found.antialias
                 part["pos_embed"], how = _move(table, old.grid, shape.grid, antialias)
-        notes.append(f"image size {old.image_size} -> {image_size}: position embeddings {how}")
+        before, now = typed(old.image_size), typed(image_size)
+        notes.append(f"image size {before} -> {now}: position embeddings {how}")
     return Pretrained(
         shape=shape,
         encoder=encoder,
@@ -137,12 +140,12 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _move(table: Tensor, old: int, new: int, antialias: bool) -> tuple[Tensor, str]:
-    """Position embeddings [1, old² or 1 + old², D] for a grid of new², and how they were made."""
-    width, first = table.shape[2], table.shape[1] - old**2
+def _move(table: Tensor, old: Sides, new: Sides, antialias: bool) -> tuple[Tensor, str]:
+    """Position embeddings [1, K or 1 + K, D] for a grid of another K, and how they were made."""
+    width, first = table.shape[2], table.shape[1] - math.prod(old)
     if torch.allclose(table, position_table(width, old)[:, 1 - first :], atol=1e-3):
         return position_table(width, new)[:, 1 - first :].clone(), "(sine-cosine) computed anew"
     moved: Tensor = resample_abs_pos_embed(
-        table, [new, new], [old, old], num_prefix_tokens=first, antialias=antialias
+        table, list(new), list(old), num_prefix_tokens=first, antialias=antialias
     )
     return moved.contiguous(), "resampled (bicubic)"

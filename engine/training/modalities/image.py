@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from selfdistill.data.errors import UserError
+from selfdistill.data.formats.images import sides, typed
 from selfdistill.data.loading.codec import Images
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.export import export_classifier, export_mae
@@ -90,11 +91,12 @@ class ImageModality(Modality):
 
     def check(self, manifest: Manifest, base: Pretrained) -> None:
         """See `Modality`."""
-        packed, side = manifest.image.get("size"), base.shape.image_size
-        if packed is not None and packed != side:
+        packed, taken = manifest.size, base.shape.image_size
+        if packed is not None and packed != taken:
             raise UserError(
-                f"{manifest.root} holds {packed}x{packed} images, the model takes {side}: "
-                f"pack with --size {side}, or give --model.image_size {packed}"
+                f"{manifest.root} holds {typed(sides(packed))} images, the model takes"
+                f" {typed(taken)}: pack with --size {typed(taken)}, or give --model.image_size"
+                f" {typed(packed)}"
             )
 
     def windows(self, manifest: Manifest, base: Pretrained) -> None:
@@ -186,7 +188,7 @@ class ImageModality(Modality):
 
     def view(self, base: Pretrained) -> str:
         """See `Modality`."""
-        return f"full {base.shape.image_size}, mean {base.mean}, std {base.std}"
+        return f"full {typed(base.shape.image_size)}, mean {base.mean}, std {base.std}"
 
     def record(self) -> dict[str, Any]:
         """See `Modality`."""

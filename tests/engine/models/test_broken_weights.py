@@ -94,7 +94,7 @@ def broken(saved: Path, folder: Path, fault: str) -> Path:
         ("nan", "holds NaN"),
         ("relu", "only gelu"),
         ("words", "hidden_size is 'wide'"),
-        ("oblong", "not square"),
+        ("oblong", "its configuration asks for (1, 33"),
         ("truncated", "cannot be read"),
         ("no weights", "no weights"),
         ("broken json", "not valid JSON"),

@@ -180,7 +180,7 @@ def test_encoder_of_kept_patches_ignores_the_masked_ones() -> None:
 def test_patches_are_cut_in_transformers_order_and_put_back() -> None:
     images, _ = kit.batch()
     assert torch.equal(patchify(images, 4), kit.hf_mae().patchify(images))
-    assert torch.equal(unpatchify(patchify(images, 4), 4), images)
+    assert torch.equal(unpatchify(patchify(images, 4), 4, (images.shape[2] // 4,) * 2), images)
 
 
 def test_position_table_is_transformers_with_width_first() -> None:
@@ -190,6 +190,9 @@ def test_position_table_is_transformers_with_width_first() -> None:
     assert torch.equal(position_table(128, 4), embeddings.position_embeddings)
     # The first half tells the column: patches 1 and 5 of a grid of 4 share it.
     table = position_table(128, 4)[0, 1:]
+    for rows, columns in ((4, 2), (2, 4), (1, 4)):  # a part of the square's
+        part = table.view(4, 4, 128)[:rows, :columns].reshape(-1, 128)
+        assert torch.equal(position_table(128, (rows, columns))[0, 1:], part)
     assert torch.equal(table[1, :64], table[5, :64])
     assert not torch.equal(table[1, 64:], table[5, 64:])
 

@@ -41,6 +41,26 @@ def tile(page: torch.Tensor, row: int, column: int) -> torch.Tensor:
     return small
 
 
+def test_a_rectangle_comes_whole() -> None:
+    """A perfect prediction of 8 x 16 pixels: rows 0 and 2 of the page are the images."""
+    shape = Shape((8, 16), 4, 8, 1, 2, 16, 8, 1, 2, 16, normalize_pixels=False)
+    images = example()[0][:, :, 4:12]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    target = patchify((images / 255 - mean) / std, 4)
+    mask = torch.tensor([0, 1, 0, 1, 1, 0, 0, 1.0]).expand(3, -1)
+    page = pictures.reconstruction(images, target, mask, shape, MEAN, STD)
+    assert page.shape == (3, 3 * (64 + GAP) + GAP, 3 * (128 + GAP) + GAP)
+    for row in (0, 2):
+        for column in range(3):
+            top, left = GAP + row * (64 + GAP), GAP + column * (128 + GAP)
+            small = page[:, top : top + 64 : 8, left : left + 128 : 8].int()
+            assert (small - images[column].int()).abs().max() <= 1
+    top = GAP + 64 + GAP
+    grey = (page[:, top : top + 64 : 8, GAP : GAP + 128 : 8] == 128).all(0)
+    hidden = mask[0].view(2, 4).bool().repeat_interleave(4, 0).repeat_interleave(4, 1)
+    assert torch.equal(grey, hidden)
+
+
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("normalize_pixels", [False, True])
 def test_a_perfect_prediction_gives_the_original(normalised: bool, normalize_pixels: bool) -> None:

@@ -34,7 +34,7 @@ def _read(path: Path, origin: str) -> Found:
             f"{origin} is neither {', '.join(TORCH_FILES)} nor .safetensors: give one of them"
         )
     regular(path if not path.is_dir() else path / "config.json", "give another")
-    # A classifier that transformers has no class of is exported for timm alone.
+    # What transformers has no class of is exported for timm alone.
     folder = path if (path / "config.json").exists() else path / "timm"
     if not (folder / "config.json").exists():
         raise UserError(
@@ -42,5 +42,7 @@ def _read(path: Path, origin: str) -> Found:
         )
     config = records.read_object(folder / "config.json")
     if "architecture" in config:
-        return timm_folder.read(folder, config, origin)
+        beside = path / hugging_face.DECODER
+        decoder = beside if folder != path and beside.exists() else None
+        return timm_folder.read(folder, config, origin, decoder)
     return hugging_face.read(folder, config, origin)

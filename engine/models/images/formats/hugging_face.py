@@ -59,8 +59,8 @@ def read(folder: Path, config: dict[str, Any], origin: str) -> Found:
     normalized = values.get("norm_pix_loss", values["model_type"] != "vit_mae")
     shape = shape_of(
         origin,
-        image_size=_square(values, "image_size", 224, origin),
-        patch_size=_square(values, "patch_size", 16, origin),
+        image_size=_size(values, "image_size", 224, origin),
+        patch_size=_size(values, "patch_size", 16, origin),
         normalize_pixels=records.checked(bool, normalized, f"{origin}: norm_pix_loss"),
         activation=our_activation(values),
         **_numbers(values, origin),
@@ -75,6 +75,14 @@ def read(folder: Path, config: dict[str, Any], origin: str) -> Found:
     _leave_out(found, kind, unknown, values["model_type"])
     _read_processor(folder, found, kind)
     return found
+
+
+def decoder_of(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """A shape's fields that config.json says of the decoder and of its task."""
+    ours = {k: v for k, v in _numbers(config, origin).items() if k.startswith("decoder_")}
+    ratio, normalized = config.get("mask_ratio", 0.75), config.get("norm_pix_loss", True)
+    records.checked(bool, normalized, f"{origin}: norm_pix_loss")
+    return ours | {"mask_ratio": ratio, "normalize_pixels": normalized}
 
 
 def _numbers(values: Mapping[str, Any], origin: str) -> dict[str, float]:
@@ -110,13 +118,16 @@ def _bare(name: str, kind: ModelType) -> str:
     return name.removeprefix(prefix)
 
 
-def _square(config: Mapping[str, Any], key: str, default: int, origin: str) -> int:
+def _size(config: Mapping[str, Any], key: str, default: int, origin: str) -> Any:
+    """A number, or for images two; `Shape` bounds them."""
     value = config.get(key, default)
     sides = value if isinstance(value, list) else [value]
-    if not sides or any(type(side) is not int or side != sides[0] for side in sides):
-        raise UserError(f"{origin}: {key} {value} is not square: only square images are supported")
-    side: int = sides[0]
-    return side
+    square = all(side == sides[0] for side in sides)
+    pair = key == "image_size" and len(sides) == 2
+    if not sides or any(type(side) is not int for side in sides) or not (square or pair):
+        most = "one or two whole numbers" if key == "image_size" else "a whole number"
+        raise UserError(f"{origin}: {key} is {value} in config.json, not {most}: fetch it again")
+    return sides[0] if square else tuple(sides)
 
 
 def _read_processor(folder: Path, found: Found, kind: ModelType) -> None:

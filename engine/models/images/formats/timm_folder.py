@@ -18,14 +18,22 @@ from torch import Tensor, nn
 from selfdistill.data import records
 from selfdistill.data.errors import UserError
 from selfdistill.engine.models.images.formats.bare import drop_head, join_positions
+from selfdistill.engine.models.images.formats.hugging_face import decoder_of
 from selfdistill.engine.models.images.found import Found, normalise, shape_of
 from selfdistill.engine.models.images.types.base import IMAGENET_MEAN, IMAGENET_STD, Tensors
 from selfdistill.engine.models.images.types.deit import DeiT
-from selfdistill.engine.models.source import read_folder
+from selfdistill.engine.models.source import read_folder, read_safetensors
 
 
-def read(folder: Path, config: dict[str, Any], origin: str) -> Found:
-    """A folder as timm's hub saves it: the shape is asked of the model that timm builds from it."""
+def read(folder: Path, config: dict[str, Any], origin: str, decoder: Path | None = None) -> Found:
+    """A folder as timm's hub saves it: the shape is asked of the model that timm builds from it.
+
+    Args:
+        folder: with config.json and the weights.
+        config: what config.json says.
+        origin: the model's name, for messages.
+        decoder: file of the decoder's tensors, of which config.json then tells the shape.
+    """
     import timm
 
     name = records.checked(str, config["architecture"], f"{origin}: architecture")
@@ -55,7 +63,7 @@ def read(folder: Path, config: dict[str, Any], origin: str) -> Found:
     registers = model.num_prefix_tokens - int(model.cls_token is not None)
     shape = shape_of(
         origin,
-        image_size=model.patch_embed.img_size[0],
+        image_size=tuple(model.patch_embed.img_size),
         patch_size=model.patch_embed.patch_size[0],
         width=model.embed_dim,
         depth=len(model.blocks),
@@ -71,6 +79,7 @@ def read(folder: Path, config: dict[str, Any], origin: str) -> Found:
         pre_norm=isinstance(model.norm_pre, nn.LayerNorm),
         class_token=model.cls_token is not None,
         rope=model.rope.temperature if rotary else 0.0,
+        **({} if decoder is None else decoder_of(config, origin)),
     )
     tensors = read_folder(folder)
     if rotary:
@@ -78,7 +87,7 @@ def read(folder: Path, config: dict[str, Any], origin: str) -> Found:
     elif isinstance(model, VisionTransformerDistilled):
         renamed = {k.replace("dist_token", "reg_token"): v for k, v in tensors.items()}
         tensors = DeiT().incoming(renamed, origin)
-    found = Found(shape, tensors, {}, origin)
+    found = Found(shape, tensors, {} if decoder is None else read_safetensors(decoder), origin)
     join_positions(found)
     told = model.pretrained_cfg
     normalise(found, told.get("mean", IMAGENET_MEAN), told.get("std", IMAGENET_STD), origin)
@@ -163,7 +172,7 @@ def _is_plain(model: Any) -> bool:
         and isinstance(block.attn.q_norm, nn.Identity)
         and isinstance(model.norm, nn.LayerNorm)
         and isinstance(block.norm1, nn.LayerNorm)
-        and _square(model)
+        and _square_patches(model)
     )
 
 
@@ -187,10 +196,9 @@ def _is_dinov3(model: Any) -> bool:
         and isinstance(block.attn.norm, nn.Identity)
         and isinstance(model.norm, nn.LayerNorm)
         and isinstance(model.norm_pre, nn.Identity)
-        and _square(model)
+        and _square_patches(model)
     )
 
 
-def _square(model: Any) -> bool:
-    sides = (model.patch_embed.img_size, model.patch_embed.patch_size)
-    return all(len(set(side)) == 1 for side in sides)
+def _square_patches(model: Any) -> bool:
+    return len(set(model.patch_embed.patch_size)) == 1

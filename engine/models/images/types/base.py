@@ -133,6 +133,8 @@ class ModelType(ABC):
         mean: of each channel, where the checkpoint does not say it.
         std: the standard deviation, likewise.
         normalised_by: whose those are, in words.
+        squares: whether transformers' classes take a table of positions of a square for granted;
+            other images are for timm alone.
     """
 
     title: str
@@ -144,10 +146,15 @@ class ModelType(ABC):
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     normalised_by = "ImageNet's"
+    squares = False
 
     @abstractmethod
     def fits(self, shape: Shape) -> bool:
         """Whether a shape can be written as this type."""
+
+    def has_class(self, shape: Shape) -> bool:
+        """Whether transformers has a class of the encoder for images of this shape."""
+        return not self.squares or isinstance(shape.image_size, int)
 
     @abstractmethod
     def head(self, shape: Shape, pool: str) -> str | None:

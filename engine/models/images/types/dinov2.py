@@ -38,6 +38,7 @@ class DINOv2(ModelType):
     names = Names("encoder.layer", _PLAIN, _INSIDE | _PLAIN_MLP, vit.ALSO | _GATED_MLP, _PREFIXES)
     defaults: ClassVar = {"layer_norm_eps": 1e-6, "patch_size": 14}
     silent = tuple(f"{prefix}embeddings.mask_token" for prefix in ("", *_PREFIXES))
+    squares = True
 
     def fits(self, shape: Shape) -> bool:
         """See `ModelType`."""

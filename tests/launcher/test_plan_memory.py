@@ -62,14 +62,18 @@ class Distill(nn.Module):
         return loss + pick(tokens, self.feature).sum()
 
 
+@pytest.mark.parametrize("size", ["64", "48x80"])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("feature", ["cls", "mean"])
-def test_images(recompute: bool, feature: str) -> None:
-    shape = {f"model__shape__{name}": value for name, value in SHAPE.items()}
+def test_images(recompute: bool, feature: str, size: str) -> None:
+    sizes = SHAPE | {"image_size": size}
+    shape = {f"model__shape__{name}": value for name, value in sizes.items()}
     more = {"finetune__pool": feature, "distill__feature": feature, "finetune__dropout": 0}
     run = run_with(recompute, model="scratch", **shape, **more)
     work, kind = ImageWork(run), ImageModality(run)
-    images = torch.randint(0, 256, (BATCH, 3, 64, 64), dtype=torch.uint8)
+    images = torch.randint(0, 256, (BATCH, 3, *work.shape.sides), dtype=torch.uint8)
+    assert work.input_bytes() == images[0].numel()
+    assert f"{size} pixels" in work.origin
     noise = torch.rand(BATCH, work.shape.patches)
     classifier, mae = kind.classifier(work.base, ["a"], 0), kind.autoencoder(work.base)
     if recompute:

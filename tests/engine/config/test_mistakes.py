@@ -171,6 +171,18 @@ def table(root: Path) -> list[tuple[str, tuple[str, list[str]], str]]:
         ),
         ("images of another size", engine(r, model=r / "large"), "--size 32"),
         (
+            "images of another height",
+            engine(r, **{"model.image_size": "16x24"}),
+            "holds 16x16 images, the model takes 16x24: pack with --size 16x24, or give",
+        ),
+        (
+            "sides that patches do not fill",
+            engine(r, **{"model.image_size": "30x48"}),
+            "image size 30x48 is not a multiple of patch size 4: take 32x48",
+        ),
+        ("a height alone", engine(r, **{"model.image_size": "224x"}), "such as 224x448"),
+        ("no height", engine(r, **{"model.image_size": "0x3"}), "0x3: give sides of 1 to 32768"),
+        (
             "distil without a teacher",
             engine(r, "distill", output=r / "runs/new"),
             "--stage pretrain",

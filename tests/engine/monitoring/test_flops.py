@@ -27,6 +27,7 @@ ODD = Shape(48, 6, 64, 2, 4, 100, 96, 3, 2, 70, mask_ratio=0.5)
 BASE = Shape(224, 16, 768, 12, 12, 3072)
 DINO = Shape(48, 6, 64, 2, 4, 100, 96, 3, 2, 70, layer_scale=True, registers=4, gated=True)
 ROTARY = Shape(48, 6, 64, 2, 4, 100, 96, 3, 2, 70, layer_scale=True, registers=4, rope=100.0)
+OBLONG = Shape((48, 30), 6, 64, 2, 4, 100, 96, 3, 2, 70)
 SIGLIP = Shape(48, 6, 64, 2, 4, 100, 96, 3, 2, 70, class_token=False)
 
 
@@ -55,7 +56,7 @@ def _counted(
     cls_only: bool,
     config: Config,
 ) -> int:
-    images = torch.randn(batch, 3, shape.image_size, shape.image_size)
+    images = torch.randn(batch, 3, *shape.sides)
     noise = torch.rand(batch, shape.patches)
     model = ViTMAE(shape)
     adapters.adapt(model.encoder, config)
@@ -81,7 +82,7 @@ def _counted(
 
 
 @pytest.mark.parametrize("cls_only", [False, True])
-@pytest.mark.parametrize("shape", [SMALL, ODD, BASE, DINO, ROTARY, SIGLIP])
+@pytest.mark.parametrize("shape", [SMALL, ODD, BASE, DINO, ROTARY, SIGLIP, OBLONG])
 @pytest.mark.parametrize(
     ("stage", "teacher", "classes"),
     [

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from selfdistill.data import files, records
 from selfdistill.data.errors import UserError
 from selfdistill.data.formats import depth
-from selfdistill.data.formats.images import size_of
+from selfdistill.data.formats.images import Size, size_of
 from selfdistill.data.sources import unpacked
 from selfdistill.data.splits import SPLITS, UNLABELLED, Metric
 
@@ -66,9 +66,7 @@ class _Text(records.Record):
     metric: Metric | None = None
 
 
-_Side = Annotated[int, pydantic.Field(ge=1, le=2**15)]
-#: Side of squares, or height and width, in pixels; None where sizes differ.
-_Size = _Side | Annotated[list[_Side], pydantic.Field(min_length=2, max_length=2)] | None
+_Size = Annotated[int | list[int], pydantic.AfterValidator(size_of)] | None  # None: they differ
 
 
 #: Black and white of pictures of more than 8 bits.
@@ -178,7 +176,7 @@ class Manifest:
         self.samples = file.samples
         self.image = file.image or {}
         size = records.checked(_Size, self.image.get("size"), f"{what}: image.size", cure)
-        self.size = None if size is None else size_of(size)
+        self.size: Size | None = size
         span = records.checked(_Range, self.image.get("range"), f"{what}: image.range", cure)
         self.span = depth.check((span[0], span[1]), f"{what}: {cure}") if span else None
         self.text = file.text.model_dump(exclude_none=True) if file.text else {}

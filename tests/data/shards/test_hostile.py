@@ -185,7 +185,10 @@ def test_rows_of_a_table(split: Manifest, row: tuple[int, ...], says: str) -> No
         ({"members": {"file": "\0", "sha256": "0" * 64}}, "neither a plain"),
         ({"kind": "video"}, "kind"),
         *(({"image": {"size": size}}, "image.size") for size in ("x", 0, -1, 1e9, 10**9)),
-        *(({"image": {"size": size}}, "image.size") for size in ([4], [4, 0], ["4", 4], "4x8")),
+        *(
+            ({"image": {"size": size}}, "image.size")
+            for size in ([], [4, 0], ["4", 4], [4, 4, 4], "4x8")
+        ),
         ({"version": 2}, "version"),
     ],
 )

@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,26 @@ from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.models.images.vit_mae import ViTMAE
 from selfdistill.engine.models.images.weights import load_pretrained
 from selfdistill.engine.models.source import read_folder, read_torch
+from selfdistill.engine.models.texts.sentences import read_pooling, transformer
 from selfdistill.engine.models.texts.weights import load_language
 from tests.fuzz.harness import Target
 from tests.fuzz.inputs import changed, documents, edited
 
 _SHAPE = Shape(16, 8, 16, 2, 2, 32, 8, 1, 2, 16)  # the sizes, encoder's and decoder's
+
+_TYPES = {
+    "deit": replace(_SHAPE, registers=1),
+    "dinov2": replace(_SHAPE, registers=2, layer_scale=True),
+    "dinov3": replace(_SHAPE, registers=2, layer_scale=True, rope=100.0, gated=True),
+    "clip": replace(_SHAPE, pre_norm=True, activation="quick_gelu"),
+    "siglip": replace(_SHAPE, class_token=False, activation="gelu_tanh"),
+}
+#: As sentence-transformers lays it out.
+_MODULES = [
+    {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+    for i, (path, kind) in enumerate((("", "Transformer"), ("1_Pooling", "Pooling")))
+]
+_POOLING = {"word_embedding_dimension": 8, "pooling_mode_mean_tokens": True}
 
 
 @functools.cache
@@ -58,6 +74,17 @@ def bert() -> Path:
     return folder
 
 
+@functools.cache
+def typed(name: str) -> Path:
+    """The folder of another type of encoder, with a decoder beside it."""
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-")) / name
+    torch.manual_seed(0)
+    model = ViTMAE(shape := _TYPES[name])
+    parts = model.encoder.state_dict(), model.decoder.state_dict()
+    export_mae(folder, shape, *parts, (0.5,) * 3, (0.5,) * 3)
+    return folder
+
+
 def _json(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
@@ -79,6 +106,27 @@ def _beside(original: Path, name: str, content: bytes, folder: Path) -> Path:
 
 def _image(name: str, content: bytes, folder: Path) -> None:
     load_pretrained(str(_beside(mae(), name, content, folder)))
+
+
+def _typed(kind: str, content: bytes, folder: Path) -> None:
+    load_pretrained(str(_beside(typed(kind), "config.json", content, folder)))
+
+
+def read_modules(content: bytes, folder: Path) -> None:
+    """The list of a sentence encoder's modules."""
+    target = _beside(bert(), "modules.json", content, folder)
+    (target / "1_Pooling").mkdir(exist_ok=True)
+    (target / "1_Pooling" / "config.json").write_text(json.dumps(_POOLING))
+    read_pooling(target)
+    transformer(target)
+
+
+def read_pools(content: bytes, folder: Path) -> None:
+    """How a sentence encoder pools."""
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "modules.json").write_text(json.dumps(_MODULES))
+    (folder / "1_Pooling" / "config.json").write_bytes(content)
+    read_pooling(folder)
 
 
 def _text(name: str, content: bytes, folder: Path) -> None:
@@ -184,6 +232,16 @@ TARGETS = [
         functools.partial(_text, "config.json"),
         documents([_json(bert() / "config.json")]),
     ),
+    *(
+        Target(
+            f"config_{kind}",
+            functools.partial(_typed, kind),
+            documents([_json(typed(kind) / "config.json")]),
+        )
+        for kind in _TYPES
+    ),
+    Target("modules", read_modules, documents([_MODULES])),
+    Target("pooling", read_pools, documents([_POOLING])),
     Target(
         "tokenizer",
         functools.partial(_text, "tokenizer.json"),

@@ -163,7 +163,8 @@ def load(overrides: dict[str, Any]) -> Config:
 
 def kind_of(field: Any) -> str:
     """A short name of what an option takes, for the help page."""
-    return cli.kind_of(field.annotation)
+    told = [note for note in field.metadata if isinstance(note, str)]  # of an Annotated
+    return told[-1] if told else cli.kind_of(field.annotation)
 
 
 def help_text() -> str:

@@ -1,0 +1,42 @@
+"""Sizes of images as they are typed, in recipes, and in the file that a run leaves."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from selfdistill.data.errors import UserError
+from selfdistill.engine.config.options import help_text, load, parse
+
+
+@pytest.mark.parametrize(
+    ("typed", "size"), [("224", 224), ("224x448", (224, 448)), ("32x32", 32), ("(3,4)", (3, 4))]
+)
+def test_a_size_survives_the_runs_file(tmp_path: Path, typed: str, size: object) -> None:
+    for option in ("model.image_size", "model.shape.image_size"):
+        config = load(parse([f"--{option}", typed]))
+        left = config.model if option == "model.image_size" else config.model.shape
+        assert left.image_size == size
+        recipe = tmp_path / "again.toml"
+        recipe.write_text(config.toml())
+        told = tomllib.loads(recipe.read_text())["model"]
+        kept = told if option == "model.image_size" else told["shape"]
+        assert kept["image_size"] == (list(size) if isinstance(size, tuple) else size)
+        assert load({"recipe": str(recipe)}).model == config.model
+        recipe.write_text(f'[model]\nimage_size = "{typed}"\n')
+        if "(" not in typed:
+            assert load({"recipe": str(recipe)}).model.image_size == size
+
+
+@pytest.mark.parametrize("typed", ["224x", "0x30", "16.5", "many", "1,2,3", "true", "0", "-8"])
+def test_what_is_none_is_refused(typed: str) -> None:
+    for option in ("model.image_size", "model.shape.image_size"):
+        with pytest.raises(UserError, match=rf"command line: --{option} .*: give ") as caught:
+            load(parse([f"--{option}={typed}"]))
+        assert "\n" not in str(caught.value)
+
+
+def test_help_says_both() -> None:
+    lines = [line for line in help_text().splitlines() if "image_size" in line]
+    assert len(lines) == 2
+    assert all("int|HEIGHTxWIDTH" in line for line in lines)

@@ -50,10 +50,11 @@ def read_pooling(folder: Path) -> tuple[Pooling, str]:
         UserError: a file is broken.
     """
     place = next((m.path for m in _modules(folder) if m.type.endswith(".Pooling")), None)
-    if place is None or not _inside(folder, place):
+    if place is None:
         return "cls", ""
     path = folder / place / "config.json"
-    told = records.read_object(path) if path.is_file() else {"pooling_mode": "mean"}
+    inside = _inside(folder, place)  # without a file of its own a pooling takes the mean
+    told = records.read_object(path) if inside else {"pooling_mode": "mean"}
     asked = told.get("pooling_mode") or [
         _MODES.get(name, name.removeprefix("pooling_mode_"))
         for name, value in told.items()
@@ -115,8 +116,12 @@ def _modules(folder: Path) -> list[_Module]:
 
 
 def _inside(folder: Path, place: str) -> bool:
-    """Whether a module's folder lies in the model's, and not elsewhere on the disk."""
-    return (folder / place).resolve().is_relative_to(folder.resolve())
+    """Whether a module's configuration lies in the model's folder, and not elsewhere."""
+    try:
+        found = (folder / place / "config.json").resolve(strict=True)
+    except (OSError, ValueError, RuntimeError):  # none there; too long, or no name at all; a circle
+        return False
+    return found.is_relative_to(folder.resolve())
 
 
 def _write(path: Path, content: Any) -> None:

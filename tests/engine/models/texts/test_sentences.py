@@ -69,7 +69,7 @@ def test_other_folders(tmp_path: Path) -> None:
     outside = make(tmp_path / "outside", {"pooling_mode": "cls"})
     text = (outside / "modules.json").read_text().replace("1_Pooling", "../below/1_Pooling")
     (outside / "modules.json").write_text(text)
-    assert read_pooling(outside) == ("cls", "")  # nothing outside the folder is read
+    assert read_pooling(outside) == ("mean", "")  # nothing outside the folder is read
     for content in ("[", '{"a": 1}', '[{"path": 3, "type": "x"}]'):
         (outside / "modules.json").write_text(content)
         with pytest.raises(UserError, match=r"modules\.json"):

@@ -51,7 +51,7 @@ def export_mae(
     kind = types.fitting(shape, str(folder))
 
     def write(target: Path) -> None:
-        plain = kind.config(shape), kind.tensors(encoder, shape)
+        plain = kind.config(shape), kind.tensors(encoder, shape, kind.within)
         square = isinstance(shape.image_size, int)
         if isinstance(kind, ViT) and square:  # AutoModel loads the masked one, which hides patches
             (target / "encoder").mkdir()

@@ -133,6 +133,8 @@ class ModelType(ABC):
         mean: of each channel, where the checkpoint does not say it.
         std: the standard deviation, likewise.
         normalised_by: whose those are, in words.
+        within: what stands before the encoder's names where it is exported alone: versions of
+            transformers differ, and this is what all of them read.
         squares: whether transformers' classes take a table of positions of a square for granted;
             other images are for timm alone.
     """
@@ -146,6 +148,7 @@ class ModelType(ABC):
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     normalised_by = "ImageNet's"
+    within = ""
     squares = False
 
     @abstractmethod

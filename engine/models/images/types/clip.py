@@ -54,6 +54,7 @@ class CLIP(ModelType):
     mean = (0.48145466, 0.4578275, 0.40821073)
     std = (0.26862954, 0.26130258, 0.27577711)
     normalised_by = "CLIP's"
+    within = "vision_model."
     squares = True
 
     def fits(self, shape: Shape) -> bool:

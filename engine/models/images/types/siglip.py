@@ -45,6 +45,7 @@ class SigLIP(ModelType):
     silent = ("embeddings.position_ids", "vision_model.embeddings.position_ids")
     mean = std = (0.5, 0.5, 0.5)
     normalised_by = "SigLIP's"
+    within = "vision_model."
     squares = True
 
     def fits(self, shape: Shape) -> bool:

@@ -136,14 +136,14 @@ class Seen(NamedTuple):
         low: The smallest.
         high: The largest.
         whole: All are whole numbers.
-        windowed: Every file says itself which values are black and white, as DICOM does.
+        windows: Files that say themselves which values are black and white, as DICOM does.
         pictures: How many they are.
     """
 
     low: float
     high: float
     whole: bool = True
-    windowed: bool = False
+    windows: int = 0
     pictures: int = 1
 
 
@@ -166,8 +166,8 @@ def seen(image: Image.Image, low: Image.Image | None = None) -> Seen:
 
 def joined(found: Iterable[Seen]) -> Seen:
     """The values of several together; there must be some."""
-    lows, highs, whole, windowed, pictures = zip(*found, strict=True)
-    return Seen(min(lows), max(highs), all(whole), all(windowed), sum(pictures))
+    lows, highs, whole, windows, pictures = zip(*found, strict=True)
+    return Seen(min(lows), max(highs), all(whole), sum(windows), sum(pictures))
 
 
 def scaled(image: Image.Image, span: Range | None, low: Image.Image | None = None) -> Image.Image:
@@ -211,13 +211,19 @@ def choose(wanted: Range | str | None, found: Seen | None) -> tuple[Range | None
         None, and no line, where there is neither.
 
     Raises:
-        UserError: All values are the same.
+        UserError: All values are the same; some files have windows of their own, and others not.
     """
     if isinstance(wanted, tuple):
         return wanted, ""
     if found is None:
         return None, ""
-    if wanted is None and found.windowed:
+    if wanted is None and 0 < found.windows < found.pictures:
+        raise UserError(
+            f"{found.windows} of {found.pictures} pictures of more than 8 bits name a window of"
+            f" their values, the others none (values {found.low:.10g} to {found.high:.10g}): give"
+            " one range for all (--range auto, or LOW,HIGH)"
+        )
+    if wanted is None and found.windows:
         return None, (
             f"{found.pictures} pictures are shown through the windows that their files name"
             f" (values {found.low:.10g} to {found.high:.10g}; another way: --range auto, or"

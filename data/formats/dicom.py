@@ -170,7 +170,7 @@ def values(content: bytes, limit: Limit) -> Seen | None:
                 found.append(Seen(float(inside.min()), float(inside.max()), whole))
         if not found:
             return None
-        return joined(found)._replace(windowed=_has_window(ds), pictures=1)
+        return joined(found)._replace(windows=int(_has_window(ds)), pictures=1)
 
 
 def _levels(ds: "Dataset", stored: NDArray[Any], span: Range | None) -> NDArray[np.uint8]:

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -22,6 +22,8 @@ from selfdistill.engine.models.images.types.vit import ViT, decoder_config, mask
 
 if TYPE_CHECKING:  # images need none of it: a tenth of a start
     from transformers import PreTrainedConfig
+
+    from selfdistill.engine.models.texts.sentences import Sentences
 
 
 def export_mae(
@@ -114,7 +116,7 @@ def export_transformers(
     tensors: Mapping[str, Tensor],
     tokenizer: Any,
     original: PreTrainedConfig,
-    pooling: Literal["cls", "mean"] | None = None,
+    told: Sentences | None = None,
 ) -> None:
     """Writes one of transformers' own models with its tokenizer.
 
@@ -124,7 +126,7 @@ def export_transformers(
         tensors: its parameters, whole; of tied ones the first.
         tokenizer: transformers' tokenizer.
         original: the configuration whose dropout rates are written.
-        pooling: of a folder for sentence-transformers; None: it is for transformers alone.
+        told: of a folder for sentence-transformers; None: it is for transformers alone.
 
     Raises:
         UserError: the folder holds something else, or cannot be written.
@@ -144,8 +146,8 @@ def export_transformers(
         else:
             _save_whole(network, config, tensors, target)
         tokenizer.save_pretrained(target)
-        if pooling is not None:
-            sentences.write_modules(target, pooling, int(config.hidden_size), head)
+        if told is not None:
+            sentences.write(target, told, int(config.hidden_size), head)
         for path in target.rglob("*"):
             if path.is_file():
                 _sync(path)

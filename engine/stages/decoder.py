@@ -72,8 +72,11 @@ def train_decoder(run: Run) -> None:
     if config.stage == "all" and (
         not config.decoder.auto
         or config.model.path == "scratch"  # made with a decoder; making it counts words
-        or main_only(run.ranks, lambda: _begun_without(run))
     ):
+        return
+    if main_only(run.ranks, lambda: _begun_without(run)):
+        if config.stage == NAME:
+            run.info(f"{NAME}: {run.folder / 'pretrain'} began without: it goes on so")
         return
     modality = modality_of(run, unlabelled_split(run) if config.data.path else _source(run))
     base = modality.load()

@@ -19,7 +19,7 @@ from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.models.images.vit_mae import ViTMAE
 from selfdistill.engine.models.images.weights import load_pretrained
 from selfdistill.engine.models.source import read_folder, read_torch
-from selfdistill.engine.models.texts.sentences import read_pooling, transformer
+from selfdistill.engine.models.texts.sentences import read, transformer
 from selfdistill.engine.models.texts.weights import load_language
 from tests.fuzz.harness import Target
 from tests.fuzz.inputs import changed, documents, edited
@@ -117,7 +117,7 @@ def read_modules(content: bytes, folder: Path) -> None:
     target = _beside(bert(), "modules.json", content, folder)
     (target / "1_Pooling").mkdir(exist_ok=True)
     (target / "1_Pooling" / "config.json").write_text(json.dumps(_POOLING))
-    read_pooling(target)
+    read(target)
     transformer(target)
 
 
@@ -126,7 +126,7 @@ def read_pools(content: bytes, folder: Path) -> None:
     (folder / "1_Pooling").mkdir(exist_ok=True)
     (folder / "modules.json").write_text(json.dumps(_MODULES))
     (folder / "1_Pooling" / "config.json").write_bytes(content)
-    read_pooling(folder)
+    read(folder)
 
 
 def _text(name: str, content: bytes, folder: Path) -> None:

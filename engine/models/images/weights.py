@@ -90,14 +90,22 @@ def load_pretrained(source: str, image_size: Size | None = None) -> Pretrained:
         mean=found.mean,
         std=found.std,
         origin=source,
-        sha256=fingerprint(encoder, decoder),
+        sha256=fingerprint(encoder, decoder, "" if "pos_embed" in encoder else str(shape.sides)),
         notes=tuple(notes),
     )
 
 
-def fingerprint(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor] | None) -> str:
-    """sha256 over all tensors' names, shapes and fp32 bytes, in order of their names."""
-    digest = hashlib.sha256()
+def fingerprint(
+    encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor] | None, more: str = ""
+) -> str:
+    """sha256 over all tensors' names, shapes and fp32 bytes, in order of their names.
+
+    Args:
+        encoder: name -> tensor.
+        decoder: likewise.
+        more: that the weights do not tell, as the image's size where no table has its positions.
+    """
+    digest = hashlib.sha256(more.encode())
     for part, tensors in (("encoder", encoder), ("decoder", decoder or {})):
         for name in sorted(tensors):
             digest.update(f"{part}.{name} {tuple(tensors[name].shape)}\n".encode())

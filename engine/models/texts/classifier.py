@@ -14,6 +14,12 @@ from transformers import (
 from selfdistill.engine.models.texts.language import Inputs, LastRows, build
 from selfdistill.engine.models.texts.sentences import Pooling
 
+#: Types whose classifier pools as its configuration says, under these names.
+OWN_POOLING: dict[str, dict[Pooling, str]] = {
+    "modernbert": {"cls": "cls", "mean": "mean"},
+    "eurobert": {"cls": "bos", "mean": "mean"},
+}
+
 
 class MeanNetwork(nn.Module):
     """An encoder, and a linear layer on the mean of a text's tokens, special ones among them.
@@ -50,18 +56,22 @@ class MeanNetwork(nn.Module):
 class TextClassifier(nn.Module):
     """transformers' own sequence classifier: RoBERTa's has a dense layer and tanh on `<s>`.
 
-    With ``pool="mean"`` the one that sentence-transformers has: `MeanNetwork`.
+    With ``pool="mean"`` the one that sentence-transformers has, `MeanNetwork`, but of the types
+    that have one of their own.
     """
 
     def __init__(self, config: PreTrainedConfig, pool: Pooling = "cls") -> None:
         """Fresh weights for a config with `num_labels`."""
         super().__init__()
-        mean = pool == "mean"
-        self.mean = mean
-        self.network = (
-            MeanNetwork(config) if mean else build(AutoModelForSequenceClassification, config)
-        )
+        own = OWN_POOLING.get(config.model_type)
+        if own is not None:
+            config.classifier_pooling = own[pool]
+        self.mean = pool == "mean" and own is None
+        factory = AutoModelForSequenceClassification
+        self.network = MeanNetwork(config) if self.mean else build(factory, config)
         self.inputs = Inputs(self.encoder, config)
+        # A mean counts with the mask, and so does EuroBERT whatever it pools by.
+        self.inputs.ready = self.inputs.ready and (own is None or own[pool] == "cls")
         self.rows = LastRows(self.encoder, config)
 
     @property

@@ -130,9 +130,7 @@ class Inputs:
         self.counts_from_pad = config.model_type != "bert"
         # transformers asks a mask of two dimensions whether it masks anything, and so waits for the
         # device; one that is ready it takes as it is, where attention is PyTorch's own.
-        # EuroBERT's classifier counts with the mask.
-        ready = getattr(encoder.config, "_attn_implementation", "") == _SDPA
-        self.ready = ready and config.model_type != "eurobert"
+        self.ready = getattr(encoder.config, "_attn_implementation", "") == _SDPA
 
     def __call__(
         self,

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import pydantic
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,10 +20,17 @@ from selfdistill.data import records
 
 Pooling = Literal["cls", "mean"]
 
+_LENGTH = "sentence_bert_config.json"
 #: Files to fetch beside weights and tokenizer.
-FILES = ("modules.json", "*_Pooling/config.json", "sentence_bert_config.json")
+FILES = ("modules.json", "*_Pooling/config.json", _LENGTH)
 _MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
 _LIBRARY = "sentence_transformers.models."
+
+
+class _Length(records.Record):
+    """What is used of sentence_bert_config.json."""
+
+    max_seq_length: Annotated[int, pydantic.Field(ge=3, lt=2**20)] | None = None
 
 
 class _Module(records.Record):
@@ -41,17 +50,46 @@ def transformer(folder: Path) -> Path:
     return folder
 
 
-def read_pooling(folder: Path) -> tuple[Pooling, str]:
-    """How a model pools, and what the user should be told of it ("" for nothing).
+@dataclass(frozen=True)
+class Sentences:
+    """What sentence-transformers' files say of a model beside its weights.
 
-    A folder that is none of sentence-transformers' pools by its first token.
+    Attributes:
+        pooling: of a text's tokens.
+        normalizes: whether the pooled vector gets length 1.
+        longest: tokens that are read of a text, if it is said.
+        notes: what the user should be told, a line each.
+    """
+
+    pooling: Pooling = "mean"
+    normalizes: bool = False
+    longest: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read(folder: Path) -> Sentences | None:
+    """Reads a folder; None where it is none of sentence-transformers'.
 
     Raises:
         UserError: a file is broken.
     """
-    place = next((m.path for m in _modules(folder) if m.type.endswith(".Pooling")), None)
-    if place is None:
-        return "cls", ""
+    modules = _modules(folder)
+    kinds = [module.type.rpartition(".")[2] for module in modules]
+    if "Pooling" not in kinds:
+        return None
+    pooling, note = _pooling(folder, modules[kinds.index("Pooling")].path)
+    left = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    more = f"left out {', '.join(left)[:80]}: vectors are those before it" if left else ""
+    longest = None
+    if (folder / _LENGTH).is_file():
+        told = records.checked(_Length, records.read_object(folder / _LENGTH), folder / _LENGTH)
+        longest = told.max_seq_length
+    notes = tuple(line for line in (note, more) if line)
+    return Sentences(pooling, "Normalize" in kinds and not left, longest, notes)
+
+
+def _pooling(folder: Path, place: str) -> tuple[Pooling, str]:
+    """How a module pools, and what is to be said of it ("" for nothing)."""
     path = folder / place / "config.json"
     inside = _inside(folder, place)  # without a file of its own a pooling takes the mean
     told = records.read_object(path) if inside else {"pooling_mode": "mean"}
@@ -69,14 +107,14 @@ def read_pooling(folder: Path) -> tuple[Pooling, str]:
     return "mean", f"pools by {named}, which is not known here: the mean of its tokens is taken"
 
 
-def write_modules(
-    folder: Path, pooling: Pooling, width: int, head: Mapping[str, Tensor] | None = None
+def write(
+    folder: Path, told: Sentences, width: int, head: Mapping[str, Tensor] | None = None
 ) -> None:
     """Makes a transformer's folder one of sentence-transformers'.
 
     Args:
         folder: with the transformer's files.
-        pooling: of its tokens.
+        told: how it pools.
         width: of a token's vector.
         head: ``weight`` [classes, width] and ``bias`` [classes] of a classifier, whose logits are
             then what ``encode`` gives; None: the pooled vector.
@@ -84,7 +122,7 @@ def write_modules(
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     _write(
         folder / "1_Pooling" / "config.json",
-        {"word_embedding_dimension": width, **{k: v == pooling for k, v in _MODES.items()}},
+        {"word_embedding_dimension": width, **{k: v == told.pooling for k, v in _MODES.items()}},
     )
     if head is not None:
         modules.append(("2_Dense", "Dense"))
@@ -100,6 +138,10 @@ def write_modules(
         )
         named = {f"linear.{k}": v.detach().float().cpu().contiguous() for k, v in head.items()}
         save_file(named, folder / "2_Dense" / "model.safetensors", metadata={"format": "pt"})
+    elif told.normalizes:
+        modules.append(("2_Normalize", "Normalize"))
+    if told.longest is not None:
+        _write(folder / _LENGTH, {"max_seq_length": told.longest, "do_lower_case": False})
     listed = [
         {"idx": i, "name": str(i), "path": path, "type": f"{_LIBRARY}{kind}"}
         for i, (path, kind) in enumerate(modules)

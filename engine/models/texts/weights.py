@@ -29,7 +29,7 @@ from selfdistill.engine.models.source import locate
 from selfdistill.engine.models.texts import sentences
 from selfdistill.engine.models.texts.fresh import fresh_roberta
 from selfdistill.engine.models.texts.language import HEADS
-from selfdistill.engine.models.texts.sentences import Pooling
+from selfdistill.engine.models.texts.sentences import Pooling, Sentences
 
 #: Files that a model's folder on the hub may have beside its weights.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
@@ -53,7 +53,7 @@ class Language:
         origin: what the user named.
         sha256: of the tensors' names, shapes and fp32 bytes.
         pooling: how it pools a text's tokens.
-        notes: what the user should be told of it, a line each, without its name.
+        sentences: what sentence-transformers' files say; None where there are none.
     """
 
     config: PreTrainedConfig
@@ -64,7 +64,7 @@ class Language:
     origin: str
     sha256: str
     pooling: Pooling = "cls"
-    notes: tuple[str, ...] = ()
+    sentences: Sentences | None = None
 
 
 def load_language(source: str, max_length: int | None = None) -> Language:
@@ -85,7 +85,7 @@ def load_language(source: str, max_length: int | None = None) -> Language:
         patterns=[*TOKENIZER_FILES, *sentences.FILES],
         bare=True,
     )
-    pooling, note = sentences.read_pooling(folder)
+    told = sentences.read(folder)
     folder = sentences.transformer(folder)
     if not folder.is_dir() or not (folder / "config.json").is_file():
         raise UserError(f"{source} is no model's folder: a language model comes with config.json")
@@ -121,8 +121,11 @@ def load_language(source: str, max_length: int | None = None) -> Language:
             f"{source}: {wrong[0]} is missing or of another shape than config.json says: fetch the"
             " model again"
         )
-    record = _record(config, tokenizer, model, max_length, source, headless=bool(missing))
-    return replace(record, pooling=pooling, notes=(note,) if note else ())
+    longest = None if told is None else told.longest
+    record = _record(config, tokenizer, model, max_length, source, longest, headless=bool(missing))
+    own = getattr(config, "classifier_pooling", "cls")  # EuroBERT's late is a mean of logits
+    pooling: Pooling = "mean" if own in ("mean", "late") else "cls"
+    return replace(record, pooling=pooling if told is None else told.pooling, sentences=told)
 
 
 @contextmanager
@@ -267,6 +270,7 @@ def _record(
     model: Any,
     max_length: int | None,
     origin: str,
+    longest: int | None = None,
     *,
     headless: bool,
 ) -> Language:
@@ -293,7 +297,7 @@ def _record(
     return Language(
         config,
         tokenizer,
-        max_length or limit,
+        max_length or min(limit, longest or limit),
         encoder,
         kept,
         origin,

@@ -66,12 +66,17 @@ class ImageModality(Modality):
             )
         if path != "scratch":
             loaded = load_pretrained(path, config.model.image_size)
+            if loaded.shape.channels != 3:
+                raise UserError(
+                    f"{path} takes images of {loaded.shape.channels} channel(s), and packed ones"
+                    " have 3: give weights for 3"
+                )
             for note in loaded.notes:
                 self.run.info(f"{path}: {note}")
             return replace(loaded, shape=self._masked(loaded.shape))
         sizes = config.model.shape
         shape = Shape(
-            image_size=sizes.image_size,
+            image_size=config.model.image_size or sizes.image_size,
             patch_size=sizes.patch_size,
             width=sizes.width,
             depth=sizes.depth,

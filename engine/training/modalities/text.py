@@ -28,6 +28,7 @@ from selfdistill.engine.models.texts.language import (
     cuts,
     with_dropout,
 )
+from selfdistill.engine.models.texts.sentences import Sentences
 from selfdistill.engine.models.texts.weights import (
     Language,
     fresh_language,
@@ -88,7 +89,7 @@ class TextModality(Modality):
             )
         if path != "scratch":
             loaded = load_language(path, config.text.max_length)
-            for note in loaded.notes:
+            for note in loaded.sentences.notes if loaded.sentences else ():
                 self.run.info_once(f"{path}: {note}")
             return loaded
         if config.model.tokenizer is None:
@@ -358,7 +359,7 @@ class TextModality(Modality):
 
         Of a sentence encoder it is one for sentence-transformers, too.
         """
-        self._export(folder, model.network, base, modules=base.pooling == "mean")
+        self._export(folder, model.network, base, told=base.sentences)
 
     def export_classifier(
         self, folder: Path, model: TextClassifier, base: Language, classes: list[str]
@@ -367,7 +368,9 @@ class TextModality(Modality):
 
         One that pools by the mean is for sentence-transformers, whose ``encode`` gives the logits.
         """
-        self._export(folder, model.network, base, base.max_length, modules=model.mean)
+        self._export(
+            folder, model.network, base, base.max_length, told=Sentences() if model.mean else None
+        )
 
     def _export(
         self,
@@ -376,7 +379,7 @@ class TextModality(Modality):
         base: Language,
         max_length: int | None = None,
         *,
-        modules: bool,
+        told: Sentences | None,
     ) -> None:
         state: dict[str, Tensor] = full_state(network, keep=self.run.ranks.main)
         tensors = merged(state, self.config.lora)
@@ -385,5 +388,4 @@ class TextModality(Modality):
             if max_length is not None:
                 tokenizer = copy.deepcopy(tokenizer)
                 tokenizer.model_max_length = max_length
-            pooling: Pooled | None = "mean" if modules else None
-            export_transformers(folder, network, tensors, tokenizer, base.config, pooling)
+            export_transformers(folder, network, tensors, tokenizer, base.config, told)

@@ -239,3 +239,12 @@ def test_without_a_range_nothing_is_guessed() -> None:
     assert images.values(saved(bits(8).astype(np.uint8), "PNG")) is None
     assert images.values(b"\x89PNG\r\n\x1a\n broken") is None
     assert depth.choose(None, None) == (None, "")
+
+
+def test_a_mixture_of_windows_and_none_is_told() -> None:
+    """One file without a window would else take all others theirs."""
+    with_one, without = depth.Seen(0, 1100, windows=1), depth.Seen(0, 60000)
+    with pytest.raises(UserError, match="1 of 2 pictures of more than 8 bits name a window"):
+        depth.choose(None, depth.joined([with_one, without]))
+    assert depth.choose(None, depth.joined([with_one, with_one]))[0] is None
+    assert depth.choose("auto", depth.joined([with_one, without]))[0] == (0, 60000)

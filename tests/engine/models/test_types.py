@@ -280,6 +280,20 @@ def test_names_of_meta(tmp_path: Path, name: str) -> None:
     found = load_pretrained(str(tmp_path / "x.pth"))
     assert found.decoder is None
     assert all(torch.equal(found.encoder[k], v) for k, v in base.encoder.items())
+    if "dinov2" in name:  # positions are resized as those of transformers' folder are
+        a, b = (
+            load_pretrained(str(tmp_path / x), 16).encoder["pos_embed"] for x in ("in", "x.pth")
+        )
+        assert torch.equal(a, b)
+
+
+def test_where_no_table_has_positions_the_size_is_part_of_the_weights_hash(tmp_path: Path) -> None:
+    """So that a stage at another size is another stage."""
+    for name, alike in (("dinov3", False), ("dinov2", False)):
+        made(tmp_path / name, name)
+        one, other = (load_pretrained(str(tmp_path / name), size).sha256 for size in (16, 32))
+        assert (one == other) == alike
+        assert one == load_pretrained(str(tmp_path / name), 16).sha256
 
 
 def test_keys_of_dinov3_learn_no_bias(tmp_path: Path) -> None:

@@ -14,9 +14,13 @@ from timm.models import create_model, save_for_hf
 
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints.export import export_mae
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.config.options import load
 from selfdistill.engine.models.images.vit_mae import MAEDecoder
 from selfdistill.engine.models.images.weights import load_pretrained
 from selfdistill.engine.models.texts.weights import load_language
+from selfdistill.engine.runtime.distributed import Ranks
+from selfdistill.engine.training.modalities.image import ImageModality
 from tests.kit import texts as text_kit
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -170,3 +174,21 @@ def test_texts(tmp_path: Path, name: str) -> None:
     line = str(caught.value)
     assert says in line
     assert "\n" not in line
+
+
+def modality(**options: Any) -> ImageModality:
+    return ImageModality(Run(load(options), Ranks(0, 0, 1, torch.device("cpu")), Path()))
+
+
+def test_other_channels_than_packed_images_have(tmp_path: Path) -> None:
+    config = hf.ViTConfig(**SMALL, intermediate_size=32, patch_size=4, image_size=16)
+    config.num_channels = 1
+    hf.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"takes images of 1 channel\(s\), and packed ones have 3"):
+        modality(model=str(tmp_path)).load()
+
+
+def test_a_model_from_scratch_takes_the_size_that_is_asked_for() -> None:
+    sizes = {"model.shape.patch_size": 4, "model.shape.width": 24, "model.shape.depth": 1}
+    base = modality(**{"model": "scratch", "model.image_size": 16, **sizes}).load()
+    assert base.shape.image_size == 16

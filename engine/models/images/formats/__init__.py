@@ -20,7 +20,7 @@ def read(path: Path, origin: str) -> Found:
         UserError: none of the known formats, or another architecture.
     """
     found = _read(path, origin)
-    types.fitting(found.shape, origin)
+    found.antialias = types.fitting(found.shape, origin).antialias(found.shape)
     return found
 
 

@@ -71,7 +71,7 @@ def read(folder: Path, config: dict[str, Any], origin: str) -> Found:
     if (folder / DECODER).exists():  # beside an encoder whose class has none
         decoder = read_safetensors(folder / DECODER)
     found = Found(shape, kind.incoming(encoder, origin), decoder, origin)
-    found.antialias, found.mean, found.std = kind.antialias(shape), kind.mean, kind.std
+    found.mean, found.std = kind.mean, kind.std
     _leave_out(found, kind, unknown, values["model_type"])
     _read_processor(folder, found, kind)
     return found

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from selfdistill.data.errors import UserError
 from selfdistill.data.formats.texts import pack_rows
 from selfdistill.engine.checkpoints.export import export_transformers
+from selfdistill.engine.models.texts.classifier import OWN_POOLING
 from selfdistill.engine.models.texts.language import HEADS, cuts
-from selfdistill.engine.models.texts.sentences import read_pooling, transformer
+from selfdistill.engine.models.texts.sentences import Sentences, read, transformer
 from selfdistill.engine.models.texts.weights import load_language
 from selfdistill.engine.training.modalities.base import settle_pooling
 from tests.engine.models.texts.test_language import batch_of, kind_of
@@ -55,9 +56,11 @@ def test_how_a_folder_pools(
     tmp_path: Path, told: dict[str, Any] | None, pooling: str, said: str
 ) -> None:
     found = load_language(str(make(tmp_path, told)))
+    assert found.sentences is not None
     assert found.pooling == pooling
-    assert said in "".join(found.notes)
-    assert bool(found.notes) == bool(said)
+    assert said in "".join(found.sentences.notes)
+    assert bool(found.sentences.notes) == bool(said)
+    assert found.sentences.normalizes
 
 
 def test_other_folders(tmp_path: Path) -> None:
@@ -69,14 +72,14 @@ def test_other_folders(tmp_path: Path) -> None:
     outside = make(tmp_path / "outside", {"pooling_mode": "cls"})
     text = (outside / "modules.json").read_text().replace("1_Pooling", "../below/1_Pooling")
     (outside / "modules.json").write_text(text)
-    assert read_pooling(outside) == ("mean", "")  # nothing outside the folder is read
+    assert read(outside) == Sentences(normalizes=True)  # nothing outside the folder is read
     for content in ("[", '{"a": 1}', '[{"path": 3, "type": "x"}]'):
         (outside / "modules.json").write_text(content)
         with pytest.raises(UserError, match=r"modules\.json"):
             load_language(str(outside))
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", sorted(HEADS.keys() - OWN_POOLING.keys()))
 @torch.no_grad()
 def test_classifiers_of_the_mean(tmp_path: Path, name: str) -> None:
     """The logits are a linear layer's on the mean of transformers' features, before and after."""
@@ -89,7 +92,7 @@ def test_classifiers_of_the_mean(tmp_path: Path, name: str) -> None:
     logits = model.classify(**batch)
     tensors = {k: v.detach() for k, v in model.network.named_parameters()}
     out = tmp_path / "out"
-    export_transformers(out, model.network, tensors, base.tokenizer, base.config, "mean")
+    export_transformers(out, model.network, tensors, base.tokenizer, base.config, Sentences())
     modules = json.loads((out / "modules.json").read_text())
     assert [m["type"].rpartition(".")[2] for m in modules] == ["Transformer", "Pooling", "Dense"]
     dense = load_file(out / "2_Dense" / "model.safetensors")
@@ -108,6 +111,50 @@ def test_classifiers_of_the_mean(tmp_path: Path, name: str) -> None:
         at, to = map(torch.from_numpy, pack_rows(lengths, width))
         packed = model.classify(**batch, packed_at=at, packed_to=to)
         assert torch.allclose(packed, logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("told", ["cls", "mean"])
+def test_what_stands_beside_the_weights_is_written_again(tmp_path: Path, told: str) -> None:
+    """After stages 1 and 2: pooling, length 1, tokens read; a linear layer is left out and said."""
+    folder = make(tmp_path / "in", {"pooling_mode": told})
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 16}')
+    kind = kind_of(folder)
+    base = kind.load()
+    assert base.max_length == 16
+    network = kind.autoencoder(base).network
+    tensors = {k: v.detach() for k, v in network.named_parameters()}
+    out = tmp_path / "out"
+    export_transformers(out, network, tensors, base.tokenizer, base.config, base.sentences)
+    assert read(out) == Sentences(told, normalizes=True, longest=16)  # type: ignore[arg-type]
+    text = (folder / "modules.json").read_text().replace("models.Normalize", "models.Dense")
+    (folder / "modules.json").write_text(text)
+    assert read(folder) == Sentences(
+        told,  # type: ignore[arg-type]
+        longest=16,
+        notes=("left out Dense: vectors are those before it",),
+    )
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("name", sorted(OWN_POOLING))
+@torch.no_grad()
+def test_classifiers_that_pool_by_their_configuration(tmp_path: Path, name: str, pool: str) -> None:
+    """Texts of several lengths; the export is transformers' class, and pools so."""
+    folder = text_kit.make_language(tmp_path / name, kind=name)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"classifier_pooling": "mean"}))
+    kind = kind_of(folder, finetune__dropout=0.0, finetune__pool=pool)
+    base = kind.load()
+    assert base.pooling == "mean"
+    model = kind.classifier(base, ["a", "b", "c"], seed=3).eval()
+    tensors = {k: v.detach() for k, v in model.network.named_parameters()}
+    out = tmp_path / "out"
+    export_transformers(out, model.network, tensors, base.tokenizer, base.config)
+    oracle = AutoModelForSequenceClassification.from_pretrained(out).eval()
+    assert oracle.config.classifier_pooling == OWN_POOLING[name][pool]  # type: ignore[index]
+    batch = batch_of(AutoTokenizer.from_pretrained(folder), [*text_kit.SENTENCES, "a"])
+    theirs = oracle(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert torch.allclose(model.classify(**batch), theirs, atol=1e-5)
 
 
 def test_the_models_own_pooling_is_taken_unless_told(tmp_path: Path) -> None:

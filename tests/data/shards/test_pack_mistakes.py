@@ -59,7 +59,7 @@ def tree(*files: str) -> Callable[[Path], str]:
         (folders(a=2), ["--splits", "half"], "add up to 1"),
         (folders(a=2), ["--splits", "1", "--split", "val"], "give one of them"),
         (tree("train/a/1.png"), ["--splits", "1"], "has splits of its own"),
-        (folders(a=2), ["--size", "0"], "size is 0 pixels"),
+        (folders(a=2), ["--size", "0"], "give sides of 1 to 32768 pixels, not .0."),
         (folders(a=2), ["--size", "8", "--keep_original"], "give one"),
         (folders(a=2), ["--samples_per_shard", "0"], "samples_per_shard is 0"),
         (folders(a=2), ["--layout", "cubs"], "unknown layout 'cubs'"),

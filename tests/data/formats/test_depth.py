@@ -6,6 +6,7 @@ import struct
 import tarfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,9 +123,9 @@ def same(found: list[np.ndarray], right: list[np.ndarray]) -> bool:
     ids=["png", "tiff", "rgb-png", "rgb-tiff", "rgb-deflate", "float", "int32"],
 )
 def test_a_low_part_of_the_range_is_spread(
-    keep: bool, kind: str, make: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    keep: bool, kind: str, make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures = [make() for _ in range(4)]  # type: ignore[operator]
+    pictures = [make() for _ in range(4)]
     source = folders(tmp_path / "in", *pictures, kind=kind)
     assert call(pack, source, tmp_path / "out", "--splits", 1, "--keep_original", keep) == 0
     assert "of the 4 pictures of more than 8 bits" in capsys.readouterr().err

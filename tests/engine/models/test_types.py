@@ -89,7 +89,8 @@ def features(model: Any, images: torch.Tensor) -> torch.Tensor:
         return torch.cat([out.pooler_output[:, None], out.last_hidden_state], dim=1)
     found: torch.Tensor = model(images, **resized).last_hidden_state
     if kind == "clip_vision_model":
-        return model.post_layernorm(found)  # type: ignore[no-any-return]
+        normed: torch.Tensor = model.post_layernorm(found)
+        return normed
     registers = {"deit": 1}.get(kind, getattr(model.config, "num_register_tokens", 0))
     return torch.cat([found[:, :1], found[:, 1 + registers :]], dim=1)
 

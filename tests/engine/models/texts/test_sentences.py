@@ -14,7 +14,7 @@ from selfdistill.data.formats.texts import pack_rows
 from selfdistill.engine.checkpoints.export import export_transformers
 from selfdistill.engine.models.texts.classifier import OWN_POOLING
 from selfdistill.engine.models.texts.language import HEADS, cuts
-from selfdistill.engine.models.texts.sentences import Sentences, read, transformer
+from selfdistill.engine.models.texts.sentences import Pooling, Sentences, read, transformer
 from selfdistill.engine.models.texts.weights import load_language
 from selfdistill.engine.training.modalities.base import settle_pooling
 from tests.engine.models.texts.test_language import batch_of, kind_of
@@ -114,7 +114,7 @@ def test_classifiers_of_the_mean(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("told", ["cls", "mean"])
-def test_what_stands_beside_the_weights_is_written_again(tmp_path: Path, told: str) -> None:
+def test_what_stands_beside_the_weights_is_written_again(tmp_path: Path, told: Pooling) -> None:
     """After stages 1 and 2: pooling, length 1, tokens read; a linear layer is left out and said."""
     folder = make(tmp_path / "in", {"pooling_mode": told})
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 16}')
@@ -125,11 +125,11 @@ def test_what_stands_beside_the_weights_is_written_again(tmp_path: Path, told: s
     tensors = {k: v.detach() for k, v in network.named_parameters()}
     out = tmp_path / "out"
     export_transformers(out, network, tensors, base.tokenizer, base.config, base.sentences)
-    assert read(out) == Sentences(told, normalizes=True, longest=16)  # type: ignore[arg-type]
+    assert read(out) == Sentences(told, normalizes=True, longest=16)
     text = (folder / "modules.json").read_text().replace("models.Normalize", "models.Dense")
     (folder / "modules.json").write_text(text)
     assert read(folder) == Sentences(
-        told,  # type: ignore[arg-type]
+        told,
         longest=16,
         notes=("left out Dense: vectors are those before it",),
     )
@@ -138,7 +138,9 @@ def test_what_stands_beside_the_weights_is_written_again(tmp_path: Path, told: s
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 @pytest.mark.parametrize("name", sorted(OWN_POOLING))
 @torch.no_grad()
-def test_classifiers_that_pool_by_their_configuration(tmp_path: Path, name: str, pool: str) -> None:
+def test_classifiers_that_pool_by_their_configuration(
+    tmp_path: Path, name: str, pool: Pooling
+) -> None:
     """Texts of several lengths; the export is transformers' class, and pools so."""
     folder = text_kit.make_language(tmp_path / name, kind=name)
     config = json.loads((folder / "config.json").read_text())
@@ -151,7 +153,7 @@ def test_classifiers_that_pool_by_their_configuration(tmp_path: Path, name: str,
     out = tmp_path / "out"
     export_transformers(out, model.network, tensors, base.tokenizer, base.config)
     oracle = AutoModelForSequenceClassification.from_pretrained(out).eval()
-    assert oracle.config.classifier_pooling == OWN_POOLING[name][pool]  # type: ignore[index]
+    assert oracle.config.classifier_pooling == OWN_POOLING[name][pool]
     batch = batch_of(AutoTokenizer.from_pretrained(folder), [*text_kit.SENTENCES, "a"])
     theirs = oracle(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     assert torch.allclose(model.classify(**batch), theirs, atol=1e-5)

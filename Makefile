@@ -8,6 +8,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.lock-stamp
+STORES := .cache/stores
 CHROMIUM = $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
 # DeepSpeed compiles CPUAdam at first use; kept in the clone so that two clones never share a build.
@@ -19,7 +20,7 @@ export UV_HTTP_TIMEOUT ?= 300
 # The deepspeed launcher looks for `python` and `ninja` on PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help venv quickstart quickstart-text test test-browser test-cluster test-faults fuzz slurm chromium lint audit format bench pictures
+.PHONY: help venv quickstart quickstart-text test test-browser test-cluster test-stores test-faults fuzz slurm chromium lint audit format bench pictures
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -37,6 +38,8 @@ $(STAMP): requirements.lock
 	set -x; \
 	[ -x $(PY) ] || $$uv venv --python "$(PYTHON)" $(VENV); \
 	$$uv pip install --compile-bytecode --require-hashes --python $(PY) --requirements requirements.lock; \
+	printf '#!%s\nimport sys\nsys.path.insert(0, "%s")\nfrom selfdistill.__main__ import main\nmain()\n' \
+	    "$(CURDIR)/$(PY)" "$(CURDIR)" >$(VENV)/bin/selfdistill; chmod +x $(VENV)/bin/selfdistill; \
 	touch $(STAMP)
 
 quickstart: venv ## the main job on a small real set: pack, pretrain, distill, finetune, and a table
@@ -45,14 +48,24 @@ quickstart: venv ## the main job on a small real set: pack, pretrain, distill, f
 quickstart-text: venv ## the same on texts: docstrings of installed packages, by their package
 	$(PY) -m launcher.quickstart --kind text $(ARGS)
 
-test: venv ## all tests but the browser's and the cluster's (ARGS="-k order" picks some)
-	$(PY) -m pytest -n 2 --dist loadfile -m "not browser and not cluster and not faults" $(ARGS)
+test: venv ## all tests but the browser's, the cluster's and the stores' (ARGS="-k order" picks some)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not browser and not cluster and not stores and not faults" $(ARGS)
 
 test-browser: chromium ## the tests that open TensorBoard in headless Chromium
 	$(PY) -m pytest -m browser $(ARGS)
 
 test-cluster: venv slurm ## the tests on a real SLURM cluster, made of namespaces; needs root
 	$(PY) -m pytest tests/cluster -m "cluster and not faults" $(ARGS)
+
+test-stores: $(STORES)/.stamp ## sets in S3: moto's server on loopback, s3fs
+	PYTHONPATH=$(CURDIR)/$(STORES) $(PY) -m pytest -m "stores and not faults" $(ARGS)
+
+# Beside .venv and not in it: botocore wants an older python-dateutil.
+$(STORES)/.stamp: tests/data/remote/stores.lock | venv
+	if uv --version >/dev/null 2>&1; then uv=uv; else uv=.cache/uv/bin/uv; fi; \
+	rm -rf $(STORES); \
+	$$uv pip install --python $(PY) --target $(STORES) --no-deps --require-hashes --requirements $<; \
+	touch $@
 
 test-faults: venv slurm ## what happens to clusters, twenty interruptions, and their table (long)
 	$(PY) -m pytest -s -m faults $(ARGS)
@@ -104,6 +117,8 @@ bench: venv ## time a training step
 
 pictures: chromium ## the pictures of README.md and docs/, from make quickstart's run
 	$(PY) docs/draw.py runs/quickstart/run
+	rm -rf runs/digits && PATH=$(CURDIR)/.venv/bin:$$PATH $(PY) docs/draw.py terminal selfdistill train --num_gpus 2 \
+	    --recipe quickstart --data runs/quickstart/shards --output runs/digits
 	$(PY) -m launcher.screenshot runs/quickstart/run docs/pictures/tensorboard-scalars.png --tags . --overwrite
 	$(PY) -m launcher.screenshot runs/quickstart/run docs/pictures/tensorboard-images.png --tab images \
 	    --tags reconstruction --actual_size --overwrite

@@ -68,7 +68,8 @@ def main() -> int:
             trainer.take_step = step
             result = step(*words, **options)
             over("workers, first step")
-            print(MARK + json.dumps(ends), flush=True)
+            # The run has diverted sys.stdout to its log.
+            print(MARK + json.dumps(ends), file=sys.__stdout__, flush=True)
             return result
 
         trainer.take_step = take_step

@@ -17,5 +17,6 @@ def _installed() -> None:
 
 
 # So it is while `python -m data.COMMAND` imports the package, before the command itself.
-if sys.argv[:1] == ["-m"]:
+# And so it is of `python engine/run.py`, which imports it first of all.
+if sys.argv[:1] == ["-m"] or sys.argv[0].endswith("engine/run.py"):
     _installed()

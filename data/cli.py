@@ -11,6 +11,7 @@ import errno
 import functools
 import inspect
 import io
+import os
 import re
 import shutil
 import sys
@@ -24,7 +25,7 @@ from typing import Annotated, Any, NamedTuple
 import fire
 import pydantic
 
-from selfdistill.data.errors import UserError, printable
+from selfdistill.data.errors import UserError, commands_as_typed, printable
 
 # Failures of the machine that the user, not we, can mend.
 _USER_ERRNO = {
@@ -39,6 +40,9 @@ _USER_ERRNO = {
     errno.ENOTDIR: "a part of this path is a file: correct it",
     errno.EISDIR: "this is a folder: give a file",
 }
+
+#: How the command was typed, where that is not `python -m MODULE`; set by the package's command.
+program: str | None = None
 
 
 def nearest(word: str, options: Iterable[str], prefix: str = "--") -> str:
@@ -176,7 +180,9 @@ def check_arguments(function: Callable[..., Any], argv: Sequence[str]) -> None:
         raise UserError(f"unexpected argument {extra!r}: write options as --NAME VALUE")
     missing = free[len(positional) :]
     if missing:
-        raise UserError(f"{missing[0]} is missing: give it, and see --help for all options")
+        what = _descriptions(function).get(missing[0], "").partition(". ")[0].rstrip(".")
+        what = f" ({what[:1].lower()}{what[1:]})" if what else ""
+        raise UserError(f"{missing[0].upper()} is missing{what}: see --help for all options")
 
 
 def kind_of(annotation: Any) -> str:
@@ -215,6 +221,13 @@ def columns(rows: Sequence[tuple[str, str, str]]) -> list[str]:
     return lines
 
 
+def _descriptions(function: Callable[..., Any]) -> dict[str, str]:
+    """What a docstring in Google's style says of each parameter."""
+    rest = (inspect.getdoc(function) or "").partition("\n\nArgs:\n")[2]
+    entries = re.split(r"\n(?=\S)", textwrap.dedent(rest.partition("\n\n")[0]))
+    return {entry.partition(":")[0]: " ".join(entry.split()[1:]) for entry in entries}
+
+
 def help_text(function: Callable[..., Any], name: str) -> str:
     """The page of --help: the function's parameters, and what its docstring says of them.
 
@@ -225,10 +238,8 @@ def help_text(function: Callable[..., Any], name: str) -> str:
     Returns:
         Its lines.
     """
-    summary, _, rest = (inspect.getdoc(function) or "").partition("\n\nArgs:\n")
-    entries = re.split(r"\n(?=\S)", textwrap.dedent(rest.partition("\n\n")[0]))
-    descriptions = {entry.partition(":")[0]: " ".join(entry.split()[1:]) for entry in entries}
-    usage, rows = [name], []
+    summary = (inspect.getdoc(function) or "").partition("\n\nArgs:\n")[0]
+    descriptions, usage, rows = _descriptions(function), [name], []
     for parameter in inspect.signature(function).parameters.values():
         text, kind = descriptions.get(parameter.name, ""), kind_of(parameter.annotation)
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
@@ -254,34 +265,87 @@ def _choices(annotation: Any) -> list[str]:
     return [choice for part in inside for choice in _choices(part)]
 
 
-def _validated(function: Callable[..., Any]) -> Callable[..., None]:
+def _value_of(name: str, annotation: Any, given: Any) -> Any:
+    """What was typed, or passed in Python, as what the annotation says.
+
+    Raises:
+        UserError: It is nothing of the kind.
+    """
+    if bool in typing.get_args(annotation):
+        # By pydantic's own choice the word "true" would stay a str.
+        annotation = Annotated[annotation, pydantic.Field(union_mode="left_to_right")]
+    if isinstance(given, os.PathLike):
+        given = os.fspath(given)
+    elif isinstance(given, int | float) and not isinstance(given, bool):
+        given = str(given)  # a folder may be called 2024
+    elif isinstance(given, list | tuple):
+        given = ",".join(map(str, given))
+    adapter = pydantic.TypeAdapter(annotation)
+    try:
+        return adapter.validate_python(None if given in ("None", "none", "null") else given)
+    except pydantic.ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        hint = nearest(str(given), _choices(annotation), prefix="")
+        raise UserError(f"option --{name}: {reason}, not {given!r}.{hint}") from None
+
+
+def _validated(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function taking strings, which pydantic turns into what the annotations say."""
     signature = inspect.signature(function)
 
-    def value_of(name: str, text: Any) -> Any:
-        annotation = signature.parameters[name].annotation
-        if bool in typing.get_args(annotation):
-            # By pydantic's own choice the word "true" would stay a str.
-            annotation = Annotated[annotation, pydantic.Field(union_mode="left_to_right")]
-        adapter = pydantic.TypeAdapter(annotation)
-        try:
-            return adapter.validate_python(None if text in ("None", "none", "null") else text)
-        except pydantic.ValidationError as error:
-            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            hint = nearest(str(text), _choices(annotation), prefix="")
-            raise UserError(f"option --{name}: {reason}, not {text!r}.{hint}") from None
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        for name, given in bound.arguments.items():
+            parameter = signature.parameters[name]
+            several = parameter.kind is inspect.Parameter.VAR_POSITIONAL
+            bound.arguments[name] = (
+                tuple(_value_of(name, parameter.annotation, one) for one in given)
+                if several
+                else _value_of(name, parameter.annotation, given)
+            )
+        return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def _silent(function: Callable[..., Any]) -> Callable[..., None]:
+    """The function without what it returns, which Fire would print."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(*args, **kwargs)
-        for name, text in bound.arguments.items():
-            several = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
-            bound.arguments[name] = (
-                tuple(value_of(name, one) for one in text) if several else value_of(name, text)
-            )
-        function(*bound.args, **bound.kwargs)
+        function(*args, **kwargs)
 
     return call
+
+
+def call(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Calls a command's function from Python, its arguments checked as a command line's are.
+
+    Args:
+        function: See `run`.
+        args: What a command line gives without a name.
+        options: What it gives as ``--NAME VALUE``.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        UserError: With the line that the command prints.
+    """
+    parameters = inspect.signature(function).parameters
+    for name in options:
+        if name not in parameters:
+            raise UserError(f"unknown option --{name}{_hint(name, parameters)}")
+    required = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty]
+    if missing := [name for name in required[len(args) :] if name not in options]:
+        raise UserError(f"{missing[0]} is missing: give it, and see --help for all options")
+    try:
+        return _validated(function)(*args, **options)
+    except OSError as error:
+        if (told := machine_error(error)) is None:
+            raise
+        raise told from error
 
 
 def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
@@ -302,21 +366,26 @@ def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> None
     name = spec.name.removesuffix(".__main__") if spec else None
     try:
         if "--help" in words or "-h" in words:
-            print(help_text(function, f"python -m {name}" if name else Path(sys.argv[0]).name))
+            typed = program or (f"python -m {name}" if name else Path(sys.argv[0]).name)
+            print(commands_as_typed(help_text(function, typed)))
             sys.exit(0)
         check_arguments(function, words)
         # Fire would read 2024 as a number and 1e3 as a float although a folder's name is meant.
         # And it would end the arguments at a "-", which no word equals any more.
         words += ["--", "--separator=\0"]
-        fire.Fire(fire.decorators.SetParseFn(str)(_validated(function)), command=words, name=name)
+        command = fire.decorators.SetParseFn(str)(_silent(_validated(function)))
+        fire.Fire(command, command=words, name=name)
     except UserError as error:
-        print(f"error: {format_error(error)}", file=sys.stderr)
+        print(commands_as_typed(f"error: {format_error(error)}"), file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         user_error = machine_error(error)
         if user_error is None:
             raise
-        print(f"error: {format_error(user_error)}", file=sys.stderr)
+        print(commands_as_typed(f"error: {format_error(user_error)}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

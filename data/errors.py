@@ -1,8 +1,18 @@
 """The errors that a user can mend, and how their text is made fit to be shown."""
 
+import os
 import re
 
 _ADDRESS = re.compile(r"""([A-Za-z][A-Za-z0-9+.-]*://)([^\s/]*@)?(\S*)""")
+#: Variable that says how the package's command is typed; the ranks that it starts have it, too.
+TYPED = "SELFDISTILL_TYPED"
+
+_LONG = re.compile(
+    r"(?<![\w./-])(?<!selfdistill )(?:python -m )?(?:data|launcher|experiments)\."
+    r"(pack|index|verify|subset|tokenizer|train|predict|embed|evaluate|compare|export|plan|doctor"
+    r"|slurm|quickstart|screenshot|examples|run|report|theory)(?![\w/]|\.\w)"
+)
+_TRAIN = re.compile(r"(?<![\w./-])(?:deepspeed )?((?:--master_\w+ \S+ )?)engine/run\.py")
 _QUERY = re.compile(r"([?&#][^=&#\s]+=)[^&#]*|([?&#])[^=&#\s]+(?=[&#]|$)")
 
 
@@ -60,3 +70,30 @@ def printable(text: str) -> str:
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
         for c in redacted(text)
     )
+
+
+def commands_as_typed(text: str) -> str:
+    """Text whose commands are those of the reader: `selfdistill pack` for `python -m data.pack`.
+
+    Args:
+        text: Any, with commands by their long names, which work in a clone alone.
+
+    Returns:
+        The text; unchanged where this process was not started by the package's command.
+    """
+    command = os.environ.get(TYPED)
+    if command is None:
+        return text
+
+    def short(found: re.Match[str]) -> str:
+        return f"{command} {'experiments' if found[1] == 'run' else found[1]}"
+
+    def train(found: re.Match[str]) -> str:
+        return f"{command} train {found[1]}".rstrip()
+
+    return _TRAIN.sub(train, _LONG.sub(short, text))
+
+
+def counted(count: int, one: str, many: str) -> str:
+    """A number and its noun, such as "1 file is" and "2 files are"."""
+    return f"{count} {one if count == 1 else many}"

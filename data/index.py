@@ -14,9 +14,10 @@ import itertools
 import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -26,11 +27,17 @@ from selfdistill.data import cli
 from selfdistill.data.errors import UserError, printable
 from selfdistill.data.formats import depth
 from selfdistill.data.formats.strays import is_stray
-from selfdistill.data.shards import manifest, tars
+from selfdistill.data.packing.span import beside
+from selfdistill.data.shards import away, manifest, store, tars
+from selfdistill.data.shards.away import Mirror
 from selfdistill.data.shards.classes import settle
-from selfdistill.data.shards.scan import FOLDER, Scanned, compressed, scan
-from selfdistill.data.shards.span import beside
+from selfdistill.data.shards.scan import FOLDER, Scanned, compressed, keep, kept, scan
 from selfdistill.data.splits import SPLITS, UNLABELLED
+
+#: What the pieces of a shared work are called.
+_TARS = "tars"
+# `range` is an option of the command.
+_numbers = range
 
 
 def _groups(places: Sequence[str], split: str | None) -> dict[str, list[Path]]:
@@ -121,12 +128,15 @@ def index(
     skip_incomplete: bool = False,
     range: str | None = None,
     workers: int = 4,
+    part: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes manifest.json and members.npy beside WebDataset tars made elsewhere.
 
     Args:
         places: The tars of one split, or one folder: of tars, or of train/, val/, test/ with tars.
+            A folder may lie in an object store (s3://bucket/tars): each tar is then fetched into a
+            temporary folder ($TMPDIR chooses its disk) and removed when it is read.
         split: train, val or test; by default what the folder is called, else train.
         classes: Text file with a class name a line, in the order of the labels; by default the
             classes are called by their numbers, up to the greatest label.
@@ -140,6 +150,8 @@ def index(
             auto, the smallest and largest of the tars; by default auto where 16-bit pictures use
             less than half of their range, else 0,65535.
         workers: Tars that are read at the same time.
+        part: Read only the tars of this launch, of several that share the work: 3/64 is the third
+            of 64. The last one writes the manifests; an interrupted one, launched again, goes on.
         overwrite: Replace a manifest that is there.
 
     Raises:
@@ -148,40 +160,99 @@ def index(
     wanted = depth.parse(range)
     if label_field is not None and (unlabelled or label == FOLDER):
         raise UserError("--label_field is for labels in JSON: leave the other option out")
-    groups = _groups(places, split)
-    for paths in groups.values():
-        there = paths[0].parent / manifest.FILE
-        if there.exists() and not overwrite:
-            raise UserError(f"{there} is there already: use it, or replace it (--overwrite)")
-    todo = [
-        (path, unlabelled or name == UNLABELLED) for name, paths in groups.items() for path in paths
-    ]
+    if any(map(manifest.is_remote, places)) and (len(places) > 1 or places[0].endswith(".tar")):
+        raise UserError(f"{places[0]}: of an object store give one folder's address alone")
+    one_of = None if part is None else store.parse(part)
+    if one_of is not None and overwrite:
+        raise UserError("--part with --overwrite: remove the manifests that are to be replaced")
+    with away.mirrored(places[0] if len(places) == 1 else ".", files=True) as mirror:
+        groups = _groups([str(mirror.place)] if len(places) == 1 else places, split)
+        for paths in groups.values():
+            there = mirror.told(str(paths[0].parent / manifest.FILE))
+            if not (paths[0].parent / manifest.FILE).exists():
+                continue
+            if one_of is not None:
+                print(printable(f"part {part}: {there} is there: nothing is left to do"))
+                return
+            if not overwrite:
+                raise UserError(f"{there} is there already: use it, or replace it (--overwrite)")
+        todo = [
+            (path, unlabelled or name == UNLABELLED)
+            for name, paths in groups.items()
+            for path in paths
+        ]
+
+        def read(job: tuple[Path, bool]) -> Scanned:
+            with mirror.filled(job[0]):
+                return scan(job[0], image, label, job[1], label_field, skip_incomplete)
+
+        if one_of is None:
+            _write_all(groups, list(_each(read, todo, workers)), classes, wanted, mirror)
+            return
+        settings: dict[str, Any] = {"image": image, "label": label, "label_field": label_field}
+        settings |= {"unlabelled": unlabelled, "skip_incomplete": skip_incomplete}
+        sizes = {
+            name: [[p.name, p.stat().st_size] for p in paths] for name, paths in groups.items()
+        }
+        settings |= {"classes": classes, "range": range, "source": sizes}
+        shared = mirror.store(manifest.as_typed(todo[0][0]).parent / ".index.parts")
+        if joining := shared.joining():
+            print(printable(f"part {part}: {joining}"))
+            return
+        shared.begin(settings)
+        done = shared.done(_TARS)
+        left = [n for n in _numbers(len(todo)) if one_of.has(n) and n not in done]
+        found = _each(read, [todo[n] for n in left], workers)
+        for number, scanned in zip(left, found, strict=True):
+            keep(shared, _TARS, number, scanned)
+        if missing := shared.missing(one_of, {_TARS: len(todo)}):
+            print(printable(f"part {part}: {missing}"))
+            return
+        with shared.claimed() as folder:
+            if folder is None:
+                print(f"part {part}: another part, which was the last, writes the manifests")
+                return
+            all_ = [kept(shared, _TARS, number) for number in _numbers(len(todo))]
+            _write_all(groups, all_, classes, wanted, mirror)
+            shared.remove()
+
+
+def _each(
+    read: Callable[[tuple[Path, bool]], Scanned], todo: Sequence[tuple[Path, bool]], workers: int
+) -> Iterator[Scanned]:
+    """Reads tars side by side, and gives them in order, with a bar."""
     console = Console(stderr=True)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         try:
-            jobs = pool.map(
-                lambda job: scan(job[0], image, label, job[1], label_field, skip_incomplete), todo
-            )
-            bar = track(
-                jobs,
+            yield from track(
+                pool.map(read, todo),
                 "indexing",
                 len(todo),
                 console=console,
                 transient=True,
                 disable=not console.is_terminal,
             )
-            scanned: Sequence[Scanned] = list(bar)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    root = manifest.as_typed(todo[0][0]).parent.parent
+
+
+def _write_all(
+    groups: dict[str, list[Path]],
+    scanned: Sequence[Scanned],
+    classes: str | None,
+    wanted: depth.Range | str | None,
+    mirror: Mirror,
+) -> None:
+    """The manifests of all splits, from their tars in order."""
+    root = manifest.as_typed(next(iter(groups.values()))[0]).parent.parent
     names, scanned = settle(classes, scanned, root, set(groups))
     span = _span(groups, scanned, wanted)
     at = 0
     for name, paths in groups.items():
         part, at = scanned[at : at + len(paths)], at + len(paths)
         # Labels of train's tars, which may be linked there, mean nothing in this split.
-        _write(name, paths[0].parent, part, [] if name == UNLABELLED else names, span)
+        _write(name, paths[0].parent, part, [] if name == UNLABELLED else names, span, mirror)
 
 
 def _span(
@@ -205,6 +276,7 @@ def _write(
     scanned: Sequence[Scanned],
     names: list[str],
     span: depth.Range | None,
+    mirror: Mirror,
 ) -> None:
     """One split's manifest, and a line about it."""
     numbers = np.concatenate([s.labels for s in scanned])
@@ -229,8 +301,10 @@ def _write(
         members=np.concatenate([s.rows for s in scanned]),
         image={"size": None} | depth.entry(span),
     )
+    mirror.publish(folder)
     kind = "no labels" if unlabelled else f"{len(names)} classes"
-    print(f"{folder}: {split}, {len(numbers)} samples in {len(scanned)} shards, {kind}")
+    place = mirror.told(str(folder))
+    print(f"{place}: {split}, {len(numbers)} samples in {len(scanned)} shards, {kind}")
     for note in _passed_over(folder, scanned):
         print(printable(note))
     if empty := [name for name, count in zip(names, counts, strict=True) if count == 0]:
@@ -254,7 +328,7 @@ def _passed_over(folder: Path, scanned: Sequence[Scanned]) -> list[str]:
         kinds = ", ".join(f"{count} .{suffix}" for suffix, count in unused.most_common(5))
         notes.append(f"note: {unused.total()} files beside the pictures are not used ({kinds})")
     tarred = [name for s in scanned for name in s.extras]
-    own = (manifest.FILE, manifest.MEMBERS)
+    own = (manifest.FILE, manifest.MEMBERS, store.SETTINGS)
     others = sorted(
         path.name
         for path in folder.iterdir()

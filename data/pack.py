@@ -16,9 +16,6 @@ SOURCE is one of
 OUT/{train,val,test}/ then hold shards NAME-SPLIT-000000.tar, manifest.json and members.npy.
 """
 
-import itertools
-import os
-import shutil
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -26,23 +23,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from selfdistill.data.errors import UserError, printable
-from selfdistill.data.formats import depth, images
+from selfdistill.data.formats import depth, fitting, images
 from selfdistill.data.formats.channels import Channels
 from selfdistill.data.formats.channels import parse as parse_channels
 from selfdistill.data.formats.depth import Range
 from selfdistill.data.formats.texts import Stored
-from selfdistill.data.shards import duplicates, manifest
-from selfdistill.data.shards.encoding import (
-    DEFAULT_SIZE,
+from selfdistill.data.packing import parts
+from selfdistill.data.packing.encoding import (
     MAX_WORDS,
     ImageModality,
     Kind,
     TextModality,
-    content_of,
+    choose_size,
 )
-from selfdistill.data.shards.span import find as find_span
-from selfdistill.data.shards.unlabelled import join_train
-from selfdistill.data.shards.writer import Packed, check_replaceable, replace, write_split
+from selfdistill.data.packing.span import beside, same_fit
+from selfdistill.data.packing.span import find as find_span
+from selfdistill.data.packing.whole import Whole, write_whole
+from selfdistill.data.packing.writer import Packed, check_replaceable, write_split
+from selfdistill.data.shards import away, duplicates, manifest, store
+from selfdistill.data.shards.classes import renumbered
 from selfdistill.data.sources import images as image_sources
 from selfdistill.data.sources import label_checks, layouts, parquet
 from selfdistill.data.sources import samples as sources
@@ -60,31 +59,6 @@ _BARS = (
 )
 
 __all__ = ["Packed", "Sample", "choose_size", "pack", "write_split"]
-
-
-def choose_size(splits: Splits, span: Range | None = None, chosen: Channels | None = None) -> int:
-    """The side to fit images to when none is asked for.
-
-    Args:
-        splits: The samples.
-        span: Range of more than 8 bits.
-        chosen: Channels of TIFFs that have several.
-
-    Returns:
-        The images' own side where the first 64 of each split are squares of one size up to 224
-        pixels; else 224, that of the published models.
-    """
-    side = 0
-    for samples, _ in splits.values():
-        for sample in itertools.islice(samples, 64):
-            try:
-                width, height = images.read(content_of(sample), None, span, chosen).size
-            except ValueError:
-                continue  # packing reports what cannot be read
-            if width != height or width > DEFAULT_SIZE or side not in (0, width):
-                return DEFAULT_SIZE
-            side = width
-    return side or DEFAULT_SIZE
 
 
 class _Found(NamedTuple):
@@ -152,12 +126,15 @@ def _kind(
     chosen: Channels | None,
     metric: Metric | None,
     max_words: int,
+    fit: fitting.Fit = "crop",
 ) -> Kind:
     """How the samples are stored; refuses options of the other kind."""
     if found.kind == "image":
         _refuse("texts", "images", metric=metric is not None, max_words=max_words != MAX_WORDS)
-        return ImageModality(size, keep_original, span, chosen)
-    _refuse("images", "texts", size=size is not None, keep_original=keep_original)
+        return ImageModality(size, keep_original, span, chosen, how=fit)
+    _refuse(
+        "images", "texts", size=size is not None, keep_original=keep_original, fit=fit != "crop"
+    )
     stored: Stored = "json" if text_sources.has_pairs(found.splits) else "txt"
     return TextModality(stored, metric or found.metric, max_words)
 
@@ -169,29 +146,11 @@ def _refuse(meant: str, held: str, **options: bool) -> None:
             raise UserError(f"--{name} is for {meant}, the source holds {held}: drop it")
 
 
-def _renumbered(found: Splits, split: str, out_dir: Path) -> Splits:
-    """A split that joins others takes their numbers of the classes, which go by name."""
-    samples, classes = found[split]
-    for other in DIVIDED:
-        if other == split or not classes or not (out_dir / other / manifest.FILE).is_file():
-            continue
-        theirs = manifest.Manifest.load(str(out_dir / other)).classes
-        unknown = [c for c in classes if c not in theirs]
-        if unknown:
-            raise UserError(
-                f"class {unknown[0]!r} is not among the {len(theirs)} classes of {out_dir / other}:"
-                " correct its name, or pack all splits together"
-            )
-        number = [theirs.index(c) for c in classes]
-        moved = [s if s.label is None else s._replace(label=number[s.label]) for s in samples]
-        return {split: (moved, theirs)}
-    return found
-
-
 def pack(
     source: str,
     out: str,
     size: images.Size | None = None,
+    fit: fitting.Fit = "crop",
     keep_original: bool = False,
     range: str | None = None,
     channels: str | None = None,
@@ -208,11 +167,13 @@ def pack(
     text_column: str = "text",
     pair_column: str = "text_pair",
     label_column: str = "label",
+    label_separator: str | None = None,
     group_column: str | None = None,
     metric: Metric | None = None,
     max_words: int = MAX_WORDS,
     max_pixels: int = images.MOST_PIXELS,
     samples_per_shard: int = 1000,
+    part: str | None = None,
     seed: int = 0,
     skip_broken: bool = False,
     overwrite: bool = False,
@@ -223,10 +184,15 @@ def pack(
         source: Folder of class folders, folder with {train,val,test}/CLASS, CSV with
             path,label[,split], file or folder of texts, or a known data set as published,
             extracted or not.
-        out: The data set's folder, e.g. shards/cub.
+        out: The data set's folder, e.g. shards/cub, or its address in an object store, e.g.
+            s3://bucket/cub. Shards are then made in a temporary folder ($TMPDIR chooses its disk)
+            and uploaded one by one, the manifests last; launched again, it goes on.
         size: Side in pixels; images are fitted to this square (short side bicubic, centre crop) and
             stored as PNG. By default their own if they are squares of one size up to 224, else 224.
             224x448 is a rectangle, height x width, that they are scaled to cover.
+        fit: Images of another ratio than `size`: crop cuts what is beyond it at both ends, pad
+            scales them into it and adds borders in ImageNet's mean colour, squash scales each side
+            for itself. All splits of OUT, and exports, do the same.
         keep_original: Store the files as they are; training then fits them each time.
         range: LOW,HIGH, the values of pictures of more than 8 bits that are black and white, or
             auto, the smallest and largest of the set; by default auto where 16-bit pictures use
@@ -252,7 +218,8 @@ def pack(
         path_column: Column of an image's file in a CSV, or of images in Parquet.
         text_column: Column of the text.
         pair_column: Column of the second text of a pair; it need not be there.
-        label_column: Column of the label.
+        label_column: Column of the label. In JSON and Parquet it may be a list of several.
+        label_separator: What stands between several labels of one sample, such as ";".
         group_column: Column of what must stay in one split: the patient, the recording, the author.
         metric: What texts are scored by: accuracy, macro_f1 or micro_f1; known data sets bring
             theirs, others are scored by accuracy.
@@ -261,6 +228,9 @@ def pack(
         max_pixels: The largest image, in pixels; a small file may say that it holds more than
             memory does.
         samples_per_shard: Samples in a tar.
+        part: Write only the shards of this launch, of several that share the work: 3/64 is the
+            third of 64, on any machines, in any order. The last one joins them; launched again, an
+            interrupted one goes on. The set is the same for any number of parts.
         seed: Of the division into splits.
         skip_broken: Leave unreadable samples out, and say how many.
         overwrite: Replace shards that are in `out`.
@@ -268,6 +238,8 @@ def pack(
     images.allow(max_pixels)
     wanted, chosen = depth.parse(range), parse_channels(channels)
     console = Console(stderr=True)
+    for place in (source, unlabelled):
+        away.refuse(str(place), "packing reads")
     out_dir, root = Path(out), Path(source)
     extra = unlabelled if isinstance(unlabelled, str) else None
     if split is not None and split not in DIVIDED:
@@ -282,24 +254,40 @@ def pack(
             raise UserError(
                 f"--keep_original stores files as they are, --{changing} changes them: give one"
             )
+    if label_separator == "":
+        raise UserError("--label_separator is empty: give what stands between labels, such as ';'")
     if out_dir.is_file():
         raise UserError(f"{out} is a file: give a folder")
     if root.exists() and out_dir.resolve() == root.resolve():
         raise UserError(f"{out} is the source itself: give another folder for the shards")
     replaced = SPLITS if split is None else (split,) if extra is None else ("train", UNLABELLED)
-    for one in replaced:
+    remote = manifest.is_remote(out)
+    one_of = None if part is None and not remote else store.parse(part or "1/1")
+    if part is not None:
+        parts.check_options(overwrite=overwrite, span=wanted)
+    if remote and overwrite:
+        raise UserError(f"--overwrite: {out} may be read meanwhile: remove it, or give another")
+    for one in replaced if one_of is None else ():
         check_replaceable(out_dir / one, overwrite)
-    if split == "train" and extra is None and (out_dir / UNLABELLED).exists():
-        raise UserError(
-            f"{out_dir / UNLABELLED} holds the inputs of the old train split too: make it anew"
-            " (--unlabelled PATH), or remove it"
-        )
-    columns = Columns(path_column, text_column, pair_column, label_column, group=group_column)
+    columns = Columns(
+        *(path_column, text_column, pair_column, label_column),
+        group=group_column,
+        separator=label_separator,
+    )
     options = layouts.Options(fold=fold, trainval=trainval, keep_banner=keep_banner)
     with (
-        layouts.opened(root, out_dir.parent) as whole,
-        parquet.opened(whole, out_dir.parent, columns) as folder,
+        away.mirrored(out) as mirror,
+        layouts.opened(root, mirror.folder.parent) as unpacked,
+        parquet.opened(unpacked, mirror.folder.parent, columns) as folder,
     ):
+        out_dir = mirror.folder
+        if split == "train" and extra is None and (out_dir / UNLABELLED).exists():
+            raise UserError(
+                f"{out_dir / UNLABELLED} holds the inputs of the old train split too: make it anew"
+                " (--unlabelled PATH), or remove it"
+            )
+        if part is not None and folder.resolve() != root.resolve():
+            raise UserError(f"--part: every part would unpack {source} anew: unpack it first")
         found = _find(folder, layout, options, columns, unlabelled is True, split)
         inside = root.is_dir() and out_dir.resolve().is_relative_to(root.resolve())
         if found.kind == "image" and not found.known and inside:  # all of its folders count
@@ -309,7 +297,7 @@ def pack(
             )
         divided = sources.settle(found.splits, root, splits, split, seed, val_fraction)
         if split is not None:
-            divided = _renumbered(divided, split, out_dir)
+            divided = renumbered(divided, split, out_dir)
         if group_column is not None and not any(
             isinstance(part, list) and any(s.group is not None for s in part)
             for part, _ in divided.values()
@@ -317,6 +305,13 @@ def pack(
             raise UserError(
                 "--group_column is for tables with labels (.csv, .tsv, .jsonl) that have such a"
                 " column: drop it"
+            )
+        if label_separator is not None and not any(
+            isinstance(part, list) and part and isinstance(part[0].label, tuple)
+            for part, _ in divided.values()
+        ):
+            raise UserError(
+                "--label_separator is for tables with labels (.csv, .tsv, .jsonl): drop it"
             )
         if not found.known:
             found.notes.extend(label_checks.check(divided))
@@ -327,6 +322,9 @@ def pack(
         span = None
         if found.kind == "text":
             _refuse("images", "texts", range=wanted is not None, channels=chosen is not None)
+        elif part is not None:
+            span = beside(out_dir, set(divided), wanted)
+            span = wanted if span is None and isinstance(wanted, tuple) else span
         elif wanted is not None or not found.known:  # known data sets have 8 bits
             with Progress(*_BARS, console=console, transient=True) as progress:
                 span, note = find_span(divided, out_dir, wanted, chosen, progress)
@@ -334,45 +332,54 @@ def pack(
         if found.kind == "image" and not keep_original and size is None:
             size = choose_size(own, span, chosen)
             found.notes.append(f"size {size} x {size} pixels (another one: --size)")
+        if found.kind == "image":
+            same_fit(out_dir, set(replaced), fit)
+            others = "|".join(one for one in fitting.FITS if one != fit)
+            found.notes.append(
+                f"fit {fit}: of another ratio, {fitting.WORDS[fit]} (--fit {others})"
+            )
         for note in found.notes:
             console.print(printable(note), highlight=False, markup=False, soft_wrap=True)
         kind = _kind(
-            found._replace(splits=divided), size, keep_original, span, chosen, metric, max_words
+            found._replace(splits=divided),
+            size,
+            keep_original,
+            span,
+            chosen,
+            metric,
+            max_words,
+            fit,
         )
-        staging = out_dir.parent / f".{out_dir.name}.{os.getpid()}.partial"
+        whole = Whole(
+            out_dir,
+            divided,
+            kind,
+            name or manifest.as_typed(out_dir).name,
+            samples_per_shard,
+            skip_broken,
+            {
+                "seed": seed,
+                "max_words": max_words,
+                "max_pixels": max_pixels,
+                "channels": channels,
+                "keep_banner": keep_banner,
+            },
+        )
         seen = duplicates.Inputs(next((names for _, names in divided.values() if names), []))
-        try:
-            with Progress(*_BARS, console=console) as progress:
-                done = [
-                    write_split(
-                        samples,
-                        classes,
-                        staging,
-                        split=one,
-                        name=name or manifest.as_typed(out_dir).name,
-                        kind=kind,
-                        samples_per_shard=samples_per_shard,
-                        skip_broken=skip_broken,
-                        progress=progress,
-                        seen=seen,
-                    )
-                    for one, (samples, classes) in divided.items()
-                ]
-            if extra is not None:
-                done[-1] = join_train(staging, done[-1])
-            out_dir.mkdir(parents=True, exist_ok=True)
-            for one in replaced:
-                if one in divided:
-                    replace(staging / one, out_dir / one)
-                elif (out_dir / one).exists():  # of the data set that is being replaced
-                    shutil.rmtree(out_dir / one)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with Progress(*_BARS, console=console) as progress:
+            done: list[Packed] | str
+            if one_of is None:
+                done = write_whole(whole, replaced, seen, progress)
+            else:
+                done = parts.write_part(whole, one_of, seen, progress, mirror)
+    if isinstance(done, str):
+        print(printable(mirror.told(done if part is None else f"part {part}: {done}")))
+        return
     for p in done:
         skipped = f", {p.skipped} unreadable {kind.name}s left out" if p.skipped else ""
         print(
-            f"{out_dir / p.split}: {p.samples} samples, {p.classes} classes, {p.shards} shards,"
-            f" {p.bytes / 1e6:.1f} MB{skipped}"
+            f"{mirror.told(str(out_dir / p.split))}: {p.samples} samples, {p.classes} classes,"
+            f" {p.shards} shards, {p.bytes / 1e6:.1f} MB{skipped}"
         )
         for line in p.left_out[:_NAMED]:
             print(printable(f"note: left out: {line}"))

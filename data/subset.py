@@ -15,18 +15,19 @@ from numpy.typing import NDArray
 
 from selfdistill.data import rng
 from selfdistill.data.errors import UserError
+from selfdistill.data.formats.labels import Label
 from selfdistill.data.loading.reader import Reader
-from selfdistill.data.shards import manifest, tars
-from selfdistill.data.shards.encoding import suffix
+from selfdistill.data.packing.encoding import suffix
+from selfdistill.data.packing.writer import check_replaceable, replace, write_split
+from selfdistill.data.shards import away, manifest, tars
 from selfdistill.data.shards.manifest import Manifest
-from selfdistill.data.shards.writer import check_replaceable, replace, write_split
-from selfdistill.data.sources.samples import Sample
+from selfdistill.data.sources.samples import Sample, strata
 from selfdistill.data.splits import DIVIDED
 
 
 @dataclass(frozen=True)
 class AsStored:
-    """Samples that go from shard to shard as they are (a `data.shards.encoding.Kind`).
+    """Samples that go from shard to shard as they are (a `data.packing.encoding.Kind`).
 
     Attributes:
         entries: What the manifest notes of the inputs.
@@ -37,17 +38,17 @@ class AsStored:
     name: ClassVar[Literal["image", "text"]]
 
     def encode(self, sample: Sample) -> tuple[str, bytes]:
-        """See `data.shards.encoding.Kind`."""
+        """See `data.packing.encoding.Kind`."""
         assert isinstance(sample.source, bytes)
         stored = str(self.entries.get("stored", "original"))  # data.index does not say
         return stored if stored != "original" else suffix(sample.source), sample.source
 
     def entry(self) -> dict[str, Any]:
-        """See `data.shards.encoding.Kind`."""
+        """See `data.packing.encoding.Kind`."""
         return self.entries
 
     def notes(self) -> list[str]:
-        """See `data.shards.encoding.Kind`."""
+        """See `data.packing.encoding.Kind`."""
         return []
 
 
@@ -63,7 +64,7 @@ def choose(classes: NDArray[np.int64], samples: int, seed: int) -> NDArray[np.in
     """Picks samples class by class, so that each class keeps its share, to a sample or so.
 
     Args:
-        classes: int64 [n], class of each sample.
+        classes: int64 [n], class of each sample; of several the rarest.
         samples: How many to take, at most n.
         seed: Of the choice.
 
@@ -90,6 +91,8 @@ def subset(shards: str, out: str, samples: int, seed: int = 0, overwrite: bool =
         seed: Of the choice.
         overwrite: Replace shards that are in `out`.
     """
+    for place in (shards, out):
+        away.refuse(place, "a subset is made of, and in,")
     source, target = Path(shards), Path(out)
     train = Manifest.load_split(shards, "train")
     if not train.classes:
@@ -105,14 +108,14 @@ def subset(shards: str, out: str, samples: int, seed: int = 0, overwrite: bool =
         check_replaceable(target / split, overwrite)
     reader = Reader(train)
     found = [label_of(reader, number) for number in range(train.samples)]
-    chosen = choose(np.array(found, dtype=np.int64), samples, seed)
+    chosen = choose(strata(found), samples, seed)
 
     def sample(number: int) -> Sample:
         record = reader.record(number)
         # The key that data.pack wrote, without the number that begins it.
         member = tars.split_name(record.name.rpartition(", ")[2])
         key = member[0].partition("-")[2] if member else ""
-        return Sample(key or str(number), record.input, record.label)
+        return Sample(key or str(number), record.input, found[number])
 
     stored = train.image if train.kind == "image" else train.text
     kind = (_StoredImages if train.kind == "image" else _StoredTexts)(dict(stored))
@@ -138,13 +141,16 @@ def subset(shards: str, out: str, samples: int, seed: int = 0, overwrite: bool =
     print(f"{target / 'train'}: {packed.samples} of {train.samples} samples")
 
 
-def label_of(reader: Reader, number: int) -> int:
-    """The class of a sample.
+def label_of(reader: Reader, number: int) -> Label:
+    """The class of a sample, or its classes.
 
     Raises:
         UserError: It has none.
     """
-    label = reader.record(number).label
+    record = reader.record(number)
+    if reader.manifest.several:
+        return record.labels
+    label = record.label
     if label < 0:
         raise UserError(f"{reader.manifest.root}: sample {number} has no label")
     return label

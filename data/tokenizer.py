@@ -15,8 +15,8 @@ from selfdistill.data.cli import run
 from selfdistill.data.errors import UserError
 from selfdistill.data.formats import texts
 from selfdistill.data.loading.reader import Reader
+from selfdistill.data.packing.writer import make_folder
 from selfdistill.data.shards.manifest import Manifest
-from selfdistill.data.shards.writer import make_folder
 
 #: RoBERTa's special tokens; a token's place here is its id (Liu et al. 2019).
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")

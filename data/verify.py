@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from selfdistill.data.errors import UserError, printable
+from selfdistill.data.errors import UserError, counted, printable
 from selfdistill.data.formats import images
 from selfdistill.data.shards import duplicates, manifest, tars
 from selfdistill.data.shards.checking import check_shard
@@ -175,7 +175,7 @@ def verify(
             pool.shutdown(cancel_futures=True)
             raise
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        count = counted(len(problems), "problem", "problems")
         raise UserError(f"{data} has {count}: named above, with the cure")
     shards = sum(len(file.shards) for file in files)
     samples = sum(file.samples for file in files)
@@ -187,8 +187,8 @@ def verify(
     print(f"{data}: {splits}: {size}: {what} are right")
     if unreadable:
         print(
-            f"note: {unreadable} images have a profile, text or EXIF that cannot be read: their"
-            " pixels are whole, and are taken as they lie"
+            f"note: {counted(unreadable, 'image has', 'images have')} a profile, text or EXIF that"
+            " cannot be read: the pixels are whole, and are taken as they lie"
         )
     for note in seen.notes():
         print(printable(note))

@@ -1,17 +1,25 @@
 """Draws the pictures of README.md and docs/: `python docs/draw.py runs/quickstart/run`.
 
-`make pictures` also takes those of TensorBoard, by `python -m launcher.screenshot`.
+`python docs/draw.py terminal COMMAND ...` runs a command on a terminal and draws what stands there
+at its end. `make pictures` also takes those of TensorBoard, by `python -m launcher.screenshot`.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import pty
+import re
+import shlex
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from rich.console import Console
+from rich.text import Text
 
 plt.switch_backend("svg")
 # The same input gives the same file.
@@ -120,7 +128,47 @@ def speed() -> None:
     save(figure, "speed")
 
 
+def screen(content: str) -> list[str]:
+    """The lines that stand on a terminal after text with the few codes that live lines use."""
+    lines, row = [""], 0
+    for piece in re.split(r"(\r\n|\n|\r|\x1b\[2K|\x1b\[1A)", content):
+        if piece in ("\r\n", "\n"):
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif piece == "\x1b[1A":
+            row -= 1
+        elif piece in ("\r", "\x1b[2K"):
+            lines[row] = ""  # what is written from a line's beginning is as long as what was there
+        else:
+            lines[row] += piece
+    return lines
+
+
+def terminal(words: list[str]) -> None:
+    """What a command leaves on a terminal of 120 columns; of a live line its last state."""
+    os.environ |= {"COLUMNS": "120", "LINES": "40", "TERM": "xterm-256color"}
+    seen = io.BytesIO()
+
+    def read(descriptor: int) -> bytes:
+        content = os.read(descriptor, 65536)
+        seen.write(content)
+        return content
+
+    if pty.spawn(words, read):
+        raise SystemExit(f"{words[0]} failed")
+    console = Console(record=True, width=120, file=io.StringIO(), force_terminal=True)
+    console.print(Text(f"$ {shlex.join(words)}", style="bold"))
+    # Where this clone lies is nobody's business.
+    content = seen.getvalue().decode(errors="replace").replace(f"{DOCS.parent}/", "")
+    for line in screen(content):
+        console.print(Text.from_ansi(line))
+    console.save_svg(str(DOCS / "pictures" / "terminal.svg"), title="selfdistill")
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["terminal"]:
+        terminal(sys.argv[2:])
+        sys.exit()
     method()
     speed()
     if len(sys.argv) > 1:

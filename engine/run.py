@@ -16,15 +16,15 @@ import logging
 import time
 import traceback
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from selfdistill.engine.runtime import preemption
+from selfdistill.engine.runtime import preemption, terminal
 
 if __name__ == "__main__":
     preemption.listen()  # before anything slow: until here a signal kills
 
 from selfdistill.data.cli import format_error
-from selfdistill.data.errors import PeerLost, TryAgain, UserError
+from selfdistill.data.errors import PeerLost, TryAgain, UserError, commands_as_typed
 from selfdistill.engine.config import options as configuration
 
 if TYPE_CHECKING:
@@ -43,26 +43,24 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if {"--help", "-h"} & set(argv):
             if main_rank:
-                print(configuration.help_text())
+                print(commands_as_typed(configuration.help_text(argv)))
             return 0
         _run(argv)
     except preemption.Preempted as error:
         if main_rank:
             signal = preemption.asked() or "a signal to another rank"
-            print(
-                f"interrupted ({signal}) at {error}: launch again to go on from there", flush=True
-            )
+            terminal.say(f"interrupted ({signal}) at {error}: launch again to go on from there")
         return preemption.AGAIN
     except PeerLost as error:
         # The rank that failed says why, and its launcher, which goes by the exit code that came
         # first, then ends this one.
         if _patient(5):
-            print(f"error: {format_error(error)}", file=sys.stderr, flush=True)
+            terminal.say(f"error: {format_error(error)}", sys.stderr)
         return preemption.AGAIN
     except UserError as error:
         # Most mistakes are every rank's: rank 0 says it, then the launcher ends the others.
         if main_rank or _patient(6):
-            print(f"error: {format_error(error)}", file=sys.stderr, flush=True)
+            terminal.say(f"error: {format_error(error)}", sys.stderr)
         return preemption.AGAIN if isinstance(error, TryAgain) else 2
     except KeyboardInterrupt:
         return 130
@@ -73,6 +71,9 @@ def _run(argv: list[str]) -> None:
     """The launch itself; whatever the user or the machine did wrong becomes a UserError."""
     settings = configuration.load(configuration.parse(argv))
     settings.check_warmups()
+    settings.check_judges()
+    settings.place()  # before seconds of imports
+    terminal.divert()
     _quiet()
     from selfdistill.engine.runtime import precision
     from selfdistill.engine.runtime.allocator import keep_memory
@@ -88,6 +89,8 @@ def _run(argv: list[str]) -> None:
     try:
         run = open_run(settings, ranks)
         try:
+            terminal.keep(run.folder if ranks.main else None)
+            run.info(_resolved(run))
             run_stages(run)
         finally:
             run.close()
@@ -115,7 +118,8 @@ def run_stages(run: Run) -> None:
     from selfdistill.engine.regularizers import matching
     from selfdistill.engine.stages.decoder import train_decoder
     from selfdistill.engine.stages.distill import Distill
-    from selfdistill.engine.stages.finetune import check_labels, finetune
+    from selfdistill.engine.stages.finetune import check_judge, finetune
+    from selfdistill.engine.stages.labels import check_labels, check_pairs
     from selfdistill.engine.stages.pretrain import pretraining
     from selfdistill.engine.stages.splits import labelled_splits
     from selfdistill.engine.training.loop import run_stage
@@ -125,7 +129,11 @@ def run_stages(run: Run) -> None:
         adapters.check(config)
     if config.stage == "all":
         matching.check(config)
-        check_labels(labelled_splits(run)["train"])  # before hours of the stages that need none
+        splits = labelled_splits(run)
+        check_judge(config, splits)
+        # Before hours of the stages that need none.
+        check_labels(splits["train"], config)
+        check_pairs(config, run.ranks.world)
     if config.stage in ("decoder", "all"):
         run.boundary("decoder", wait=True)
         train_decoder(run)
@@ -147,6 +155,16 @@ def run_stages(run: Run) -> None:
             finetune(run, start)
 
 
+def _resolved(run: Run) -> str:
+    """A line that says what this launch is about."""
+    config, ranks = run.config, run.ranks
+    named = {"recipe": config.recipe, "model": config.model.path, "data": config.data.path}
+    parts = [f"stage {config.stage}", *(f"{k} {v}" for k, v in named.items() if v is not None)]
+    processes = f"{ranks.world} process{'es' if ranks.world > 1 else ''} on {ranks.device.type}"
+    parts += [processes, config.precision, config.zero]
+    return f"{run.folder}: {', '.join(parts)}; libraries' messages: {terminal.LOG}"
+
+
 def _patient(seconds: float) -> bool:
     """Waits; False as soon as the launcher, having ended another rank, asks this one to leave."""
     end = time.monotonic() + seconds
@@ -161,27 +179,41 @@ def _quiet() -> None:
     """Leaves the terminal to the run's own lines."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=UserWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    if not terminal.diverted():
+        warnings.filterwarnings("ignore", category=UserWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
     import deepspeed
 
     for logger in (deepspeed.utils.logger, logging.getLogger("DeepSpeed")):
         logger.setLevel(logging.WARNING)
+        terminal.listen(logger)
 
 
-if __name__ == "__main__":
+def launch(argv: list[str]) -> int:
+    """`main`, with the last of its exit codes: 1, a fault of this program, whose stack is told."""
     try:
-        code = main()
+        return main(argv)
     except Exception:
-        # A fault of this program: told, and left at once. Python's own way out may wait in NCCL for
-        # the others, whose watchdogs would take that for a hang, and ask to be put back.
         traceback.print_exc()
-        code = 1
-    import torch.distributed
+        return 1
 
-    if torch.distributed.is_initialized() and code == 0:
-        torch.distributed.destroy_process_group()
+
+def leave(code: int) -> NoReturn:
+    """Ends the process at once.
+
+    After a fault Python's own way out may wait in NCCL for the others, whose watchdogs would take
+    that for a hang, and ask to be put back.
+    """
+    if code == 0 and "torch" in sys.modules:  # not after a page of help: importing takes seconds
+        import torch.distributed
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     # Ranks waiting in a collective would keep a failed process's threads alive: leave at once.
     os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(launch(sys.argv[1:]))

@@ -30,6 +30,28 @@ SEARCH_SEED = 1000
 
 
 @dataclass
+class Trial:
+    """Shorter fine-tunings of a search's candidates, of which the best go on.
+
+    Attributes:
+        jobs: all of them, in the order of the search.
+        keep: how many go on.
+    """
+
+    jobs: list[Job]
+    keep: int
+
+    def best(self, root: Path) -> list[str] | None:
+        """Names of those that go on, the first of equals before others; None before it is known."""
+        if any(job.result(root) is None and not job.lost(root) for job in self.jobs):
+            return None
+        scored = [(job.validation(root), job.name) for job in self.jobs]
+        known = [(score, name) for score, name in scored if score is not None]
+        ranked = sorted(known, key=lambda pair: pair[0], reverse=True)  # stable
+        return [name for _, name in ranked[: self.keep]]
+
+
+@dataclass
 class Choice:
     """Options to be chosen by validation score.
 
@@ -46,7 +68,7 @@ class Choice:
         return [(options, job.validation(root)) for options, job in self.candidates]
 
     def best(self, root: Path) -> Options:
-        """The candidate of the highest score, the first of equals; one that diverged loses.
+        """The candidate of the highest score, the first of equals; what was lost has none.
 
         Raises:
             UserError: one has no score yet, or none will have any.
@@ -55,7 +77,7 @@ class Choice:
         candidates = [
             job.name
             for (_, job), (_, score) in zip(self.candidates, scored, strict=True)
-            if score is None and not job.diverged(root)
+            if score is None and not job.lost(root)
         ]
         if candidates:
             raise UserError(f"{self.name} waits for {candidates[0]}, which has no validation score")
@@ -80,6 +102,8 @@ class Job:
         seeds: fine-tunings in this launch.
         rounds: of self-distillation up to which it goes.
         said: options that no choice changes.
+        shorter: the same candidate of a search at a smaller length, if it must do well there first.
+        trial: in which `shorter` is compared with others.
     """
 
     name: str
@@ -92,6 +116,8 @@ class Job:
     seeds: int = 1
     rounds: int = 1
     said: frozenset[str] = frozenset()
+    shorter: Job | None = None
+    trial: Trial | None = None
 
     @property
     def folder(self) -> str:
@@ -102,7 +128,7 @@ class Job:
     def before(self) -> list[Job]:
         """Jobs that must be complete before it starts."""
         tried = [job for choice in self.choices for _, job in choice.candidates]
-        return [*self.needs, *tried]
+        return [*self.needs, *tried, *(self.trial.jobs if self.trial else ())]
 
     @property
     def leaves(self) -> str:
@@ -133,6 +159,17 @@ class Job:
             return False
         record = _json(self.record(root)) or {}
         return record.get("status") == "failed" and str(record.get("message")).startswith(DIVERGED)
+
+    def dropped(self, root: Path) -> bool:
+        """Whether it is a candidate that did not do well enough at a smaller length."""
+        if self.trial is None or self.shorter is None or self.result(root) is not None:
+            return False
+        best = self.trial.best(root)
+        return best is not None and self.shorter.name not in best
+
+    def lost(self, root: Path) -> bool:
+        """Whether it is a search's candidate that will have no score."""
+        return self.diverged(root) or self.dropped(root)
 
     def validation(self, root: Path) -> float | None:
         """Its validation score."""

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from selfdistill.data.errors import UserError
 from selfdistill.data.shards import manifest
 from selfdistill.engine.config import options as configuration
-from selfdistill.experiments.jobs import LATER, SEARCH_SEED, Choice, Job, Stage, typed
+from selfdistill.engine.config.stages import FinetuneSection
+from selfdistill.experiments.jobs import LATER, SEARCH_SEED, Choice, Job, Stage, Trial, typed
 from selfdistill.experiments.spec import Dataset, Method, Options, Profile, Row, Specs, Table
 
 
@@ -46,13 +48,20 @@ class Plan:
         profile: the size.
         data_root: folder of packed data sets.
         done: a sweep's folder: data sets that have results there need not be in `data_root`.
+        halving: of a search's candidates one in so many goes on to so many times the length; 0: all
+            are tried at the whole length.
     """
 
     def __init__(
-        self, specs: Specs, profile: Profile, data_root: Path, done: Path | None = None
+        self,
+        specs: Specs,
+        profile: Profile,
+        data_root: Path,
+        done: Path | None = None,
+        halving: int = 0,
     ) -> None:
         self.specs, self.profile, self.data_root = specs, profile, data_root
-        self.done = done
+        self.done, self.halving = done, halving
         self.jobs: dict[str, Job] = {}
         self.cells: list[Cell] = []
         self.absent: dict[str, Dataset] = {}
@@ -176,7 +185,7 @@ class Plan:
     def _choice(
         self, dataset: Dataset, method: Method, grid: dict[str, list[Any]], given: list[Choice]
     ) -> Choice:
-        """One fine-tuning, without test data, for each point of a grid."""
+        """One fine-tuning, without test data, for each point of a grid, with what it waits for."""
         row = Row(method=method.name)
         candidates = []
         for values in itertools.product(*grid.values()):
@@ -190,7 +199,44 @@ class Plan:
                 job.choices = list(given)
                 self.jobs[name] = job
             candidates.append((tried, self.jobs[name]))
+        if self.halving:
+            self._halve([job for _, job in candidates])
         return Choice(f"{dataset.name}/{method.name}", candidates)
+
+    def _halve(self, whole: list[Job]) -> None:
+        """Lets candidates be tried at smaller lengths first, and only the best of them go on.
+
+        Of n candidates there are k shorter lengths, for the largest k with halving^k <= n. RecAdam,
+        whose options count steps, is another method at another length: it is tried whole.
+        """
+        plans = [configuration.load(job.words).finetune for job in whole]
+        if any(job.trial for job in whole) or any(p.regularizer == "recadam" for p in plans):
+            return
+        rungs = 0
+        while self.halving ** (rungs + 1) <= len(whole):
+            rungs += 1
+        shorter: list[Job] = []
+        for rung in range(rungs, -1, -1):  # from the smallest length to the whole one
+            jobs = whole
+            if rung:
+                part = self.halving**rung
+                jobs = [self._part(job, plan, part) for job, plan in zip(whole, plans, strict=True)]
+            if shorter:
+                trial = Trial(shorter, math.ceil(len(whole) / self.halving ** (rungs - rung)))
+                for job, before in zip(jobs, shorter, strict=True):
+                    job.shorter, job.trial = before, trial
+            shorter = jobs
+
+    def _part(self, job: Job, plan: FinetuneSection, part: int) -> Job:
+        """A candidate at one of so many parts of its length, with as much less warm-up."""
+        words: Options = {"finetune.warmup": plan.warmup // part}
+        if plan.steps is not None:
+            words["finetune.steps"] = max(1, round(plan.steps / part))
+        elif plan.epochs is not None:
+            words["finetune.epochs"] = plan.epochs / part
+        name = f"{job.name},part={part}"
+        self.jobs[name] = replace(job, name=name, words=job.words | words)
+        return self.jobs[name]
 
     def _finetune(
         self, name: str, dataset: Dataset, method: Method, row: Row, seeds: int, more: Options

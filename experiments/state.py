@@ -46,6 +46,7 @@ class _Written(records.Record):
     data_root: str
     specs: str | None
     asked: list[_Asked]
+    halving: records.Count = 0
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Sweep:
         data_root: folder of the packed data sets.
         specs: folder of the user's own specs, or None.
         asked: the tables, in order.
+        halving: see `Plan`.
     """
 
     root: Path
@@ -65,6 +67,7 @@ class Sweep:
     data_root: Path
     specs: Path | None
     asked: list[Asked]
+    halving: int = 0
 
     @classmethod
     def open(cls, root: Path) -> Sweep:
@@ -86,7 +89,8 @@ class Sweep:
             ) from None
         asked = [Asked(a.table, tuple(a.datasets), tuple(a.only), a.seeds) for a in written.asked]
         specs = None if written.specs is None else Path(written.specs)
-        return cls(root, written.profile, Path(written.data_root), specs, asked)
+        data_root = Path(written.data_root)
+        return cls(root, written.profile, data_root, specs, asked, written.halving)
 
     def save(self) -> None:
         """Writes it."""
@@ -96,6 +100,7 @@ class Sweep:
             "data_root": str(self.data_root.resolve()),
             "specs": None if self.specs is None else str(self.specs.resolve()),
             "asked": [vars(one) for one in self.asked],
+            "halving": self.halving,
         }
         write_text(self.root / SWEEP, json.dumps(content, indent=1) + "\n")
 
@@ -138,7 +143,8 @@ class Sweep:
         """
         specs = Specs(self.specs)
         done = self.root if results else None
-        made = Plan(specs, specs.load(Profile, self.profile), self.data_root, done)
+        profile = specs.load(Profile, self.profile)
+        made = Plan(specs, profile, self.data_root, done, self.halving)
         for one in self.asked if asked is None else asked:
             table = specs.table(one.table)
             if one.datasets:
@@ -238,7 +244,7 @@ def end(root: Path, job: Job, code: int, message: str) -> None:
 
 def status(root: Path, job: Job) -> Status:
     """Where a job stands."""
-    if job.result(root) is not None or job.diverged(root):
+    if job.result(root) is not None or job.lost(root):
         return "done"
     if read(root, job).get("status") == "failed":
         return "failed"

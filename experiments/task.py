@@ -62,9 +62,12 @@ def main(
     if job.result(root) is not None:
         print("COMPLETE=1")
         return
-    waits = [one.name for one in job.before if one.result(root) is None and not one.diverged(root)]
+    waits = [one.name for one in job.before if one.result(root) is None and not one.lost(root)]
     if waits:
         raise UserError(f"{job.name} needs {waits[0]}, which is not complete")
+    if job.dropped(root):
+        print("COMPLETE=1")
+        return
     try:
         words = job.command(root, found.data_root)
         state.begin(root, job, words, found.data_root)

@@ -4,6 +4,7 @@ A run made with `--stage all --compare true` holds three fine-tunings: from the 
 from the further pre-trained one, and from the self-distilled one.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,9 @@ METHODS = (
     ("further pre-training", "finetune-pretrain", ("decoder", "pretrain")),
     ("self-distillation", "finetune", ("decoder", "pretrain", "distill-*")),
 )
+_MACRO = "test_macro_f1"
+#: Metrics of which less is better.
+_LOWER = ("_loss", "_ece")
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ def rows(run: Path, metric: str | None = None) -> list[Row]:
         metric = metric or f"test_{result.get('metric') or 'accuracy'}"
         if metric not in result["metrics"]:
             known = ", ".join(result["metrics"])
-            raise UserError(f"{path} has no {metric!r}; it has {known or 'no metrics'}")
+            hint = cli.nearest(metric, result["metrics"], "")
+            raise UserError(f"{path} has no {metric!r}.{hint} It has {known or 'no metrics'}")
         n = result.get("n") or 1
         seconds = float(result["seconds"]) / n
         for pattern in before:
@@ -85,25 +90,100 @@ def _clock(seconds: float, hours: bool) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def chosen(run: Path, metric: str | None) -> list[str]:
+    """The metrics of the table, keys of result.json.
+
+    Args:
+        run: a run folder.
+        metric: one, or several with commas; by default that by which the set is scored, on test,
+            and macro F1 beside it where it differs by a point or more.
+
+    Raises:
+        UserError: there is no complete fine-tuning, or it lacks one of them.
+    """
+    if metric is not None:
+        names = [name.strip() for name in metric.split(",") if name.strip()]
+        if not names:
+            raise UserError("--metric is empty: give one, such as test_accuracy")
+        return list(dict.fromkeys(names))
+    found = rows(run)
+    names = [found[0].metric]
+    with contextlib.suppress(UserError):  # a run of other scores
+        beside = rows(run, _MACRO)
+        if any(abs(a.mean - b.mean) >= 0.01 for a, b in zip(found, beside, strict=True)):
+            names.append(_MACRO)
+    return list(dict.fromkeys(names))
+
+
+def verdicts(found: list[Row]) -> list[str]:
+    """In words, how the best method stands to each of the others.
+
+    A difference within the larger of the two standard deviations over the seeds is called none:
+    another choice of seeds may turn it round.
+
+    Args:
+        found: one metric of each method.
+    """
+    if len(found) < 2:
+        return []
+    name = found[0].metric
+    lower = name.endswith(_LOWER)
+    best = (min if lower else max)(found, key=lambda row: row.mean)
+    said = []
+    for row in found:
+        if row is best:
+            continue
+        apart = (
+            f"{best.method} is {_amount(best, row)} {'below' if lower else 'above'} {row.method}"
+        )
+        if row.mean == best.mean:
+            said.append(f"{best.method} and {row.method} are equal")
+        elif row.std is None or best.std is None:
+            said.append(f"{apart}, with one seed: that may be chance (--finetune.seeds 5)")
+        elif abs(best.mean - row.mean) <= max(row.std, best.std):
+            said.append(f"{apart}: within the spread of the seeds, which is no difference")
+        else:
+            said.append(f"{apart}, more than the seeds' spread")
+    return [f"{_title(name)}: {'; '.join(said)}"]
+
+
+def _title(metric: str) -> str:
+    return metric.replace("_", " ").replace(" f1", " F1").replace("auroc", "AUROC")
+
+
+def _amount(one: Row, other: Row) -> str:
+    apart = abs(one.mean - other.mean)
+    return f"{apart:.4f}" if one.metric.endswith("_loss") else f"{100 * apart:.2f} points"
+
+
+def _shown(row: Row) -> str:
+    scale, digits = (1, 4) if row.metric.endswith("_loss") else (100, 2)
+    spread = "" if row.std is None else f" ± {scale * row.std:.{digits}f}"
+    return f"{scale * row.mean:.{digits}f}{spread} (n = {row.n})"
+
+
 def show(run: Path, metric: str | None = None, title: str | None = None) -> None:
     """Prints the table: method, mean ± sample standard deviation over the seeds, wall time."""
-    found = rows(run, metric)
+    columns = [rows(run, name) for name in chosen(run, metric)]
+    found = columns[0]
     table = Table(title=title or str(run))
     table.add_column("method")
-    table.add_column(f"{found[0].metric.replace('_', ' ')}, % (mean ± std, n)", justify="right")
+    for column in columns:
+        name = column[0].metric
+        unit = "nats" if name.endswith("_loss") else "%"
+        table.add_column(f"{_title(name)}, {unit} (mean ± std, n)", justify="right")
     # One unit for the column, so that its rows can be compared at a glance.
     hours = max(row.seconds for row in found) >= 3600
     table.add_column("wall time (h:m:s)" if hours else "wall time (m:s)", justify="right")
-    for row in found:
-        spread = "" if row.std is None else f" ± {100 * row.std:.2f}"
-        table.add_row(
-            row.method,
-            f"{100 * row.mean:.2f}{spread} (n = {row.n})",
-            _clock(row.seconds, hours),
-        )
+    for methods in zip(*columns, strict=True):
+        row = methods[0]
+        table.add_row(row.method, *map(_shown, methods), _clock(row.seconds, hours))
     console = Console(emoji=False, markup=False)  # ":m:" is no emoji, a path in [] no style
     console.print(table)
     console.print("wall time: all stages of the method, with one fine-tuning", style="dim")
+    for column in columns:
+        for line in verdicts(column):
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 def main(run: str, metric: str | None = None) -> None:
@@ -111,8 +191,9 @@ def main(run: str, metric: str | None = None) -> None:
 
     Args:
         run: run folder.
-        metric: a key of result.json's metrics, such as val_accuracy or test_macro_f1; by default
-            that by which the set is scored, on its test split.
+        metric: a key of result.json's metrics, such as val_accuracy or test_macro_f1, or several
+            with commas between them; by default that by which the set is scored, on its test split,
+            and macro F1 where it differs.
     """
     show(Path(run), metric)
 

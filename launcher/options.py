@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pydantic
 
 from selfdistill.data import cli
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import UserError, commands_as_typed
 from selfdistill.engine.config import options as configuration
 
 Own = typing.TypeVar("Own", bound=pydantic.BaseModel)
@@ -35,7 +35,7 @@ def split(own: type[Own], words: Sequence[str]) -> tuple[Own, dict[str, cli.Type
     mine = {
         name: "true" if option.value is None else option.value
         for name, option in typed.items()
-        if name in own.model_fields
+        if name in own.model_fields and not _left_out(own.model_fields[name], option)
     }
     try:
         return own.model_validate(mine), others
@@ -45,11 +45,23 @@ def split(own: type[Own], words: Sequence[str]) -> tuple[Own, dict[str, cli.Type
         raise UserError(f"--{first['loc'][0]} {first['input']}: {reason}") from error
 
 
-def help_text(own: type[pydantic.BaseModel], usage: str) -> str:
-    """The page of --help."""
+def _left_out(field: pydantic.fields.FieldInfo, option: cli.Typed) -> bool:
+    """Whether "none" is typed where it is the default."""
+    return field.default is None and option.value in ("None", "none")
+
+
+def help_text(own: type[pydantic.BaseModel], usage: str, words: Sequence[str] = ()) -> str:
+    """The page of --help.
+
+    Args:
+        own: the program's options.
+        usage: its first line.
+        words: of the command line; a `--recipe` among them gives the defaults that are shown.
+    """
     lines = [usage, ""]
     for name, field in own.model_fields.items():
         default = "" if field.default is None else f" [{field.default}]"
         kind = configuration.kind_of(field)
         lines.append(f"  --{name:<28} {kind:<24} {field.description or ''}{default}")
-    return "\n".join([*lines, "", "and any option of:", configuration.help_text()])
+    lines += ["", "and any option of:", configuration.help_text(words)]
+    return commands_as_typed("\n".join(lines))

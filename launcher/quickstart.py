@@ -5,8 +5,7 @@ further pre-training beside them, and prints the table. A second call continues 
 """
 
 import os
-import subprocess
-import sys
+import shlex
 import time
 from pathlib import Path
 from typing import Literal
@@ -14,12 +13,10 @@ from typing import Literal
 from rich.console import Console
 
 from selfdistill.data import cli
-from selfdistill.data.errors import UserError
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.launcher import compare
+from selfdistill.launcher import train as training
 from selfdistill.launcher.examples import __main__ as example
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(
@@ -42,20 +39,18 @@ def main(
         import torch
 
         ranks = torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
-    command = [
-        *(str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)),
-        *("engine/run.py", "--stage", "all", "--compare", "true", "--recipe", chosen.recipe),
-        *("--data", str(shards.resolve()), "--output", str((folder / "run").resolve())),
+    words = [
+        *("--num_gpus", str(ranks), "--stage", "all", "--compare", "true"),
+        *("--recipe", chosen.recipe, "--data", str(shards), "--output", str(folder / "run")),
     ]
-    console.print("$ " + " ".join(["deepspeed", *command[1:]]), style="bold", highlight=False)
-    done = subprocess.run(command, cwd=ROOT, check=False)
-    if done.returncode:
-        raise UserError(f"the run ended with exit code {done.returncode}: its message stands above")
+    typed = shlex.join([*training.program().split(), "train", *words])
+    console.print(f"$ {typed}", style="bold", highlight=False, soft_wrap=True)
+    training.run(words)
     train, test = (Manifest.load_split(str(shards), s).samples for s in ("train", "test"))
     title = f"{chosen.title}, {train} labelled {kind.rstrip('s')}s to train on, {test} to test on"
     compare.show(folder / "run", title=title)
     console.print(f"whole quickstart: {time.monotonic() - began:.0f} s")
-    console.print(f"TensorBoard: .venv/bin/tensorboard --logdir {folder / 'run'}", highlight=False)
+    training.say_next(folder / "run")
 
 
 if __name__ == "__main__":

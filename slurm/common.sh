@@ -3,7 +3,8 @@
 #
 # Variables, all optional: RECIPE (quickstart), DATA, MODEL, OUTPUT, ARGS (more options of
 # engine/run.py), MAX_RESTARTS (20), SELFDISTILL_ROOT (the clone; by default, where sbatch was
-# called).
+# called). USED_NODES: of the job's nodes so many work, the others are spare (sbatch --no-kill);
+# with fewer than MIN_NODES (USED_NODES) left the job goes back to the queue.
 
 ROOT=$(cd "${SELFDISTILL_ROOT:-$SLURM_SUBMIT_DIR}" && pwd) || exit 2
 [ ! -x "$ROOT/.venv/bin/python" ] || PATH=$ROOT/.venv/bin:$PATH
@@ -87,9 +88,55 @@ rank() {
 }
 export -f own rank stale
 
+# ranks WORDS...: one launch of engine/run.py on $where; returns how its first rank to fail ended.
+ranks() {
+    local code first who node
+    # shellcheck disable=SC2016  # $@ is for the task's shell
+    srun --export=ALL --kill-on-bad-exit=1 "${where[@]}" bash -c 'rank "$@"' rank \
+        python "$ROOT/engine/run.py" "$@"
+    code=$?
+    if [ $code != 0 ]; then
+        # A shared file system may show another node's file some seconds late.
+        for _ in 1 2 3 4 5; do [ -e "$FIRST" ] || sleep 1; done
+        if read -r first who node 2>/dev/null <"$FIRST"; then
+            code=$first
+            echo "rank $who on $node was the first to fail, with exit code $code" >&2
+        fi
+        rm -f "$FIRST"
+    fi
+    return $code
+}
+
+# counted NAME DEFAULT: a variable that is a number of nodes, from 1 to DEFAULT.
+counted() {
+    local value=${!1:-$2}
+    case $value in
+    *[!0-9]* | 0 | ??????*) ;;
+    *) [ "$value" -gt "$2" ] || { echo "$value" && return; } ;;
+    esac
+    echo "error: $1=$value: give a number of nodes from 1 to $2" >&2
+    return 2
+}
+
+# tasks: of a node.
+tasks() {
+    echo "${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-1} / SLURM_JOB_NUM_NODES))}"
+}
+
+# answering NODES...: those on which a command runs, in their order.
+answering() {
+    local node
+    for node; do
+        timeout -k 5 60 srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" \
+            bash -c 'echo "$SLURMD_NODENAME"' 2>/dev/null &
+    done | sort >"$FIRST.nodes"
+    for node; do grep -qx "$node" "$FIRST.nodes" && echo "$node"; done
+    rm -f "$FIRST.nodes"
+}
+
 # launch OPTIONS...: runs the ranks, and ends the job as they ended.
 launch() {
-    local words code first who node
+    local words code nodes used count least started lost where again=
     # Quotes hold, as in a shell, but nothing is expanded or run.
     mapfile -d '' -t words < <(ARGS=${ARGS:-} python -c '
 import os, shlex
@@ -106,19 +153,39 @@ print(*(f"{word}\0" for word in shlex.split(os.environ["ARGS"])), sep="", end=""
         echo "error: OUTPUT=$OUTPUT cannot be written: choose another folder" >&2
         exit 2
     fi
-    # shellcheck disable=SC2016  # $@ is for the task's shell
-    srun --export=ALL --kill-on-bad-exit=1 bash -c 'rank "$@"' rank \
-        python "$ROOT/engine/run.py" "$@" --output "$OUTPUT" "${words[@]}"
-    code=$?
-    if [ $code != 0 ]; then
-        # A shared file system may show another node's file some seconds late.
-        for _ in 1 2 3 4 5; do [ -e "$FIRST" ] || sleep 1; done
-        if read -r first who node 2>/dev/null <"$FIRST"; then
-            code=$first
-            echo "rank $who on $node was the first to fail, with exit code $code" >&2
-        fi
-        rm -f "$FIRST"
+    if [ -n "${USED_NODES:-}" ]; then
+        mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+        count=$(counted USED_NODES "${#nodes[@]}") && least=$(counted MIN_NODES "$count") || exit 2
+        started=$count
     fi
+    while :; do
+        used=("${nodes[@]:0:count}")
+        where=()
+        if [ -n "${USED_NODES:-}" ]; then
+            where=("--nodes=$count" "--ntasks=$((count * $(tasks)))" $again
+                "--nodelist=$(IFS=, && echo "${used[*]}")")
+        fi
+        ranks "$@" --output "$OUTPUT" "${words[@]}"
+        code=$?
+        if [ $code = 0 ] || [ -z "${USED_NODES:-}" ]; then break; fi
+        mapfile -t nodes < <(answering "${nodes[@]}")
+        lost=$(comm -23 <(printf '%s\n' "${used[@]}" | sort) <(printf '%s\n' "${nodes[@]}" | sort))
+        if [ -n "$lost" ]; then
+            [ "${#nodes[@]}" -ge "$count" ] || count=${#nodes[@]}
+            # shellcheck disable=SC2086  # one line
+            echo $lost "does not answer: ${#nodes[@]} nodes are left" >&2
+        elif [ $code = 2 ] && [ "$count" -lt "$started" ]; then
+            count=$((count - 1)) # a batch that so many ranks cannot share, perhaps
+        else
+            break
+        fi
+        if [ "$count" -lt "$least" ]; then
+            code=75
+            break
+        fi
+        echo "going on with $count of them" >&2
+        again=--overlap # with what is left of the step before, which a lost node never ends
+    done
     # 75: interrupted, or another rank is gone. Above 128: killed by a signal. Again will do.
     if [ "$code" = 75 ] || [ "$code" -gt 128 ]; then requeue "$code"; fi
     exit "$code"

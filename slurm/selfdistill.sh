@@ -15,6 +15,7 @@
 ##SBATCH --time=24:00:00
 ##SBATCH --partition=gpu
 ##SBATCH --account=mine
+##SBATCH --no-kill   # with spare nodes: USED_NODES=4 sbatch --nodes=5 ...
 # One task a GPU: gpus-per-node and ntasks-per-node are the same number.
 #SBATCH --output=%x-%j.log
 # --- what lets it survive: a warning 180 s before the time limit, and the way back to the queue -

@@ -1,6 +1,7 @@
-"""What every test shares: gpu tests are left out, and counted, where there is no CUDA device."""
+"""What every test shares: the order of files, and gpu tests left out where there is no device."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # The files that start ranks first: the longest of them, begun last, would run on alone.
+    slow = {item.path for item in items if item.get_closest_marker("multi")}
+    items.sort(key=lambda item: item.path not in slow)
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu:
         return
@@ -28,6 +32,15 @@ def pytest_terminal_summary(
 ) -> None:
     if count := config.stash.get(_LEFT_OUT, 0):
         terminalreporter.write_line(f"gpu tests not run, no CUDA device here: {count}")
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    if len(seconds) > 1:
+        terminalreporter.section("slowest files", sep="=")
+        for name, took in seconds.most_common(15):
+            terminalreporter.write_line(f"{took:7.0f} s  {name}")
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from selfdistill.data import pack
 from selfdistill.data.formats.images import decode
 from selfdistill.data.loading.loader import Loader
 from selfdistill.data.loading.reader import Reader
-from selfdistill.data.shards.encoding import ImageModality
+from selfdistill.data.packing.encoding import ImageModality
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.data.sources.samples import Sample
 

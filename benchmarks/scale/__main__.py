@@ -29,12 +29,11 @@ from rich.progress import Progress
 from benchmarks import record
 from benchmarks.scale import model as scale_model
 from benchmarks.scale import tables as scale_tables
-from benchmarks.scale.ranks import BASE, SETTING, SETTINGS
+from benchmarks.scale.ranks import SETTING, SETTINGS, parameters
 from selfdistill.data import cli
 from selfdistill.data.errors import UserError
 from selfdistill.engine.runtime import zero
 from selfdistill.launcher.plan import scaling
-from selfdistill.launcher.plan.workload import Parameters, count
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Seconds after which ranks are ended, and those more for each timed step.
@@ -86,15 +85,6 @@ CASES = (
 )
 #: Of them the plain stages, the first ones.
 STAGES = 4
-
-
-def parameters() -> Parameters:
-    """Those of the model that is distilled."""
-    from selfdistill.engine.models.images.vit_mae import ViTMAE
-    from selfdistill.engine.models.images.weights import load_pretrained
-
-    shape = load_pretrained(str(BASE)).shape
-    return count(lambda: ViTMAE(shape))
 
 
 def measure(

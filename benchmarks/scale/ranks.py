@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from selfdistill.launcher.plan import scaling
+from selfdistill.launcher.plan.workload import Parameters, count
 
 BASE = Path(__file__).resolve().parents[2] / "recipes" / "vit_small"
 
@@ -92,6 +93,15 @@ def counting() -> Iterator[list[tuple[scaling.Collected, int]]]:
             setattr(group, name, method)
 
 
+def parameters() -> Parameters:
+    """Those of the model that is distilled."""
+    from selfdistill.engine.models.images.vit_mae import ViTMAE
+    from selfdistill.engine.models.images.weights import load_pretrained
+
+    shape = load_pretrained(str(BASE)).shape
+    return count(lambda: ViTMAE(shape))
+
+
 def work(file: str) -> None:
     """What a rank does: reads cases from a file; rank 0 writes there what was found.
 
@@ -108,10 +118,10 @@ def work(file: str) -> None:
     told = json.loads(Path(file).read_text(encoding="utf-8"))
     found = {}
     for case in told["cases"]:
-        found[case["name"]] = _counts(_Stepper(case["zero"], case["accumulation"], COUNTED, ranks))
+        found[case["name"]] = _counts(Stepper(case["zero"], case["accumulation"], COUNTED, ranks))
     answer: dict[str, Any] = {"bytes": found}
     answer["rates"] = {
-        setting: _rates(_Stepper(setting, 1, TIMED, ranks), told["steps"], ranks.world)
+        setting: _rates(Stepper(setting, 1, TIMED, ranks), told["steps"], ranks.world)
         for setting in told["settings"]
     }
     if ranks.world > 1:
@@ -123,7 +133,7 @@ def work(file: str) -> None:
     os._exit(0)  # DeepSpeed's threads may outlive the group
 
 
-class _Stepper:
+class Stepper:
     """One optimiser step of the stage, on random images."""
 
     def __init__(self, setting: str, accumulation: int, micro: int, ranks: Any) -> None:
@@ -160,15 +170,17 @@ class _Stepper:
         }
 
     def __call__(self) -> None:
+        """Takes it."""
         for _ in range(self.accumulation):
             self.engine.backward(self.engine(**self.batch)["loss"])
             self.engine.step()
 
     def close(self) -> None:
+        """Ends the engine."""
         self.engine.destroy()
 
 
-def _counts(step: _Stepper) -> dict[str, list[int]]:
+def _counts(step: Stepper) -> dict[str, list[int]]:
     """Kind of collective -> calls and bytes of the last of a few steps."""
     for _ in range(SEEN - 1):
         step()
@@ -182,7 +194,7 @@ def _counts(step: _Stepper) -> dict[str, list[int]]:
     }
 
 
-def _rates(step: _Stepper, steps: int, world: int) -> list[float]:
+def _rates(step: Stepper, steps: int, world: int) -> list[float]:
     """Images a second of every step on all ranks, after two that warm up."""
     rates = []
     for number in range(steps + 2):

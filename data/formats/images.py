@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 
 from selfdistill.data.errors import BrokenData
 from selfdistill.data.formats import channels, depth, dicom, metadata, png
+from selfdistill.data.formats.fitting import Fit, fitted
 from selfdistill.data.formats.opening import BROKEN, limit, one_line, opened, page_of
 from selfdistill.data.formats.opening import MOST_PIXELS as MOST_PIXELS
 from selfdistill.data.formats.opening import allow as allow
@@ -281,33 +282,9 @@ def read(
     return _image(_read(content, None, on_unreadable, span, chosen))
 
 
-def fit(image: Image.Image, size: Size) -> Image.Image:
-    """Scales an image (bicubic, antialiased) until it just covers `size`, then cuts the centre.
-
-    A square is to the pixel what transformers' image processors make of it where Pillow resizes for
-    them, so that an export sees what was scored; by torchvision they differ by one level of 255.
-    These processors cover no other rectangle. There it is what timm's evaluation makes of it.
-
-    Args:
-        image: Mode L or RGB.
-        size: Pixels.
-
-    Returns:
-        The image of that size.
-    """
-    high, wide = sides(size)
-    if image.size == (wide, high):
-        return image
-    if high == wide:
-        short = min(image.size)
-        width, height = (int(high * side / short) for side in image.size)
-        left, top = (width - wide) // 2, (height - high) // 2
-    else:
-        ratio = min(image.height / high, image.width / wide)
-        width, height = round(image.width / ratio), round(image.height / ratio)
-        left, top = round((width - wide) / 2), round((height - high) / 2)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    return resized.crop((left, top, left + wide, top + high))
+def fit(image: Image.Image, size: Size, how: Fit = "crop") -> Image.Image:
+    """An image of mode L or RGB in that size, see `fitting.fitted`."""
+    return fitted(image, *sides(size), how)
 
 
 def prepare(
@@ -316,6 +293,7 @@ def prepare(
     on_unreadable: OnUnreadable = None,
     span: depth.Range | None = None,
     chosen: channels.Channels | None = None,
+    how: Fit = "crop",
 ) -> bytes:
     """An image file as it is packed: fitted to a size, PNG, without loss.
 
@@ -325,6 +303,7 @@ def prepare(
         on_unreadable: See `read`.
         span: See `read`.
         chosen: See `read`.
+        how: See `fitting.Fit`.
 
     Returns:
         A PNG file, grey or RGB.
@@ -334,7 +313,7 @@ def prepare(
     """
     image = read(content, on_unreadable, span, chosen)
     if size is not None:
-        image = fit(image, size)
+        image = fit(image, size, how)
     image.info.clear()  # no colour profiles, no dates: equal pixels make equal files
     out = io.BytesIO()
     image.save(out, format="PNG")
@@ -347,34 +326,54 @@ def decode(
     name: str = "image",
     on_unreadable: OnUnreadable = None,
     span: depth.Range | None = None,
+    how: Fit = "crop",
+) -> NDArray[np.uint8]:
+    """`pixels` for a loader, which names the sample.
+
+    Raises:
+        BrokenData: The image is unreadable.
+    """
+    try:
+        return pixels(content, size, on_unreadable, span, how=how)
+    except ValueError as error:
+        raise BrokenData(
+            f"{name}: the image cannot be read: {error}: pack it again from a whole file, or"
+            " allow some to be skipped (--data.skip_broken)"
+        ) from None
+
+
+def pixels(
+    content: bytes,
+    size: Size | None,
+    on_unreadable: OnUnreadable = None,
+    span: depth.Range | None = None,
+    chosen: channels.Channels | None = None,
+    whole: bool = False,
+    how: Fit = "crop",
 ) -> NDArray[np.uint8]:
     """An image file as pixels.
 
     Args:
         content: The file's bytes.
         size: Images of another size are fitted to this one; None leaves them as they are.
-        name: Of the sample, for errors.
         on_unreadable: See `read`.
         span: See `read`.
+        chosen: See `read`.
+        whole: Decode all of a large JPEG, as packing does, not only what `size` needs.
+        how: See `fitting.Fit`.
 
     Returns:
         uint8 [3, H, W], RGB.
 
     Raises:
-        BrokenData: The image is unreadable.
+        ValueError: See `read`.
     """
-    try:
-        # A turned picture's sides change places: the longer one stands for both.
-        longest = None if size is None else max(sides(size))
-        found = _read(content, longest, on_unreadable, span)
-    except ValueError as error:
-        raise BrokenData(
-            f"{name}: the image cannot be read: {error}: pack it again from a whole file, or"
-            " allow some to be skipped (--data.skip_broken)"
-        ) from None
+    # A turned picture's sides change places: the longer one stands for both.
+    longest = None if whole or size is None else max(sides(size))
+    found = _read(content, longest, on_unreadable, span, chosen)
     if size is not None and not (isinstance(found, np.ndarray) and found.shape[:2] == sides(size)):
-        found = fit(_image(found), size)
-    pixels = np.asarray(found)
-    if pixels.ndim == 2:
-        return np.broadcast_to(pixels, (3, *pixels.shape))
-    return pixels.transpose(2, 0, 1)
+        found = fit(_image(found), size, how)
+    array = np.asarray(found)
+    if array.ndim == 2:
+        return np.broadcast_to(array, (3, *array.shape))
+    return array.transpose(2, 0, 1)

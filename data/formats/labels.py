@@ -1,4 +1,7 @@
-"""A sample's class number, as it stands in its label member (.cls, .txt or .json), or its name."""
+"""A sample's class number, as it stands in its label member (.cls, .txt or .json), or its name.
+
+Of samples with several labels the member is `.labels.json`, a list of their numbers.
+"""
 
 import json
 import re
@@ -12,7 +15,18 @@ JSON_KEYS = ("label", "cls", "class", "target")
 LARGEST = 2**20
 #: A number from here on means something else: an id, a date, a hash.
 MAX_CLASSES = 2**20
+#: Extension of the member that holds several labels. WebDataset decodes it as JSON.
+SEVERAL = "labels.json"
 _LONGEST = 1000  # characters of a name
+
+#: A class number, or those of a sample that may have none, one or several, in order.
+Label = int | tuple[int, ...]
+
+
+def numbers(label: Label | None) -> tuple[int, ...]:
+    """The classes of a sample: none, one or several."""
+    return label if isinstance(label, tuple) else () if label is None else (label,)
+
 
 # "3", and "3.0" as tables write it where a column has gaps.
 _NUMBER = re.compile(rb"(\d+)(?:\.0*)?")
@@ -46,6 +60,35 @@ def parse(text: bytes) -> int:
     if number >= MAX_CLASSES:
         raise ValueError(f"its label {_shown(value)} is hardly the number of a class")
     return number
+
+
+def parse_several(text: bytes) -> tuple[int, ...]:
+    """Reads several class numbers.
+
+    Args:
+        text: A JSON list of numbers in rising order, such as ``[0, 3]``; ``[]`` for no class.
+
+    Returns:
+        The numbers, each at least 0 and below `MAX_CLASSES`.
+
+    Raises:
+        ValueError: It is none; says what stands there.
+    """
+    try:
+        found = from_json(text, "its labels")
+    except UserError:
+        raise ValueError(f"its labels {_shown(text)} are no valid JSON") from None
+    whole = isinstance(found, list) and all(type(n) is int for n in found)
+    if not whole or not all(0 <= n < MAX_CLASSES for n in found):
+        raise ValueError(f"its labels {_shown(found)} are no list of class numbers")
+    if found != sorted(set(found)):
+        raise ValueError(f"its labels {_shown(found)} are not in rising order, each once")
+    return tuple(found)
+
+
+def several(numbers: tuple[int, ...]) -> bytes:
+    """The member of several class numbers; see `parse_several`."""
+    return json.dumps(sorted(numbers)).encode()
 
 
 def by_name(text: bytes, field: str) -> str:

@@ -18,6 +18,9 @@ from selfdistill.data.formats import channels, png
 # Pillow's names of them. It knows others, of which some run programs: an EPS runs Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA", "AVIF")
 
+# How pictures of phones begin, behind the length of their first box.
+_HEIC = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"mif1", b"msf1", b"heim", b"hevc"))
+
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 _LONG_COMMENT = re.compile(rb"P[1-7fF](?:\s|#[^\n\r]{0,4096}[\n\r])*#[^\n\r]{4096}")
 
@@ -57,6 +60,10 @@ def one_line(content: bytes) -> Iterator[None]:
             raise ValueError(
                 "it is broken, or a TIFF of channels, bits or compression that are not read here:"
                 " convert it to grey or RGB"
+            ) from None
+        if content[4:12] in _HEIC:
+            raise ValueError(
+                "it is HEIC, which is not read here: convert it to JPEG or PNG"
             ) from None
         raise ValueError("it is no image of a known kind" if content else "it is empty") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

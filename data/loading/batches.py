@@ -48,6 +48,7 @@ class Options(TypedDict, total=False):
         codec: Decodes the samples; by default `Images` in the size they were packed in.
         windows: The samples, where some are windows of long texts; else each text is one.
         require_labels: Refuse data of which a sample has no label.
+        balanced: Class of every sample, int64 [N]: a training stream has one of each class in turn.
         pin: Batches in page-locked memory.
     """
 
@@ -60,6 +61,7 @@ class Options(TypedDict, total=False):
     codec: Codec | None
     windows: Windows | None
     require_labels: bool
+    balanced: Ints | None
     pin: bool
 
 

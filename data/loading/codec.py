@@ -7,9 +7,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import BrokenData, UserError
 from selfdistill.data.formats import images
+from selfdistill.data.formats.channels import Channels
 from selfdistill.data.formats.depth import Range
+from selfdistill.data.formats.fitting import Fit
 
 
 class Codec(Protocol):
@@ -68,15 +70,20 @@ class Images:
         size: In pixels, to which images of another size are fitted; None leaves them, and then
             those of a batch must be of one size.
         span: Range of pictures of more than 8 bits, as the manifest has it.
+        how: How they are fitted, as the manifest has it.
     """
 
-    def __init__(self, size: images.Size | None = None, span: Range | None = None) -> None:
-        self.size, self.span = size, span
+    def __init__(
+        self, size: images.Size | None = None, span: Range | None = None, how: Fit = "crop"
+    ) -> None:
+        self.size, self.span, self.how = size, span, how
         self.noted: list[str] = []
 
     def decode(self, content: bytes, name: str) -> NDArray[Any]:
         """See `Codec`; uint8 [3, H, W]."""
-        return images.decode(content, self.size, name, lambda: self.noted.append(name), self.span)
+        return images.decode(
+            content, self.size, name, lambda: self.noted.append(name), self.span, self.how
+        )
 
     def blank(self, like: NDArray[Any] | None) -> NDArray[Any] | None:
         """See `Codec`; black."""
@@ -104,3 +111,43 @@ class Images:
                 )
             row[:] = array
         return {"images": torch.from_numpy(out)}
+
+
+class Pictures(Images):
+    """Picture files as people have them, decoded to what packing and training made of theirs.
+
+    Packing decodes the whole of a JPEG before it fits it to a size; a loader of files that were
+    packed as they are (--keep_original) decodes no more of it than that size needs.
+
+    Args:
+        size: See `Images`.
+        span: See `Images`.
+        chosen: Pages or channels of TIFFs that have several, see `data.formats.channels`.
+        whole: As packing does.
+        how: See `Images`.
+    """
+
+    def __init__(
+        self,
+        size: images.Size | None,
+        span: Range | None = None,
+        chosen: Channels | None = None,
+        *,
+        whole: bool = True,
+        how: Fit = "crop",
+    ) -> None:
+        super().__init__(size, span, how)
+        self.chosen, self.whole = chosen, whole
+
+    def decode(self, content: bytes, name: str) -> NDArray[Any]:
+        """See `Codec`; the error says what is wrong alone."""
+
+        def noted() -> None:
+            self.noted.append(name)
+
+        try:
+            return images.pixels(
+                content, self.size, noted, self.span, self.chosen, self.whole, self.how
+            )
+        except ValueError as error:
+            raise BrokenData(str(error)) from None

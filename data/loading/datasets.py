@@ -47,6 +47,16 @@ class Samples(Dataset[dict[str, Any]], ABC):
         assert isinstance(self.codec, Texts)
         return self.codec.window(record.input, record.name, window.pieces), record
 
+    def _labels(self, records: list[Record]) -> torch.Tensor:
+        """Class numbers int64 [b], -1 for none; of a set with several labels bool [b, C]."""
+        manifest = self.reader.manifest
+        if not manifest.several:
+            return torch.tensor([r.label for r in records], dtype=torch.int64)
+        found = torch.zeros(len(records), len(manifest.classes), dtype=torch.bool)
+        for row, record in zip(found, records, strict=True):
+            row[list(record.labels)] = True
+        return found
+
     @abstractmethod
     def batch(self, positions: Ints, room: NDArray[np.uint8] | None = None) -> dict[str, Any]:
         """The batch at these positions, made in `room` as far as that is enough."""
@@ -106,7 +116,7 @@ class Stream(Samples):
             inputs.append(array)
             records.append(record)
         out: dict[str, Any] = self.codec.collate(inputs, [r.name for r in records], room) | {
-            "labels": torch.tensor([r.label for r in records], dtype=torch.int64),
+            "labels": self._labels(records),
             "positions": torch.from_numpy(positions.copy()),
             "ids": torch.from_numpy(ids),
         }
@@ -155,7 +165,7 @@ class Rows(Samples):
         padding = blank, Record(b"", -1, "padding")
         rows = [found.get(row, padding) for row in range(len(ids))]
         return self.codec.collate([r[0] for r in rows], [r[1].name for r in rows], room) | {
-            "labels": torch.tensor([r[1].label for r in rows], dtype=torch.int64),
+            "labels": self._labels([r[1] for r in rows]),
             "positions": torch.from_numpy(positions.copy()),
             "ids": torch.from_numpy(ids),
             "valid": torch.tensor([row in found for row in range(len(ids))], dtype=torch.bool),

@@ -15,11 +15,15 @@ from typing import Unpack
 import numpy as np
 
 from selfdistill.data.errors import UserError, printable
+from selfdistill.data.formats import fitting
+from selfdistill.data.loading.balanced import Balanced
 from selfdistill.data.loading.batches import Batch, Batches, Options
 from selfdistill.data.loading.codec import Codec, Images
 from selfdistill.data.loading.datasets import Keyed, Rows, Stream
+from selfdistill.data.loading.mixture import Mixture
 from selfdistill.data.loading.order import Ints, Order
 from selfdistill.data.loading.reader import Reader
+from selfdistill.data.shards.joined import Joined
 from selfdistill.data.shards.manifest import Manifest
 
 
@@ -53,7 +57,7 @@ def _opened(manifest: Manifest, options: Options) -> tuple[Reader, Codec]:
     if codec is None:
         if manifest.kind != "image":
             raise UserError(f"{manifest.root} holds {manifest.kind}: an image model cannot read it")
-        codec = Images(manifest.size, manifest.span)
+        codec = Images(manifest.size, manifest.span, fitting.of(manifest.image))
     return reader, codec
 
 
@@ -75,8 +79,9 @@ class Loader(Batches):
             batches stay full.
 
     Yields:
-        dict: what the codec gives (images uint8 [b, 3, H, W]), labels int64 [b] (-1 for none),
-        positions int64 [b], ids int64 [b], and what `keyed` gives; b = B / world / accumulation.
+        dict: what the codec gives (images uint8 [b, 3, H, W]), labels int64 [b] (-1 for none; of a
+        set with several labels a sample bool [b, C]), positions int64 [b], ids int64 [b], and what
+        `keyed` gives; b = B / world / accumulation.
 
     Raises:
         UserError: Sizes that do not divide; broken data.
@@ -109,7 +114,14 @@ class Loader(Batches):
                 f" give {near}"
             )
         windows = options.get("windows")
-        self.order = Order((windows or manifest).counts, seed, partitions, window)
+        classes = options.get("balanced")
+        if classes is not None:
+            self.order: Order = Balanced(manifest.counts, classes, seed)
+        elif isinstance(manifest, Joined):
+            counts, mix = (windows or manifest).counts, (manifest.sizes, manifest.shares)
+            self.order = Mixture(counts, seed, partitions, window, sizes=mix[0], shares=mix[1])
+        else:
+            self.order = Order((windows or manifest).counts, seed, partitions, window)
         if batch % partitions:
             raise UserError(
                 f"batch {batch} does not divide by {partitions} partitions: make it a multiple"
@@ -145,6 +157,7 @@ class Sequential(Batches):
         world: Number of ranks.
         spans: Ids [first, last) to visit instead of the rank's part; each is padded by itself to
             whole batches.
+        ids: Ids to visit, int64 [n], divided among the ranks in place of all.
         options: See `Options`. Skipped samples become rows with valid = False.
 
     Yields:
@@ -164,6 +177,7 @@ class Sequential(Batches):
         rank: int = 0,
         world: int = 1,
         spans: Sequence[tuple[int, int]] | None = None,
+        ids: Ints | None = None,
         **options: Unpack[Options],
     ) -> None:
         if batch < 1:
@@ -175,10 +189,11 @@ class Sequential(Batches):
         reader, codec = _opened(manifest, options)
         rows = Rows(reader, codec, options.get("skip_broken", 0) > 0, options.get("windows"))
         super().__init__(manifest, rows, options)
-        self.batch = batch
+        self.batch, self._ids = batch, ids
         if spans is None:
-            first, last = (self.count * (rank + i) // world for i in (0, 1))
-            batches = math.ceil(math.ceil(self.count / world) / batch)
+            count = self.count if ids is None else len(ids)
+            first, last = (count * (rank + i) // world for i in (0, 1))
+            batches = math.ceil(math.ceil(count / world) / batch)
             self._spans = [(first, last, batches)]
         else:
             self._spans = [(a, b, math.ceil((b - a) / batch)) for a, b in spans]
@@ -189,7 +204,8 @@ class Sequential(Batches):
     def _arrays(self) -> Iterator[Ints]:
         for first, last, batches in self._spans:
             ids = np.full(batches * self.batch, -1, dtype=np.int64)
-            ids[: last - first] = np.arange(first, last)
+            mine = np.arange(first, last) if self._ids is None else self._ids[first:last]
+            ids[: last - first] = mine
             yield from ids.reshape(batches, self.batch)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -17,6 +17,7 @@ the list of shards and as one window.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +71,7 @@ class Order:
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
         self._window = functools.lru_cache(maxsize=max(4, 2 * partitions))(self._make_window)
 
-    def __reduce__(self) -> tuple[type["Order"], tuple[Ints, int, int, int]]:
+    def __reduce__(self) -> tuple[type["Order"], tuple[Any, ...]]:
         """Pickled by its arguments: the caches are made anew."""
         return Order, (self.counts, self.seed, self.partitions, self.window)
 

@@ -33,11 +33,15 @@ _CHECKED_AT_START = 20_000
 
 
 class Record(NamedTuple):
-    """A sample: the input's bytes, its label (-1 for none), and a name for messages."""
+    """A sample: the input's bytes, its label (-1 for none), and a name for messages.
+
+    Of a set with several labels a sample `label` is -1, and `labels` has them all, in order.
+    """
 
     input: bytes
     label: int
     name: str
+    labels: tuple[int, ...] = ()
 
 
 class Reader:
@@ -191,6 +195,7 @@ class Reader:
         if fault := self._fault(shard, at, size, label_at, label_size):
             raise self._broken(shard, name, fault)
         span, label = (at - BLOCK, at + size), -1
+        several: tuple[int, ...] = ()
         if label_at < 0:
             parts = [(os.pread(fd, span[1] - span[0], span[0]), 0)]
         else:
@@ -206,10 +211,25 @@ class Reader:
             if label_at == IN_TABLE:
                 label = label_size
             elif label_at >= 0:
-                label = self._label(self._member(*parts[1], label_size)[0])
+                label, several = self._label(self._member(*parts[1], label_size)[0])
         except ValueError as error:
             raise self._broken(shard, name, str(error)) from None
-        return Record(content, label, f"shard {self._places[shard]}, {name}")
+        return Record(content, label, f"shard {self._places[shard]}, {name}", several)
+
+    def label(self, sample: int) -> int:
+        """Reads the label of a sample alone, where each has one; -1 for none. See `read`."""
+        shard = bisect.bisect_right(self._starts, sample) - 1
+        at, size, label_at, label_size = self._members[sample].tolist()
+        name = f"sample {sample - self._starts[shard]}"
+        if fault := self._fault(shard, at, size, label_at, label_size):
+            raise self._broken(shard, name, fault)
+        if label_at < 0:
+            return int(label_size)  # IN_TABLE, or -1
+        part = os.pread(self._descriptor(shard), BLOCK + label_size, label_at - BLOCK)
+        try:
+            return self._label(self._member(part, 0, label_size)[0])[0]
+        except ValueError as error:
+            raise self._broken(shard, name, str(error)) from None
 
     def _broken(self, shard: int, name: str, fault: str) -> BrokenData:
         return BrokenData(
@@ -225,6 +245,8 @@ class Reader:
             return f"{MEMBERS} places it at byte {at}, with {size} bytes, in a shard of {end}"
         if label_at == -1 and self._all_labelled:
             return f"{MEMBERS} has no label for it, and {FILE} says that all samples have one"
+        if label_at == IN_TABLE and self.manifest.several:
+            return f"{MEMBERS} has one label for it, and {FILE} says that samples have several"
         if label_at == IN_TABLE:
             classes = len(self.manifest.classes)
             wrong = not 0 <= label_size < classes
@@ -257,9 +279,10 @@ class Reader:
         return [self.manifest.shard_place(shard) for shard in range(len(self.manifest.shards))]
 
     @functools.cached_property
-    def _members(self) -> NDArray[np.int64]:
+    def _members(self) -> Any:
         """The manifest's table of members without numpy.memmap's own indexing."""
-        return np.asarray(self.manifest.members)
+        table = self.manifest.members
+        return np.asarray(table) if isinstance(table, np.ndarray) else table
 
     @staticmethod
     def _member(part: bytes, at: int, size: int) -> tuple[bytes, str]:
@@ -272,12 +295,16 @@ class Reader:
             raise ValueError(f"the tar holds {header.size} bytes where the manifest says {size}")
         return part[begin : begin + size], header.name
 
-    def _label(self, text: bytes) -> int:
-        """A class number from a label member."""
-        label = labels.parse(text)
+    def _label(self, text: bytes) -> tuple[int, tuple[int, ...]]:
+        """The class number from a label member, or the numbers, as `Record` has them."""
+        if self.manifest.several:
+            several = labels.parse_several(text)
+            label = several[-1] if several else -1
+        else:
+            several, label = (), labels.parse(text)
         if label >= len(self.manifest.classes):
             raise ValueError(
                 f"its label {label} is outside the {len(self.manifest.classes)} classes"
                 f" of {self.manifest.place}"
             )
-        return label
+        return (-1, several) if self.manifest.several else (label, ())

@@ -45,6 +45,8 @@ _CHUNK = 2**20
 # What a server says of its own state; other 4xx are about the request.
 _PASSING = {408, 425, 429}
 _GONE = {404, 410}
+# The extra of this program that brings what a scheme needs.
+_EXTRAS = {"s3": "s3", "gs": "gs", "az": "az", "hf": "hub"}
 
 _told = itertools.count(1)
 # Not the global generator: it is seeded, and a training run may draw from it.
@@ -76,15 +78,22 @@ class Failure(Exception):
         again: Whether another try may succeed.
         absent: Whether it means that there is no such file.
         damaged: Whether all of it came, and is not what it must be.
+        cure: What the user can do, where that is known.
     """
 
     def __init__(
-        self, reason: str, *, again: bool = True, absent: bool = False, damaged: bool = False
+        self,
+        reason: str,
+        *,
+        again: bool = True,
+        absent: bool = False,
+        damaged: bool = False,
+        cure: str = "",
     ) -> None:
         super().__init__(reason)
-        self.again, self.absent, self.damaged = again, absent, damaged
+        self.again, self.absent, self.damaged, self.cure = again, absent, damaged, cure
 
-    def error(self, url: str, tries: int) -> BrokenData:
+    def error(self, url: str, tries: int, verb: str = "fetch") -> BrokenData:
         """The line for the user, after so many tries."""
         count, url = f" in {tries} tries" if tries > 1 else "", redacted(url)
         reason = redacted(str(self))
@@ -99,10 +108,10 @@ class Failure(Exception):
                 " and manifest.json of the same packing again"
             )
         kind = NotThere if self.absent else BrokenData
-        return kind(
-            f"cannot fetch {url} ({reason}{count}): check the address and that this node reaches it"
-            " (or take a command: 'pipe:aws s3 cp s3://... -')"
-        )
+        cure = self.cure or "check the address and that this node reaches it"
+        if verb == "fetch":
+            cure += " (or take a command: 'pipe:aws s3 cp s3://... -')"
+        return kind(f"cannot {verb} {url} ({reason}{count}): {cure}")
 
 
 def as_retrying(line: str) -> None:
@@ -221,19 +230,41 @@ def _command(command: str) -> Iterator[bytes]:
 
 def _filesystem(url: str) -> Iterator[bytes]:
     """Through fsspec's file system for the scheme."""
-    scheme = url.partition("://")[0]
     try:
         with fsspec.open(url, "rb") as stream:
             while chunk := stream.read(_CHUNK):
                 yield chunk
-    except FileNotFoundError as error:
-        raise Failure(" ".join(str(error).split()), again=False, absent=True) from None
-    except (ImportError, ValueError, PermissionError) as error:
-        # Where a package is missing, fsspec names it.
-        raise Failure(f"{scheme}: {' '.join(str(error).split())}", again=False) from None
     except Exception as error:  # each file system has its own
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise Failure(text, again=scheme != "file") from None
+        raise of_store(error, url) from None
+
+
+def of_store(error: Exception, url: str) -> Failure:
+    """What an error of one of fsspec's file systems means.
+
+    Args:
+        error: Any. Its text is shown: libraries put addresses and names into it, and no keys.
+        url: That was asked for.
+    """
+    scheme, _, rest = url.partition("://")
+    text, kind = " ".join(str(error).split()), type(error).__name__
+    if "NoSuchBucket" in f"{text} {error.__cause__!r}" or "bucket does not exist" in text:
+        bucket = f"{scheme}://{rest.partition('/')[0].rpartition('@')[2]}"
+        cure = f"check the name, and the variable AWS_ENDPOINT_URL, or make it (aws s3 mb {bucket})"
+        return Failure("there is no such bucket", again=False, cure=cure)
+    if isinstance(error, FileNotFoundError):
+        return Failure(text, again=False, absent=True)
+    if isinstance(error, ImportError):  # fsspec names the package
+        cure = f"pip install selfdistill[{_EXTRAS[scheme]}]" if scheme in _EXTRAS else ""
+        return Failure(f"{scheme}: {text}", again=False, cure=cure)
+    if kind in ("NoCredentialsError", "PartialCredentialsError"):
+        cure = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile (AWS_PROFILE)"
+        return Failure("there are no credentials", again=False, cure=cure)
+    if isinstance(error, PermissionError) and scheme != "file":
+        cure = "check the credentials of the environment, and what they may do"
+        return Failure(f"refused: {text}", again=False, cure=cure)
+    if isinstance(error, ValueError | PermissionError):
+        return Failure(f"{scheme}: {text}", again=False)
+    return Failure(f"{kind}: {text}", again=scheme != "file")
 
 
 def chunks(url: str, fresh: bool = False) -> Generator[bytes, None, None]:
@@ -263,6 +294,7 @@ def retry(
     once: Callable[[int], T],
     report: Report | None = None,
     tries_if_absent: int | None = None,
+    verb: str = "fetch",
 ) -> T:
     """Does a transfer until it succeeds.
 
@@ -271,6 +303,7 @@ def retry(
         once: Does it once; it gets the number of the try, from 1 on.
         report: Told of each further try in a line; by default `as_retrying`.
         tries_if_absent: Tries where a failure looks like a file that is not there; by default all.
+        verb: What is done, for the message of its failure.
 
     Returns:
         What `once` returned.
@@ -286,7 +319,7 @@ def retry(
             if failure.absent and tries_if_absent is not None:
                 tries = min(TRIES, tries_if_absent)
             if not failure.again or attempt >= tries:
-                raise failure.error(url, attempt) from None
+                raise failure.error(url, attempt, verb) from None
             reason = str(failure)
         # Many nodes that lost the same server must not all come back in the same moment.
         wait = FIRST_WAIT * 2 ** (attempt - 1) * _jitter.uniform(0.75, 1.25)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from selfdistill.data.errors import UserError
 from selfdistill.data.formats import images, labels, texts
+from selfdistill.data.formats.labels import Label
 from selfdistill.data.shards import duplicates, manifest, tars
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.data.shards.tars import BLOCK, parse_header, sha256_of
@@ -39,7 +40,7 @@ class Found(NamedTuple):
     counts: NDArray[np.int64]
     hidden: bool = False
     unreadable: int = 0
-    inputs: Sequence[tuple[int, int, int]] = ()
+    inputs: Sequence[tuple[int, Label, int]] = ()
 
 
 class _Names:
@@ -58,7 +59,7 @@ class _Names:
         for name in self.at.get(input_, []):
             for other in self.at.get(label, []):
                 suffix, stem = other.rpartition(".")[2], name.rpartition(".")[0]
-                if other == f"{stem}.{suffix}":
+                if other in (f"{stem}.{suffix}", f"{stem}.{labels.SEVERAL}"):
                     return True
                 # WebDataset's key ends at the first dot; but what is left.cls to right.jpg?
                 if _key(name) == _key(other) and f"{stem}.{suffix}" not in self.all:
@@ -99,23 +100,24 @@ def _check_sample(
     buffer: mmap.mmap,
     row: NDArray[np.int64],
     names: _Names | None,
-    classes: int,
+    file: Manifest,
     decode: Callable[[bytes], object] | None,
-) -> tuple[int, int, str]:
+) -> tuple[int, Label, str]:
     """One sample's digest and label (-1 for none), and what is wrong with it ("" for nothing)."""
     at, size, label_at, label_size = row.tolist()
     name = ""
     try:
         name, content = _member(buffer, at, size)
-        label = -1
+        label: Label = -1
         if label_at >= 0:
             label_name, text = _member(buffer, label_at, label_size)
             if names is not None and not names.are_one(at, label_at):
                 raise ValueError(f"its label is that of another sample, {label_name}")
-            label = labels.parse(text)
-        elif label_at == manifest.IN_TABLE:
+            label = labels.parse_several(text) if file.several else labels.parse(text)
+        elif label_at == manifest.IN_TABLE and not file.several:
             label = label_size
-        if label >= classes or label < -1:
+        own, classes = label if isinstance(label, tuple) else (label,), len(file.classes)
+        if any(one >= classes or one < -1 for one in own):
             raise ValueError(f"its label {label} is outside the {classes} classes")
         if decode is not None:
             decode(content)
@@ -132,7 +134,7 @@ def _check_samples(
     names: _Names | None,
     decode: bool,
     on_unreadable: images.OnUnreadable = None,
-) -> Iterator[tuple[int, int, str]]:
+) -> Iterator[tuple[int, Label, str]]:
     """Each sample's digest, label and problem; see `_check_sample`."""
     parse: Callable[[bytes], object] = functools.partial(
         images.read, on_unreadable=on_unreadable, span=file.span
@@ -145,7 +147,7 @@ def _check_samples(
     ):
         for number, row in enumerate(rows):
             digest, label, wrong = _check_sample(
-                buffer, row, names, len(file.classes), parse if decode else None
+                buffer, row, names, file, parse if decode else None
             )
             yield digest, label, f"sample {number}, {wrong}" if wrong else ""
 
@@ -219,7 +221,7 @@ def check_shard(
         )
     same = _sha256(path, advance) == info.sha256
     wrong: list[str] = []
-    inputs: list[tuple[int, int, int]] = []
+    inputs: list[tuple[int, Label, int]] = []
     unreadable: list[bool] = []
     names, broken = None, ""
     try:
@@ -237,7 +239,9 @@ def check_shard(
                 wrong.append(problem)
             else:
                 inputs.append((digest, label, number))
-            if label >= 0:
+            if isinstance(label, tuple):
+                counts[list(label)] += 1
+            elif label >= 0:
                 counts[label] += 1
         unindexed = [] if names is None else names.lost(file, rows)
     if not same and not wrong:

@@ -1,4 +1,4 @@
-"""The classes of tars made elsewhere: their names, and the samples' numbers among them."""
+"""Classes of tars made elsewhere, and of a split that joins others: names, and their numbers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,10 +8,11 @@ import numpy as np
 from selfdistill.data import files
 from selfdistill.data.cli import nearest
 from selfdistill.data.errors import UserError
+from selfdistill.data.formats.labels import Label
 from selfdistill.data.shards.manifest import FILE, Manifest
 from selfdistill.data.shards.scan import Scanned
 from selfdistill.data.sources import label_checks
-from selfdistill.data.sources.samples import class_order
+from selfdistill.data.sources.samples import Splits, class_order
 from selfdistill.data.splits import DIVIDED
 
 
@@ -94,3 +95,29 @@ def _by_name(
     return names, [
         s.renumbered([number[name] for name in s.names]) if s.names else s for s in scanned
     ]
+
+
+def _moved(label: Label | None, number: Sequence[int]) -> Label | None:
+    """A label, or labels, under other numbers."""
+    if isinstance(label, tuple):
+        return tuple(sorted(number[one] for one in label))
+    return None if label is None else number[label]
+
+
+def renumbered(found: Splits, split: str, out_dir: Path) -> Splits:
+    """A split that joins others takes their numbers of the classes, which go by name."""
+    samples, classes = found[split]
+    for other in DIVIDED:
+        if other == split or not classes or not (out_dir / other / FILE).is_file():
+            continue
+        theirs = Manifest.load(str(out_dir / other)).classes
+        unknown = [c for c in classes if c not in theirs]
+        if unknown:
+            raise UserError(
+                f"class {unknown[0]!r} is not among the {len(theirs)} classes of {out_dir / other}:"
+                " correct its name, or pack all splits together"
+            )
+        number = [theirs.index(c) for c in classes]
+        moved = [s._replace(label=_moved(s.label, number)) for s in samples]
+        return {split: (moved, theirs)}
+    return found

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from selfdistill.data.errors import counted
+from selfdistill.data.formats.labels import Label
 from selfdistill.data.splits import DIVIDED, UNLABELLED
 
 # Eight bytes: among a hundred million inputs two are taken for equal with a chance of 1 in 3,700.
@@ -28,6 +30,8 @@ class Inputs:
     def __init__(self, classes: list[str]) -> None:
         self.classes = classes
         self._digests, self._labels = array("Q"), array("q")
+        # Of samples with several labels each list of them has a number beyond the classes'.
+        self._lists: dict[tuple[int, ...], int] = {}
         self._splits: list[tuple[str, int, Callable[[int], str]]] = []
 
     def begin(self, split: str, name: Callable[[int], str]) -> None:
@@ -39,9 +43,11 @@ class Inputs:
         """
         self._splits.append((split, len(self._digests), name))
 
-    def add(self, digest: int, label: int | None) -> None:
-        """One sample more: its `digest`, and its class if it has one."""
+    def add(self, digest: int, label: Label | None) -> None:
+        """One sample more: its `digest`, and its class if it has one, or its classes."""
         self._digests.append(digest)
+        if isinstance(label, tuple):
+            label = self._lists.setdefault(label, len(self.classes) + len(self._lists))
         self._labels.append(-1 if label is None else label)
 
     def notes(self) -> list[str]:
@@ -96,11 +102,14 @@ class Inputs:
     def _named(self, sample: int) -> str:
         split, begin, name = self._split(sample)
         label = int(self._labels[sample])
-        place = f"{split}, {self.classes[label]}" if 0 <= label < len(self.classes) else split
+        own = [label] if 0 <= label < len(self.classes) else []
+        if label >= len(self.classes) and self._lists:
+            own = list(list(self._lists)[label - len(self.classes)])
+        place = ", ".join([split, *(self.classes[one] for one in own)])
         return f"{name(int(sample) - begin)} ({place})"
 
 
 def _count(runs: list[NDArray[np.int64]]) -> str:
     """How many inputs, and how many samples they are."""
     samples = sum(len(run) for run in runs)
-    return f"{len(runs)} {'input' if len(runs) == 1 else 'inputs'} ({samples} samples)"
+    return f"{counted(len(runs), 'input', 'inputs')} ({samples} samples)"

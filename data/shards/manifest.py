@@ -11,11 +11,9 @@ import hashlib
 import io
 import json
 import os
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import numpy as np
 import pydantic
@@ -25,6 +23,12 @@ from selfdistill.data import files, records
 from selfdistill.data.errors import UserError
 from selfdistill.data.formats import depth
 from selfdistill.data.formats.images import Size, size_of
+from selfdistill.data.shards.places import SCHEMES as SCHEMES
+from selfdistill.data.shards.places import as_typed as as_typed
+from selfdistill.data.shards.places import is_address as is_address
+from selfdistill.data.shards.places import is_plain as is_plain
+from selfdistill.data.shards.places import is_remote as is_remote
+from selfdistill.data.shards.places import join as join
 from selfdistill.data.sources import unpacked
 from selfdistill.data.splits import SPLITS, UNLABELLED, Metric
 
@@ -33,8 +37,6 @@ FILE = "manifest.json"
 MEMBERS = "members.npy"
 #: In place of a label's offset: the tar has no number of the class, its column of length holds it.
 IN_TABLE = -2
-#: Of addresses that a manifest may name. Never a command: it may come from a stranger.
-SCHEMES = ("http", "https", "s3", "gs", "az", "hf")
 # The hash of a table up to this size is checked at every start (0.1 s); beyond, by data.verify.
 _HASHED_BYTES = 64 * 2**20
 
@@ -74,14 +76,16 @@ _Range = Annotated[list[records.Finite], pydantic.Field(min_length=2, max_length
 
 
 class _File(records.Record):
-    """manifest.json, format version 1."""
+    """manifest.json, format version 1; 2 where samples have several labels."""
 
     format: Literal["selfdistill-shards"]
-    version: Literal[1]
+    version: Literal[1, 2]
     kind: Literal["image", "text"]
     split: str
     classes: list[str]
     class_counts: list[records.Count]
+    labels: Literal["one", "several"] = "one"
+    labelled: records.Count = 0
     samples: records.Count
     image: dict[str, Any] | None = None
     text: _Text | None = None
@@ -90,46 +94,13 @@ class _File(records.Record):
     shards: list[_Shard]
 
 
-def is_remote(place: str) -> bool:
-    """Whether a place is a URL or a ``pipe:`` command and not a local path."""
-    return place.startswith("pipe:") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
-
-
-def join(root: str, name: str) -> str:
-    """The place of a file in a folder: a path, a URL, or a ``pipe:`` command that ends in one."""
-    return f"{root.rstrip('/')}/{name}"
-
-
-def is_plain(name: str) -> bool:
-    """Whether a shard, or a table, may be called so, in a folder or below it.
-
-    Such a name is the same in a path, a URL and a shell's command.
-    """
-    parts = name.split("/")
-    short = all(len(part.encode()) <= 255 for part in parts)  # what file systems bear
-    inside = not {"", ".", ".."} & set(parts)
-    return bool(re.fullmatch(r"[\w.+=@-][\w./+=@-]*", name)) and inside and short
-
-
-def is_address(name: str) -> bool:
-    """Whether a shard, or a table, may be fetched from a URL of its own; see `SCHEMES`."""
-    scheme, separator, rest = name.partition("://")
-    if not (separator and scheme.lower() in SCHEMES and re.fullmatch(r"[!-~]+", rest)):
-        return False
-    if "::" in name:  # fsspec would chain what follows, of any scheme
-        return False
-    try:
-        return bool(urlsplit(name).hostname)
-    except ValueError:  # such as http://[bad
-        return False
-
-
-def as_typed(path: Path) -> Path:
-    """A path from the root on, links in it left as they are: a split is what it is called."""
-    here = os.environ.get("PWD", "")  # the shell's, which remembers links; getcwd does not
-    if not path.is_absolute() and os.path.isdir(here) and os.path.samefile(here, "."):
-        path = Path(here) / path
-    return Path(os.path.abspath(path))
+def no_set(data: str) -> str:
+    """What is wrong with a folder given as a packed set, at a glance; "" where it may be one."""
+    folder = Path(data)
+    if is_remote(data) or any((folder / split / FILE).is_file() for split in SPLITS):
+        return ""
+    nothing = f"no data set at {data}: pack it first (python -m data.pack SOURCE {data})"
+    return unpacked.cure(folder) or ("" if folder.is_dir() else nothing)
 
 
 class Manifest:
@@ -147,6 +118,8 @@ class Manifest:
         split: "train", "val", "test" or "unlabelled".
         classes: Names of the classes; labels are their numbers.
         class_counts: Samples of each class.
+        several: Whether a sample has a list of labels, perhaps an empty one, and not one label.
+        labelled: Number of samples that have a label, or a list of them.
         samples: Number of samples N; their ids are 0..N-1, the rows of `members`.
         image: What is known of the images, e.g. {"size": 64}; empty for other kinds.
         size: Of the images, None where sizes differ.
@@ -173,6 +146,8 @@ class Manifest:
         self.split = file.split
         self.classes = file.classes
         self.class_counts = file.class_counts
+        self.several = file.labels == "several"
+        self.labelled = file.labelled if self.several else sum(file.class_counts)
         self.samples = file.samples
         self.image = file.image or {}
         size = records.checked(_Size, self.image.get("size"), f"{what}: image.size", cure)
@@ -183,6 +158,8 @@ class Manifest:
         self.columns = file.columns
         self.members_file = file.members
         self.shards = [ShardInfo(s.name, s.sha256, s.bytes, s.samples) for s in file.shards]
+        if self.several != (file.version == 2):  # those who know version 1 alone must refuse
+            raise UserError(f"{what}: version {file.version}, labels: {file.labels}: {cure}")
         self._check()
 
     def _check(self) -> None:
@@ -196,7 +173,8 @@ class Manifest:
             )
         if len(self.class_counts) != len(self.classes):
             raise UserError(f"{self.place}: class_counts and classes differ in length: {cure}")
-        if sum(self.class_counts) > self.samples:
+        most = max(self.class_counts, default=0) if self.several else 0
+        if max(self.labelled, most) > self.samples:
             raise UserError(f"{self.place}: class_counts add up to more than its samples: {cure}")
         if self.split not in SPLITS:
             raise UserError(f"{self.place}: split is {self.split!r}, none of {SPLITS}: {cure}")
@@ -261,15 +239,9 @@ class Manifest:
         """
         data = str(data)
         if not is_remote(data):
-            folder = Path(data)
-            if not folder.is_dir():
-                raise UserError(
-                    unpacked.cure(folder)
-                    or f"no data set at {data}: pack it first (python -m data.pack SOURCE {data})"
-                )
-            there = [s for s in SPLITS if (folder / s / FILE).is_file()]
-            if not there and (raw := unpacked.cure(folder)):
-                raise UserError(raw)
+            if missing := no_set(data):
+                raise UserError(missing)
+            there = [s for s in SPLITS if (Path(data) / s / FILE).is_file()]
             if split not in there:
                 has = f"it has {', '.join(there)}" if there else "it has no split with a manifest"
                 option = "--unlabelled PATH" if split == UNLABELLED else f"--split {split}"
@@ -294,6 +266,10 @@ class Manifest:
     def counts(self) -> NDArray[np.int64]:
         """int64 [S], samples in each shard."""
         return np.array([s.samples for s in self.shards], dtype=np.int64)
+
+    def epoch(self, counts: NDArray[np.int64]) -> int:
+        """How many samples are drawn in a pass, of shards with [S] of them."""
+        return int(counts.sum())
 
     @functools.cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -338,11 +314,6 @@ class Manifest:
                 os.close(held)
         return table
 
-    @property
-    def labelled(self) -> int:
-        """Number of samples that have a label."""
-        return sum(self.class_counts)
-
     def __getstate__(self) -> dict[str, Any]:
         """Without the table: pickled, a memory map would become an array of all samples."""
         return {k: v for k, v in self.__dict__.items() if k != "members"}
@@ -359,6 +330,7 @@ def write(
     kind: Literal["image", "text"] = "image",
     image: dict[str, Any] | None = None,
     text: dict[str, Any] | None = None,
+    labelled: int | None = None,
 ) -> None:
     """Writes manifest.json and members.npy.
 
@@ -372,6 +344,7 @@ def write(
         kind: Kind of the inputs.
         image: What is known of the images, "size" among it (None where sizes differ).
         text: What is known of the texts, see `Manifest`; for kind "text" in place of `image`.
+        labelled: Samples with a list of labels; None where each has one.
     """
     for shard in shards:
         if not is_plain(shard.name):
@@ -381,11 +354,12 @@ def write(
     (folder / MEMBERS).write_bytes(buffer.getbuffer())
     content = {
         "format": FORMAT,
-        "version": 1,
+        "version": 1 if labelled is None else 2,
         "kind": kind,
         "split": split,
         "classes": classes,
         "class_counts": class_counts,
+        **({} if labelled is None else {"labels": "several", "labelled": labelled}),
         "samples": len(members),
         kind: image if kind == "image" else text,
         "columns": ["input", "label"],

@@ -20,6 +20,7 @@ from selfdistill.data import files
 from selfdistill.data.errors import UserError
 from selfdistill.data.formats import depth, images, labels
 from selfdistill.data.shards import manifest, tars
+from selfdistill.data.shards.store import Store
 
 LABELS = ("cls", "txt", "json")
 #: In place of a label's extension: the class is the folder.
@@ -315,6 +316,12 @@ def scan(
                 if skip_incomplete and not whole and sample.key not in scattered:
                     incomplete.append(sample.key)
                     continue
+                if wanted and labels.SEVERAL in sample.members:
+                    raise UserError(
+                        f"shard {path}, sample {sample.key}: its .{labels.SEVERAL} has several"
+                        " labels, of which this command makes no index: keep the manifest.json"
+                        " that data.pack wrote, or take no labels (--unlabelled)"
+                    )
                 input_ = _image(path, sample, image, found)
                 target = _label(path, sample, input_, wanted, (image, label) != ("auto", "auto"))
                 if named:
@@ -341,4 +348,27 @@ def scan(
         list(names),
         incomplete,
         unused,
+    )
+
+
+def keep(shared: Store, group: str, number: int, found: Scanned) -> None:
+    """Writes what a tar holds into a folder of several launches."""
+    told = found._asdict() | {"values": found.values and found.values._asdict()}
+    arrays = {name: told.pop(name) for name in ("rows", "labels")}
+    shared.keep(group, number, told, **arrays)
+
+
+def kept(shared: Store, group: str, number: int) -> Scanned:
+    """What another launch found in a tar."""
+    told, arrays = shared.kept(group, number)
+    values = told["values"]
+    return Scanned(
+        manifest.ShardInfo(*told["shard"]),
+        arrays["rows"],
+        arrays["labels"],
+        told["extras"],
+        None if values is None else depth.Seen(**values),
+        told["names"],
+        told["incomplete"],
+        Counter(told["unused"]),
     )

@@ -2,14 +2,14 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from selfdistill.data.cli import nearest
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import UserError, counted
 from selfdistill.data.formats.images import SUFFIXES
 from selfdistill.data.formats.strays import is_stray
-from selfdistill.data.sources import tables
+from selfdistill.data.sources import several, tables
 from selfdistill.data.sources.samples import Columns, Row, Sample, Splits, grouped
 from selfdistill.data.splits import ALIASES, DIVIDED
 
@@ -22,7 +22,8 @@ class _Walk:
         empty: Folders without any file.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, suffixes: Collection[str] = SUFFIXES) -> None:
+        self.suffixes = suffixes
         self.others: dict[Path, str] = {}
         self.empty: list[Path] = []
         self._found: dict[Path, list[Path]] = {}
@@ -73,7 +74,7 @@ class _Walk:
                 if is_stray(file):
                     continue
                 suffix = os.path.splitext(file)[1].lower()
-                if suffix in SUFFIXES:
+                if suffix in self.suffixes:
                     yield Path(base, file)
                 else:
                     self.others[Path(base, file)] = suffix or "no suffix"
@@ -86,8 +87,8 @@ class _Walk:
             listed = ", ".join(f"{count} {suffix}" for suffix, count in kinds)
             first = next(path for path, suffix in self.others.items() if suffix == kinds[0][0])
             found.append(
-                f"note: {len(self.others)} files are not of a known kind of images and are left out"
-                f" ({listed}), such as {first}"
+                f"note: left out: {counted(len(self.others), 'file', 'files')} of no known kind of"
+                f" images ({listed}), such as {first}"
             )
         if self.empty:
             more = f", nor are {len(self.empty) - 1} more" if len(self.empty) > 1 else ""
@@ -97,6 +98,23 @@ class _Walk:
 
 def _unlisted(error: OSError) -> None:
     raise UserError(f"{error.filename} cannot be listed ({error.strerror}): change its permissions")
+
+
+def files_below(root: Path, suffixes: Collection[str]) -> tuple[list[Path], Counter[str]]:
+    """All files of some kinds below a folder, in the order of their paths.
+
+    Args:
+        root: The folder; links to folders are followed.
+        suffixes: Lower-case extensions of what is wanted.
+
+    Returns:
+        The files; how many others there are, by their extensions.
+
+    Raises:
+        UserError: A folder cannot be listed, or links lead in a circle or to one folder twice.
+    """
+    found = _Walk(suffixes)
+    return found.images(root), Counter(found.others.values())
 
 
 def _unlabelled(folder: Path, walk: _Walk) -> list[Sample]:
@@ -140,6 +158,10 @@ def _class_names(folder: Path, walk: _Walk) -> list[str]:
             " (--unlabelled)"
         )
     beside = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    for path in folder.iterdir():
+        suffix = path.suffix.lower()
+        if path.is_file() and suffix not in walk.suffixes and not is_stray(path.name):
+            walk.others[path] = suffix or "no suffix"
     if loose := [path for path in beside if path.is_file() and not is_stray(path.name)]:
         raise UserError(
             f"{folder} holds class folders and {len(loose)} images beside them, such as"
@@ -221,7 +243,9 @@ def from_csv(
         if image in seen:
             raise UserError(f"{where}: {given} stands in line {seen[image]} too: {cure}")
         seen[image] = line
-        label = None if unlabelled else row[columns.label].strip()
+        label = None
+        if not unlabelled:
+            label = several.separated(row[columns.label], columns.separator, where)
         if label == "":
             raise UserError(f"{where}: {given} has no label: {cure}, or pack with --unlabelled")
         split = tables.split_of(row, where)
@@ -233,6 +257,7 @@ def from_csv(
         rows.append(Row(split, where, key, image, label, group))
     if not rows:
         raise UserError(f"{path} has no rows below its header: add one an image")
+    several.check(rows, None if unlabelled else columns.separator, path)
     if notes is not None and outside:
         notes.append(
             f"note: {len(outside)} images lie outside the folder of {path.name}, such as"

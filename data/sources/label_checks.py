@@ -3,7 +3,8 @@
 import re
 from collections import Counter
 
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import UserError, counted
+from selfdistill.data.formats.labels import numbers
 from selfdistill.data.sources.samples import Splits
 from selfdistill.data.splits import DIVIDED, UNLABELLED
 
@@ -31,12 +32,19 @@ def check(splits: Splits) -> list[str]:
     for split, (samples, names) in splits.items():
         if names and split != UNLABELLED:
             classes = names
-            counts[split] = Counter(names[s.label] for s in samples if s.label is not None)
+            counts[split] = Counter(names[i] for s in samples for i in numbers(s.label))
     if not classes:
         return []
-    refuse(classes, sum(counter.total() for counter in counts.values()))
+    lists = [s.label for part, _ in splits.values() for s in part if isinstance(s.label, tuple)]
+    refuse(classes, sum(counter.total() for counter in counts.values()), several=bool(lists))
     notes = []
-    if len(classes) == 1:
+    if lists:
+        empty, labels = lists.count(()), sum(map(len, lists))
+        notes.append(
+            f"several labels a sample: {labels / len(lists):.2f} on average, {empty} of"
+            f" {len(lists)} samples with none"
+        )
+    elif len(classes) == 1:
         notes.append(f"note: all samples are of one class, {classes[0]!r}: nothing to tell apart")
     folded: dict[str, str] = {}
     for name in classes:
@@ -46,18 +54,36 @@ def check(splits: Splits) -> list[str]:
                 f"note: classes {other!r} and {name!r} differ in case, spaces or zeros alone: if"
                 " they are one, name them alike and pack again"
             )
+    if not lists and (joined := _joined(classes)):
+        notes.append(
+            f"note: {len(joined)} classes such as {joined[0]!r} look like several names in one: if"
+            f" they are, give what stands between them (--label_separator"
+            f" {_mark(joined[0])!r})"
+        )
     for split in DIVIDED[1:]:
         absent = [name for name in classes if split in counts and not counts[split][name]]
         if absent:
             others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
             has = sum(counter[absent[0]] for counter in counts.values())
-            notes.append(
-                f"note: class {absent[0]!r} ({has} samples in all){others} has no sample in {split}"
-            )
+            named = f"{absent[0]!r} ({counted(has, 'sample', 'samples')} in all){others}"
+            have = "has" if len(absent) == 1 else "have"
+            notes.append(f"note: class {named} {have} no sample in {split}")
     return notes
 
 
-def refuse(classes: list[str], samples: int) -> None:
+def _mark(name: str) -> str:
+    """What stands between the names in a label of several."""
+    return next(mark for mark in "|;," if mark in name)
+
+
+def _joined(classes: list[str]) -> list[str]:
+    """The names that have parts between ``;`` or ``|``, of which other names consist, too."""
+    parts = {name: set(filter(None, re.split(r"\s*[|;]\s*", name))) for name in classes}
+    often = Counter(part for own in parts.values() for part in own)
+    return [name for name, own in parts.items() if len(own) > 1 and all(often[p] > 1 for p in own)]
+
+
+def refuse(classes: list[str], samples: int, *, several: bool = False) -> None:
     """Refuses names that can hardly be classes of so many samples; see `check`."""
     for name in classes:
         try:
@@ -68,7 +94,7 @@ def refuse(classes: list[str], samples: int) -> None:
                 " rename it"
             ) from None
     cure = "give each sample the name of its class, or pack without labels (--unlabelled)"
-    if samples >= _FEW and len(classes) == 1:
+    if samples >= _FEW and len(classes) == 1 and not several:
         raise UserError(
             f"all samples are of one class, {classes[0]!r}: there is nothing to tell apart: {cure}"
         )
@@ -88,8 +114,8 @@ def refuse(classes: list[str], samples: int) -> None:
         parts = [part for part in _BETWEEN.split(name) if part]
         if len(parts) > 1 and known.issuperset(parts):
             raise UserError(
-                f"the label {name!r} is of several classes ({', '.join(parts)}), and a sample has"
-                f" one here: {cure}"
+                f"the label {name!r} is of several classes ({', '.join(parts)}): where samples may"
+                f" have several, say so (--label_separator {_mark(name)!r}); else {cure}"
             )
 
 

@@ -23,6 +23,7 @@ from selfdistill.data.errors import UserError, printable
 from selfdistill.data.formats import images
 from selfdistill.data.formats.strays import is_stray
 from selfdistill.data.sources.samples import Columns
+from selfdistill.data.sources.several import LISTED
 from selfdistill.data.splits import ALIASES
 
 if TYPE_CHECKING:
@@ -218,23 +219,35 @@ def _class_names(path: Path, schema: "pyarrow.Schema") -> dict[str, list[str]]:
         known = known.get(key) if isinstance(known, dict) else None
     found = {}
     for name, kind in (known if isinstance(known, dict) else {}).items():
+        # Of a list of classes: [{...}], or {"feature": {...}, "_type": "Sequence" or "List"}.
+        kind = kind[0] if isinstance(kind, list) and len(kind) == 1 else kind
+        inner = kind.get("feature") if isinstance(kind, dict) else None
+        kind = inner if isinstance(inner, dict) else kind
         names = kind.get("names") if isinstance(kind, dict) else None
         if isinstance(names, list) and all(isinstance(one, str) for one in names):
             found[name] = names
     return found
 
 
-def _plain_columns(schema: "pyarrow.Schema") -> list[str]:
-    """Columns of texts and numbers; others (times, lists) say nothing here."""
+def _plain_columns(schema: "pyarrow.Schema", label: str) -> list[str]:
+    """Columns of texts and numbers, and the labels, which may be lists; others say nothing here."""
     import pyarrow.types as types
 
     kinds = (types.is_string, types.is_large_string, types.is_integer, types.is_floating)
     more = (types.is_boolean, types.is_dictionary)
-    return [one.name for one in schema if any(kind(one.type) for kind in (*kinds, *more))]
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    return [
+        one.name
+        for one in schema
+        if any(kind(one.type) for kind in (*kinds, *more))
+        or (one.name == label and any(kind(one.type) for kind in lists))
+    ]
 
 
 def _plain(path: Path, row: int, value: Any, names: list[str] | None) -> Any:
     """A value as text or a whole number; classes by name; None for what is neither."""
+    if isinstance(value, list):
+        return [_plain(path, row, one, names) for one in value]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if names is None or not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -247,13 +260,20 @@ def _plain(path: Path, row: int, value: Any, names: list[str] | None) -> Any:
     return names[value]
 
 
+def _cell(value: Any) -> Any:
+    """A value in a CSV; a list as `data.sources.several` reads it."""
+    if isinstance(value, list):
+        return "".join(f"{LISTED}{one}" for one in value) or LISTED
+    return "" if value is None else value
+
+
 def _write(
     rows: _Rows, image: str | None, number: int, folder: Path, out: IO[str], columns: Columns
 ) -> int:
     """One file's rows; returns how many there are with those before."""
     path, schema, batches, split = rows
     names = _class_names(path, schema)
-    plain = _plain_columns(schema)
+    plain = _plain_columns(schema, columns.label)
     own = {image, columns.path if image else None, "split" if split else None}
     plain = [one for one in plain if one not in own]
     writer, row = csv.writer(out), 0
@@ -276,7 +296,7 @@ def _write(
                     )
                 name = f"{number:08d}.{images.kind_of(content) or 'img'}"
                 (folder / name).write_bytes(content)
-                cells = ["" if value is None else value for value in shown.values()]
+                cells = [_cell(value) for value in shown.values()]
                 writer.writerow([name, *cells, *([split] if split else [])])
             number, row = number + 1, row + 1
     return number

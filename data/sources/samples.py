@@ -3,7 +3,8 @@
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from selfdistill.data import rng
 from selfdistill.data.errors import UserError
+from selfdistill.data.formats.labels import Label
 from selfdistill.data.formats.texts import Text
 from selfdistill.data.splits import DIVIDED
 
@@ -32,6 +34,7 @@ class Columns:
         label: of the class, a name or a number.
         key: of the samples' names; it need not be there. No two may be equal.
         group: of what must stay in one split, such as patients; None: every sample for itself.
+        separator: not a column, but what stands between several labels of a cell; None: one each.
     """
 
     path: str = "path"
@@ -40,10 +43,11 @@ class Columns:
     label: str = "label"
     key: str = "id"
     group: str | None = None
+    separator: str | None = None
 
 
 class Sample(NamedTuple):
-    """One sample to pack: key, what it is, its class number (None: unlabelled).
+    """One sample to pack: key, what it is, its class number or numbers (None: unlabelled).
 
     `where` names it in messages; by default its file, or the key. Samples of one `group` stay in
     one split.
@@ -51,7 +55,7 @@ class Sample(NamedTuple):
 
     key: str
     source: Path | bytes | Callable[[], bytes] | Text
-    label: int | None
+    label: Label | None
     where: str | None = None
     group: str | None = None
 
@@ -102,6 +106,7 @@ Splits = dict[str, tuple[Samples, list[str]]]
 class Row(NamedTuple):
     """A sample in a list of them: its split ("" where the list is not divided), its label's name.
 
+    A tuple of names where samples have several labels.
     `where` names it in messages.
     """
 
@@ -109,8 +114,13 @@ class Row(NamedTuple):
     where: str
     key: str
     source: Path | Text
-    label: str | None
+    label: str | tuple[str, ...] | None
     group: str | None = None
+
+
+def _names(label: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The names of a row's classes."""
+    return label if isinstance(label, tuple) else () if label is None else (label,)
 
 
 def grouped(rows: list[Row]) -> Splits:
@@ -128,19 +138,27 @@ def grouped(rows: list[Row]) -> Splits:
                 f"{row.where}: group {row.group!r} is in split {row.split}, and in"
                 f" {first.split} ({first.where}): put it into one, or take --group_column out"
             )
-    classes = class_order(row.label for row in rows if row.label is not None)
+    classes = class_order(name for row in rows for name in _names(row.label))
     number = {name: i for i, name in enumerate(classes)}
-    taught = {row.label for row in rows if row.split == "train"}
+    divided = any(row.split == "train" for row in rows)
+    taught = {name for row in rows if row.split == "train" for name in _names(row.label)}
     for row in rows:
-        if taught and row.label not in taught:
+        new = [name for name in _names(row.label) if divided and name not in taught]
+        if new:
             raise UserError(
-                f"{row.where}: class {row.label!r} has no row in split train: add some, correct"
+                f"{row.where}: class {new[0]!r} has no row in split train: add some, correct"
                 " its name, or drop it"
             )
+
+    def numbers(label: str | tuple[str, ...] | None) -> Label | None:
+        if isinstance(label, tuple):
+            return tuple(sorted(number[name] for name in label))
+        return None if label is None else number[label]
+
     found: Splits = {}
     for split in (*DIVIDED, ""):
         samples = [
-            Sample(r.key, r.source, None if r.label is None else number[r.label], r.where, r.group)
+            Sample(r.key, r.source, numbers(r.label), r.where, r.group)
             for r in rows
             if r.split == split
         ]
@@ -184,6 +202,22 @@ def _take(samples: Samples, rows: NDArray[np.bool_]) -> Samples:
     return list(itertools.compress(samples, rows))
 
 
+def strata(labels: Sequence[Label | None]) -> NDArray[np.int64]:
+    """What samples are divided by: their class; of several the one that the fewest samples have.
+
+    So each split gets its share of the rare classes, which would be lost among common ones. -1 is
+    that of samples without a class.
+    """
+    counts = Counter(one for label in labels if isinstance(label, tuple) for one in label)
+
+    def of(label: Label | None) -> int:
+        if isinstance(label, tuple):
+            return min(label, key=lambda one: (counts[one], one), default=-1)
+        return -1 if label is None else label
+
+    return np.array([of(label) for label in labels], dtype=np.int64)
+
+
 def divide(samples: Samples, shares: tuple[float, ...], seed: int) -> dict[str, Samples]:
     """Divides samples at random into splits, class by class.
 
@@ -195,14 +229,15 @@ def divide(samples: Samples, shares: tuple[float, ...], seed: int) -> dict[str, 
     Returns:
         Per split its samples in their old order. A class of n gives each split its share of n
         rounded (boundaries are rounded, so nothing is lost); train gets at least one of each.
-        Groups stay whole, and the shares are met as nearly as they allow.
+        Groups stay whole, and the shares are met as nearly as they allow. Samples with several
+        labels go by the rarest (`strata`).
     """
     if isinstance(samples, list) and any(sample.group is not None for sample in samples):
         return _divide_groups(samples, shares, seed)
     if isinstance(samples, Stream):
         labels = np.full(len(samples), -1)
     else:
-        labels = np.array([-1 if s.label is None else s.label for s in samples])
+        labels = strata([s.label for s in samples])
     owner = np.zeros(len(samples), dtype=np.int64)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
@@ -230,7 +265,7 @@ def _divide_groups(
     from sklearn.model_selection import StratifiedGroupKFold  # a second to import
 
     groups = np.array([f"{s.group}" if s.group else f"\0{i}" for i, s in enumerate(samples)])
-    labels = np.array([-1 if s.label is None else s.label for s in samples])
+    labels = strata([s.label for s in samples])
     count, wanted = len(np.unique(groups)), sum(share > 0 for share in shares)
     if count < wanted:
         raise UserError(

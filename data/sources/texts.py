@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from selfdistill.data.cli import nearest
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import UserError, counted
 from selfdistill.data.formats.strays import is_stray
 from selfdistill.data.formats.texts import Text
-from selfdistill.data.sources import tables
+from selfdistill.data.sources import several, tables
 from selfdistill.data.sources.samples import Columns, Row, Sample, Samples, Splits, Stream, grouped
 from selfdistill.data.splits import ALIASES, DIVIDED
 
@@ -43,7 +43,7 @@ def recognise(root: Path, columns: Columns) -> bool:
     if suffix == ".csv" and root.is_file():
         header, _ = tables.read(root)
         return columns.text in header and (
-            columns.path not in header or replace(columns, group=None) != Columns()
+            columns.path not in header or replace(columns, group=None, separator=None) != Columns()
         )
     return suffix in SUFFIXES and suffix != ".csv" and root.is_file()
 
@@ -78,20 +78,24 @@ def find(
         ]
         if others := [name for name in others if not is_stray(name)]:
             notes.append(
-                f"note: {len(others)} files are not named after a split and are left out, such as"
-                f" {others[0]}"
+                f"note: left out: {counted(len(others), 'file', 'files')} not named after a split,"
+                f" such as {others[0]}"
             )
     plain = all(path.suffix.lower() == ".txt" for path in files.values())
     if unlabelled or plain:
         return _streams(files, columns)
-    rows = [
-        _labelled(field, columns)
-        for split, path in files.items()
-        for field in _fields(path, split, columns)
-    ]
+    rows, there = [], dict[str, None]()
+    for split, path in files.items():
+        for field in _fields(path, split, columns):
+            rows.append(_labelled(field, columns))
+            there |= dict.fromkeys(field.values)
     if not rows:
         raise UserError(f"{root} has no texts: add some")
     _refuse_twins(rows)
+    several.check(rows, columns.separator, root)
+    own = {columns.text, columns.pair, columns.label, columns.key, columns.group, "split"}
+    if notes is not None and (ignored := [str(name) for name in there if name not in own]):
+        notes.append(f"note: of {root.name} these columns are ignored: {', '.join(ignored[:20])}")
     return grouped(rows)
 
 
@@ -241,12 +245,21 @@ def _saved(path: Path, columns: Columns) -> Iterator[_Field]:
         split = ALIASES.get(name.lower(), "")
         if name and not split:
             raise UserError(f"{path}: split {name!r} is none of {', '.join(DIVIDED)}: rename it")
-        names = getattr(part.features.get(columns.label), "names", None)
+        feature = part.features.get(columns.label)
+        feature = getattr(feature, "feature", feature)  # of a list
+        feature = feature[0] if isinstance(feature, list) and feature else feature
+        names = getattr(feature, "names", None)
         for number, row in enumerate(part):
-            label = row.get(columns.label)
-            if names is not None and isinstance(label, int) and 0 <= label < len(names):
-                row = row | {columns.label: names[label]}
+            if names is not None:
+                row = row | {columns.label: _by_number(row.get(columns.label), names)}
             yield _Field(f"{path}{f' {name}' if name else ''} row {number}", row, split)
+
+
+def _by_number(label: Any, names: list[str]) -> Any:
+    """The name of a class, or those of a list of classes; what is none as it is."""
+    if isinstance(label, list):
+        return [_by_number(one, names) for one in label]
+    return names[label] if isinstance(label, int) and 0 <= label < len(names) else label
 
 
 def _value(field: _Field, column: str, option: str) -> Any:
@@ -280,8 +293,24 @@ def _key(field: _Field, columns: Columns, number: int) -> str:
 
 def _labelled(field: _Field, columns: Columns) -> Row:
     text = _text(field, columns)
-    cure = "correct it, or pack without labels (--unlabelled)"
     label = _value(field, columns.label, "--label_column")
+    names: str | tuple[str, ...]
+    if isinstance(label, list):
+        names = several.listed(label, field.where)
+    elif columns.separator is not None and isinstance(label, str):
+        names = several.separated(label, columns.separator, field.where)
+    else:
+        names = _single(field, label)
+    key = field.values.get(columns.key)
+    group = _value(field, columns.group, "--group_column") if columns.group else None
+    named = None if group in (None, "") else str(group)
+    key = "" if key is None else str(key)
+    return Row(field.split, field.where, key, text, names, named)
+
+
+def _single(field: _Field, label: Any) -> str:
+    """The name of a row's one class."""
+    cure = "correct it, or pack without labels (--unlabelled)"
     if isinstance(label, float) and label.is_integer():
         label = int(label)  # a table's way to write a number where others are missing
     if label is None or (isinstance(label, str) and not label.strip()):
@@ -293,11 +322,7 @@ def _labelled(field: _Field, columns: Columns) -> Row:
         )
     if isinstance(label, int) and label < 0:
         raise UserError(f"{field.where}: its label {label} stands for none: {cure}")
-    key = field.values.get(columns.key)
-    group = _value(field, columns.group, "--group_column") if columns.group else None
-    named = None if group in (None, "") else str(group)
-    key = "" if key is None else str(key)
-    return Row(field.split, field.where, key, text, str(label).strip(), named)
+    return str(label).strip()
 
 
 def _refuse_twins(rows: list[Row]) -> None:

@@ -9,19 +9,17 @@ unpickled: safetensors and JSON hold data alone.
 
 from __future__ import annotations
 
+import copy
 import functools
-import hashlib
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, NamedTuple
 
-import pydantic
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,90 +30,31 @@ from selfdistill.data.errors import TryAgain, UserError, printable
 from selfdistill.engine.checkpoints import training_state
 from selfdistill.engine.checkpoints.files import fsync, remove, sha256, write_text
 from selfdistill.engine.checkpoints.results import numbered
-from selfdistill.engine.runtime.distributed import Ranks, broadcast, main_only
+from selfdistill.engine.checkpoints.state import BEFORE, FREE, VERSION, State, Written
+from selfdistill.engine.runtime.distributed import Ranks, broadcast, gather, main_only
 
-VERSION = 2
-
-#: What may differ at resume, and when a complete stage is met again: the layout, not the figures.
-FREE = ("zero", "accumulation")
-
-#: What was done before there were these options: records of then do not name them.
-BEFORE = {
-    "adapt": "full",
-    "pretrain.objective": "mae",
-    "distill.match": "feature",
-    "finetune.test": True,
-    "finetune.train_scored": 10_000,
-    "finetune.regularizer": "none",
-    "finetune.layer_decay": 1.0,
-    "finetune.drop_path": 0.0,
-    "finetune.ema": 0.0,
-    **{f"{stage}.schedule": "linear" for stage in ("decoder", "pretrain", "distill", "finetune")},
-}
+#: What a rank wrote: its file's name, size and sha256; and what went wrong, or None.
+_Share = tuple[list[Any], str | None]
 
 
-@dataclass
-class State:
-    """All that a resumed stage must know beside the engine's tensors. A plain record.
+class _Pending(NamedTuple):
+    """A checkpoint on its way to the disk."""
 
-    Attributes:
-        step: optimiser steps taken; the stream position is `step * batch`.
-        position: stream position of the next sample.
-        config: what must be equal at resume (`engine.training.record.record_of`).
-        manifest: hash of the train split's manifest.
-        world: number of ranks that wrote it.
-        version: of this format.
-        files: name -> [size, sha256].
-        optimizer: numbers of the optimiser (`training_state.numbers`).
-        scored: the step after which the validation data were scored last.
-        last: scalars of the last log step.
-        seconds: spent on the stage so far, over all launches.
-    """
-
-    step: int
-    position: int
-    config: dict[str, Any]
-    manifest: str
-    world: int
-    version: int = VERSION
-    files: dict[str, list[Any]] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    scored: int = 0
-    last: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    digest: str = ""
-
-    def content_digest(self) -> str:
-        """sha256 of all other fields, as `state.json` keeps it in `digest`."""
-        content = asdict(self) | {"digest": ""}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    state: State
+    draft: Path
+    written: Future[_Share]
 
 
-class _Optimizer(records.Record):
-    step: records.Count
-    scaler: dict[str, bool | int | records.Finite] = pydantic.Field({})
-
-
-class _Written(records.Record):
-    """`State` as a file has it, which may be a stranger's."""
-
-    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
-
-    step: records.Count
-    position: records.Count
-    config: dict[str, Any]
-    manifest: str
-    world: Annotated[int, pydantic.Field(ge=1, lt=2**31)]
-    version: int
-    files: dict[
-        Annotated[str, pydantic.Field(pattern=r"^part-[0-9]{5,9}-of-[0-9]{5,9}\.safetensors$")],
-        Annotated[tuple[records.Count, records.Hash], pydantic.Strict(False)],
-    ]
-    optimizer: _Optimizer
-    scored: records.Count
-    last: dict[str, float]
-    seconds: Annotated[records.Finite, pydantic.Field(ge=0)]
-    digest: records.Hash
+def _write(tensors: dict[str, Tensor], part: Path) -> _Share:
+    """Writes a rank's share, forced to the disk."""
+    try:
+        save_file(tensors, part)
+        fsync(part)
+        return [part.name, part.stat().st_size, sha256(part)], None
+    except (OSError, SafetensorError) as caught:
+        reason = format_error(caught).rsplit("error: ", 1)[-1]  # safetensors names two layers
+        error = f"{part.parent}: checkpoint not saved: {reason}; free space, or give it back its"
+        return [], f"{error} permissions, then launch again: it goes on from the one before"
 
 
 class Checkpoints:
@@ -133,17 +72,26 @@ class Checkpoints:
     ) -> None:
         self.folder, self.ranks, self.keep, self.beat = folder, ranks, keep, beat
         self._saved = 0
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: _Pending | None = None
 
     def names(self) -> list[str]:
         """Names of the saved steps, oldest first."""
         return [path.name for path in numbered(self.folder, "step-").values()]
 
-    def save(self, engine: Any, state: State) -> None:
+    def save(self, engine: Any, state: State, *, wait: bool = True) -> None:
         """Saves engine and state as `step-N`. Every rank calls it; a step is saved once.
+
+        Args:
+            engine: copied to the host's memory before this returns.
+            state: copied, too.
+            wait: for the disk. Else a thread writes while the steps go on, and the checkpoint does
+                not count before a later `settle`, or the next save.
 
         Raises:
             UserError: the disk refuses; the checkpoints before stay as they are.
         """
+        self.settle()
         if state.step in (0, self._saved):
             return
         name = f"step-{state.step:08d}"
@@ -158,33 +106,49 @@ class Checkpoints:
         main_only(self.ranks, clear)
         rank, world = self.ranks.rank, self.ranks.world
         tensors = training_state.collect(engine, rank, world, self.beat)
-        part, error = draft / f"part-{rank:05d}-of-{world:05d}.safetensors", None
-        written: list[Any] = []
-        try:
-            save_file(tensors, part)
-            fsync(part)
-            written = [part.name, part.stat().st_size, sha256(part)]
-        except (OSError, SafetensorError) as caught:
-            reason = format_error(caught).rsplit("error: ", 1)[-1]  # safetensors names two layers
-            error = f"{draft}: checkpoint not saved: {reason}; free space, or give it back its"
-            error += " permissions, then launch again: it goes on from the one before"
+        saved = copy.deepcopy(state)
+        saved.world, saved.optimizer = world, training_state.numbers(engine, rank)
+        part = draft / f"part-{rank:05d}-of-{world:05d}.safetensors"
+        if wait:
+            written: Future[_Share] = Future()
+            written.set_result(_write(tensors, part))
+        else:
+            written = self._pool.submit(_write, tensors, part)
+        self._pending = _Pending(saved, draft, written)
         del tensors
         self.beat()
-        written_by = gather((written, error))
-        errors = [e for _, e in written_by if e]
-        if errors:
+        if wait:
+            self.settle()
+
+    def settle(self, *, wait: bool = True) -> None:
+        """Makes a checkpoint count that is written, on all ranks. Every rank calls it.
+
+        Args:
+            wait: for the threads that write; else what they have not finished is left for later.
+
+        Raises:
+            UserError: see `save`.
+        """
+        if self._pending is None:
+            return
+        if not wait and not all(gather(self._pending.written.done())):
+            return
+        state, draft, written = self._pending
+        self._pending = None
+        written_by = gather(written.result())
+        self.beat()
+        if errors := [error for _, error in written_by if error]:
             if self.ranks.main:
                 shutil.rmtree(draft, ignore_errors=True)
             raise UserError(errors[0])
         state.files = {file: [size, digest] for (file, size, digest), _ in written_by}
-        state.world = world
-        state.optimizer = training_state.numbers(engine, rank)
+        name = draft.name.removeprefix(".draft-")
         main_only(self.ranks, lambda: self._publish(draft, name, state))
         self._saved = state.step
 
     def _publish(self, draft: Path, name: str, state: State) -> None:
         state.digest = state.content_digest()
-        write_text(draft / "state.json", json.dumps(asdict(state), indent=1))
+        write_text(draft / "state.json", json.dumps(state.content(), indent=1))
         final = self.folder / name
         # Of this step or later ones there are at most broken ones, or they would have been resumed.
         for old in self.names():
@@ -206,7 +170,7 @@ class Checkpoints:
         try:
             content = records.read_object(path)
             if content.get("version") == VERSION:
-                records.checked(_Written, content, path)
+                records.checked(Written, content, path)
         except FileNotFoundError:
             return None, "state.json is missing"
         except UserError as error:
@@ -329,12 +293,3 @@ class Reader:
             )
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
-
-
-def gather(value: Any) -> list[Any]:
-    """Every rank's value, on every rank."""
-    if dist.get_world_size() == 1:
-        return [value]
-    box: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(box, value)
-    return box

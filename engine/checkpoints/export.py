@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfdistill.data.errors import UserError
+from selfdistill.engine.checkpoints import processors
+from selfdistill.engine.checkpoints.processors import Pixels
 from selfdistill.engine.models.images import types
 from selfdistill.engine.models.images.formats.hugging_face import DECODER
 from selfdistill.engine.models.images.formats.timm_folder import to_eva
@@ -26,6 +28,12 @@ if TYPE_CHECKING:  # images need none of it: a tenth of a start
     from selfdistill.engine.models.texts.sentences import Sentences
 
 
+#: What an export says for this program, beside other libraries' files: how inputs were read.
+TOLD = "selfdistill.json"
+#: What transformers calls a classifier of samples that may have several labels.
+PROBLEM = "multi_label_classification"
+
+
 def export_mae(
     folder: str | Path,
     shape: Shape,
@@ -33,11 +41,13 @@ def export_mae(
     decoder: Mapping[str, Tensor],
     mean: Sequence[float],
     std: Sequence[float],
+    own: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a folder for transformers' ``ViTMAEForPreTraining``, or the encoder's own class.
 
-    The encoder alone lies in it for timm (timm/), and of a ViT-MAE for ``ViTModel`` (encoder/).
-    Of rectangles transformers has no ViT-MAE, and of some types no encoder.
+    ``AutoModel`` of a ViT-MAE's is the plain encoder, not ``ViTMAEModel``, which hides patches at
+    random. The encoder alone lies in it for timm (timm/), and of a ViT-MAE for ``ViTModel``
+    (encoder/). Of rectangles transformers has no ViT-MAE, and of some types no encoder.
 
     Args:
         folder: to be made; an export that stands there is replaced.
@@ -46,26 +56,29 @@ def export_mae(
         decoder: state dict of `MAEDecoder`.
         mean: mean of each channel that the images were normalised by.
         std: standard deviation of each channel.
+        own: what `TOLD` is to say of it.
 
     Raises:
         UserError: the folder holds something else, or cannot be written.
     """
-    kind = types.fitting(shape, str(folder))
+    kind, pixels = types.fitting(shape, str(folder)), Pixels.of(mean, std, own)
 
     def write(target: Path) -> None:
+        _tell(target, own)
+        told = decoder_config(shape)
         plain = kind.config(shape), kind.tensors(encoder, shape, kind.within)
-        square = isinstance(shape.image_size, int)
-        if isinstance(kind, ViT) and square:  # AutoModel loads the masked one, which hides patches
+        if isinstance(kind, ViT) and isinstance(shape.image_size, int):
             (target / "encoder").mkdir()
-            _write_hugging_face(target / "encoder", *plain, shape, mean, std)
-            _write_hugging_face(target, *masked(shape, encoder, decoder), shape, mean, std)
+            _write_hugging_face(target / "encoder", *plain, shape, pixels)
+            _write_hugging_face(
+                target, plain[0] | told, masked(shape, encoder, decoder)[1], shape, pixels
+            )
         else:  # transformers' class has no decoder: that lies beside
             if kind.has_class(shape):
-                config = plain[0] | decoder_config(shape)
-                _write_hugging_face(target, config, plain[1], shape, mean, std)
+                _write_hugging_face(target, plain[0] | told, plain[1], shape, pixels)
             _write_tensors(target / DECODER, decoder)
-        more = {} if kind.has_class(shape) else decoder_config(shape)
-        _write_timm(target / "timm", shape, encoder, [], "cls", mean, std, more)
+        more = {} if kind.has_class(shape) else told
+        _write_timm(target / "timm", shape, encoder, [], "cls", pixels, more)
 
     _replace(Path(folder), write)
 
@@ -79,11 +92,13 @@ def export_classifier(
     pool: str,
     mean: Sequence[float],
     std: Sequence[float],
+    own: Mapping[str, Any] | None = None,
+    several: bool = False,
 ) -> None:
     """Writes a classifier for transformers' class of its type, and for timm in timm/.
 
     Some of transformers' classes know one way of pooling or squares alone, and some types have
-    none: what they cannot express is written for timm only.
+    none: what they cannot express is written for transformers' wrapper of timm's models.
 
     Args:
         folder: to be made; an export that stands there is replaced.
@@ -94,20 +109,42 @@ def export_classifier(
         pool: ``cls`` or ``mean``, as in `ViTClassifier`.
         mean: mean of each channel that the images were normalised by.
         std: standard deviation of each channel.
+        own: what `TOLD` is to say of it.
+        several: whether a sample may have several labels; both configurations then say so.
 
     Raises:
         UserError: the folder holds something else, or cannot be written.
     """
-    kind = types.fitting(shape, str(folder))
+    kind, pixels = types.fitting(shape, str(folder)), Pixels.of(mean, std, own)
+    problem = {"problem_type": PROBLEM} if several else {}
 
     def write(target: Path) -> None:
+        _tell(target, own)
         if kind.head(shape, pool) is not None and kind.has_class(shape):
             config, tensors = kind.classifier(shape, encoder, head, pool)
-            _write_hugging_face(target, config | _labels(classes), tensors, shape, mean, std)
+            config |= _labels(classes) | problem
+            _write_hugging_face(target, config, tensors, shape, pixels)
         tensors = dict(encoder) | {f"head.{k}": v for k, v in head.items()}
-        _write_timm(target / "timm", shape, tensors, classes, pool, mean, std)
+        _write_timm(target / "timm", shape, tensors, classes, pool, pixels, problem)
+        if not (target / "config.json").exists():
+            _wrap(target, shape, pixels)
 
     _replace(Path(folder), write)
+
+
+def _wrap(target: Path, shape: Shape, pixels: Pixels) -> None:
+    """Makes the folder above a timm model's one that transformers' wrapper of such models loads."""
+    config = json.loads((target / "timm" / "config.json").read_text(encoding="utf-8"))  # ours
+    config |= {
+        "architectures": ["TimmWrapperForImageClassification"],
+        "model_type": "timm_wrapper",
+        **processors.model(shape, pixels, wrapped=True),
+    }
+    config["model_args"].pop("num_classes")  # the wrapper gives it itself
+    _write_json(target / "config.json", config)
+    _write_json(target / "preprocessor_config.json", processors.hugging_face(shape, pixels))
+    shutil.copyfile(target / "timm" / "model.safetensors", target / "model.safetensors")
+    _sync(target / "model.safetensors")
 
 
 def export_transformers(
@@ -117,6 +154,7 @@ def export_transformers(
     tokenizer: Any,
     original: PreTrainedConfig,
     told: Sentences | None = None,
+    own: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes one of transformers' own models with its tokenizer.
 
@@ -127,6 +165,7 @@ def export_transformers(
         tokenizer: transformers' tokenizer.
         original: the configuration whose dropout rates are written.
         told: of a folder for sentence-transformers; None: it is for transformers alone.
+        own: what `TOLD` is to say of it.
 
     Raises:
         UserError: the folder holds something else, or cannot be written.
@@ -136,6 +175,7 @@ def export_transformers(
     from selfdistill.engine.models.texts.language import restore_dropout
 
     def write(target: Path) -> None:
+        _tell(target, own)
         config = restore_dropout(network.config, original)
         head = None
         if isinstance(network, MeanNetwork):
@@ -180,8 +220,7 @@ def _write_timm(
     tensors: Mapping[str, Tensor],
     classes: Sequence[str],
     pool: str,
-    mean: Sequence[float],
-    std: Sequence[float],
+    pixels: Pixels,
     more: Mapping[str, Any] | None = None,
 ) -> None:
     """A folder for ``timm.create_model("local-dir:...")``; no classes: the features alone.
@@ -189,7 +228,7 @@ def _write_timm(
     ``more`` is what config.json says beside what timm reads.
     """
     target.mkdir()
-    config = _timm_config(shape, classes, pool, mean, std) | dict(more or {})
+    config = _timm_config(shape, classes, pool, pixels) | dict(more or {})
     _write_json(target / "config.json", config)
     tensors = dict(tensors)
     if not shape.class_token and pool == "mean":
@@ -210,9 +249,7 @@ def _labels(classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _timm_config(
-    shape: Shape, classes: Sequence[str], pool: str, mean: Sequence[float], std: Sequence[float]
-) -> dict[str, Any]:
+def _timm_config(shape: Shape, classes: Sequence[str], pool: str, pixels: Pixels) -> dict[str, Any]:
     """What ``timm.create_model("local-dir:...")`` reads: an architecture with all it overrides."""
     pooled = "token" if shape.class_token else "map"
     arguments: dict[str, Any] = {
@@ -256,18 +293,7 @@ def _timm_config(
         "num_features": shape.width,
         "label_names": list(classes),
         "model_args": arguments,
-        "pretrained_cfg": {
-            "input_size": [shape.channels, *shape.sides],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "mean": list(mean),
-            "std": list(std),
-            "num_classes": len(classes),
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
+        "pretrained_cfg": processors.timm(shape, pixels, len(classes)),
         "norm_eps": shape.norm_eps,
         "norm_eps_note": "timm's LayerNorm takes 1e-6 unless told: for the exact outputs give "
         f"create_model norm_layer=functools.partial(torch.nn.LayerNorm, eps={shape.norm_eps})",
@@ -279,33 +305,10 @@ def _write_hugging_face(
     config: dict[str, Any],
     tensors: Mapping[str, Tensor],
     shape: Shape,
-    mean: Sequence[float],
-    std: Sequence[float],
+    pixels: Pixels,
 ) -> None:
-    _write_json(target / "config.json", config)
-    height, width = shape.sides
-    square = height == width
-    size = {"height": height, "width": width}
-    _write_json(
-        target / "preprocessor_config.json",
-        {
-            # As data/formats/images.py fits: short side, bicubic, centre square. ViTImageProcessor
-            # of transformers 4 has no crop and squashes; Bit's does the same work in all versions.
-            # None covers a rectangle: images of another ratio are squashed, and not padded.
-            "image_processor_type": "BitImageProcessor",
-            "do_center_crop": square,
-            "do_convert_rgb": True,
-            "do_normalize": True,
-            "do_rescale": True,
-            "do_resize": True,
-            "image_mean": list(mean),
-            "image_std": list(std),
-            "resample": 3,  # bicubic
-            "rescale_factor": 1 / 255,
-            "size": {"shortest_edge": height} if square else size,
-            "crop_size": size,
-        },
-    )
+    _write_json(target / "config.json", config | processors.model(shape, pixels))
+    _write_json(target / "preprocessor_config.json", processors.hugging_face(shape, pixels))
     _write_tensors(target / "model.safetensors", tensors)
 
 
@@ -314,6 +317,11 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     whole = {k: v.detach().float().cpu().clone().contiguous() for k, v in tensors.items()}
     save_file(whole, path, metadata={"format": "pt"})
     _sync(path)
+
+
+def _tell(target: Path, own: Mapping[str, Any] | None) -> None:
+    if own is not None:
+        _write_json(target / TOLD, dict(own))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

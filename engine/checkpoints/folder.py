@@ -19,18 +19,21 @@ import tomli_w
 import torch
 
 from selfdistill.data import records
-from selfdistill.data.errors import UserError, printable
+from selfdistill.data.errors import UserError
 from selfdistill.data.files import nofollow
 from selfdistill.data.formats import images
 from selfdistill.data.loading.batches import Options
 from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.loader import warn_once
 from selfdistill.data.loading.windows import Windows
-from selfdistill.engine.checkpoints.checkpoint import BEFORE, FREE
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints import card
 from selfdistill.engine.checkpoints.files import write_text
+from selfdistill.engine.checkpoints.provenance import process
 from selfdistill.engine.checkpoints.results import RESULT, read_result
+from selfdistill.engine.checkpoints.state import BEFORE, FREE
 from selfdistill.engine.config.schema import Config
-from selfdistill.engine.runtime import precision, zero
+from selfdistill.engine.runtime import precision, terminal, zero
 from selfdistill.engine.runtime.distributed import Ranks, few_cores, main_only
 from selfdistill.engine.runtime.preemption import Agreement, Preempted, asked
 from selfdistill.engine.runtime.watchdog import Watchdog
@@ -113,7 +116,7 @@ class Run:
     def info(self, line: str) -> None:
         """Prints a line on rank 0."""
         if self.ranks.main:
-            print(printable(line), flush=True)
+            terminal.say(line)
 
     def info_once(self, line: str) -> None:
         """Prints a line on rank 0, however many stages have it to say."""
@@ -166,14 +169,15 @@ def open_run(config: Config, ranks: Ranks) -> Run:
     Raises:
         UserError: no --output, no permission, or another launch is using it.
     """
-    if not config.output:
-        raise UserError("--output is missing: name the run folder, such as --output runs/first")
+    place = config.place()
     precision.set_switches(config, ranks.device)
     images.allow(config.data.max_pixels)
-    run = Run(config, ranks, Path(config.output))
+    warn_once.cache_clear()  # a process may do several launches, and each tells all
+    run = Run(config, ranks, place)
 
     def enter() -> tuple[str | None, tuple[str, str]]:
         run.folder.mkdir(parents=True, exist_ok=True)
+        process()  # now, as the code that runs was read now
         run.lock = _lock(run.folder / ".lock", _patience(config.watchdog))
         before = read_config(run.folder / CONFIG)
         known, path = before.get("model", {}).get("path"), config.model.path
@@ -226,18 +230,14 @@ def _lock(path: Path, patience: float) -> IO[str]:
                 ) from None
             if not reported:
                 reported = True
-                print(
-                    f"{path.parent} is still in use{by}: waiting at most {patience:.0f} s",
-                    flush=True,
-                )
+                terminal.say(f"{path.parent} is still in use{by}: waiting at most {patience:.0f} s")
             time.sleep(1)
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise
-            print(
+            terminal.say(
                 f"warning: {path.parent}: its file system has no locks: see to it that no second"
-                " launch uses this folder",
-                flush=True,
+                " launch uses this folder"
             )
             break
     file.truncate(0)
@@ -309,7 +309,7 @@ def open_stage(run: Run, stage: str, record: dict[str, Any], data: str) -> bool:
         own = bool(job) and _restarted() and mark.exists() and mark.read_text() == job
         overwrite, resume = config.overwrite and not own, "auto" if own else config.resume
         if overwrite and folder.exists():
-            print(f"{stage}: deleting {folder} (--overwrite)", flush=True)
+            terminal.say(f"{stage}: deleting {folder} (--overwrite)")
             shutil.rmtree(folder)
         done = run.result(stage)
         if done is not None:
@@ -318,7 +318,9 @@ def open_stage(run: Run, stage: str, record: dict[str, Any], data: str) -> bool:
                     f"{folder} is complete: --overwrite does it again, or take another --output"
                 )
             _check_complete(folder, done, record, data)
-            print(f"{stage}: complete, skipped ({folder / RESULT}; --overwrite does it again)")
+            terminal.say(
+                f"{stage}: complete, skipped ({folder / RESULT}; --overwrite does it again)"
+            )
             return False
         existing = [p.name for p in folder.iterdir()] if folder.exists() else []
         if existing and resume == "never":
@@ -345,10 +347,14 @@ def _joined(path: Path, config: Config, stage: str) -> str:
     return tomli_w.dumps(now)
 
 
-def write_result(run: Run, stage: str, content: dict[str, Any]) -> None:
-    """Marks a stage complete."""
+def write_result(
+    run: Run, stage: str, content: dict[str, Any], train: Manifest | None = None
+) -> None:
+    """Marks a stage complete, and writes its export's card; `train` is what it learnt from."""
 
     def write() -> None:
+        if train is not None and "export" in content:
+            card.write(Path(content["export"]), content, train)
         (run.folder / stage).mkdir(parents=True, exist_ok=True)
         write_text(run.folder / stage / RESULT, json.dumps(content, indent=1) + "\n")
         if not run.config.keep_finished:  # the export is what is used from here on

@@ -21,6 +21,8 @@ WEIGHT = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 #: The weights' average over the steps, where there is one: see `engine.training.optimizer`.
 AVERAGE = "average"
+#: The weights that measured best so far, where they are kept: see `engine.training.keep`.
+BEST = "best"
 
 #: DeepSpeed's loss scaler: the numbers that change while training.
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -153,11 +155,12 @@ class _Sharded(_Partitioned):
 def kept(inner: Any, parameter: Tensor) -> tuple[str, ...]:
     """Names of what an optimiser keeps of a parameter: Adam's moments, or what it says itself.
 
-    And the average, where its groups say that there is one.
+    And the average and the best weights, where its groups say that there are some.
     """
     keeps = getattr(inner, "keeps", None)
     found: tuple[str, ...] = MOMENTS if keeps is None else keeps(parameter)
-    return (*found, AVERAGE) if inner.param_groups[0].get("averaged") else found
+    group = inner.param_groups[0]
+    return found + tuple(copy for copy in (AVERAGE, BEST) if group.get(copy))
 
 
 def layout(engine: Any, rank: int) -> Layout:
@@ -215,7 +218,7 @@ def collect(
         if mine:
             share[f"{WEIGHT}/{name}"] = _copy(weight)
         for key in kept(how.optimizer, parameter):
-            # What is no moment is an anchor or average: the weight before the first step.
+            # What is no moment is an anchor or a copy: the weight before the first step.
             first = torch.zeros_like(weight) if key in MOMENTS else weight
             value = how.get(parameter, key) if stepped else first
             if mine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -167,20 +168,37 @@ def kind_of(field: Any) -> str:
     return told[-1] if told else cli.kind_of(field.annotation)
 
 
-def help_text() -> str:
-    """The options page of `engine/run.py --help`."""
-    rows = []
+def help_text(words: Sequence[str] = ()) -> str:
+    """The options page of `engine/run.py --help`.
+
+    Args:
+        words: of the command line; a `--recipe` among them gives the defaults that are shown.
+    """
+    rows, recipe = [], None
+    for word, after in itertools.pairwise([*words, ""]):
+        flag, _, value = word.partition("=")
+        if flag == "--recipe":
+            recipe = load({"recipe": value or after})
+    whose = "no recipe; with --help --recipe NAME, of that"
+    if recipe is not None:
+        whose = f"the recipe {recipe.recipe}"
     for name, field in options().items():
         if name.endswith(".path") or name == "local_rank":
             continue
-        default = cli.default_of(field.get_default(call_default_factory=True))
-        rows.append((f"--{name}", kind_of(field), f"{field.description or ''}{default}".strip()))
+        default: Any = field.get_default(call_default_factory=True)
+        if recipe is not None:
+            default = recipe
+            for part in name.split("."):
+                default = getattr(default, part)
+        text = f"{field.description or ''}{cli.default_of(default)}".strip()
+        rows.append((f"--{name}", kind_of(field), text))
     return "\n".join(
         [
             "deepspeed engine/run.py --stage STAGE --recipe NAME --data DIR --output DIR",
             "",
             *cli.columns(rows),
             "",
+            f"defaults: those of {whose}",
             "recipes: " + ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml"))),
         ]
     )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Literal
 
 import tomli_w
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from selfdistill.data.errors import redacted
+from selfdistill.data.errors import UserError, redacted
 from selfdistill.engine.config.sections import (
     DataSection,
     LoraSection,
     MarsSection,
     MaskSection,
     ModelSection,
+    ProbeSection,
     R3FSection,
     RecAdamSection,
     Section,
@@ -30,6 +32,8 @@ from selfdistill.engine.config.stages import (
     PretrainSection,
 )
 
+#: Programs that get a stage's figures (`engine.monitoring.loggers`).
+LOGGERS = ("tensorboard", "trackio", "wandb", "mlflow")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -52,6 +56,7 @@ class Config(Section):
     pretrain: PretrainSection = Field(default_factory=PretrainSection)
     distill: DistillSection = Field(default_factory=DistillSection)
     finetune: FinetuneSection = Field(default_factory=FinetuneSection)
+    probe: ProbeSection = Field(default_factory=ProbeSection)
     adapt: Literal["full", "attention", "lora"] = Field(
         "full",
         description="what stages 1 and 2 train of the encoder: all, attention, low-rank updates",
@@ -88,9 +93,15 @@ class Config(Section):
     resume: str = Field("auto", description="auto | never")
     overwrite: bool = Field(False, description="delete what the stage left before")
     save_every: int = Field(1000, ge=0, description="checkpoint interval in steps (0 = none)")
+    save_async: bool | None = Field(
+        None, description="write checkpoints while the steps go on (left out: on GPUs)"
+    )
     keep: int = Field(2, ge=1, description="checkpoints kept")
     keep_finished: bool = Field(True, description="also those of stages that are complete")
     log_every: int = Field(50, ge=1, description="steps between log lines")
+    logger: str = Field(
+        "tensorboard", description="programs that get the figures: tensorboard,trackio,wandb,mlflow"
+    )
     log_samples: bool = Field(False, description="write each step's sample ids, for audits")
     watchdog: float = Field(
         900, ge=0, description="seconds without progress after which a hung rank is ended (0 = off)"
@@ -109,12 +120,47 @@ class Config(Section):
             raise ValueError("compare is for --stage all: leave it out, or run all stages")
         return self
 
+    @property
+    def loggers(self) -> list[str]:
+        """The programs that `logger` names."""
+        return self.logger.split(",")
+
+    @field_validator("logger", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: object) -> object:
+        return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+    @field_validator("logger")
+    @classmethod
+    def _known_loggers(cls, value: str) -> str:
+        names = [name.strip() for name in value.split(",")]
+        if len(set(names)) < len(names) or not set(names) <= set(LOGGERS):
+            raise ValueError(f"must be of {', '.join(LOGGERS)}, each once, with commas between")
+        for name in names:
+            found = importlib.util.find_spec(name)
+            if found is None or found.origin is None:  # a folder of that name is no package
+                raise ValueError(f"{name} is not installed: pip install {name}, or leave it out")
+        return ",".join(names)
+
     @field_validator("resume")
     @classmethod
     def _resume(cls, value: str) -> str:
         if value not in ("auto", "never"):
             raise ValueError("must be auto or never")
         return value
+
+    def place(self) -> Path:
+        """The run's folder.
+
+        Raises:
+            UserError: none is named.
+        """
+        if not self.output:
+            raise UserError(
+                "--output is missing: name the run folder, such as --output runs/first; --help"
+                " lists all options"
+            )
+        return Path(self.output)
 
     def check_warmups(self) -> None:
         """Refuses a warm-up that is as long as its stage, before the first of several is trained.
@@ -128,6 +174,28 @@ class Config(Section):
         for stage, section in sections.items():
             if self.stage in (stage, "all") and section.steps is not None:
                 section.check_warmup(stage, section.steps)
+
+    def check_judges(self) -> None:
+        """Refuses weights that are kept, or a stage that ends, by what is never measured.
+
+        Raises:
+            UserError: names the option that measures.
+        """
+        sections = {"pretrain": self.pretrain, "distill": self.distill, "finetune": self.finetune}
+        for stage, section in sections.items():
+            if self.stage not in (stage, "all") or not section.judged:
+                continue
+            asked = "keep best" if section.keep == "best" else f"patience {section.patience}"
+            if stage == "finetune" and not self.finetune.eval_every:
+                raise UserError(
+                    f"--finetune.{asked} goes by the scores of val, which are taken at the end"
+                    " alone: give --finetune.eval_every, a number of steps"
+                )
+            if stage != "finetune" and not self.probe.every:
+                raise UserError(
+                    f"--{stage}.{asked} goes by the linear probe, which is off: give --probe.every,"
+                    " auto or a number of steps"
+                )
 
     def toml(self) -> str:
         """This configuration as TOML, which `--recipe` reads back; without secrets of addresses."""

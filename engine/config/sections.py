@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from selfdistill.data.formats.images import MOST_PIXELS, Size
 from selfdistill.data.records import BOUND
+from selfdistill.data.shards.joined import parse as parse_mix
 
 
 class Section(BaseModel):
@@ -29,6 +31,9 @@ class DataSection(Section):
     """Where the samples come from, and how they are read."""
 
     path: str | None = Field(None, description="folder or URL of a packed data set")
+    mix: str | None = Field(
+        None, description="sets mixed in by stages 0 to 2, with their shares: general:0.3"
+    )
     split: Literal["auto", "train", "unlabelled"] = Field(
         "auto", description="for stages 1 and 2 (auto = unlabelled, if a local folder has it)"
     )
@@ -47,6 +52,18 @@ class DataSection(Section):
         "auto",
         description="hash shards first (auto = local ones without checksums, to 2 GiB)",
     )
+
+    @model_validator(mode="after")
+    def _mixed(self) -> DataSection:
+        """`--data target,general:0.3` is short for `--data target --data.mix general:0.3`."""
+        short = re.fullmatch(r"([^,]+),((?:[^,]+:[-+.\deE]+,)*[^,]+:[-+.\deE]+)", self.path or "")
+        if short:
+            if self.mix is not None:
+                raise ValueError("path names what is mixed in already: leave mix out")
+            self.path, self.mix = short[1], short[2]
+        if self.mix is not None:
+            parse_mix(self.mix)
+        return self
 
 
 class ShapeSection(Section):
@@ -125,6 +142,26 @@ class TeacherSection(Section):
         "auto", description="a copy on each rank, ZeRO-3 shards, or a table of its features"
     )
     table_gb: float = Field(16.0, gt=0, description="auto: largest feature table to cache, GiB")
+
+
+class ProbeSection(Section):
+    """How the encoder does while stages 1 and 2 train it: k-NN and a linear probe on the labels."""
+
+    every: int | Literal["auto"] = Field(
+        0,
+        description="steps between probes (0 = none; auto: tenths of a stage, in 3% of its time)",
+    )
+    samples: int = Field(
+        2000, ge=2, description="of the train split that are probed by; of val half as many"
+    )
+
+    @field_validator("every", mode="before")
+    @classmethod
+    def _steps_or_auto(cls, value: Any) -> Any:
+        number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        if not number and value != "auto":
+            raise ValueError("give a number of steps, auto, or 0 for none")
+        return value
 
 
 class LoraSection(Section):

@@ -66,6 +66,22 @@ class StageSection(Section):
             )
 
 
+class KeptSection(StageSection):
+    """A stage whose model is measured on the way: which weights it leaves, and when it stops."""
+
+    keep: Literal["last", "best"] = Field(
+        "last", description="the weights that are left: the last, or those that measured best"
+    )
+    patience: int = Field(
+        0, ge=0, description="stop after so many measurements without a better one (0 = never)"
+    )
+
+    @property
+    def judged(self) -> bool:
+        """Whether the stage's weights, or its length, depend on what is measured."""
+        return self.keep == "best" or self.patience > 0
+
+
 class DecoderSection(StageSection):
     """Stage 0: a decoder, on the frozen encoder, for models that come without."""
 
@@ -77,7 +93,7 @@ class DecoderSection(StageSection):
     auto: bool = Field(True, description="with --stage all, where the model has no decoder")
 
 
-class PretrainSection(StageSection):
+class PretrainSection(KeptSection):
     """Stage 1: further pre-training (Algorithm 2)."""
 
     steps: int | None = Field(20_000, ge=1, description="optimiser steps")
@@ -86,7 +102,7 @@ class PretrainSection(StageSection):
     )
 
 
-class DistillSection(StageSection):
+class DistillSection(KeptSection):
     """Stage 2: self-distillation (Algorithm 1, Eq. 3)."""
 
     steps: int | None = Field(20_000, ge=1, description="optimiser steps")
@@ -112,7 +128,7 @@ class DistillSection(StageSection):
         return self
 
 
-class FinetuneSection(StageSection):
+class FinetuneSection(KeptSection):
     """Stage 3: supervised fine-tuning with a fresh head."""
 
     steps: int | None = Field(10_000, ge=1, description="optimiser steps")
@@ -145,7 +161,15 @@ class FinetuneSection(StageSection):
     weights: str | None = Field(None, description="exported model to start from, not the run's own")
     seeds: int = Field(1, ge=1, description="repetitions, seeds seed, seed+1, ...")
     eval_every: int = Field(0, ge=0, description="validation interval in steps (0 = at the end)")
-    metric: Literal["auto", "accuracy", "macro_f1", "micro_f1"] = Field(
+    metric: Literal[
+        "auto",
+        "accuracy",
+        "balanced_accuracy",
+        "macro_f1",
+        "micro_f1",
+        "auroc",
+        "average_precision",
+    ] = Field(
         "auto", description="in tables (auto = the data set's own, or accuracy); all are kept"
     )
     test: bool = Field(True, description="score the test split at the end (false in searches)")
@@ -153,6 +177,20 @@ class FinetuneSection(StageSection):
         10_000, ge=0, description="samples of the train split scored at the end (0 = none)"
     )
     regularizer: Literal["none", "recadam", "mars", "r3f"] = "none"
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="of the loss (balanced = each class weighs the same in all)"
+    )
+    sampler: Literal["none", "balanced"] = Field(
+        "none", description="balanced = each class comes equally often"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of a target that is spread over all classes"
+    )
+    augment: Literal["none", "light", "strong"] = Field(
+        "none", description="images: crops with colours, or TrivialAugment with erasing"
+    )
+    mixup: float = Field(0.0, ge=0, description="images: alpha of mixup, such as 0.2 (0 = none)")
+    cutmix: float = Field(0.0, ge=0, description="images: alpha of CutMix, such as 1 (0 = none)")
 
     @property
     def settled(self) -> Literal["cls", "mean"]:

@@ -34,7 +34,8 @@ _PREFIXES = ("module.", "model.", "_orig_mod.")
 _TIED = 4
 #: Weights of other libraries, and of downloads that did not end.
 _FOREIGN = (".h5", ".msgpack", ".onnx", ".gguf", ".incomplete", ".part", ".crdownload")
-_CONFIGS = ["config.json", "preprocessor_config.json"]
+#: The card tells the licence.
+_CONFIGS = ["config.json", "preprocessor_config.json", "README.md"]
 
 
 def locate(
@@ -99,6 +100,8 @@ def _fetch(name: str, configs: list[str]) -> Path:
     except (OSError, ValueError, HfHubHTTPError) as error:
         # The first sentence names the reason, the others what the hub's library advises.
         reason = textwrap.shorten(str(error).split(". ")[0], 160, placeholder=" …")
+        if "Connect" in reason:
+            reason = "it cannot be reached"
         raise UserError(
             f"there is no folder {name}, and the hub gives no model of that name ({reason}): check "
             "the name, or fetch the model's folder on a machine with a network and give its path"

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,9 @@ from selfdistill.data import records
 from selfdistill.data.errors import redacted
 from selfdistill.data.files import fresh, nofollow
 from selfdistill.engine.monitoring import pictures
+from selfdistill.engine.monitoring.loggers import open_all
+from selfdistill.engine.monitoring.loggers.base import Place
+from selfdistill.engine.runtime import terminal
 
 METRICS = "metrics.jsonl"
 GIB = 2**30
@@ -52,6 +54,7 @@ class Monitor:
         log_every: A plain line every so many steps where stdout is no terminal.
         quiet: Nothing on the terminal; the files are written as ever.
         unit: What a sample is called on the terminal.
+        loggers: Where all goes beside `metrics.jsonl`, see `engine.monitoring.loggers`.
     """
 
     def __init__(
@@ -67,27 +70,23 @@ class Monitor:
         log_every: int,
         quiet: bool = False,
         unit: str = "images",
+        loggers: Sequence[str] = ("tensorboard",),
     ) -> None:
         self.enabled = enabled
         self.first = start + 1 if start else 0
         self.steps = steps
         if not enabled:
             return
-        # Here, since it takes a second to import and the other ranks have no use for it.
-        from torch.utils.tensorboard import SummaryWriter
-
         folder.mkdir(parents=True, exist_ok=True)
         cut_metrics(folder / METRICS, self.first, scored)
         self._metrics = open(folder / METRICS, "a", opener=nofollow)  # noqa: SIM115
-        # TensorBoard drops all that earlier event files of the folder hold from this step on.
-        self._writer = SummaryWriter(str(folder), purge_step=self.first)
-        self._latest: dict[str, int] = {}  # tag -> last step
+        self._loggers = open_all(loggers, Place(folder, stage, self.first))
         self._line = (
             None if quiet else _Line(stage, steps, start, samples_per_step, log_every, unit)
         )
 
     def log(self, step: int, scalars: Mapping[str, SupportsFloat]) -> None:
-        """Write scalars to TensorBoard and as one line of `metrics.jsonl`.
+        """Write scalars to the loggers and as one line of `metrics.jsonl`.
 
         Args:
             step: Finished optimiser steps.
@@ -96,76 +95,59 @@ class Monitor:
         if not self.enabled:
             return
         values = {tag: float(value) for tag, value in scalars.items()}
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
-            self._latest[tag] = step
+        for logger in self._loggers:
+            logger.scalars(step, values)
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         record = {"step": step, "time": round(time.time(), 3), **finite}
         self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
         # Into the files now: a run killed the next second has lost nothing that a resume needs.
         self._metrics.flush()
-        self._writer.flush()
 
     def image(self, step: int, tag: str, picture: np.ndarray | torch.Tensor) -> None:
-        """Write a picture to TensorBoard.
+        """Write a picture to the loggers.
 
         Args:
             step: Finished optimiser steps.
             tag: Its name, "reconstruction" say.
             picture: uint8 [3, H, W].
         """
-        if self.enabled:
-            self._writer.add_image(tag, picture, step)
-            self._writer.flush()
+        for logger in self._loggers if self.enabled else ():
+            logger.image(step, tag, picture)
 
     def text(self, tag: str, markdown: str, step: int | None = None) -> None:
-        """Write a text to TensorBoard.
+        """Write a text to the loggers.
 
         Args:
             tag: Its name, "config" say.
-            markdown: What TensorBoard shows.
+            markdown: What they show.
             step: Finished optimiser steps; by default the first step of this launch.
         """
-        if self.enabled:
-            self._writer.add_text(tag, markdown, self.first if step is None else step)
-            self._writer.flush()
+        for logger in self._loggers if self.enabled else ():
+            logger.text(self.first if step is None else step, tag, markdown)
 
-    def confusion(self, step: int, matrix: np.ndarray, classes: Sequence[str]) -> None:
-        """Draw a confusion matrix and write it to TensorBoard.
+    def confusion(self, step: int, matrix: np.ndarray | None, classes: Sequence[str]) -> None:
+        """Draw a confusion matrix and write it to the loggers.
 
         Args:
             step: Finished optimiser steps.
-            matrix: int64 [C, C], rows true, columns predicted.
+            matrix: int64 [C, C], rows true, columns predicted; None, and nothing is drawn, where
+                samples have several labels.
             classes: The C names.
         """
-        if self.enabled:
+        if self.enabled and matrix is not None:
             self.image(step, "confusion", pictures.confusion(matrix, classes))
 
     def hparams(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Fill TensorBoard's HParams tab with this run.
-
-        `SummaryWriter.add_hparams` writes into a sub-run named by the time, and with it an
-        "experiment" record. TensorBoard takes the first such record that it finds for the columns
-        of all runs, so that other stages' options vanish; without one it forms the union.
+        """Tell the loggers of all settings, and of the final figures: TensorBoard's HParams tab.
 
         Args:
             config: The resolved config; nested tables become dotted names.
             metrics: Final figures, "test/accuracy" say; they stand at the stage's last step.
         """
-        if not self.enabled:
-            return
-        from torch.utils.tensorboard.summary import hparams
-
         # A figure that is not known, as after a resume with no step left, is left out.
         metrics = {tag: value for tag, value in metrics.items() if math.isfinite(value)}
-        _, begin, end = hparams(_flat(config), metrics)
-        writer = self._writer._get_file_writer()
-        for summary in (begin, end):
-            writer.add_summary(summary, self.steps)
-        for tag, value in metrics.items():
-            if self._latest.get(tag) != self.steps:  # the tab shows scalars; logged ones are there
-                self._writer.add_scalar(tag, value, self.steps)
-        self._writer.flush()
+        for logger in self._loggers if self.enabled else ():
+            logger.hparams(self.steps, _flat(config), metrics)
 
     def progress(self, step: int, losses: Mapping[str, float] | None = None) -> None:
         """Move the line on the terminal.
@@ -190,7 +172,8 @@ class Monitor:
         self.enabled = False
         if self._line is not None:
             self._line.close()
-        self._writer.close()
+        for logger in self._loggers:
+            logger.close()
         self._metrics.close()
 
     def __enter__(self) -> Self:
@@ -218,7 +201,7 @@ class Meter:
 
     def reset(self) -> None:
         """Begin a new interval now."""
-        self._steps = 0
+        self.steps = 0
         self._units = self._flops = 0.0
         self._waited = 0.0
         self._paused = 0.0
@@ -249,7 +232,7 @@ class Meter:
             units: Images or tokens of all ranks.
             flops: FLOPs of all ranks, forward and backward (`engine.monitoring.flops`).
         """
-        self._steps += 1
+        self.steps += 1
         self._units += units
         self._flops += flops
 
@@ -264,8 +247,8 @@ class Meter:
         """
         figures = memory()
         elapsed = time.perf_counter() - self._began - self._paused
-        if self._steps and elapsed > 0:
-            figures["speed/step_seconds"] = elapsed / self._steps
+        if self.steps and elapsed > 0:
+            figures["speed/step_seconds"] = elapsed / self.steps
             figures[f"speed/{self.unit}_per_second"] = self._units / elapsed
             figures["speed/data_wait_percent"] = 100 * self._waited / elapsed
             if self._flops and self.peak_flops:
@@ -303,7 +286,7 @@ def cut_metrics(path: Path, first: int, scored: int | None = None) -> None:
         return
 
     def stays(record: dict[str, Any]) -> bool:
-        scores = any(tag.startswith(("val/", "test/")) for tag in record)
+        scores = any(tag.startswith(("val/", "test/", "probe/")) for tag in record)
         step = record.get("step")
         if not isinstance(step, int | float):
             return False
@@ -348,12 +331,12 @@ class _Line:
         self.window = deque([(time.perf_counter(), start)], maxlen=200)
         self.drawn = 0.0
         self.progress: Progress | None = None
-        if sys.stdout.isatty():
+        if terminal.out().isatty():
             self.progress = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=20),
                 TextColumn("{task.fields[state]}", markup=False),
-                console=Console(file=sys.stdout),
+                console=Console(file=terminal.out()),
                 auto_refresh=False,
             )
             self.task = self.progress.add_task(stage, total=steps, completed=start, state="")
@@ -368,7 +351,7 @@ class _Line:
         last = step >= self.steps
         if self.progress is None:
             if step % self.log_every == 0 or last or len(self.window) == 2:
-                print(f"{self.stage} {self.state(step)}", flush=True)
+                terminal.say(f"{self.stage} {self.state(step)}")
         elif last or now - self.drawn > 0.2:
             self.drawn = now
             self.progress.update(self.task, completed=step, state=self.state(step), refresh=True)

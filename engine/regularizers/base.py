@@ -10,7 +10,7 @@ from torch import nn
 from selfdistill.data.loading.datasets import Keyed
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.training.modalities.base import Batch
-from selfdistill.engine.training.objectives import ClassifyObjective
+from selfdistill.engine.training.objectives import ClassifyObjective, ClassLoss
 
 
 class Regularizer:
@@ -52,9 +52,9 @@ class Regularizer:
             for k, v in settings.items()
         }
 
-    def objective(self, model: Any) -> nn.Module:
-        """The objective of a classifier (`objectives.Classifies`, `.encoder`)."""
-        return ClassifyObjective(model)
+    def objective(self, model: Any, loss: ClassLoss | None = None) -> nn.Module:
+        """The objective of a classifier (`objectives.Classifies`, `.encoder`), with its loss."""
+        return ClassifyObjective(model, loss)
 
     def optimizer(self, objective: nn.Module) -> Any | None:
         """An optimiser of its own; None: AdamW."""

@@ -13,7 +13,7 @@ from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.config.sections import R3FSection
 from selfdistill.engine.regularizers.base import Regularizer
 from selfdistill.engine.training.modalities.base import Batch
-from selfdistill.engine.training.objectives import Classifies
+from selfdistill.engine.training.objectives import Classifies, ClassLoss
 from selfdistill.engine.training.views import NoiseKeys, Together
 
 
@@ -63,11 +63,15 @@ class R3FObjective(nn.Module):
     Args:
         model: the classifier; its `embedding` gets the noise.
         settings: weight, kind and size of the noise.
+        loss: by default plain cross-entropy.
     """
 
-    def __init__(self, model: Classifies, settings: R3FSection) -> None:
+    def __init__(
+        self, model: Classifies, settings: R3FSection, loss: ClassLoss | None = None
+    ) -> None:
         super().__init__()
         self.model, self.weight, self.noise = model, settings.weight, Noise(settings)
+        self.loss = loss or ClassLoss()
         model.embedding.register_forward_hook(self.noise)
 
     def forward(
@@ -75,6 +79,7 @@ class R3FObjective(nn.Module):
         labels: Tensor,
         noise_key: Tensor | None = None,
         noise_length: Tensor | None = None,
+        scale: Tensor | None = None,
         **batch: Tensor,
     ) -> dict[str, Tensor]:
         """Losses and logits.
@@ -83,10 +88,11 @@ class R3FObjective(nn.Module):
             labels: int64 [B].
             noise_key: int64 [B] on the CPU, seeds of the samples' noise.
             noise_length: int64 [B] on the CPU, tokens of each text.
+            scale: see `ClassLoss`.
             batch: the model's entries.
         """
         logits = self.model.classify(**batch).float()
-        loss = F.cross_entropy(logits, labels)
+        loss = self.loss(logits, labels, batch.get("share"), scale)
         out = {"loss": loss, "cross_entropy": loss.detach(), "logits": logits.detach()}
         if noise_key is None or not self.weight or not self.training:
             return out
@@ -127,11 +133,11 @@ class R3F(Regularizer):
                 f" {self.config.r3f.eps:g} is lost in embeddings that are not as small: take fp32"
             )
 
-    def objective(self, model: Any) -> nn.Module:
+    def objective(self, model: Any, loss: ClassLoss | None = None) -> nn.Module:
         """See `Regularizer`."""
         if not self.config.r3f.weight:
-            return super().objective(model)
-        return R3FObjective(model, self.config.r3f)
+            return super().objective(model, loss)
+        return R3FObjective(model, self.config.r3f, loss)
 
     def keyed(self, view: Keyed | None, seed: int) -> Keyed | None:
         """See `Regularizer`: also the seeds of the noise."""

@@ -112,6 +112,11 @@ def check(config: Config, train: Manifest) -> None:
             f"{name} contrasts classes, and {place} has no labels: take a set packed with its"
             " classes, or --pretrain.objective mae"
         )
+    if train.several:
+        raise UserError(
+            f"{name} contrasts classes, and samples of {train.root} have several: take"
+            " --pretrain.objective mae"
+        )
     if config.pretrain.accumulation > 1:
         raise UserError(
             f"{name} contrasts all samples of a batch, which --pretrain.accumulation"

@@ -138,12 +138,21 @@ def barrier() -> None:
         dist.barrier()
 
 
-def broadcast(value: Any) -> Any:
-    """Rank 0's `value`, on every rank."""
+def broadcast(value: Any, source: int = 0) -> Any:
+    """The `value` of rank 0, or of another, on every rank."""
     box = [value]
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    if dist.get_world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
 
 
 def mean(values: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, float]:

@@ -20,9 +20,9 @@ from torch import nn
 
 from selfdistill.data.files import refuse_open
 from selfdistill.data.shards.manifest import Manifest
-from selfdistill.engine.checkpoints.checkpoint import BEFORE, FREE
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.checkpoints.results import RESULT, read_result
+from selfdistill.engine.checkpoints.state import BEFORE, FREE
 from selfdistill.engine.runtime.distributed import main_only
 from selfdistill.engine.stages.pretrain import DECODER as NAME
 from selfdistill.engine.stages.pretrain import Masked

@@ -13,12 +13,12 @@ from selfdistill.engine.models import adapters
 from selfdistill.engine.regularizers import matching
 from selfdistill.engine.runtime.distributed import main_only
 from selfdistill.engine.stages.pretrain import export_autoencoder, initial
+from selfdistill.engine.stages.probed import Probed
 from selfdistill.engine.stages.shared import Shared, updates_of
 from selfdistill.engine.stages.splits import unlabelled_split
 from selfdistill.engine.training.modalities import modality_of
 from selfdistill.engine.training.modalities.base import Batch, settle_pooling
 from selfdistill.engine.training.objectives import DistillObjective, FeatureExtractor
-from selfdistill.engine.training.stage import Stage
 from selfdistill.engine.training.teacher import (
     Replicated,
     Sharded,
@@ -30,7 +30,7 @@ from selfdistill.engine.training.teacher import (
 )
 
 
-class Distill(Stage):
+class Distill(Probed):
     """One round: the student starts from theta_init, L_MAE plus the distance of features (Eq. 3).
 
     Attributes:

@@ -11,19 +11,28 @@ from typing import Any
 from torch import Tensor, nn
 
 from selfdistill.data.errors import UserError
+from selfdistill.data.loading.batches import Options
+from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.datasets import Keyed
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run, write_result
 from selfdistill.engine.checkpoints.results import RESULT, numbered
+from selfdistill.engine.config.schema import Config
+from selfdistill.engine.monitoring.monitor import Monitor
 from selfdistill.engine.regularizers import REGULARIZERS
 from selfdistill.engine.runtime.distributed import main_only
+from selfdistill.engine.stages.labels import balanced, check_labels, check_pairs, class_weights
 from selfdistill.engine.stages.splits import labelled_splits
-from selfdistill.engine.training.analysis import analyse
 from selfdistill.engine.training.loop import run_stage
 from selfdistill.engine.training.modalities import modality_of
 from selfdistill.engine.training.modalities.base import Batch, settle_pooling
+from selfdistill.engine.training.objectives import ClassLoss
 from selfdistill.engine.training.optimizer import Average
 from selfdistill.engine.training.record import scalars
+from selfdistill.engine.training.scoring import intervals
+from selfdistill.engine.training.scoring.analysis import analyse
+from selfdistill.engine.training.scoring.evaluation import Scores, evaluate
+from selfdistill.engine.training.scoring.several import SetScores
 from selfdistill.engine.training.stage import Stage
 from selfdistill.engine.training.teacher import view
 
@@ -86,6 +95,9 @@ def finetune(run: Run, start: str) -> None:
             spread_text = (
                 f" ± {100 * spread:.2f} ({len(seeds)} seeds)" if spread is not None else ""
             )
+            if bounds := final.get("intervals", {}).get(key):
+                low, high = (100 * float(bound) for bound in bounds)
+                spread_text = f" (95% interval of the sample {low:.2f} to {high:.2f})"
             run.info(f"{name}: {key} {100 * value:.2f}%{spread_text}")
     _put_into_proportion(run, name, final["metrics"])
 
@@ -96,15 +108,45 @@ def _put_into_proportion(run: Run, name: str, metrics: dict[str, float]) -> None
         if split == "train" or f"{split}_macro_f1" not in metrics:
             continue
         commonest = max(manifest.class_counts) / manifest.samples
+        beside = f"the commonest class alone gives {100 * commonest:.2f}% accuracy"
+        if manifest.several:
+            right = metrics[f"{split}_accuracy"]
+            beside = f"all labels of a sample are right in {100 * right:.2f}%"
         run.info(
-            f"{name}: {split}: macro F1 {100 * metrics[f'{split}_macro_f1']:.2f}%; the commonest"
-            f" class alone gives {100 * commonest:.2f}% accuracy; {manifest.samples} samples"
+            f"{name}: {split}: macro F1 {100 * metrics[f'{split}_macro_f1']:.2f}%; {beside};"
+            f" {manifest.samples} samples"
         )
+        if manifest.labelled and f"{split}_auroc" in metrics and len(manifest.classes) == 2:
+            run.info(f"{name}: {split}: AUROC {100 * metrics[f'{split}_auroc']:.2f}%")
         if manifest.samples < FEW:
-            run.info(
+            run.info_once(
                 f"warning: {split} has {manifest.samples} samples: one of them is"
                 f" {100 / manifest.samples:.1f} points, and differences of a few mean nothing"
             )
+
+
+def bounds_of(scores: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """The 95% bootstrap intervals of the last split's figures, by their names in result.json.
+
+    Those of AUROC and average precision are left out where they would take more than seconds.
+
+    Args:
+        scores: by split; on rank 0, where the logits are.
+    """
+    if not scores:
+        return {}
+    split, score = list(scores.items())[-1]
+    work = intervals.WORK // 4
+    if isinstance(score, SetScores):
+        found = intervals.of_sets(score.labels, score.probabilities, work=work)
+        return {f"{split}_{name}": bounds for name, bounds in found.of.items()}
+    if not isinstance(score, Scores):
+        return {}
+    some: dict[str, Any] = {}
+    if score.kept:
+        some = {"labels": score.kept.labels, "probabilities": score.kept.probabilities()}
+    found = intervals.of_classes(score.confusion, **some, work=work)
+    return {f"{split}_{name}": bounds for name, bounds in found.of.items()}
 
 
 def _check_seeds(run: Run, name: str) -> None:
@@ -144,21 +186,18 @@ def _summary(name: str, source: str, results: list[dict[str, Any]]) -> dict[str,
     }
 
 
-def check_labels(train: Manifest) -> None:
-    """Refuses a training split without labels, or with a class that none of its samples has.
+def check_judge(config: Config, splits: Mapping[str, Manifest]) -> None:
+    """Refuses to keep weights, or to stop, by a validation split that is not there.
 
     Raises:
-        UserError: says which.
+        UserError: says so.
     """
-    if not train.classes:
+    plan = config.finetune
+    if plan.judged and "val" not in splits:
+        asked = "keep best" if plan.keep == "best" else f"patience {plan.patience}"
         raise UserError(
-            f"{train.root} has no labels: fine-tuning needs a set packed with its classes; stages 1"
-            " and 2 run alone (--stage pretrain, --stage distill)"
-        )
-    if 0 in train.class_counts:
-        empty = train.classes[train.class_counts.index(0)]
-        raise UserError(
-            f"{train.root}: class {empty!r} has no training sample: add some, or pack without it"
+            f"--finetune.{asked}: {splits['train'].root} has no val split beside it, by whose"
+            " scores it goes: pack one (python -m data.pack --val_fraction), or leave it out"
         )
 
 
@@ -179,23 +218,32 @@ class Finetune(Stage):
     def __init__(self, run: Run, name: str, source: str, seed: int) -> None:
         self.splits, self.source = labelled_splits(run), source
         train = self.splits["train"]
-        check_labels(train)
+        check_labels(train, run.config)
+        check_pairs(run.config, run.ranks.world)
         modality = modality_of(run, train)
         base = modality.load(source)
         run.info_once(settle_pooling(run.config, modality, base))
         self.regularizer = REGULARIZERS[run.config.finetune.regularizer](run, base)
+        plan = run.config.finetune
         record = {"start": base.sha256} | self.regularizer.record()
+        if plan.judged:
+            check_judge(run.config, self.splits)
+            record["finetune.eval_every"] = plan.eval_every
         super().__init__(run, name, train, modality, base, seed=seed, record=record)
         self.regularizer.check(self.steps)
         self.counted = self.regularizer.counted
         self.initial: Any = base  # theta_init, from which the distance is measured
         self.average: Average | None = None
+        self.judge = f"val/{self.metric}"
+        if plan.judged:
+            self.record["finetune.metric"] = self.metric
 
     @property
     def metric(self) -> str:
-        """What the set is scored by: as asked for, as its manifest says, or accuracy."""
+        """What the set is scored by: as asked for, as its manifest says, accuracy, or mAP."""
         asked = self.config.finetune.metric
-        return str(self.train.text.get("metric") or "accuracy") if asked == "auto" else asked
+        own = "average_precision" if self.train.several else "accuracy"
+        return str(self.train.text.get("metric") or own) if asked == "auto" else asked
 
     @property
     def manifests(self) -> list[Manifest]:
@@ -203,9 +251,9 @@ class Finetune(Stage):
         return list(self.splits.values())
 
     @property
-    def validation(self) -> Manifest | None:
-        """See `Stage`."""
-        return self.splits.get("val")
+    def eval_every(self) -> int:
+        """See `Stage`: val is scored, where there is one."""
+        return self.config.finetune.eval_every if "val" in self.splits else 0
 
     @property
     def reference(self) -> Mapping[str, Tensor]:
@@ -213,12 +261,16 @@ class Finetune(Stage):
         weights: Mapping[str, Tensor] = self.initial.encoder
         return weights
 
+    loss: ClassLoss
+
     def build(self) -> nn.Module:
         """See `Stage`."""
         if self.config.model.path not in (None, "scratch"):
             self.initial = self.modality.load()
         self.model = self.modality.classifier(self.base, self.train.classes, self.seed)
-        return self.regularizer.objective(self.model)
+        smoothing = self.config.finetune.label_smoothing
+        self.loss = ClassLoss(class_weights(self.train, self.config), smoothing)
+        return self.regularizer.objective(self.model, self.loss)
 
     def optimizer(self, objective: nn.Module) -> Any | None:
         """See `Stage`."""
@@ -233,6 +285,14 @@ class Finetune(Stage):
     def keyed(self) -> Keyed | None:
         """See `Stage`: of the augmentation, and of what the regularizer draws."""
         return self.regularizer.keyed(self.modality.augment(self.seed), self.seed)
+
+    def reading(self, codec: Codec) -> Options:
+        """See `Stage`."""
+        return {**super().reading(codec), "balanced": balanced(self.run, self.train)}
+
+    def units(self, batch: Batch) -> float | None:
+        """See `Stage`: the weights of its classes."""
+        return self.loss.units(batch["labels"], batch.get("share"))
 
     def inputs(self, batch: Batch) -> Batch:
         """See `Stage`."""
@@ -249,6 +309,13 @@ class Finetune(Stage):
         """See `Stage`: the weights' average, where there is one."""
         return self.average.applied() if self.average else super().scored()
 
+    def measure(self, engine: Any, monitor: Monitor, step: int) -> dict[str, float]:
+        """See `Stage`: the scores of val."""
+        val = self.splits["val"]
+        scores = evaluate(self.run, engine, self.modality, self.base, val)
+        monitor.confusion(step, scores.confusion, val.classes)
+        return {f"val/{name}": value for name, value in scores.scalars().items()}
+
     def finish(self, engine: Any) -> dict[str, Any]:
         """See `Stage`: scores val and test, looks at the features, exports the classifier."""
         run, modality, train = self.run, self.modality, self.train
@@ -256,11 +323,13 @@ class Finetune(Stage):
         metrics: dict[str, float] = {}
         for split in scores:
             metrics |= scores[split].as_dict(split)
+        bounds = main_only(self.ranks, lambda: bounds_of(scores))
         folder = run.folder / self.name / "export"
         modality.export_classifier(folder, engine.module.model, self.base, train.classes)
         return {
             "metric": self.metric,
             "metrics": metrics,
+            "intervals": bounds,
             "analysis": analysis,
             "scores": scores,
             "export": str(folder),

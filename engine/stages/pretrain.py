@@ -12,6 +12,7 @@ from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.models import adapters
 from selfdistill.engine.regularizers import supcon
+from selfdistill.engine.stages.probed import Probed
 from selfdistill.engine.stages.shared import keep_updates
 from selfdistill.engine.stages.splits import train_split, unlabelled_split
 from selfdistill.engine.training.modalities import modality_of
@@ -40,7 +41,7 @@ class Masked(Stage):
         return export_autoencoder(self.run, self.modality, self.name, engine, self.base)
 
 
-class Pretrain(Masked):
+class Pretrain(Probed, Masked):
     """L_MAE from theta_init, phi_init (Algorithm 2)."""
 
     section = "pretrain"

@@ -6,14 +6,19 @@ from pathlib import Path
 
 from selfdistill.data.errors import UserError
 from selfdistill.data.remote.cache import NotThere
+from selfdistill.data.shards.joined import mixed
 from selfdistill.data.shards.manifest import Manifest, is_remote
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.runtime.distributed import main_only
 
 
 def unlabelled_split(run: Run) -> Manifest:
-    """What stages 1 and 2 learn from: the split `unlabelled` where there is one, else train."""
-    return split_of(run, _data(run))
+    """What stages 1 and 2 learn from: the split `unlabelled` where there is one, else train.
+
+    And what is mixed in, as --data.mix says.
+    """
+    first = split_of(run, _data(run))
+    return mixed(first, run.config.data.mix, lambda place: split_of(run, place))
 
 
 def split_of(run: Run, path: str) -> Manifest:
@@ -68,6 +73,11 @@ def labelled_splits(run: Run) -> dict[str, Manifest]:
         if manifest.classes != found["train"].classes:
             raise UserError(
                 f"{manifest.root}: its classes are not those of the train split: pack both together"
+            )
+        if manifest.several != found["train"].several:
+            raise UserError(
+                f"{manifest.root}: its samples have {'lists of' if manifest.several else 'single'}"
+                " labels, those of the train split not: pack both together"
             )
     if len(found) == 1:
         run.info_once(f"{data}: neither val nor test split: nothing will be scored")

@@ -9,8 +9,9 @@ from torch import nn
 from selfdistill.data.cli import format_error
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints import training_state
-from selfdistill.engine.checkpoints.checkpoint import Checkpoints, Reader, State
+from selfdistill.engine.checkpoints.checkpoint import Checkpoints, Reader
 from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.checkpoints.state import State
 from selfdistill.engine.config.stages import StageSection
 from selfdistill.engine.runtime import zero
 from selfdistill.engine.training import optimizer as optim

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +20,14 @@ from selfdistill.engine.monitoring import flops as flop_counts
 from selfdistill.engine.monitoring.audit import SampleLog
 from selfdistill.engine.monitoring.drift import Drift
 from selfdistill.engine.monitoring.monitor import Meter, Monitor
+from selfdistill.engine.monitoring.stragglers import Stragglers
 from selfdistill.engine.runtime.allocator import release
 from selfdistill.engine.runtime.distributed import Ranks, mean, sent, total
 from selfdistill.engine.runtime.preemption import Preempted
 from selfdistill.engine.training import engine as engines
 from selfdistill.engine.training import optimizer as optim
-from selfdistill.engine.training.evaluation import evaluate
 from selfdistill.engine.training.integrity import check_shards
+from selfdistill.engine.training.keep import Keeper, due
 from selfdistill.engine.training.modalities.base import Batch
 from selfdistill.engine.training.objectives import EXTRAS, LOSSES
 from selfdistill.engine.training.record import device_name, scalars, surroundings
@@ -43,7 +45,7 @@ def run_stage(stage: Stage) -> None:
     trainer = Trainer(stage)
     try:
         trainer.train()
-        with stage.scored():
+        with trainer.keeper.left():
             outputs = stage.finish(trainer.engine)
         trainer.log_final(outputs)
     except Preempted:
@@ -51,7 +53,7 @@ def run_stage(stage: Stage) -> None:
         raise Preempted(f"{name}, step {trainer.state.step} of {stage.steps}") from None
     finally:
         trainer.close()
-    write_result(run, name, trainer.result() | outputs)
+    write_result(run, name, trainer.result() | outputs, stage.train)
     run.info(f"{name}: done in {trainer.seconds():.0f} s -> {run.folder / name}")
     release(trainer.engine)
     stage.close()
@@ -72,12 +74,14 @@ class Trainer:
         folder = run.folder / stage.name
         if plan.steps is None:
             run.info(
-                f"{stage.name}: {plan.epochs:g} epochs x {stage.samples} samples"
+                f"{stage.name}: {plan.epochs:g} epochs x {stage.epoch} samples"
                 f" / batch {plan.batch} = {stage.steps} steps"
             )
         run.boundary(f"{stage.name}: starting")
-        kept = folder / "checkpoints"
-        self.checkpoints = Checkpoints(kept, ranks, config.keep, run.watchdog.beat)
+        beat = run.watchdog.beat
+        self.checkpoints = Checkpoints(folder / "checkpoints", ranks, config.keep, beat)
+        asked = config.save_async
+        self.background = ranks.device.type != "cpu" if asked is None else asked
         self.engine, self.state = engines.start(stage, self.checkpoints)
         self.drift = Drift(self.engine, stage.model.encoder, stage.reference, ranks)
         if step := self.state.step:
@@ -85,7 +89,6 @@ class Trainer:
             layout = f", saved by {world} ranks" if world != ranks.world else ""
             run.info(f"{stage.name}: resumed at step {step} of {stage.steps}{layout}")
         self.seconds_before = self.state.seconds
-        codec = stage.modality.codec(stage.base, stage.train)
         self.loader = Loader(
             stage.train,
             batch=plan.batch,
@@ -97,7 +100,7 @@ class Trainer:
             window=config.data.window,
             start_step=step,
             keyed=stage.keyed(),
-            **run.reading(codec, stage.windows, require_labels=stage.labelled),
+            **stage.reading(stage.modality.codec(stage.base, stage.train)),
         )
         self.batches = iter(self.loader)
         self.skipped = None
@@ -113,19 +116,21 @@ class Trainer:
             samples_per_step=plan.batch,
             log_every=config.log_every,
             unit=stage.modality.samples,
+            loggers=config.loggers,
         )
         self.monitor.text("config", f"```toml\n{config.toml()}\n```")
-        peak = None
-        if stage.counted:
-            peak = flop_counts.peak_flops(device_name(ranks.device), run.dtype)
-        self.meter = Meter(unit=stage.modality.units, peak_flops=peak and peak * ranks.world)
+        peak = flop_counts.peak_flops(device_name(ranks.device), run.dtype) or 0
+        flops = peak * ranks.world if stage.counted else None
+        self.meter = Meter(unit=stage.modality.units, peak_flops=flops)
+        self.stragglers = Stragglers(ranks)
         self.samples = SampleLog(folder, ranks, step) if config.log_samples else None
         stage.start(self.engine)
+        self.keeper = Keeper(stage, self.engine, self.state, self.monitor, self.meter, self.seconds)
 
     def train(self) -> None:
         """Takes the stage from its state's step to its end, and saves there.
 
-        A resumed stage enters where it left: an evaluation that was not finished is done again, and
+        A resumed stage enters where it left: a measurement that was not finished is done again, and
         nothing else.
 
         Raises:
@@ -136,19 +141,18 @@ class Trainer:
         self.engine.train()
         self.meter.reset()
         while True:
-            done = state.step == stage.steps
-            if not done and state.step > state.scored and _due(stage.eval_every, state.step):
-                self.evaluate()
-            if _due(config.save_every, state.step) or (done and config.save_every):
+            self.keeper.visit()
+            done = state.step == stage.steps or self.keeper.stopped
+            if due(config.save_every, state.step) or (done and config.save_every):
                 with self.meter.paused():
-                    self.save()
+                    self.save(wait=done or not self.background)
             if done:
                 return
             number = state.step + 1  # of the step that comes, from 1
             last = number == stage.steps
-            logged = last or number == 1 or _due(config.log_every, number)
+            logged = last or number == 1 or due(config.log_every, number)
             pictured = stage.reconstructs and config.picture_every > 0
-            drawn = pictured and (last or _due(config.picture_every, number))
+            drawn = pictured and (last or due(config.picture_every, number))
 
             self.run.boundary(f"{stage.name}: step {number}")
             optim.set_learning_rate(self.engine.optimizer, self.learning_rate(state.step))
@@ -162,6 +166,7 @@ class Trainer:
                 seed=stage.seed,
                 taken=state.step,
                 scale=loss_scale([stage.units(batch) for batch in batches], self.ranks),
+                working=self.stragglers.working,
                 # Compiled, every step is one and the same.
                 shown=stage.reconstructs and (drawn or self.engine.is_compiled),
                 norm_wanted=logged,
@@ -185,7 +190,7 @@ class Trainer:
 
     def fetch(self) -> list[Batch]:
         """The micro-batches of a step; the meter learns how long they took and what they cost."""
-        with self.meter.waiting():
+        with self.meter.waiting(), self.stragglers.working():
             batches = [next(self.batches) for _ in range(self.plan.accumulation)]
         world = self.ranks.world
         self.meter.step(
@@ -201,6 +206,7 @@ class Trainer:
             FloatingPointError: a loss is not finite.
         """
         state, engine = self.state, self.engine
+        self.checkpoints.settle(wait=False)
         means = {k: v / self.plan.accumulation for k, v in step.losses.items()}
         if self.skipped:
             means["skipped"] = torch.tensor(float(self.skipped.new), device=self.ranks.device)
@@ -222,31 +228,29 @@ class Trainer:
         if self.skipped:
             logged["data/skipped"] = float(self.skipped.count)
         logged["feature/distance_from_init"] = float(self.drift())
-        logged |= self.meter.rates()
+        rates, straggler = self.stragglers.rates(self.meter)
+        logged |= rates
+        if straggler:
+            self.run.info(f"{self.stage.name}, step {state.step}: {straggler}")
+            self.monitor.text("straggler", straggler, state.step)
         self.monitor.log(state.step, logged)
         self.monitor.progress(state.step, {k: v for k, v in values.items() if k in LOSSES})
         state.last = logged
 
-    def evaluate(self) -> None:
-        """Scores the validation split at this step. Every rank calls it."""
-        stage, manifest, step = self.stage, self.stage.validation, self.state.step
-        assert manifest is not None, "without one eval_every is 0"
-        with self.meter.paused(), stage.scored():
-            scores = evaluate(self.run, self.engine, stage.modality, stage.base, manifest)
-            self.monitor.log(step, {f"val/{k}": v for k, v in scores.scalars().items()})
-            self.monitor.confusion(step, scores.confusion, manifest.classes)
-            self.engine.train()
-        self.state.scored = step
+    def save(self, *, wait: bool = True) -> None:
+        """Saves where the stage stands. Every rank calls it, between two steps.
 
-    def save(self) -> None:
-        """Saves where the stage stands. Every rank calls it, between two steps."""
+        Args:
+            wait: for the disk; see `Checkpoints.save`.
+        """
         self.monitor.sync()
         if self.samples:
             self.samples.sync()
         if self.skipped:
             self.skipped.share_all()
         self.state.seconds = self.seconds()
-        self.checkpoints.save(self.engine, self.state)
+        self.keeper.remember()
+        self.checkpoints.save(self.engine, self.state, wait=wait)
 
     def seconds(self) -> float:
         """What the stage took so far, over all launches."""
@@ -254,8 +258,9 @@ class Trainer:
 
     def log_final(self, outputs: dict[str, Any]) -> None:
         """Logs what `Stage.finish` found, and takes its `scores` out of it."""
-        stage, monitor, steps = self.stage, self.monitor, self.stage.steps
-        scores = outputs.pop("scores", {})
+        stage, monitor, scores = self.stage, self.monitor, outputs.pop("scores", {})
+        # Scores stand at the step whose weights they are of.
+        monitor.steps = steps = self.keeper.left_step if scores else self.state.step
         figures: dict[str, float] = {}
         for split, score in scores.items():
             of_split = {f"{split}/{k}": v for k, v in score.scalars().items()}
@@ -275,15 +280,13 @@ class Trainer:
         """What result.json says of every stage."""
         stage, last = self.stage, self.state.last
         return {
-            "stage": stage.name,
-            "steps": stage.steps,
-            "seed": stage.seed,
+            **stage.told(),
+            "steps": self.state.step,
             "seconds": round(self.seconds(), 2),
             "skipped": self.skipped.count if self.skipped else 0,
             "losses": {k: v for k, v in last.items() if k.startswith(("loss/", "feature/"))},
             "model": {"path": self.config.model.path, "sha256": stage.base.sha256},
-            "manifest": stage.train.hash,
-            "record": stage.record,
+            **self.keeper.result(),
             **surroundings(self.run),
         }
 
@@ -320,6 +323,7 @@ def take_step(
     seed: int,
     taken: int,
     scale: Tensor | None = None,
+    working: Callable[[], AbstractContextManager[None]] = nullcontext,
     shown: bool = False,
     norm_wanted: bool = False,
 ) -> Step:
@@ -334,6 +338,7 @@ def take_step(
         seed: of the dropout masks.
         taken: steps taken before this one.
         scale: see `loss_scale`.
+        working: around each forward, which other ranks have no part in.
         shown: whether the objective returns what a picture shows.
         norm_wanted: whether the gradient's norm is.
     """
@@ -349,7 +354,8 @@ def take_step(
         torch.manual_seed(int(bits.random_raw()) >> 1)
         if engine.is_compiled:
             torch.compiler.cudagraph_mark_step_begin()  # what a CUDA graph gave before may go
-        outputs = engine(**inputs(batch), **options)
+        with working():
+            outputs = engine(**inputs(batch), **options)
         engine.backward(outputs["loss"])
         if micro == plan.accumulation - 1:
             norm = _norm(engine, plan, wanted=norm_wanted)
@@ -362,7 +368,7 @@ def take_step(
     return Step(losses, outputs, norm)
 
 
-def loss_scale(units: Sequence[int | None], ranks: Ranks) -> Tensor | None:
+def loss_scale(units: Sequence[float | None], ranks: Ranks) -> Tensor | None:
     """What makes a mean over ranks and micro-batches of sums a mean over the global batch.
 
     Args:
@@ -377,11 +383,6 @@ def loss_scale(units: Sequence[int | None], ranks: Ranks) -> Tensor | None:
         return None
     everywhere = total(sent(torch.tensor(float(sum(known))), ranks.device))
     return ranks.world * len(units) / everywhere.clamp(min=1)
-
-
-def _due(every: int, step: int) -> bool:
-    """Whether a step is one of every so many; 0: never."""
-    return every > 0 and step % every == 0
 
 
 def _norm(engine: Any, plan: StageSection, *, wanted: bool) -> Tensor | None:

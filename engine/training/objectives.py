@@ -6,8 +6,9 @@ ZeRO stages 1 and 2. They know neither images nor text: the models take a batch'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -206,22 +207,105 @@ class DistillObjective(nn.Module):
         return distill, {"distill": distill.detach(), "cosine": cosine.mean(), **spreads}
 
 
-class ClassifyObjective(nn.Module):
-    """L_CE of a classifier on labelled samples."""
+def swapped(rows: Tensor) -> Tensor:
+    """Rows [B, ...] with neighbours exchanged: 0 and 1, 2 and 3, and so on. B is even."""
+    return rows.view(-1, 2, *rows.shape[1:]).flip(1).view(rows.shape)
 
-    def __init__(self, model: Classifies) -> None:
+
+class ClassLoss(nn.Module):
+    """Cross-entropy; of samples with several labels the binary one of each class, on average.
+
+    Args:
+        weights: of the classes, [C] in fp32; the mean is then weighted, as torch's. None: no
+            weights.
+        smoothing: share of a target that is spread over all classes (Szegedy et al. 2016).
+    """
+
+    weights: Tensor | None
+
+    def __init__(self, weights: Tensor | None = None, smoothing: float = 0.0) -> None:
         super().__init__()
-        self.model = model
+        self.values, self.smoothing = weights, smoothing
+        self.register_buffer("weights", weights, persistent=False)
 
-    def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self.weights is not None and self.values is not None:  # fp32, whatever fn makes of it
+            self.weights = self.values.to(self.weights.device)
+        return self
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        share: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            logits: fp32 [B, C].
+            labels: int64 [B], or bool [B, C].
+            share: [B], of a sample's own label; the rest is its neighbour's (`swapped`).
+            scale: with weights, what makes the sum of the losses its part of the global batch's
+                weighted mean; None for the mean of this batch.
+        """
+        if labels.dtype == torch.bool:
+            target = labels.float()
+            if share is not None:
+                target = target.lerp(swapped(target), 1 - share[:, None])
+            return F.binary_cross_entropy_with_logits(logits, target)
+        entropy = functools.partial(
+            F.cross_entropy, weight=self.weights, label_smoothing=self.smoothing
+        )
+        if share is None:
+            if scale is None:
+                return entropy(logits, labels)
+            return entropy(logits, labels, reduction="sum") * scale
+        own = entropy(logits, labels, reduction="none")
+        other = entropy(logits, swapped(labels), reduction="none")
+        mixed = own.lerp(other, 1 - share)
+        return mixed.mean() if scale is None else mixed.sum() * scale
+
+    def units(self, labels: Tensor, share: Tensor | None = None) -> float | None:
+        """What a batch weighs in the global one; None without weights, all then weigh the same.
+
+        Args:
+            labels: int64 [B], on the CPU.
+            share: see `forward`.
+        """
+        if self.values is None:
+            return None
+        own = self.values[labels]
+        if share is not None:
+            own = own.lerp(swapped(own), 1 - share)
+        return float(own.double().sum())
+
+
+class ClassifyObjective(nn.Module):
+    """L_CE of a classifier on labelled samples.
+
+    Args:
+        model: the classifier.
+        loss: by default plain cross-entropy.
+    """
+
+    def __init__(self, model: Classifies, loss: ClassLoss | None = None) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss or ClassLoss()
+
+    def forward(
+        self, labels: Tensor, scale: Tensor | None = None, **batch: Tensor
+    ) -> dict[str, Tensor]:
         """Cross-entropy and logits.
 
         Args:
-            labels: int64 [B].
-            batch: the model's entries.
+            labels: int64 [B], or bool [B, C].
+            scale: see `ClassLoss`.
+            batch: the model's entries; `share` [B] where neighbours are mixed.
         """
         logits = self.model.classify(**batch).float()
-        loss = F.cross_entropy(logits, labels)
+        loss = self.loss(logits, labels, batch.get("share"), scale)
         return {"loss": loss, "cross_entropy": loss.detach(), "logits": logits.detach()}
 
 

@@ -1,18 +1,18 @@
-"""AdamW, its parameter groups (weight decay, rates of layers), learning rate, averages."""
+"""AdamW, its parameter groups (weight decay, rates of layers), learning rate, copies of weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from selfdistill.engine.checkpoints import training_state
-from selfdistill.engine.config.stages import FinetuneSection, StageSection
+from selfdistill.engine.config.stages import FinetuneSection, KeptSection, StageSection
 from selfdistill.engine.runtime.distributed import Ranks
 from selfdistill.engine.runtime.preemption import Preempted
 
@@ -36,18 +36,22 @@ def decays(name: str, parameter: torch.Tensor, stage: str) -> bool:
 def parameter_groups(module: nn.Module, stage: str, plan: StageSection) -> list[dict[str, Any]]:
     """Trainable parameters in a decayed and an undecayed group, of each layer under layer decay.
 
-    `lr_scale` of a group, where it has one, is a factor of its learning rate; `averaged` says that
-    the weights' average is kept.
+    `lr_scale` of a group, where it has one, is a factor of its learning rate; names of copies that
+    are kept of the weights (`training_state.AVERAGE`, `BEST`) stand beside it.
     """
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     scales: dict[Tensor, float] = {}
-    averaged = {"averaged": True} if isinstance(plan, FinetuneSection) and plan.ema else {}
+    copies = {}
+    if isinstance(plan, FinetuneSection) and plan.ema:
+        copies[training_state.AVERAGE] = True
+    if isinstance(plan, KeptSection) and plan.keep == "best":
+        copies[training_state.BEST] = True
     if isinstance(plan, FinetuneSection) and plan.layer_decay < 1:
         model: Any = module.model
         scales = layer_scales(module, model.encoder, plan.layer_decay)
     groups = []
     for scale in sorted(set(scales.values())) or [1.0]:
-        more = averaged | ({"lr_scale": scale} if scales else {})
+        more = copies | ({"lr_scale": scale} if scales else {})
         layer = [(n, p) for n, p in named if scales.get(p, 1.0) == scale]
         for decayed in (True, False):
             params = [p for n, p in layer if decays(n, p, stage) == decayed]
@@ -112,38 +116,37 @@ def set_learning_rate(optimizer: Any, value: float) -> None:
         group["lr"] = value * group.get("lr_scale", 1.0)
 
 
-class Average:
-    """The exponential moving average of an engine's weights, from those that it starts with.
+class Copy:
+    """A copy of an engine's weights, at first of those that it starts with.
 
     Kept in fp32 where the optimiser keeps weights and moments, in the same parts, and saved in
     checkpoints with them.
 
     Args:
-        engine: ready for its next step, perhaps with the average of a checkpoint.
-        decay: share of the average that a step leaves.
+        engine: ready for its next step, perhaps with the copy of a checkpoint.
         ranks: this process.
     """
 
-    def __init__(self, engine: Any, decay: float, ranks: Ranks) -> None:
+    key: ClassVar[str]
+
+    def __init__(self, engine: Any, ranks: Ranks) -> None:
         self.how = training_state.layout(engine, ranks.rank)
-        self.blend = get_ema_multi_avg_fn(decay)
         self.weights, self.state = list(self.how.flats()), self.how.optimizer.state
-        kept = [self.state.get(flat, {}).get(training_state.AVERAGE) for flat in self.weights]
-        self.averages = [
-            flat.detach().clone() if average is None else average
-            for flat, average in zip(self.weights, kept, strict=True)
+        kept = [self.state.get(flat, {}).get(self.key) for flat in self.weights]
+        self.copies = [
+            flat.detach().clone() if copy is None else copy
+            for flat, copy in zip(self.weights, kept, strict=True)
         ]
 
-    def update(self) -> None:
-        """Takes in the weights of now, after the optimiser's step."""
-        self.blend(self.averages, self.weights, None)
-        for flat, average in zip(self.weights, self.averages, strict=True):
-            if self.state.get(flat):  # AdamW fills a state that is empty: the average comes after
-                self.state[flat][training_state.AVERAGE] = average
+    def remember(self) -> None:
+        """Lays the copy where a checkpoint finds it."""
+        for flat, copy in zip(self.weights, self.copies, strict=True):
+            if self.state.get(flat):  # AdamW fills a state that is empty: the copy comes after
+                self.state[flat][self.key] = copy
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the average takes the weights' place. Every rank calls it.
+        """Within, the copy takes the weights' place. Every rank calls it.
 
         Whoever leaves by another error than `Preempted`, on which the ranks agreed, leaves alone:
         nothing is put back, since the others would not take part.
@@ -160,8 +163,41 @@ class Average:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for flat, average in zip(self.weights, self.averages, strict=True):
+        for flat, copy in zip(self.weights, self.copies, strict=True):
             weight = flat.clone()
-            flat.copy_(average)
-            average.copy_(weight)
+            flat.copy_(copy)
+            copy.copy_(weight)
         self.how.publish()
+
+
+class Average(Copy):
+    """The exponential moving average of the weights.
+
+    Args:
+        engine: see `Copy`.
+        decay: share of the average that a step leaves.
+        ranks: this process.
+    """
+
+    key = training_state.AVERAGE
+
+    def __init__(self, engine: Any, decay: float, ranks: Ranks) -> None:
+        super().__init__(engine, ranks)
+        self.blend = get_ema_multi_avg_fn(decay)
+
+    def update(self) -> None:
+        """Takes in the weights of now, after the optimiser's step."""
+        self.blend(self.copies, self.weights, None)
+        self.remember()
+
+
+class Best(Copy):
+    """The weights that measured best so far."""
+
+    key = training_state.BEST
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Takes the weights of now."""
+        for flat, copy in zip(self.weights, self.copies, strict=True):
+            copy.copy_(flat)

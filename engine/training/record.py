@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.checkpoints.provenance import provenance
 from selfdistill.engine.config.stages import StageSection
 from selfdistill.engine.training.modalities.base import Section
 
@@ -62,8 +63,12 @@ def device_name(device: torch.device) -> str:
 
 
 def surroundings(run: Run) -> dict[str, Any]:
-    """What a stage ran on: ranks, precision, device, versions of the packages."""
+    """What a stage ran on: ranks, precision, device, versions of the packages; where, and by what.
+
+    The last of them on rank 0 alone, which writes the result.
+    """
     return {
+        **(provenance() if run.ranks.main else {}),
         "world": run.ranks.world,
         "precision": run.config.precision,
         "zero": run.config.zero,

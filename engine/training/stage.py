@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from selfdistill.data.loading.batches import Options
+from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.datasets import Keyed
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
@@ -22,13 +24,16 @@ class Stage:
     """One training of a run. `training.loop` calls the methods in the order that they stand here.
 
     A subclass must have `build`, `keyed`, `inputs` and `finish`, which raise NotImplementedError
-    here; the others do what most stages want.
+    here, and `measure` where `eval_every` is not 0; the others do what most stages want.
 
     Attributes:
         section: its section of the configuration.
         labelled: whether every sample must have a label.
         reconstructs: whether the objective reconstructs a masked view, which pictures show.
         counted: whether `Modality.flops` says what a step costs.
+        judge: of what `measure` gives, the figure by which weights are kept; the higher the better.
+        paced: whether measurements are left out that would take too much time.
+        whole_curve: whether `measure` is also called before the first step and after the last.
         windows: which samples are windows of long texts; None where each text or image is one.
         samples: number of the samples.
         model: the network in the objective, made by `build`; its `encoder` is watched.
@@ -47,6 +52,9 @@ class Stage:
     labelled = False
     reconstructs = True
     counted = True
+    judge = ""
+    paced = False
+    whole_curve = False
     model: Any
 
     def __init__(
@@ -73,7 +81,8 @@ class Stage:
         # A label is that of the whole text.
         self.windows = None if self.labelled else modality.windows(train, base)
         self.samples = (self.windows or train).samples
-        self.steps = self.plan.length(self.samples)
+        self.epoch = train.epoch((self.windows or train).counts)
+        self.steps = self.plan.length(self.epoch)
         if self.windows is not None:
             overlap = run.config.text.overlap
             record = record | {"text.windows": self.samples, "text.overlap": overlap}
@@ -91,14 +100,9 @@ class Stage:
         return [self.train]
 
     @property
-    def validation(self) -> Manifest | None:
-        """The split that is scored every `eval_every` steps; None where nothing is."""
-        return None
-
-    @property
     def eval_every(self) -> int:
-        """Steps between evaluations of `validation`; 0 for none."""
-        return getattr(self.plan, "eval_every", 0) if self.validation else 0
+        """Steps between calls of `measure`; 0 for none."""
+        return 0
 
     @property
     def reference(self) -> Mapping[str, Tensor]:
@@ -118,6 +122,10 @@ class Stage:
         """The random numbers of the stage's view of a sample, keyed by position in the stream."""
         raise NotImplementedError
 
+    def reading(self, codec: Codec) -> Options:
+        """How the loader of the training samples reads, with their codec. Every rank calls it."""
+        return self.run.reading(codec, self.windows, require_labels=self.labelled)
+
     def start(self, engine: Any) -> None:
         """Called once, when the engine is ready for its next step."""
 
@@ -133,8 +141,8 @@ class Stage:
         """Of the teacher, which costs FLOPs in a step unless it is cached."""
         return "cached"
 
-    def units(self, batch: Batch) -> int | None:
-        """Masked units by whose number in the global batch the loss is divided.
+    def units(self, batch: Batch) -> float | None:
+        """Masked units by whose number in the global batch the loss is divided, or weights.
 
         None where the objective's loss is a mean already, over as many units in each batch.
         """
@@ -151,6 +159,13 @@ class Stage:
         """Within, the engine has the weights that are scored and exported. Every rank calls it."""
         return nullcontext()
 
+    def measure(self, engine: Any, monitor: Monitor, step: int) -> dict[str, float]:
+        """How the model does after a step: scalars, tag -> value. Every rank calls it.
+
+        The engine may be left in the mode of evaluation.
+        """
+        raise NotImplementedError
+
     def draw(self, monitor: Monitor, step: int, batch: Batch, outputs: Batch) -> None:
         """Shows what the model makes of a batch; on rank 0 alone, where `reconstructs`."""
         self.modality.draw(monitor, step, batch, outputs, self.base)
@@ -161,6 +176,17 @@ class Stage:
         `scores` (split -> Scores) are logged and left out of result.json.
         """
         raise NotImplementedError
+
+    def told(self) -> dict[str, Any]:
+        """What result.json says of the stage itself."""
+        return {
+            "stage": self.name,
+            "steps": self.steps,
+            "samples": self.samples,
+            "seed": self.seed,
+            "manifest": self.train.hash,
+            "record": self.record,
+        }
 
     def close(self) -> None:
         """Gives back what the stage holds beside the engine."""

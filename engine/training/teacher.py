@@ -21,12 +21,11 @@ from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.loader import Sequential
 from selfdistill.data.loading.windows import Windows
 from selfdistill.data.shards.manifest import Manifest
-from selfdistill.engine.checkpoints.checkpoint import gather
 from selfdistill.engine.checkpoints.files import fsync, write_text
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.config.schema import Config
 from selfdistill.engine.runtime.allocator import release
-from selfdistill.engine.runtime.distributed import Ranks, main_only, sent, total
+from selfdistill.engine.runtime.distributed import Ranks, gather, main_only, sent, total
 from selfdistill.engine.runtime.precision import autocast
 from selfdistill.engine.runtime.zero import inference_config
 from selfdistill.engine.training.objectives import FeatureExtractor

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,6 +93,101 @@ class Crops:
         boxes = np.concatenate([corners, sizes], axis=2)[np.arange(len(fits)), fits.argmax(1)]
         whole = np.array([0, 0, height, width])
         return np.where(fits.any(axis=1, keepdims=True), boxes, whole).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """torchvision's transforms of images, one by one; `images` uint8 [b, C, H, W].
+
+    `light`: a random crop of half to all of the area, brightness, contrast and saturation.
+    `strong`: one of a quarter to all, TrivialAugment (Müller & Hutter 2021), and of every fourth
+    image a rectangle erased. Flips are `Flips`. torchvision draws from torch's own generator: each
+    image's draws begin at a seed that its position gives, and the generator is then put back.
+
+    Attributes:
+        seed: of the run.
+        kind: which.
+        crop: shares of the area that crops have, in place of those above.
+    """
+
+    seed: int
+    kind: Literal["light", "strong"]
+    crop: tuple[float, float] | None = None
+
+    def __call__(self, positions: np.ndarray, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Images at the given stream positions, int64 [b]."""
+        images = batch["images"]
+        transform = _transforms(self.kind, self.crop, tuple(images.shape[-2:]))
+        before = torch.default_generator.get_state()
+        try:
+            found = []
+            for image, position in zip(images, positions.tolist(), strict=True):
+                bits = rng.bits(self.seed, "augment", position)
+                torch.default_generator.manual_seed(int(bits.random_raw()) >> 1)
+                found.append(transform(image))
+        finally:
+            torch.default_generator.set_state(before)
+        return {"images": torch.stack(found).numpy()}
+
+
+@functools.lru_cache(maxsize=8)
+def _transforms(
+    kind: Literal["light", "strong"], crop: tuple[float, float] | None, size: tuple[int, ...]
+) -> Callable[[Tensor], Tensor]:
+    """The transforms of `Augment` for images of one size, in pixels."""
+    from torchvision.transforms import v2  # a second to import
+
+    height, width = size
+    ratio = (3 / 4 * width / height, 4 / 3 * width / height)  # about the image's own
+    scale = crop or ((0.5, 1.0) if kind == "light" else (0.25, 1.0))
+    cropped = v2.RandomResizedCrop((height, width), scale, ratio, v2.InterpolationMode.BICUBIC)
+    if kind == "light":
+        more = [v2.ColorJitter(0.3, 0.3, 0.3)]
+    else:
+        more = [v2.TrivialAugmentWide(), v2.RandomErasing(p=0.25)]
+    whole: Callable[[Tensor], Tensor] = v2.Compose([cropped, *more])
+    return whole
+
+
+@dataclass(frozen=True)
+class Mixes:
+    """How neighbours of a batch are mixed: mixup (Zhang et al. 2018), CutMix (Yun et al. 2019).
+
+    Of each sample: `share` fp32 [b], of its own label; `blend` fp32 [b], of its own pixels; `box`
+    int64 [b, 4], top, left, bottom and right of what is its neighbour's, empty under mixup. Shares
+    are drawn from Beta(alpha, alpha). With both, a coin of each sample's decides.
+
+    Attributes:
+        seed: of the run.
+        mixup: alpha; 0 for none.
+        cutmix: alpha; 0 for none.
+    """
+
+    seed: int
+    mixup: float
+    cutmix: float
+
+    def __call__(self, positions: np.ndarray, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Mixtures of the images at the given stream positions, int64 [b]."""
+        from scipy.special import betaincinv  # a tenth of a second to import
+
+        height, width = batch["images"].shape[-2:]
+        draws = rng.uniform(self.seed, "mix", positions, 4).astype(np.float64)
+        cut = draws[:, 0] < (0.5 if self.mixup else 1.0) if self.cutmix else draws[:, 0] < 0
+        alpha = np.where(cut, self.cutmix or 1.0, self.mixup or 1.0)
+        share = betaincinv(alpha, alpha, draws[:, 1])
+        # A box of the share that is the neighbour's, about a point of the image, cut at its edges.
+        side = np.sqrt(1 - share)[:, None] * (height, width)
+        centre = draws[:, 2:] * (height, width)
+        low = np.rint(np.clip(centre - side / 2, 0, (height, width)))
+        high = np.rint(np.clip(centre + side / 2, 0, (height, width)))
+        box = np.where(cut[:, None], np.concatenate([low, high], axis=1), 0).astype(np.int64)
+        left = 1 - (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) / (height * width)
+        return {
+            "share": np.where(cut, left, share).astype(np.float32),
+            "blend": np.where(cut, 1.0, share).astype(np.float32),
+            "box": box,
+        }
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -18,51 +15,15 @@ from selfdistill.experiments.report.numbers import setting
 from selfdistill.experiments.report.sweep import Reported
 from selfdistill.experiments.results import Sample
 from selfdistill.experiments.spec import Quantity
+from selfdistill.launcher.pages.drawing import BLUE, GREY, INK, STYLE, VERMILION, svg
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; markers differ as well.
-BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#767676"
+# Markers differ as colours do.
 COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-INK = "#222222"
 #: Width of a figure in inches: 720 CSS pixels.
 WIDTH = 7.5
 #: Lines of a forest that still fit a printed page.
 TALLEST = 38
-
-_STYLE: dict[Any, Any] = {
-    # Text stays text: it is searched, read aloud, and takes the page's font.
-    "svg.fonttype": "none",
-    # The same figure has the same ids.
-    "svg.hashsalt": "report",
-    "font.size": 10.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#999999",
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5.5,
-}
-
-
-def svg(figure: Figure) -> str:
-    """A figure's file, the same for the same figure: without date and maker."""
-    out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True)
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", out.getvalue(), flags=re.S)
-    text = re.sub(r"<!DOCTYPE.*?>\s*", "", text, flags=re.S)
-    return re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)
-
-
-def inline(drawing: Drawing) -> str:
-    """A figure's SVG for a page that holds others: ids of its own, no file's head."""
-    text = drawing.svg[drawing.svg.index("<svg") :].strip()
-    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
-    text = re.sub(r'\bid="', f'id="{drawing.name}-', text)
-    text = text.replace('href="#', f'href="#{drawing.name}-')
-    return text.replace("url(#", f"url(#{drawing.name}-")
 
 
 # --- curves
@@ -74,7 +35,7 @@ def curve(table: Reported, quantity: Quantity, name: str) -> Drawing | None:
     if not lines:
         return None
     ylabel = quantity.title or ("score on test, %" if quantity.key == "score" else quantity.key)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
         axes = figure.subplots()
         every: set[float] = set()
@@ -209,7 +170,7 @@ def _forest(
     labels: list[str] = []
     places: list[float] = []
     y = 0.0
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         # Its size depends on how many lines there are.
         axes = (figure := Figure()).subplots()
         axes.axvline(0, color=INK, linewidth=1.0, zorder=1)

@@ -9,7 +9,7 @@ import jinja2
 from markupsafe import Markup
 
 from selfdistill.experiments.report.blocks import Block, Drawing, Report
-from selfdistill.experiments.report.figures import inline
+from selfdistill.launcher.pages.drawing import inline
 
 TEMPLATE = Path(__file__).resolve().parent / "report.html.jinja"
 
@@ -22,7 +22,8 @@ def _picture(drawing: Drawing) -> Markup:
     """A figure for those who see it, and its description for those who do not."""
     description = jinja2.filters.do_forceescape(drawing.description)
     start = f'<svg role="img" aria-label="{description}"'
-    return Markup(inline(drawing).replace("<svg", start, 1))  # our own figure, not a user's text
+    drawn = inline(drawing.svg, drawing.name)  # our own figure, not a user's text
+    return Markup(drawn.replace("<svg", start, 1))
 
 
 def _options(line: str) -> Markup:

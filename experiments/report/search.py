@@ -68,6 +68,9 @@ def search(contents: Contents) -> list[Section]:
         f"Not searched for by themselves, the choice is taken over: {'; '.join(taken)}."
         if taken
         else "",
+        f"dropped: at a smaller length others did better (--halving {contents.sweep.halving})."
+        if contents.sweep.halving
+        else "",
         "edge: the chosen value is the least or the greatest that was tried: a wider grid might"
         " hold a better one."
         if at_edge
@@ -100,7 +103,9 @@ def _scores(contents: Contents, choice: Choice) -> list[Entry]:
         choice.scores(contents.root), choice.candidates, strict=True
     ):
         if score is None:
-            where = "diverged" if job.diverged(contents.root) else contents.stands(job)
+            where = contents.stands(job)
+            if job.lost(contents.root):
+                where = "diverged" if job.diverged(contents.root) else "dropped"
             entries.append(Entry(where, style="missing"))
         else:
             chosen = options == best
@@ -145,9 +150,8 @@ def cost(contents: Contents) -> list[Section]:
         third = sum(each) / len(each) if each else None
         tried = {
             job.name: _seconds(contents, job)
-            for choice in contents.choices.values()
-            for _, job in choice.candidates
-            if job.dataset.name == name
+            for job in contents.jobs
+            if job.dataset.name == name and "/search/" in job.name
         }
         searched = sum(s for s in tried.values() if s is not None) or None
         if any(s is not None for s in (first, second, third, searched)):

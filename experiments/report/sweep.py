@@ -131,6 +131,7 @@ class Contents:
             "datasets": ",".join(asked.datasets) or None,
             "only": ",".join(asked.only) or None,
             "seeds": asked.seeds,
+            "halving": self.sweep.halving or None,
         }
         words = [w for k, v in entry.items() if v is not None for w in (f"--{k}", str(v))]
         return shlex.join(["python", "-m", "experiments.run", asked.table, *words])

@@ -1,6 +1,6 @@
 """Bytes that a sample's forward leaves for its backward, in closed form: an estimate.
 
-What autograd saves, as PyTorch's own hooks count it (tests/launcher/test_plan.py).
+What autograd saves, as PyTorch's own hooks count it (tests/launcher/plan/test_plan.py).
 docs/planning.md has the formulas.
 """
 

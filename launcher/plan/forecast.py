@@ -11,10 +11,11 @@ import pydantic
 import torch
 
 from selfdistill.data.errors import UserError
+from selfdistill.data.shards.joined import mixed
 from selfdistill.data.shards.manifest import Manifest, is_remote
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.config.schema import Config
-from selfdistill.engine.config.stages import FinetuneSection, StageSection
+from selfdistill.engine.config.stages import FinetuneSection, KeptSection, StageSection
 from selfdistill.engine.monitoring.flops import Stage, TeacherMode
 from selfdistill.engine.runtime import zero
 from selfdistill.engine.runtime.distributed import Ranks
@@ -36,6 +37,7 @@ class Options(pydantic.BaseModel):
     memory_gb: float | None = pydantic.Field(None, gt=0, description="memory of another device")
     tflops: float | None = pydantic.Field(None, gt=0, description="dense peak of another device")
     mfu: float = pydantic.Field(0.4, gt=0, le=1, description="share of the peak that is reached")
+    price: float | None = pydantic.Field(None, gt=0, description="of a device for an hour")
     samples: int | None = pydantic.Field(None, ge=1, description="training samples, without --data")
     tokens: float | None = pydantic.Field(None, ge=3, description="mean tokens of a text")
     classes: int | None = pydantic.Field(None, ge=1, description="classes, without --data [10]")
@@ -48,6 +50,10 @@ class Options(pydantic.BaseModel):
     storage_gbs: float = pydantic.Field(
         5, gt=0, description="GB/s that the shared storage writes, for all nodes together"
     )
+    read_gbs: float | None = pydantic.Field(
+        None, gt=0, description="GB/s that it reads, for all nodes together [as it writes]"
+    )
+    cores: int = pydantic.Field(112, ge=1, description="processor cores of a node: a DGX H100's")
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Job:
         section: its settings.
         repeats: rounds of distillation; seeds and starts of fine-tuning.
         samples: of the split that it learns from.
+        epoch: samples of a pass, fewer or more than these where sets are mixed.
         sample_bytes: mean bytes of a sample in the shards; None where there are none.
         micro: samples of a device's micro-batch.
     """
@@ -69,18 +76,21 @@ class Job:
     section: StageSection
     repeats: int
     samples: int
+    epoch: int
     sample_bytes: float | None
     micro: int
 
     @property
     def steps(self) -> int:
         """Optimiser steps of one repeat, as the engine counts them."""
-        return self.section.length(self.samples)
+        return self.section.length(self.epoch)
 
     @property
-    def averaged(self) -> bool:
-        """Whether the weights' average is kept."""
-        return isinstance(self.section, FinetuneSection) and self.section.ema > 0
+    def copies(self) -> int:
+        """Copies of the weights that are kept: their average, the best of them."""
+        averaged = isinstance(self.section, FinetuneSection) and self.section.ema > 0
+        best = isinstance(self.section, KeptSection) and self.section.keep == "best"
+        return averaged + best
 
     @property
     def times(self) -> str:
@@ -206,6 +216,14 @@ def _manifests(config: Config) -> dict[str, Manifest]:
         found["unlabelled"] = Manifest.load_split(path, "unlabelled", cache)
     if config.stage in ("finetune", "all") or not found:
         found["train"] = Manifest.load_split(path, "train", cache)
+    if config.data.mix:
+
+        def load(place: str) -> Manifest:
+            there = "unlabelled" if split == "auto" and _unlabelled(place) else split
+            return Manifest.load_split(place, "train" if there == "auto" else there, cache)
+
+        first = found.get("unlabelled") or found["train"]
+        found["unlabelled"] = mixed(first, config.data.mix, load)
     return found
 
 
@@ -261,5 +279,6 @@ def _job(
         samples = manifest.samples
         size = sum(s.bytes for s in manifest.shards) / max(1, samples)
     assert samples is not None
+    epoch = manifest.epoch(manifest.counts) if manifest else samples
     micro = content["train_micro_batch_size_per_gpu"]
-    return Job(name, stage, section, repeats, samples, size, micro)
+    return Job(name, stage, section, repeats, samples, epoch, size, micro)

@@ -1,7 +1,7 @@
 """Memory of a training step on one device: model states by ZeRO stage, in closed form.
 
-What DeepSpeed 0.19.8 keeps, counted over the tensors of real engines (tests/launcher/test_plan.py).
-docs/planning.md has the formulas.
+What DeepSpeed 0.19.8 keeps, counted over the tensors of real engines
+(tests/launcher/plan/test_plan.py). docs/planning.md has the formulas.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def need(
     size: int,
     world: int,
     accumulation: int = 1,
-    averaged: bool = False,
+    copies: int = 0,
     teacher: float = 0.0,
     activations: float = 0.0,
 ) -> Need:
@@ -80,7 +80,8 @@ def need(
         size: bytes of a weight and of its gradient, e: 4, under fp16 2.
         world: number of ranks, N.
         accumulation: micro-batches of a step.
-        averaged: whether the weights' average is kept (`--finetune.ema`).
+        copies: of the weights, beside them: their average (`--finetune.ema`), the best of them
+            (`--STAGE.keep best`).
         teacher: bytes of the frozen encoder.
         activations: bytes of a micro-batch, and of the weights' copies for bf16 products.
     """
@@ -88,7 +89,7 @@ def need(
     trained, weights = parameters.trained, size * parameters.all
     bucket, shard = size * zero.reduce_bucket_size, weights / world
     own, fp32 = size * trained / world, 4 * trained / world
-    masters = (16 if averaged else 12) * trained / world
+    masters = (12 + 4 * copies) * trained / world
     away, weights_away = offloaded(zero.offload_optimizer), offloaded(zero.offload_param)
     # ZeRO-3 keeps a parameter that is used again within max_reuse_distance: below a billion of
     # them, all are whole from the forward to the backward.
@@ -101,7 +102,7 @@ def need(
     kept = 0 if away else masters
     found = {
         # stage: weights, gradients, optimiser, in the backward, in the step
-        0: (weights, size * trained, (12 if averaged else 8) * trained, 0, flat),
+        0: (weights, size * trained, (8 + 4 * copies) * trained, 0, flat),
         1: (weights, first, kept, sums, step),
         2: (weights, own, kept, sums, step),
         3: (held, 0 if away else own, kept, bucket, bucket + step),
@@ -141,9 +142,9 @@ def teacher_bytes(
     return size * (parameters / world + (min(parameters, PREFETCH) if world > 1 else 0))
 
 
-def checkpoint_bytes(parameters: Parameters, averaged: bool = False) -> int:
-    """One checkpoint: fp32 weights, of what is trained AdamW's two moments and an average."""
-    return (16 if averaged else 12) * parameters.trained + 4 * parameters.frozen
+def checkpoint_bytes(parameters: Parameters, copies: int = 0) -> int:
+    """One checkpoint: fp32 weights, of what is trained AdamW's two moments and copies."""
+    return (12 + 4 * copies) * parameters.trained + 4 * parameters.frozen
 
 
 def deepspeed_estimate(

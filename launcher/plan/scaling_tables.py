@@ -8,10 +8,14 @@ from pathlib import Path
 from selfdistill.engine.runtime import preemption, zero
 from selfdistill.launcher.plan import memory, scaling
 from selfdistill.launcher.plan.forecast import Job, Plan
-from selfdistill.launcher.plan.sheet import Sheet
+from selfdistill.launcher.plan.sheet import Sheet, duration
 
 #: Numbers of devices that are set beside the one that is asked for.
 DEVICES = (8, 64, 1024)
+#: Bytes a second of a rank's copy to its host's memory, assumed: half of what PCIe 4 carries.
+COPY = 12e9
+#: Seconds of a core for a pixel: 4,688 images of 64 x 64 a core-second (docs/performance.md).
+DECODE = 1 / (4688 * 64 * 64)
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Row:
         batch: samples of a step on all devices.
         sent: bytes that a rank sends in a step.
         step: its times.
-        checkpoint: seconds of one checkpoint; 0 where none are saved.
+        checkpoint: seconds that the ranks wait for one checkpoint; 0 where none are saved.
+        written: seconds that the storage writes it.
         rate: samples a second, checkpoints included.
         efficiency: that, over as many times the rate of one device with the same work.
         saving: share of the time that goes into checkpoints.
@@ -40,6 +45,7 @@ class Row:
     sent: float
     step: scaling.Step
     checkpoint: float
+    written: float
     rate: float
     efficiency: float
     saving: float
@@ -49,6 +55,11 @@ def links(plan: Plan) -> scaling.Links:
     """What joins the devices, by the options."""
     options = plan.options
     return scaling.Links(options.link_gbs * 1e9, options.network_gbs * 1e9, options.per_node)
+
+
+def in_background(plan: Plan) -> bool:
+    """Whether steps go on while a checkpoint is written: by default, devices being GPUs."""
+    return plan.config.save_async is not False
 
 
 def rows(plan: Plan) -> list[Row]:
@@ -73,14 +84,11 @@ def stage_rows(plan: Plan, job: Job) -> list[Row]:
         accumulation=accumulation,
         sharded=plan.work.teacher() if shared else 0,
     )
-    # Seconds of a sample on a device, and of a checkpoint.
+    # Seconds of a sample on a device; bytes of a checkpoint.
     one = plan.work.flops(job.stage, plan.mode, plan.classes) / (plan.device.peak * options.mfu)
     every = config.save_every
-    saved = (
-        memory.checkpoint_bytes(parameters, job.averaged) / (options.storage_gbs * 1e9)
-        if every
-        else 0.0
-    )
+    size = memory.checkpoint_bytes(parameters, job.copies) if every else 0.0
+    written = size / (options.storage_gbs * 1e9)
     found = []
     for devices in sorted({*DEVICES, options.devices}):
         micro, rest = divmod(job.section.batch, devices * accumulation)
@@ -94,13 +102,18 @@ def stage_rows(plan: Plan, job: Job) -> list[Row]:
             overlap=scaling.overlaps(content),
             backwards=1 / accumulation if zero.stage_of(content) == 1 else 1.0,
         )
+        saved = size / devices / COPY if in_background(plan) else written
         share = scaling.share_of_saving(saved, step.seconds, every)
         alone = (micro * accumulation if rest else batch) * one
-        single = (1 - scaling.share_of_saving(saved, alone, every)) / one
+        by_itself = size / COPY if in_background(plan) else written
+        single = (1 - scaling.share_of_saving(by_itself, alone, every)) / one
         rate = batch / step.seconds * (1 - share)
         sent, efficiency = scaling.volume(collectives, devices), rate / (devices * single)
         found.append(
-            Row(job, devices, not rest, micro, batch, sent, step, saved, rate, efficiency, share)
+            Row(
+                *(job, devices, not rest, micro, batch, sent, step),
+                *(saved, written, rate, efficiency, share),
+            )
         )
     return found
 
@@ -200,10 +213,66 @@ def feed_sheet(plan: Plan, shown: list[Row]) -> Sheet:
     stored = all(row.job.sample_bytes is not None for row in shown)
     place = "in the shards" if stored else "on the device (no data given)"
     sheet.notes.append(f"MB/s = {plan.work.samples}/s x bytes each {place}")
-    if every:
+    if every and in_background(plan):
+        sheet.notes.append(
+            f"checkpoint = (12 B x P + 4 B x F) / devices / {COPY / 1e9:g} GB/s, the copy to the"
+            " hosts' memory that a step waits for (assumed, not measured; --save_async false waits"
+            f" for the disk); of the time: checkpoint / ({every} steps + checkpoint)"
+        )
+    elif every:
         sheet.notes.append(
             f"checkpoint = (12 B x P + 4 B x F) / {options.storage_gbs:g} GB/s that the shared"
             " storage writes for all nodes together (--storage_gbs), all ranks waiting; of the"
             f" time: checkpoint / ({every} steps + checkpoint)"
         )
+    return sheet
+
+
+def limits_sheet(plan: Plan, shown: list[Row]) -> Sheet:
+    """What bounds the devices that are asked for: what goes on side by side, for one step each."""
+    options, every = plan.options, plan.config.save_every
+    read_gbs = options.read_gbs or options.storage_gbs
+    images = plan.work.samples == "images"
+    names = ("compute", "ranks wait", "storage reads", "cores decode", "storage writes", "limit")
+    sheet = Sheet(f"what limits a step on {options.devices:,} device(s), ms", ("stage", *names))
+    spent = 0.0
+    for row in (row for row in shown if row.devices == options.devices):
+        stored = row.job.sample_bytes
+        cores = options.cores * links(plan).nodes(row.devices)
+        pixels = plan.work.input_bytes() / 3 if images else 0
+        beside = {
+            "storage reads": None if stored is None else row.batch * stored / (read_gbs * 1e9),
+            "cores decode": row.batch * pixels * DECODE / cores if images else None,
+            "storage writes": row.written / every if every else None,
+        }
+        most, longest = "compute", row.step.compute
+        if row.step.exposed > longest:
+            most, longest = "ranks wait", row.step.exposed
+        for name, seconds in beside.items():
+            if seconds is not None and seconds > max(longest, row.step.seconds):
+                most, longest = name, seconds
+        sheet.add(
+            row.job.name,
+            *(f"{1000 * t:.2f}" for t in (row.step.compute, row.step.exposed)),
+            *("-" if t is None else f"{1000 * t:.2f}" for t in beside.values()),
+            most,
+        )
+        if longest > row.step.seconds:
+            sheet.notes.append(
+                f"{row.job.name}: {most}: {longest / row.step.seconds:.1f} times as long as the"
+                " step, which waits for it"
+            )
+        spent += row.job.repeats * row.job.steps * max(longest, row.step.seconds) / (1 - row.saving)
+    hours = options.devices * spent / 3600
+    cost = f", {options.price * hours:,.2f} at {options.price:g} an hour" if options.price else ""
+    sheet.notes.append(
+        f"with all that: {options.devices:,} device(s) x {duration(spent)} = {hours:,.1f} device"
+        f" hours{cost}; not in it: the start, scores, the teacher's table, restarts"
+    )
+    sheet.notes.append(
+        f"reads: bytes of the shards / {read_gbs:g} GB/s (--read_gbs), as in the first epoch,"
+        f" before a node's cache has them; decode: {1e9 * DECODE:.0f} ns a pixel of a PNG, measured"
+        f" at 64 pixels, on {options.cores} cores a node (--cores); writes: a checkpoint in the"
+        " steps between two"
+    )
     return sheet

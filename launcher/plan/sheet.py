@@ -48,3 +48,14 @@ class Sheet:
         console.print(table)
         for note in self.notes:
             console.print(note, style="dim", markup=False, highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 12.3 s, 4:05 min, 3:10:00 h or 12.3 days."""
+    if seconds > 3 * 86400:
+        return f"{seconds / 86400:,.1f} days"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"

@@ -13,8 +13,13 @@ from selfdistill.engine.training import teacher
 from selfdistill.launcher.plan import memory
 from selfdistill.launcher.plan.forecast import Job, Plan
 from selfdistill.launcher.plan.scaling import SHORT_STEP
-from selfdistill.launcher.plan.scaling_tables import feed_sheet, rows, scaling_sheet
-from selfdistill.launcher.plan.sheet import Sheet
+from selfdistill.launcher.plan.scaling_tables import (
+    feed_sheet,
+    limits_sheet,
+    rows,
+    scaling_sheet,
+)
+from selfdistill.launcher.plan.sheet import Sheet, duration
 
 GIB = 2**30
 
@@ -25,6 +30,13 @@ SETTINGS = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 def show(plan: Plan, console: Console) -> None:
     """Prints all tables, with their arithmetic."""
     options, device = plan.options, plan.device
+    if "device" not in options.model_fields_set:
+        console.print(
+            f"note: planned for {device.name}; --device names another GPU. For processors give"
+            " --tflops (of two cores in fp32 0.3), --memory_gb and --mfu 0.6",
+            markup=False,
+            highlight=False,
+        )
     console.print(
         f"{plan.work.origin}\n{options.devices} x {device.name} ({device.memory / 1e9:g} GB,"
         f" {device.peak / 1e12:g} TFLOP/s in {plan.config.precision}) on {plan.nodes} node(s),"
@@ -39,7 +51,8 @@ def show(plan: Plan, console: Console) -> None:
     ]
     scaled = rows(plan)
     sheets += [disk_sheet(plan), time_sheet(plan), input_sheet(plan)]
-    for sheet in [*sheets, scaling_sheet(plan, scaled), feed_sheet(plan, scaled)]:
+    sheets += [sheet(plan, scaled) for sheet in (scaling_sheet, feed_sheet, limits_sheet)]
+    for sheet in sheets:
         sheet.show(console)
 
 
@@ -58,7 +71,7 @@ def need(plan: Plan, job: Job, content: dict[str, Any]) -> memory.Need:
         size=plan.size,
         world=world,
         accumulation=job.section.accumulation,
-        averaged=job.averaged,
+        copies=job.copies,
         teacher=teacher,
         activations=copies + job.micro * plan.work.activations(job.stage, plan.product),
     )
@@ -115,10 +128,10 @@ def disk_sheet(plan: Plan) -> Sheet:
     for job in plan.jobs:
         parameters = plan.work.parameters(job.stage, plan.classes)
         if config.save_every:
-            each = 16 if job.averaged else 12
+            each = 12 + 4 * job.copies
             one = f"({each} B x {parameters.trained:,} + 4 B x {parameters.frozen:,})"
             arithmetic = f"{one} x (keep {config.keep} + 1 being written)"
-            size = memory.checkpoint_bytes(parameters, job.averaged)
+            size = memory.checkpoint_bytes(parameters, job.copies)
             size *= (config.keep + 1) * job.repeats
             sizes[f"{job.name}: checkpoints", arithmetic + job.times] = size
         images = plan.work.samples == "images"
@@ -174,7 +187,7 @@ def time_sheet(plan: Plan) -> Sheet:
         )
         length = ""
         if job.section.steps is None:
-            length = f" ({job.section.epochs:g} epochs x {job.samples:,} / {batch})"
+            length = f" ({job.section.epochs:g} epochs x {job.epoch:,} / {batch})"
         sheet.notes.append(
             f"{job.name}: {steps} steps{length} x {batch} x {one / 1e9:.1f} GFLOP{job.times}"
             f" / ({options.devices} x {plan.device.peak / 1e12:g} TFLOP/s x {options.mfu:g})"
@@ -194,9 +207,9 @@ def time_sheet(plan: Plan) -> Sheet:
     sheet.add()
     sheet.add("together", "", "", "", "", "", "", duration(total))
     sheet.notes.append(
-        "FLOPs: matrix products, a backward twice its forward (engine/monitoring/flops.py). Not in"
-        " the time: the start, evaluation, checkpoints, waiting for data. The MFU is your"
-        " assumption; a run shows its own in TensorBoard."
+        "FLOPs: matrix products, a backward twice its forward (engine/monitoring/flops.py). The MFU"
+        " is your assumption; a run shows its own in TensorBoard. What the devices wait for is in"
+        " the last table."
     )
     return sheet
 
@@ -222,12 +235,3 @@ def input_sheet(plan: Plan) -> Sheet:
             f" --data.partitions {plan.nodes} lets each fetch its own part"
         )
     return sheet
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 12.3 s, 4:05 min or 3:10:00 h."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from benchmarks.scale import __main__ as scale
 from benchmarks.scale import model as scale_model
 from benchmarks.scale import ranks as scale_ranks
+from benchmarks.scale import rehearsal
 from benchmarks.scale import tables as scale_tables
 from selfdistill.data.errors import UserError
 
@@ -145,3 +146,14 @@ def test_two_real_ranks_send_what_the_plan_says() -> None:
         # Two ranks: half of each tensor, twice that in an all-reduce. Padding, two scalars.
         assert row["measured"] == pytest.approx(EXPECTED[case.name] * whole / 2, rel=0.007), case
         assert row["measured"] == pytest.approx(row["plan"], rel=1e-3), case
+
+
+@pytest.mark.multi
+def test_one_rank_of_many_keeps_and_sends_what_the_plan_says() -> None:
+    """Under torch's fake process group: see docs/scale.md."""
+    found, model = rehearsal.rehearse(37, 64)
+    assert found.keys() == set(rehearsal.SETTINGS)
+    for setting, row in found.items():
+        told = rehearsal.compared(setting, row, 64, model)
+        assert told["kept"] == pytest.approx(told["planned_kept"], rel=0.1), setting
+        assert told["sent"] == pytest.approx(told["planned_sent"], rel=0.05), setting

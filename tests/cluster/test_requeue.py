@@ -170,7 +170,7 @@ def test_a_cancelled_task_stays_cancelled(stubs: Stubs, jobs: dict[str, str]) ->
     stubs.cluster.until(lambda: stubs.log(job).count("run 0 rank 0") == 2, 60, "both tasks")
     stubs.slurm("scancel", f"{job}_1")
     stubs.cluster.until(lambda: "SLURM ends the job itself" in stubs.log(job), 30)
-    assert state("1") == ("CANCELLED", "0")
+    stubs.cluster.until(lambda: state("1") == ("CANCELLED", "0"), 30)
     assert state("0") == ("RUNNING", "0")
     stubs.slurm("scancel", job)
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from selfdistill.data.pack import pack
 from tests.cluster.kit.lab import LOGIN, Cluster
 from tests.cluster.kit.work import clone
 from tests.kit.launches import COMMON, environment, metrics
+from tests.kit.shards import class_folders
 
 pytestmark = pytest.mark.cluster
 
@@ -74,6 +76,21 @@ def test_the_unedited_template_runs_the_embedded_default(cluster: Cluster, root:
     result = json.loads((root / "runs" / "slurm" / "run" / "finetune" / "result.json").read_text())
     assert 0 <= result["metrics"]["test_accuracy"] <= 1
     assert (root / "runs" / "slurm" / "example-images" / "test" / "manifest.json").exists()
+
+
+def test_a_set_is_packed_by_an_array(cluster: Cluster, root: Path) -> None:
+    class_folders(root / "pictures", {"ant": 40, "bee": 20})
+    pack(str(root / "pictures"), str(root / "one" / "zoo"), samples_per_shard=4)
+    words = ["slurm/pack.sh", "pictures", "parts/zoo", "--samples_per_shard", "4"]
+    gaps = cluster.sbatch("--array=1,3", *words, cwd=root, env=environment())
+    assert cluster.wait(gaps, WAIT) == "FAILED"
+    assert "error: the array has gaps" in (root / f"selfdistill-pack-{gaps}_1.log").read_text()
+    job = cluster.sbatch("--array=5-7", *words, cwd=root, env=environment())
+    assert cluster.wait(job, WAIT) == "COMPLETED"
+    logs = [(root / f"selfdistill-pack-{job}_{n}.log").read_text() for n in (5, 6, 7)]
+    assert sum("parts/zoo/train: 48 samples, 2 classes, 12 shards" in log for log in logs) == 1
+    for shard in (root / "one").rglob("*.*"):
+        assert (root / "parts" / shard.relative_to(root / "one")).read_bytes() == shard.read_bytes()
 
 
 def test_a_sweep_runs_each_seed_in_a_folder_of_its_own(cluster: Cluster, root: Path) -> None:

@@ -147,7 +147,7 @@ def test_data_may_be_gone_or_elsewhere(tmp_path: Path) -> None:
         (["{empty}"], "run experiments.run first"),
         (["{broken}"], "is not what experiments.run wrote"),
         (["{empty}", "--outptu", "x"], "Did you mean --output?"),
-        ([], "sweep is missing"),
+        ([], "SWEEP is missing"),
     ],
 )
 def test_mistakes_are_one_line(

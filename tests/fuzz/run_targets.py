@@ -22,9 +22,10 @@ from selfdistill.data.index import index
 from selfdistill.data.pack import pack
 from selfdistill.data.records import read_lines
 from selfdistill.data.verify import verify
-from selfdistill.engine.checkpoints.checkpoint import Checkpoints, Reader, State
+from selfdistill.engine.checkpoints.checkpoint import Checkpoints, Reader
 from selfdistill.engine.checkpoints.folder import read_config
 from selfdistill.engine.checkpoints.results import read_result
+from selfdistill.engine.checkpoints.state import State
 from selfdistill.engine.checkpoints.training_state import load_weights
 from selfdistill.engine.config import options
 from selfdistill.engine.monitoring.monitor import cut_metrics

@@ -196,3 +196,12 @@ def read_events(folder: Path) -> Events:
             for name, value in begin.hparams.items()
         },
     )
+
+
+def samples(stage: Path) -> dict[int, list[int]]:
+    """Each step's samples over all ranks, from the recorded log."""
+    found: dict[int, list[int]] = {}
+    for path in sorted((stage / "samples").glob("rank-*.jsonl")):
+        for line in map(json.loads, path.read_text().splitlines()):
+            found.setdefault(line["step"], []).extend(line["ids"])
+    return {step: sorted(ids) for step, ids in sorted(found.items())}

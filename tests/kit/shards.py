@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from selfdistill.data.packing.shard import index_tars
 from selfdistill.data.shards import manifest
 from selfdistill.data.shards.manifest import Manifest
-from selfdistill.data.shards.writer import index_tars
 
 CLASSES = ["ant", "bee", "cow"]
 

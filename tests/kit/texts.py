@@ -31,8 +31,8 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from selfdistill.data.shards.encoding import TextModality
-from selfdistill.data.shards.writer import write_split
+from selfdistill.data.packing.encoding import TextModality
+from selfdistill.data.packing.writer import write_split
 from selfdistill.data.sources.samples import Sample
 
 SENTENCES = [

@@ -50,6 +50,26 @@ def mirror(images: Tensor, flip: Tensor | None) -> Tensor:
     return torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
+def mix(images: Tensor, blend: Tensor | None, box: Tensor | None) -> Tensor:
+    """Images fp32 [B, 3, H, W], each mixed with its neighbour; see `training.views.Mixes`.
+
+    Args:
+        images: B is even; 0 and 1 are neighbours, 2 and 3, and so on.
+        blend: fp32 [B], share of an image's own pixels; None: nothing is mixed.
+        box: int64 [B, 4], top, left, bottom and right of what is the neighbour's alone.
+    """
+    if blend is None or box is None:
+        return images
+    pairs = images.view(-1, 2, *images.shape[1:])
+    other = pairs.flip(1).view(images.shape)
+    mixed = images.lerp(other, 1 - blend.view(-1, 1, 1, 1))
+    top, left, bottom, right = box.view(-1, 4, 1, 1, 1).unbind(1)
+    rows = torch.arange(images.shape[-2], device=images.device).view(1, 1, -1, 1)
+    columns = torch.arange(images.shape[-1], device=images.device).view(1, 1, 1, -1)
+    inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+    return torch.where(inside, other, mixed)
+
+
 class ImageEncoder(nn.Module):
     """A ViT encoder on uint8 images."""
 
@@ -120,12 +140,21 @@ class ImageClassifier(nn.Module):
         layer: nn.Module = self.network.encoder.patch_embed
         return layer
 
-    def classify(self, images: Tensor, flip: Tensor | None = None, **_: Any) -> Tensor:
+    def classify(
+        self,
+        images: Tensor,
+        flip: Tensor | None = None,
+        blend: Tensor | None = None,
+        box: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
         """Logits [B, C].
 
         Args:
             images: uint8 [B, 3, H, W].
             flip: bool [B], images to mirror, or None.
+            blend: fp32 [B], how neighbours are mixed, see `mix`; None for not at all.
+            box: int64 [B, 4], likewise.
         """
-        logits: Tensor = self.network(self.normalize(mirror(images, flip)))
+        logits: Tensor = self.network(mix(self.normalize(mirror(images, flip)), blend, box))
         return logits

@@ -67,6 +67,28 @@ class Language:
     sentences: Sentences | None = None
 
 
+def read_network(auto: Any, folder: Path, config: PreTrainedConfig) -> tuple[Any, dict[str, Any]]:
+    """A model of transformers in fp32 from a folder, which runs none of the folder's code.
+
+    Args:
+        auto: one of transformers' `Auto` classes.
+        folder: with the weights.
+        config: of the model.
+
+    Returns:
+        The model; which of its weights the folder lacks, or has in another shape.
+    """
+    found: tuple[Any, dict[str, Any]] = auto.from_pretrained(
+        folder,
+        config=config,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    return found
+
+
 def load_language(source: str, max_length: int | None = None) -> Language:
     """Reads a model and its tokenizer.
 
@@ -97,22 +119,15 @@ def load_language(source: str, max_length: int | None = None) -> Language:
             f" here: take one of {', '.join(HEADS)}"
         )
     _check_settings(settings, source)
-    with _foreign(f"{source} cannot be loaded", "fetch the model again"):
+    with foreign(f"{source} cannot be loaded", "fetch the model again"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _check_numbers(config, source)
     tokenizer = load_tokenizer(str(folder), source)
-    with _foreign(f"{source} cannot be loaded", "fetch the model again"):
+    with foreign(f"{source} cannot be loaded", "fetch the model again"):
         if config.pad_token_id is None:  # by which positions are counted, and embeddings left out
             config.pad_token_id = tokenizer.pad_token_id
         _check_size(config, folder, source)
-        model, info = AutoModelForMaskedLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        model, info = read_network(AutoModelForMaskedLM, folder, config)
     prefix = model.base_model_prefix + "."
     missing = sorted(info["missing_keys"])
     wrong = [*(k for k in missing if k.startswith(prefix)), *map(str, info["mismatched_keys"])]
@@ -129,7 +144,7 @@ def load_language(source: str, max_length: int | None = None) -> Language:
 
 
 @contextmanager
-def _foreign(what: str, cure: str) -> Iterator[None]:
+def foreign(what: str, cure: str) -> Iterator[None]:
     """Turns what transformers and its tokenizers raise on folders that they did not write.
 
     Those in Rust raise bare exceptions, and panic beside `Exception`.
@@ -244,7 +259,7 @@ def load_tokenizer(folder: str, source: str) -> Any:
         raise UserError(f"there is no tokenizer at {source}: give its folder")
     cure = "put tokenizer.json, or vocab.json and merges.txt, beside its weights"
     _check_growth(Path(folder) / "tokenizer.json", source)
-    with _foreign(f"{source} has no tokenizer that can be read", cure):
+    with foreign(f"{source} has no tokenizer that can be read", cure):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
@@ -255,7 +270,7 @@ def load_tokenizer(folder: str, source: str) -> Any:
                 f"the tokenizer of {source} has no {name} token: take the one that the model was"
                 " trained with"
             )
-    with _foreign(f"the tokenizer of {source} is broken", cure):
+    with foreign(f"the tokenizer of {source} is broken", cure):
         tokenizer(["a b", "a"], padding=True)  # some fail at their first text alone
         longest = int(min(tokenizer.model_max_length, 2**31))
         _ = max(tokenizer.get_vocab().values())

@@ -26,4 +26,4 @@ def modality_of(run: Run, manifest: Manifest) -> Modality:
         return TextModality(run, manifest)
     from selfdistill.engine.training.modalities.image import ImageModality
 
-    return ImageModality(run)
+    return ImageModality(run, manifest)

@@ -20,6 +20,8 @@ Batch = dict[str, Tensor]
 Section = Literal["decoder", "pretrain", "distill", "finetune"]
 #: What a vector of a sample is read from: its first token, or the mean of them.
 Pooled = Literal["cls", "mean"]
+#: Options of fine-tuning that change pictures, and no texts.
+PICTURED = ("drop_path", "crop", "augment", "mixup", "cutmix")
 TeacherMode = Literal["replicated", "sharded", "cached"]
 
 

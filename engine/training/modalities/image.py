@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from selfdistill.data.errors import UserError
+from selfdistill.data.formats import fitting
 from selfdistill.data.formats.images import sides, typed
 from selfdistill.data.loading.codec import Images
+from selfdistill.data.loading.datasets import Keyed
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.export import export_classifier, export_mae
 from selfdistill.engine.checkpoints.folder import Run
@@ -38,7 +40,15 @@ from selfdistill.engine.training.modalities.base import (
     settle_pooling,
 )
 from selfdistill.engine.training.objectives import Feature
-from selfdistill.engine.training.views import Crops, Flips, MaskNoise, Together, TwoFlips
+from selfdistill.engine.training.views import (
+    Augment,
+    Crops,
+    Flips,
+    MaskNoise,
+    Mixes,
+    Together,
+    TwoFlips,
+)
 
 #: Images in a picture of reconstructions.
 PICTURES = 8
@@ -50,10 +60,10 @@ class ImageModality(Modality):
     samples = units = "images"
     full: tuple[str, ...] = ("images",)
     masked: tuple[str, ...] = ("images", "noise")
-    labelled: tuple[str, ...] = ("images", "flip")
+    labelled: tuple[str, ...] = ("images", "flip", "share", "blend", "box")
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.config = run, run.config
+    def __init__(self, run: Run, manifest: Manifest | None = None) -> None:
+        self.run, self.config, self.manifest = run, run.config, manifest
 
     def load(self, source: str | None = None) -> Pretrained:
         """See `Modality`."""
@@ -72,7 +82,7 @@ class ImageModality(Modality):
                     " have 3: give weights for 3"
                 )
             for note in loaded.notes:
-                self.run.info(f"{path}: {note}")
+                self.run.info_once(f"{path}: {note}")
             return replace(loaded, shape=self._masked(loaded.shape))
         sizes = config.model.shape
         shape = Shape(
@@ -121,7 +131,7 @@ class ImageModality(Modality):
 
     def codec(self, base: Pretrained, manifest: Manifest) -> Images:
         """See `Modality`."""
-        return Images(base.shape.image_size, manifest.span)
+        return Images(base.shape.image_size, manifest.span, fitting.of(manifest.image))
 
     def mask(self, base: Pretrained) -> MaskNoise:
         """See `Modality`."""
@@ -130,9 +140,16 @@ class ImageModality(Modality):
     def augment(self, seed: int) -> Together | None:
         """See `Modality`."""
         plan = self.config.finetune
-        parts = (Flips(seed),) if plan.flip else ()
-        crops = (Crops(seed, *plan.crop),) if plan.crop else ()
-        return Together((*crops, *parts)) if crops or parts else None
+        parts: list[Keyed] = []
+        if plan.augment != "none":
+            parts.append(Augment(seed, plan.augment, plan.crop))
+        elif plan.crop:
+            parts.append(Crops(seed, *plan.crop))
+        if plan.flip:
+            parts.append(Flips(seed))
+        if plan.mixup or plan.cutmix:
+            parts.append(Mixes(seed, plan.mixup, plan.cutmix))
+        return Together(tuple(parts)) if parts else None
 
     def pairs(self, seed: int) -> TwoFlips:
         """See `Modality`: each view is mirrored or not."""
@@ -241,7 +258,7 @@ class ImageModality(Modality):
         """See `Modality`: a folder for transformers' ViTMAE."""
         encoder, decoder = (self._whole(m) for m in (model.mae.encoder, model.mae.decoder))
         if self.run.ranks.main:
-            export_mae(folder, base.shape, encoder, decoder, base.mean, base.std)
+            export_mae(folder, base.shape, encoder, decoder, base.mean, base.std, self._own())
 
     def export_classifier(
         self, folder: Path, model: ImageClassifier, base: Pretrained, classes: list[str]
@@ -250,7 +267,16 @@ class ImageModality(Modality):
         encoder, head = (self._whole(m) for m in (model.network.encoder, model.network.head))
         if self.run.ranks.main:
             pool = self.config.finetune.settled
-            export_classifier(folder, base.shape, encoder, head, classes, pool, base.mean, base.std)
+            scales = base.mean, base.std
+            export_classifier(
+                *(folder, base.shape, encoder, head, classes, pool, *scales, self._own()),
+                several=self.manifest is not None and self.manifest.several,
+            )
+
+    def _own(self) -> dict[str, Any]:
+        """What an export says for `engine.inference`: how its images were packed, and scored."""
+        packed = {} if self.manifest is None else self.manifest.image
+        return {"image": packed, "precision": self.config.precision}
 
     def _whole(self, module: torch.nn.Module) -> dict[str, Tensor]:
         return merged(full_state(module, keep=self.run.ranks.main), self.config.lora)

@@ -17,7 +17,7 @@ from selfdistill.data.formats.texts import Text, Texts, parse
 from selfdistill.data.loading.reader import Reader
 from selfdistill.data.loading.windows import Windows
 from selfdistill.data.shards.manifest import Manifest, is_remote
-from selfdistill.engine.checkpoints.export import export_transformers
+from selfdistill.engine.checkpoints.export import PROBLEM, export_transformers
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.models.adapters import merged
 from selfdistill.engine.models.texts.classifier import TextClassifier
@@ -40,6 +40,7 @@ from selfdistill.engine.monitoring import flops, texts
 from selfdistill.engine.monitoring.monitor import Monitor
 from selfdistill.engine.runtime.zero import full_state
 from selfdistill.engine.training.modalities.base import (
+    PICTURED,
     Batch,
     Modality,
     Pooled,
@@ -75,8 +76,8 @@ class TextModality(Modality):
 
     def __init__(self, run: Run, manifest: Manifest) -> None:
         self.run, self.config, self.manifest = run, run.config, manifest
-        for name in ("drop_path", "crop") if run.config.stage in ("finetune", "all") else ():
-            if getattr(run.config.finetune, name):
+        for name in PICTURED if run.config.stage in ("finetune", "all") else ():
+            if getattr(run.config.finetune, name) not in (None, 0, "none"):
                 raise UserError(f"--finetune.{name} is for images, these are texts: leave it out")
 
     def load(self, source: str | None = None) -> Language:
@@ -368,9 +369,12 @@ class TextModality(Modality):
 
         One that pools by the mean is for sentence-transformers, whose ``encode`` gives the logits.
         """
-        self._export(
-            folder, model.network, base, base.max_length, told=Sentences() if model.mean else None
-        )
+        if (
+            self.manifest and self.manifest.several
+        ):  # transformers' own word, by which its loss and pipelines take sigmoids
+            model.network.config.problem_type = PROBLEM
+        told = Sentences() if model.mean else None
+        self._export(folder, model.network, base, base.max_length, told=told)
 
     def _export(
         self,
@@ -388,4 +392,5 @@ class TextModality(Modality):
             if max_length is not None:
                 tokenizer = copy.deepcopy(tokenizer)
                 tokenizer.model_max_length = max_length
-            export_transformers(folder, network, tensors, tokenizer, base.config, told)
+            own = {"bucket": self.config.text.bucket, "precision": self.config.precision}
+            export_transformers(folder, network, tensors, tokenizer, base.config, told, own)

@@ -33,7 +33,8 @@ def take(env: "os._Environ[str]") -> torch.device:
     name = f"GPU-{visible[found.index or 0]}"
     devices.uuid = lambda _: name
     told = {k: env[k] for k in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_LOCALID")}
-    print("TOOK " + json.dumps(told | {"gpu": name, "host": socket.gethostname()}), flush=True)
+    line = "TOOK " + json.dumps(told | {"gpu": name, "host": socket.gethostname()})
+    print(line, file=sys.__stdout__, flush=True)  # what libraries print goes to log.txt
     return torch.device("cpu")
 
 

@@ -15,9 +15,9 @@ from selfdistill.data.formats.texts import Texts
 from selfdistill.data.loading import windows as windows_module
 from selfdistill.data.loading.loader import Loader, Sequential
 from selfdistill.data.loading.windows import Windows, by_bytes, fitting, parts_of, table_of
-from selfdistill.data.shards.encoding import TextModality
+from selfdistill.data.packing.encoding import TextModality
+from selfdistill.data.packing.writer import write_split
 from selfdistill.data.shards.manifest import Manifest
-from selfdistill.data.shards.writer import write_split
 from selfdistill.data.sources.samples import Sample
 
 BOS, PAD, EOS, ROOM = 0, 1, 2, 12

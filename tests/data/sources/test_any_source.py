@@ -93,7 +93,7 @@ def test_any_folder_of_classes(
         assert call(pack, root / "images", root / "out", "--splits", "1") == 0
     said = told.getvalue()
     assert packed(root / "out") == wanted
-    assert (f"note: {others} files are not of a known kind" in said) == bool(others)
+    assert (f"note: left out: {others} file" in said) == bool(others)
     assert ("zz-empty is empty and no class" in said) == empty
 
 
@@ -305,7 +305,7 @@ def test_files_of_texts_that_are_passed_over(
         (tmp_path / name).write_text("".join(rows))
     assert call(pack, tmp_path, tmp_path / "out") == 0
     said = capsys.readouterr().err
-    assert "1 files are not named after a split and are left out, such as train-00001.jsonl" in said
+    assert "left out: 1 file not named after a split, such as train-00001.jsonl" in said
 
 
 def test_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

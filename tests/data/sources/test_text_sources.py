@@ -283,7 +283,7 @@ LONG = " ".join(["word"] * 100_000)
         (lines("a.tsv", "text\tlabel", "x\t"), [], "line 2 has no label"),
         (rows({"text": "x", "label": -1}), [], "label -1 stands for none"),
         (rows({"text": "x", "label": True}), [], "label is bool"),
-        (rows({"text": "x", "label": [1]}), [], "label is list"),
+        (rows({"text": "x", "label": {"a": 1}}), [], "label is dict"),
         (split("test.jsonl", {"text": "x", "label": "c"}), [], "test.jsonl line 1: class 'c' has"),
         (split("dev.jsonl", {"text": "x", "label": "B"}), [], "dev.jsonl line 1: class 'B' has"),
         (rows({"sentence": "x", "label": "a"}), [], "no column 'text' .*sentence.*--text_column"),

@@ -17,9 +17,9 @@ from selfdistill.data.formats import texts
 from selfdistill.data.formats.texts import Text, Texts, pack_rows, parse
 from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.loader import Loader, Sequential
-from selfdistill.data.shards.encoding import TextModality
+from selfdistill.data.packing.encoding import TextModality
+from selfdistill.data.packing.writer import write_split
 from selfdistill.data.shards.manifest import Manifest
-from selfdistill.data.shards.writer import write_split
 from selfdistill.data.sources.samples import Sample
 
 BOS, PAD, EOS = 0, 1, 2

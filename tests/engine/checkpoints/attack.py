@@ -23,7 +23,8 @@ from torch import Tensor, nn  # noqa: E402
 
 from selfdistill.data.errors import UserError  # noqa: E402
 from selfdistill.engine.checkpoints import training_state  # noqa: E402
-from selfdistill.engine.checkpoints.checkpoint import Checkpoints, Reader, State  # noqa: E402
+from selfdistill.engine.checkpoints.checkpoint import Checkpoints, Reader  # noqa: E402
+from selfdistill.engine.checkpoints.state import State  # noqa: E402
 from selfdistill.engine.run import _quiet  # noqa: E402
 from selfdistill.engine.runtime.distributed import Ranks, initialize  # noqa: E402
 

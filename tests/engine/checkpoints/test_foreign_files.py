@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 
 from selfdistill.data import records
 from selfdistill.data.errors import UserError
-from selfdistill.engine.checkpoints.checkpoint import Checkpoints, Reader, State
+from selfdistill.engine.checkpoints.checkpoint import Checkpoints, Reader
 from selfdistill.engine.checkpoints.files import remove
 from selfdistill.engine.checkpoints.folder import open_run, read_config
 from selfdistill.engine.checkpoints.results import numbered, read_result
+from selfdistill.engine.checkpoints.state import State
 from selfdistill.engine.checkpoints.training_state import load_weights
 from selfdistill.engine.config.options import load
 from selfdistill.engine.monitoring.monitor import cut_metrics
@@ -51,6 +52,7 @@ def written(folder: Path, change: dict[str, Any], name: str = "step-00000004") -
         *(("seconds", value) for value in (math.inf, -1, "1")),
         *(("last", value) for value in ([], {"loss": "low"})),
         *(("scored", value) for value in (-1, "x")),
+        *(("curve", value) for value in ({"step": 1}, [1], [{"step": "x"}])),
         *(("manifest", value) for value in (None, 3)),
         ("more", 1),
     ],

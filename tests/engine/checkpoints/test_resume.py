@@ -116,17 +116,20 @@ def whole(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def killed(root: Path) -> None:
-    """A fine-tuning of one rank and a distillation of two, each killed after its 10th step."""
+    """A fine-tuning of one rank and a distillation of two, each killed after its 10th step.
+
+    They write their checkpoints while the steps go on; those that go on from them do not.
+    """
     kill_after(
         root / "runs" / "killed" / STEP_10,
-        [sys.executable, "engine/run.py", *words(finetune(root, "killed"))],
+        [sys.executable, "engine/run.py", *words(finetune(root, "killed", save_async=True))],
     )
     assert not (root / "runs" / "killed" / "finetune-model" / "result.json").exists()
     kill_after(
         root / "runs" / "killed-2" / "distill-1" / "checkpoints" / "step-00000010",
         [
             *("deepspeed", "--num_gpus", "2", "--master_port", str(free_port())),
-            *("engine/run.py", *words(distill(root, "killed-2", zero="zero2"))),
+            *("engine/run.py", *words(distill(root, "killed-2", zero="zero2", save_async=True))),
         ],
     )
     assert not (root / "runs" / "killed-2" / "distill-1" / "result.json").exists()

@@ -195,6 +195,13 @@ def table(root: Path) -> list[tuple[str, tuple[str, list[str]], str]]:
             engine(r, "finetune", data=r / "unlabelled", **{"finetune.start": "model"}),
             "no labels",
         ),
+        ("kept by no probe", engine(r, **{"pretrain.keep": "best"}), "give --probe.every, auto or"),
+        (
+            "stopped by no scores",
+            engine(r, "finetune", **{"finetune.patience": 3}),
+            "--finetune.patience 3 goes by the scores of val",
+        ),
+        ("probed never", engine(r, **{"probe.every": "soon"}), "--probe.every soon: give a number"),
         ("no such start", engine(r, **{"finetune.start": "distil-1"}), "or distill-N (a round)"),
         (
             "a round that is not there",

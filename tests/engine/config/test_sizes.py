@@ -36,6 +36,17 @@ def test_what_is_none_is_refused(typed: str) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_help_shows_the_values_of_a_recipe() -> None:
+    def steps(*words: str) -> str:
+        page = help_text(words).splitlines()
+        assert "defaults: those of " in page[-2]
+        return next(line.split()[-1] for line in page if line.startswith("  --pretrain.steps "))
+
+    own = load({"recipe": "vit_small"}).pretrain.steps
+    assert steps("--help") == "[20000]"
+    assert steps("--recipe", "vit_small") == steps("--recipe=vit_small") == f"[{own}]"
+
+
 def test_help_says_both() -> None:
     lines = [line for line in help_text().splitlines() if "image_size" in line]
     assert len(lines) == 2

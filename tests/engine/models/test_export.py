@@ -15,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModel,
+    AutoModelForImageClassification,
     ViTForImageClassification,
     ViTMAEForPreTraining,
     ViTMAEModel,
@@ -85,7 +86,7 @@ def test_transformers_loads_the_mae_and_gives_the_same(tmp_path: Path, eps: floa
 
 
 def test_the_encoder_alone_is_there_for_both_libraries(tmp_path: Path) -> None:
-    """AutoModel of the whole hides patches at random: two calls differ. These do not."""
+    """ViTMAEModel hides patches at random: two calls differ. What AutoModel makes does not."""
     model = exported_mae(tmp_path / "mae")
     images, _ = kit.batch()
     wanted = model.encoder(images)
@@ -93,9 +94,15 @@ def test_the_encoder_alone_is_there_for_both_libraries(tmp_path: Path) -> None:
         tmp_path / "mae" / "encoder", add_pooling_layer=False, output_loading_info=True
     )
     assert_clean(report)
-    for _ in range(2):
-        found = plain.eval()(images).last_hidden_state
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    also, report = AutoModel.from_pretrained(
+        tmp_path / "mae", add_pooling_layer=False, output_loading_info=True
+    )
+    assert_clean(report, unexpected="decoder.")
+    for model_again in (plain, also):
+        assert type(model_again) is ViTModel
+        for _ in range(2):
+            found = model_again.eval()(images).last_hidden_state
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     of_timm = timm.create_model(f"local-dir:{tmp_path / 'mae' / 'timm'}", pretrained=True).eval()
     assert of_timm.num_classes == 0
     torch.testing.assert_close(of_timm.forward_features(images), wanted, rtol=1e-4, atol=1e-5)
@@ -150,8 +157,15 @@ def test_timm_loads_the_classifier_and_gives_the_same(tmp_path: Path, pool: str)
     torch.testing.assert_close(loaded(images), model(images), rtol=1e-5, atol=1e-5)
     assert loaded.pretrained_cfg["label_names"] == CLASSES
     assert loaded.pretrained_cfg["mean"] in (MEAN, list(MEAN))
-    # transformers knows no mean pooling: nothing that would compute otherwise is left for it.
-    assert (tmp_path / "export/config.json").exists() == (pool == "cls")
+    # transformers' ViT knows no mean pooling: its wrapper of timm's models does.
+    theirs, report = AutoModelForImageClassification.from_pretrained(
+        tmp_path / "export", output_loading_info=True
+    )
+    assert_clean(report)
+    named = {"cls": "ViTForImageClassification", "mean": "TimmWrapperForImageClassification"}
+    assert type(theirs).__name__ == named[pool]
+    torch.testing.assert_close(theirs.eval()(images).logits, model(images), rtol=1e-5, atol=1e-5)
+    assert theirs.config.id2label == dict(enumerate(CLASSES))
     assert load_pretrained(str(tmp_path / "export")).shape.mlp_width == SHAPE.mlp_width
 
 

@@ -193,7 +193,7 @@ def test_exports_of_rectangles(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", MAKE)
 @torch.no_grad()
 def test_classifiers(tmp_path: Path, name: str, pool: str, size: Size) -> None:
-    """transformers' class, where it has one that pools so; timm's always."""
+    """transformers' class, where it has one that pools so, or its wrapper of timm's; timm's."""
     made(tmp_path / "in", name)
     base = load_pretrained(str(tmp_path / "in"), size)
     classifier = ViTClassifier(ours(base), 3, pool=pool).eval()
@@ -204,18 +204,21 @@ def test_classifiers(tmp_path: Path, name: str, pool: str, size: Size) -> None:
     images = torch.randn(2, 3, *sides(size))
     wanted = classifier(images)
     assert torch.allclose(of_timm(out / "timm", base)(images), wanted, atol=1e-5)
-    if (out / "config.json").exists():
-        theirs, told = AutoModelForImageClassification.from_pretrained(
-            out, output_loading_info=True
-        )
-        assert not told["unexpected_keys"]
-        assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
-        assert torch.allclose(theirs.eval()(images).logits, wanted, atol=1e-5)
-        again = load_pretrained(str(out))
-        assert again.shape == base.shape
+    theirs, told = AutoModelForImageClassification.from_pretrained(out, output_loading_info=True)
+    assert not told["unexpected_keys"]
+    assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
+    wrapped = type(theirs).__name__ == "TimmWrapperForImageClassification"
+    assert not (wrapped and (name, pool) in POOLED and (size == 32 or name in ("vit", "deit")))
+    # Of the wrapped ones the files cannot say the norms' epsilon.
+    assert torch.allclose(theirs.eval()(images).logits, wanted, atol=1e-3 if wrapped else 1e-5)
+    if wrapped and "siglip" in name:  # without the attention that pools it is no whole encoder
+        return
+    again = load_pretrained(str(out))
+    assert again.shape == base.shape
+    if wrapped:  # with registers the class token has taken its position with it
+        assert torch.allclose(ours(again)(images), ours(base)(images), atol=1e-5)
+    else:
         assert all(torch.equal(again.encoder[k], v) for k, v in base.encoder.items())
-    known = (name, pool) in POOLED and (size == 32 or name in ("vit", "deit"))
-    assert (out / "config.json").exists() or not known
 
 
 #: timm's architecture -> arguments that make it small.
@@ -354,8 +357,12 @@ def test_from_a_folder_to_a_table(tmp_path: Path) -> None:
                     "model.image_size": 16,
                     "output": str(tmp_path / f"run-{name}-{zero}"),
                     "zero": zero,
-                    "decoder.steps": 3,
+                    "decoder.steps": 2,
                     "decoder.batch": 8,
+                    "pretrain.steps": 2,
+                    "distill.steps": 2,
+                    "finetune.steps": 2,
+                    "finetune.warmup": 1,
                 }
                 for name, zero in cases
             ],

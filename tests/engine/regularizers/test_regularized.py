@@ -15,7 +15,7 @@ from transformers import ViTForImageClassification
 
 from selfdistill.engine.training.views import Flips
 from selfdistill.launcher.plan import memory
-from tests.engine.training.test_analysis import pictures
+from tests.engine.training.scoring.test_analysis import pictures
 from tests.engine.training.test_parity_training import batches
 from tests.kit import texts as text_kit
 from tests.kit.launches import make_world, metrics, run_cases

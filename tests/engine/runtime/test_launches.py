@@ -218,10 +218,16 @@ ALWAYS = {
     "speed/step_seconds",
     "speed/images_per_second",
     "speed/data_wait_percent",
+    "ranks/own_seconds_min",
+    "ranks/own_seconds_median",
+    "ranks/own_seconds_max",
+    "ranks/slowest",
+    "ranks/held_up_percent",
     MEMORY,
 }
 DISTILL = {"loss/mae", "loss/distill", "feature/cosine", "feature/teacher_spread"}
-SCORES = {"accuracy", "macro_f1", "micro_f1", "loss"}
+RANKED = {"auroc", "average_precision", "ece"}
+SCORES = {"accuracy", "macro_f1", "micro_f1", "loss", "balanced_accuracy", *RANKED}
 ANALYSIS = {"train_loss", "train_accuracy", "val_loss", "test_loss", "gap"}
 ANALYSIS |= {"distance_from_init", "feature_drift", "feature_cosine"}
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from selfdistill.engine.monitoring.monitor import read_metrics
 from selfdistill.engine.runtime import preemption
 from selfdistill.engine.runtime.preemption import AGAIN
-from tests.kit.launches import COMMON, ROOT, environment, launch, make_world, metrics
+from tests.kit.launches import COMMON, ROOT, environment, launch, make_world, metrics, samples
 
 pytestmark = pytest.mark.multi
 
@@ -54,15 +54,6 @@ def figures(stage: Path) -> list[dict[str, float]]:
         {k: v for k, v in line.items() if k == "step" or k.startswith(TAGS)}
         for line in metrics(stage)
     ]
-
-
-def samples(stage: Path) -> dict[int, list[int]]:
-    """Each step's samples over all ranks, from the recorded log."""
-    found: dict[int, list[int]] = {}
-    for path in sorted((stage / "samples").glob("rank-*.jsonl")):
-        for line in map(json.loads, path.read_text().splitlines()):
-            found.setdefault(line["step"], []).extend(line["ids"])
-    return {step: sorted(ids) for step, ids in sorted(found.items())}
 
 
 def same_weights(*stages: Path) -> bool:
@@ -208,10 +199,40 @@ def test_a_stopped_process_is_found_by_the_others(root: Path) -> None:
         _, err = process.communicate(timeout=100)
         assert "error: rank 0 on" in err
         assert re.search(r"rank 1 on \S+ \(pid \d+\) has given no sign of life", err), err
-        assert re.search("all_(reduce|gather)", dump.read_text())  # where a rank waits in vain
+        assert re.search("all_(reduce|gather)|broadcast", dump.read_text())  # it waits in vain
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_torchrun_starts_the_ranks_again(root: Path) -> None:
+    """--max_restarts: a rank is killed, and the same job goes on from its newest checkpoint."""
+    folder = root / "runs" / "restarted"
+    more = {"stage": "pretrain", "pretrain.steps": 150, "save_every": 5, "output": str(folder)}
+    process = subprocess.Popen(
+        ["torchrun", "--nproc_per_node=2", "--standalone", "--max_restarts=1", "engine/run.py"]
+        + [
+            word
+            for key, value in (options(root) | more).items()
+            for word in (f"--{key}", str(value))
+        ],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    until = time.monotonic() + 200
+    while not list((folder / "pretrain" / "checkpoints").glob("step-*")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    os.kill(json.loads((folder / ".pulse" / "rank-00001.json").read_text())["pid"], signal.SIGKILL)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out[-4000:]
+    assert "pretrain: resumed at step" in out
+    assert list(samples(folder / "pretrain")) == list(range(1, 151))
+    assert (folder / "pretrain" / "result.json").exists()
 
 
 def test_a_launch_of_other_ranks_and_stages_goes_on_at_the_same_sample(root: Path) -> None:

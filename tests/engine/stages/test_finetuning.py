@@ -22,7 +22,7 @@ from transformers import (
 from selfdistill.engine.training.views import Crops, Flips, Together
 from selfdistill.launcher.plan import memory
 from tests.engine.training import test_parity_text as text_parity
-from tests.engine.training.test_analysis import pictures
+from tests.engine.training.scoring.test_analysis import pictures
 from tests.engine.training.test_parity_training import batches, fresh_classifier
 from tests.kit import texts as text_kit
 from tests.kit.launches import make_world, metrics, run_cases
@@ -199,7 +199,7 @@ def test_checkpoints_hold_weights_and_average(root: Path) -> None:
     names = [name.removeprefix("fp32/") for name in tensors if name.startswith("fp32/")]
     assert {f"average/{name}" for name in names} <= tensors.keys()
     planned = memory.checkpoint_bytes(
-        memory.Parameters(sum(tensors[f"fp32/{n}"].numel() for n in names), 0, 0), averaged=True
+        memory.Parameters(sum(tensors[f"fp32/{n}"].numel() for n in names), 0, 0), copies=1
     )
     assert sum(tensor.nbytes for tensor in tensors.values()) == planned
     assert any(not torch.equal(tensors[f"average/{n}"], tensors[f"fp32/{n}"]) for n in names)

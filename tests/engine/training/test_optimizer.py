@@ -11,9 +11,9 @@ from timm.optim import param_groups_layer_decay
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from selfdistill.data.errors import UserError
-from selfdistill.engine.checkpoints.checkpoint import BEFORE
 from selfdistill.engine.checkpoints.folder import _check_complete
-from selfdistill.engine.config.stages import FinetuneSection
+from selfdistill.engine.checkpoints.state import BEFORE
+from selfdistill.engine.config.stages import DistillSection, FinetuneSection, PretrainSection
 from selfdistill.engine.models.images.networks import ImageClassifier, Normalize
 from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.models.images.vit_mae import ViTClassifier, ViTEncoder
@@ -40,9 +40,12 @@ def test_schedules_are_those_of_transformers(warmup: int) -> None:
 
 
 def test_records_of_before_there_was_an_option_are_equal() -> None:
-    now = {f"finetune.{k}": v for k, v in FinetuneSection(steps=5).model_dump().items()}
-    then = {k: v for k, v in now.items() if k not in BEFORE}
-    _check_complete(Path("x"), {"record": then, "manifest": "m"}, now, "m")
+    sections = {"pretrain": PretrainSection, "distill": DistillSection, "finetune": FinetuneSection}
+    for stage, section in sections.items():
+        now = {f"{stage}.{k}": v for k, v in section(steps=5).model_dump().items()}
+        then = {k: v for k, v in now.items() if k not in BEFORE}
+        assert {f"{stage}.keep", f"{stage}.patience"} <= now.keys() - then.keys()
+        _check_complete(Path("x"), {"record": then, "manifest": "m"}, now, "m")
     with pytest.raises(UserError, match=r"finetune.schedule = linear, now it is cosine"):
         _check_complete(
             Path("x"),

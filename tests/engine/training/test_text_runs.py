@@ -137,7 +137,18 @@ def test_rows_of_several_texts_change_no_figure(root: Path) -> None:
         shared | {"text.packed": packed, "output": str(root / "runs" / f"packed-{packed}")}
         for packed in (False, True)
     ]
+    pooled = {"stage": "finetune", "finetune.pool": "mean"}
+    cases += [case | pooled | {"output": f"{case['output']}-mean"} for case in cases]
     run_cases(root / "packed", cases)
+    for pool in ("", "-mean"):
+        padded, packed = (
+            json.loads((root / f"runs/packed-{p}{pool}/finetune-model/result.json").read_text())[
+                "analysis"
+            ]
+            for p in (False, True)
+        )
+        for name in ("feature_drift", "feature_cosine", "test_loss"):
+            assert packed[name] == pytest.approx(padded[name], rel=1e-3), (pool, name)
     for stage, terms in (
         ("pretrain", ("loss",)),
         ("distill-1", ("loss", "mlm", "distill")),

@@ -16,9 +16,9 @@ from selfdistill.data.formats.texts import Texts, store
 from selfdistill.data.loading import windows as counting
 from selfdistill.data.loading.loader import Sequential
 from selfdistill.data.loading.windows import Windows
-from selfdistill.data.shards.encoding import TextModality as Packed
+from selfdistill.data.packing.encoding import TextModality as Packed
+from selfdistill.data.packing.writer import write_split
 from selfdistill.data.shards.manifest import Manifest
-from selfdistill.data.shards.writer import write_split
 from selfdistill.data.sources.samples import Sample
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.config.schema import Config

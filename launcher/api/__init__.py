@@ -1,0 +1,1 @@
+"""The commands as Python functions: what `import selfdistill as sd` gives."""

@@ -1,0 +1,1 @@
+"""Pages that need nothing else: their figures, and what an evaluation shows."""

@@ -1,0 +1,151 @@
+"""Inputs as people have them: each place gives what Python's own readers give, or says why not."""
+
+import csv
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from selfdistill.data.errors import UserError
+from selfdistill.data.formats.texts import Text
+from selfdistill.data.inputs.base import Input, Inputs
+from selfdistill.data.inputs.find import Kind, find
+from selfdistill.data.inputs.tables import Wanted
+
+ODD = ['a "quoted" word', "two\nlines, one comma", "größe 日本", "", "  spaces  ", "x" * 5000]
+
+
+def png(colour: int = 0) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (4, 4), (colour, 0, 0)).save(out, "PNG")
+    return out.getvalue()
+
+
+def everything(inputs: Inputs) -> list[Input]:
+    """All inputs, first backwards, then forwards: places are independent."""
+    backwards = [inputs.read(i) for i in reversed(range(inputs.samples))]
+    forwards = [inputs.read(i) for i in range(inputs.samples)]
+    assert backwards[::-1] == forwards
+    return forwards
+
+
+@pytest.mark.parametrize("form", [",", ";", "tab", "bom", "windows"])
+def test_tables_read_by_place_as_the_csv_module_reads_them(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    delimiter = {"tab": "\t", ";": ";"}.get(form, ",")
+    end = "\r\n" if form == "windows" else "\n"
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter=delimiter, lineterminator=end)
+    writer.writerows([["id", "body", "n"], *([f"k{i}", text, i] for i, text in enumerate(ODD))])
+    path.write_bytes(("\ufeff" if form == "bom" else "").encode() + out.getvalue().encode())
+    found = everything(find(str(path), "text", wanted=Wanted(text="body")))
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        expected = list(csv.DictReader(file, delimiter=delimiter))
+    assert [one.name for one in found] == [row["id"] for row in expected]
+    assert [one.content for one in found] == [Text(row["body"], None) for row in expected]
+
+
+def test_a_broken_line_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    lines = [json.dumps({"text": "a", "text_pair": "b"}), "no json", "[1]", '{"text": 3}', "{}"]
+    path.write_bytes("\n".join([*lines, "", ""]).encode() + b'{"text": "\xff"}\n{"text": "end"}')
+    found = everything(find(str(path), "text"))
+    assert found[0].content == Text("a", "b")
+    assert found[-1].content == Text("end", None)
+    reasons = ["no valid JSON", "no JSON object", "'text' is int, no text", "'text' is missing"]
+    for one, reason in zip(found[1:6], [*reasons, "not UTF-8 (byte 10"], strict=True):
+        assert reason in one.error
+    (tmp_path / "t.tsv").write_text('text\tn\nhe said "no\t1\ntoo\tmany\tfields\n')
+    first, second = everything(find(str(tmp_path / "t.tsv"), "text"))
+    assert first.content == Text('he said "no', None)
+    assert "not as many fields as the header" in second.error
+
+
+def test_paths_from_tables_and_lines(tmp_path: Path) -> None:
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b/ü.png").write_bytes(png())
+    names = ["a b/ü.png", "a b\\ü.png", "gone.png", "a b", ""]
+    (tmp_path / "l.txt").write_text("\n".join(names))
+    with (tmp_path / "l.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["file", "n"], *([name, 1] for name in names)])
+    table = everything(find(str(tmp_path / "l.csv"), "image", wanted=Wanted(path="file")))
+    lines = everything(find(str(tmp_path / "l.txt"), "image"))
+    assert [one.name for one in table] == names
+    assert table[:4] == lines
+    assert [one.content == png() for one in table] == [True, True, False, False, False]
+    assert [one.error for one in table[:3]] == ["", "", "it is not there"]
+    assert "no regular file" in table[3].error
+    assert table[4].error
+
+
+def test_tars_parquet_and_patterns(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "p.tar", "w") as tar:
+        for name in ("x/1.png", "x/1.cls", "__MACOSX/y.png", "x/2.heic"):
+            info = tarfile.TarInfo(name)
+            info.size = len(png())
+            tar.addfile(info, io.BytesIO(png()))
+    tarred = find(str(tmp_path / "p.tar"), "image")
+    assert [one.name for one in everything(tarred)] == [
+        f"{tmp_path}/p.tar/x/1.png",
+        f"{tmp_path}/p.tar/x/2.heic",
+    ]
+    assert "1 .cls" in tarred.notes[0]
+    assert everything(tarred)[0].content == png()
+    pictures = [{"bytes": png(i), "path": f"{i}.png"} for i in range(5)] + [None]
+    pq.write_table(pa.table({"image": pictures}), tmp_path / "t.parquet", row_group_size=2)
+    found = everything(find(str(tmp_path / "t.parquet"), "image"))
+    assert [(one.name, one.content) for one in found[:5]] == [
+        (f"{i}.png", png(i)) for i in range(5)
+    ]
+    assert found[5].error == "it has no bytes"
+    for name in ("b.png", "a.png", "c.txt"):
+        (tmp_path / name).write_bytes(png())
+    given = find(str(tmp_path / "*.png"), "image")
+    assert [Path(one.name).name for one in everything(given)] == ["a.png", "b.png"]
+    assert find(str(tmp_path / "*.png"), "image").digest() == given.digest()
+    assert find(str(tmp_path / "a.png"), "image").digest() != given.digest()
+
+
+BAD: list[tuple[str, Kind, dict[str, Any], str]] = [
+    ("p.zip", "image", {}, "is an archive: extract it"),
+    ("p.tgz", "image", {}, "is compressed"),
+    ("cut.tar", "image", {}, "no whole tar"),
+    ("t.csv", "text", {}, r"no column 'text' \(it has texts, n\). Did you mean texts"),
+    ("empty.csv", "text", {}, "has no texts"),
+    ("empty.jsonl", "image", {}, "names no pictures"),
+    ("a.png", "text", {}, "is no file of texts"),
+    ("a.png", "image", {"split": "test"}, "--split test: .* is no packed set"),
+    ("a.pgn", "image", {}, r"there is no .*a\.pgn\. Did you mean a\.png"),
+    ("two", "text", {}, r"several tables \(a\.csv, b\.csv\)"),
+    ("bad.csv", "text", {}, "bad.csv: .*: correct the file"),
+    ("latin.csv", "text", {}, "not text in UTF-8"),
+    ("t.parquet", "text", {}, "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "options", "message"), BAD)
+def test_mistakes_are_one_line(
+    name: str, kind: Kind, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "p.zip").write_bytes(b"PK\3\4")
+    (tmp_path / "p.tgz").write_bytes(b"\x1f\x8b")
+    (tmp_path / "cut.tar").write_bytes(bytes(100))
+    (tmp_path / "t.csv").write_text("texts,n\na,1\n")
+    (tmp_path / "empty.csv").write_text("text\n")
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "bad.csv").write_text('text,n\n"a"b,1\n')
+    (tmp_path / "latin.csv").write_bytes(b"text\n\xe4\n")
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    (tmp_path / "two").mkdir()
+    for one in ("a.csv", "b.csv"):
+        (tmp_path / "two" / one).write_text("text\na\n")
+    with pytest.raises(UserError, match=message) as caught:
+        find(str(tmp_path / name), kind, **options)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,148 @@
+"""Models from elsewhere: logits and features are those of the library that saved them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    PreTrainedModel,
+    RobertaForSequenceClassification,
+    SiglipConfig,
+    SiglipForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from selfdistill.data.errors import UserError
+from selfdistill.data.formats.texts import Text
+from selfdistill.engine.inference.model import load
+from tests.kit import texts as text_kit
+from tests.kit.launches import make_base
+
+SIZES = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "image_size": 16,
+    "patch_size": 4,
+}
+NAMES = {0: "ant", 1: "bee", 2: "cat"}
+PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16), np.uint8))
+
+
+def made(kind: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    told = {"id2label": NAMES, "label2id": {v: k for k, v in NAMES.items()}}
+    if kind == "vit":
+        model: PreTrainedModel = ViTForImageClassification(ViTConfig(**SIZES, **told))
+    elif kind == "dinov2":
+        model = Dinov2ForImageClassification(Dinov2Config(**SIZES, mlp_ratio=2, **told))
+    else:
+        model = SiglipForImageClassification(SiglipConfig(vision_config=SIZES, **told))
+    with torch.no_grad():  # transformers leaves biases, and some tables, at zero
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("kind", "pool"), [("vit", "cls"), ("dinov2", "both"), ("siglip", "mean")])
+def test_classifiers_of_transformers(kind: str, pool: str, tmp_path: Path) -> None:
+    theirs = made(kind)
+    theirs.save_pretrained(tmp_path)
+    mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    told = {"image_mean": mean, "image_std": std}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    ours = load(tmp_path)
+    assert ours.classes == list(NAMES.values())
+    assert ours.pool == pool
+    scale = [torch.tensor(one).view(-1, 1, 1) for one in (mean, std)]
+    with torch.no_grad():
+        expected = theirs((PIXELS.float() / 255 - scale[0]) / scale[1]).logits
+    torch.testing.assert_close(ours.forward({"images": PIXELS})["logits"], expected)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_classifiers_of_timm(pool: str, tmp_path: Path) -> None:
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    more = {"global_pool": pool, "fc_norm": False, "num_classes": 3}
+    theirs = timm.create_model("vit_base_patch16_224", **sizes, **more).eval()
+    torch.nn.init.normal_(theirs.head.weight)
+    config = {"label_names": list(NAMES.values())}
+    save_for_hf(theirs, tmp_path, model_config=config, model_args=sizes | more)
+    path = tmp_path / "config.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps(told | {"norm_eps": 1e-6, "model_args": sizes | more}))
+    ours = load(tmp_path)
+    assert ours.classes == list(NAMES.values())
+    cfg = theirs.pretrained_cfg
+    mean, std = (torch.tensor(cfg[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        expected = theirs((PIXELS.float() / 255 - mean) / std)
+    torch.testing.assert_close(ours.forward({"images": PIXELS})["logits"], expected)
+
+
+def test_classifiers_of_texts(tmp_path: Path) -> None:
+    tokenizer = text_kit.make_tokenizer()
+    config = text_kit.config_of("roberta", len(tokenizer))
+    config.id2label, config.label2id = NAMES, {v: k for k, v in NAMES.items()}
+    torch.manual_seed(0)
+    theirs = RobertaForSequenceClassification(config).eval()
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ours = load(tmp_path)
+    texts = [*text_kit.SENTENCES, "a pair"]
+    pairs = [None] * 4 + ["of texts"]
+    arrays = [ours.decode(Text(t, p), t) for t, p in zip(texts, pairs, strict=True)]
+    logits = ours.forward(ours.codec.collate(arrays, texts))["logits"]
+    for row, (text, pair) in enumerate(zip(texts, pairs, strict=True)):
+        with torch.no_grad():
+            expected = theirs(**tokenizer(text, pair, return_tensors="pt")).logits[0]
+        torch.testing.assert_close(logits[row], expected)
+    assert ours.classes == list(NAMES.values())
+
+
+def stage(folder: Path, **result: object) -> Path:
+    """A stage as a launch leaves it; without a result it is not complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").touch()
+    if result:
+        told = {"seconds": 1.0, "metric": "accuracy"} | result
+        (folder / "result.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_which_model_a_run_means(tmp_path: Path) -> None:
+    run = stage(tmp_path / "run")
+    with pytest.raises(UserError, match=r"training of .*run is not complete: wait for it"):
+        load(run)
+    make_base(stage(run / "pretrain", seconds=1) / "export")
+    assert load(run).notes[0].endswith("pretrain, an encoder: the run has no complete fine-tuning")
+    made("vit").save_pretrained(stage(run / "finetune-model", seconds=1) / "export")
+    assert "finetune-model; there is also pretrain" in load(run).notes[0]
+    for seed, score in ((3, 0.5), (4, 0.75), (5, 0.75)):
+        made("vit").save_pretrained(
+            stage(run / f"finetune/seed-{seed}", metrics={"val_accuracy": score}) / "export"
+        )
+    with pytest.raises(UserError, match="finetune is not complete"):
+        load(run / "finetune")
+    with pytest.raises(UserError, match=r"finetune is not complete: .*or name another stage"):
+        load(run)
+    with pytest.raises(UserError, match=r"runn is not there\. Did you mean run\?"):
+        load(tmp_path / "runn")
+    stage(run / "finetune", n=3)
+    found = load(run)
+    assert (
+        "finetune/seed-4, of 3 seeds the one with the best val_accuracy (75.00%)"
+        in (found.notes[0])
+    )
+    assert load(run / "finetune").sha256 == load(run / "finetune/seed-4/export").sha256
+    assert found.precision == "fp32"
+    stage(run / "finetune/seed-3", metrics={})
+    assert "finetune/seed-3, the first of 3: not all have a val_accuracy" in load(run).notes[0]

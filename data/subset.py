@@ -36,6 +36,7 @@ class AsStored:
 
     entries: dict[str, Any]
     name: ClassVar[Literal["image", "text"]]
+    slow: ClassVar[bool] = False
 
     def encode(self, sample: Sample) -> tuple[str, bytes]:
         """See `data.packing.encoding.Kind`."""

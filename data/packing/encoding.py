@@ -90,9 +90,12 @@ class Kind(Protocol):
 
     Attributes:
         name: As it stands in the manifest, and the word for one sample in messages.
+        slow: Whether encoding one takes longer than handing it to a thread (30 us), outside of
+            Python's lock.
     """
 
     name: ClassVar[Literal["image", "text"]]
+    slow: ClassVar[bool]
 
     def encode(self, sample: Sample) -> tuple[str, bytes]:
         """Extension and bytes of the sample's member.
@@ -131,6 +134,7 @@ class ImageModality:
     unreadable: list[str] = field(default_factory=list, compare=False)
     how: fitting.Fit = "crop"
     name: ClassVar[Literal["image", "text"]] = "image"
+    slow: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.size is not None and min(images.sides(self.size)) < 1:
@@ -195,6 +199,7 @@ class TextModality:
     metric: Metric | None = None
     max_words: int = MAX_WORDS
     name: ClassVar[Literal["image", "text"]] = "text"
+    slow: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.max_words < 1:

@@ -1,6 +1,7 @@
 """Writes shards with WebDataset's own writer: which samples each holds follows from its number."""
 
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from selfdistill.data.errors import UserError
 from selfdistill.data.formats import labels
 from selfdistill.data.packing.encoding import Kind
 from selfdistill.data.shards import duplicates, manifest, tars
-from selfdistill.data.sources.samples import Sample
+from selfdistill.data.sources.samples import Sample, Stream
 
 
 @dataclass(frozen=True)
@@ -45,32 +46,32 @@ class Shard:
 
 
 class _Placed(NamedTuple):
-    """A sample, its place in the split's order, and its member, which is being made."""
+    """A sample, its place in the split's order, and what gives its member once it is made."""
 
     at: int
     sample: Sample
-    made: Future[tuple[str, bytes]]
+    made: Callable[[], tuple[str, bytes]]
 
 
-def _encoded(
-    samples: Iterable[tuple[int, Sample]], encode: Callable[[Sample], tuple[str, bytes]]
-) -> Iterator[_Placed]:
-    """Encodes in threads (Pillow works outside Python's lock) and yields in order.
-
-    Only a few samples are held at a time, however many there are.
-    """
+def _encoded(samples: Iterable[tuple[int, Sample]], kind: Kind) -> Iterator[_Placed]:
+    """Encodes and yields in order; what takes long in threads, a few samples at a time."""
+    if not kind.slow:
+        for at, sample in samples:
+            yield _Placed(at, sample, functools.partial(kind.encode, sample))
+        return
     threads = min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
-        waiting: list[_Placed] = []
+        waiting: list[tuple[int, Sample, Future[tuple[str, bytes]]]] = []
         try:
             for at, sample in samples:
-                waiting.append(_Placed(at, sample, pool.submit(encode, sample)))
+                waiting.append((at, sample, pool.submit(kind.encode, sample)))
                 if len(waiting) > 4 * threads:
-                    yield waiting.pop(0)
-            yield from waiting
+                    first, oldest, made = waiting.pop(0)
+                    yield _Placed(first, oldest, made.result)
+            yield from (_Placed(at, sample, made.result) for at, sample, made in waiting)
         finally:
-            for one in waiting:
-                one.made.cancel()
+            for _, _, made in waiting:
+                made.cancel()
 
 
 def _key(number: int, key: str) -> str:
@@ -201,19 +202,23 @@ def write_shards(
         UserError: An unreadable sample, a wrong label.
     """
     keep = isinstance(samples, Sequence)
-    if isinstance(samples, Sequence):
-        samples = [samples[i] for i in rng.permutation(0, "pack", 0, len(samples))]
-    chosen = ((at, s) for at, s in enumerate(samples) if wanted(at // samples_per_shard))
+    if isinstance(samples, Stream):
+        makers = enumerate(samples.makers())
+        chosen = ((at, make()) for at, make in makers if wanted(at // samples_per_shard))
+    else:
+        if isinstance(samples, Sequence):
+            samples = [samples[i] for i in rng.permutation(0, "pack", 0, len(samples))]
+        chosen = ((at, s) for at, s in enumerate(samples) if wanted(at // samples_per_shard))
     now: _Writing | None = None
     try:
-        for at, sample, made in _encoded(chosen, kind.encode):
+        for at, sample, made in _encoded(chosen, kind):
             number = at // samples_per_shard
             if now is not None and now.number != number:
                 done, now = now.close(), None
                 yield done
             now = now or _Writing(folder / f"{stem}-{number:06d}.tar", number, keep)
             try:
-                extension, content = made.result()
+                extension, content = made()
             except ValueError as error:
                 if not skip_broken:
                     raise UserError(

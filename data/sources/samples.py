@@ -71,31 +71,35 @@ class Stream:
     """Samples without labels, made anew at each pass: they may be more than memory holds.
 
     Args:
-        samples: Starts a pass over all of them.
+        makers: Starts a pass over all of them; makes each where it is wanted.
         length: Their number.
         taken: bool [length], which of them belong to this stream; None for all.
     """
 
     def __init__(
         self,
-        samples: Callable[[], Iterator[Sample]],
+        makers: Callable[[], Iterator[Callable[[], Sample]]],
         length: int,
         taken: NDArray[np.bool_] | None = None,
     ) -> None:
-        self._samples = samples
+        self._makers = makers
         self._taken = np.ones(length, dtype=bool) if taken is None else taken
 
     def __len__(self) -> int:
         return int(self._taken.sum())
 
     def __iter__(self) -> Iterator[Sample]:
-        return itertools.compress(self._samples(), self._taken)
+        return (make() for make in self.makers())
+
+    def makers(self) -> Iterator[Callable[[], Sample]]:
+        """What makes each sample, in order: a pass that wants few of them makes no others."""
+        return itertools.compress(self._makers(), self._taken)
 
     def take(self, rows: NDArray[np.bool_]) -> "Stream":
         """Those of this stream that are True in `rows`, bool [len(self)]."""
         taken = np.zeros_like(self._taken)
         taken[np.flatnonzero(self._taken)[rows]] = True
-        return Stream(self._samples, len(taken), taken)
+        return Stream(self._makers, len(taken), taken)
 
 
 Samples = list[Sample] | Stream

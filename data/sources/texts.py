@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,9 +116,9 @@ def find_extra(root: Path, columns: Columns) -> Samples:
     found = _streams(
         {"": root} if root.is_file() or _is_saved(root) else _split_files(root), columns
     )
-    streams = [samples for samples, _ in found.values()]
+    streams = [samples for samples, _ in found.values() if isinstance(samples, Stream)]
     lengths = sum(len(samples) for samples in streams)
-    return Stream(lambda: (sample for stream in streams for sample in stream), lengths)
+    return Stream(lambda: (make for stream in streams for make in stream.makers()), lengths)
 
 
 def has_pairs(splits: Splits) -> bool:
@@ -154,21 +155,20 @@ def _split_files(root: Path) -> dict[str, Path]:
 def _streams(files: dict[str, Path], columns: Columns) -> Splits:
     """Texts without labels, read anew at each pass."""
 
-    def pass_over(path: Path, split: str) -> Callable[[], Iterator[Sample]]:
-        def samples() -> Iterator[Sample]:
-            for number, field in enumerate(_fields(path, split, columns)):
-                key = _key(field, columns, number)
-                yield Sample(key, _text(field, columns), None, field.where)
+    def sample(number: int, field: _Field) -> Sample:
+        return Sample(_key(field, columns, number), _text(field, columns), None, field.where)
 
-        return samples
+    def pass_over(path: Path, split: str) -> Iterator[Callable[[], Sample]]:
+        for number, field in enumerate(_fields(path, split, columns)):
+            yield partial(sample, number, field)
 
     found: Splits = {}
     for split, path in files.items():
-        samples = pass_over(path, split)
-        length = sum(1 for _ in samples())
+        makers = partial(pass_over, path, split)
+        length = sum(1 for make in makers() if make())  # each is made: a mistake shows now
         if not length:
             raise UserError(f"{path} has no texts: add some")
-        found[split] = Stream(samples, length), []
+        found[split] = Stream(makers, length), []
     return found
 
 

@@ -53,7 +53,7 @@ def submit(
     told = COMMON | {"log_samples": "true"} | {k.replace("__", "."): v for k, v in options.items()}
     args = " ".join(f"--{k} {v}" for k, v in told.items())
     known = {"RECIPE": "", "DATA": "shards", "MODEL": "base", "OUTPUT": f"runs/{name}"}
-    env = environment(**known, STAGE=stage, ARGS=args, **(env or {}))
+    env = environment(**known, STAGE=stage, ARGS=args) | (env or {})
     return cluster.sbatch(*words, f"slurm/{script}", cwd=root, env=env)
 
 

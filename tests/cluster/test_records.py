@@ -1,0 +1,123 @@
+"""A set of many records: packed by an array, verified, trained on, killed, resumed.
+
+`SELFDISTILL_RECORDS=10000000 make test-cluster ARGS="-k records -s"` is the long form. It takes 20
+GB of disk.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from selfdistill.data.shards.manifest import Manifest
+from tests.cluster.kit.lab import LOGIN, Cluster
+from tests.cluster.kit.work import clone, last, pulse, resumed, submit
+from tests.kit.launches import environment, metrics
+from tests.kit.texts import make_language
+
+pytestmark = pytest.mark.cluster
+
+RECORDS = int(os.environ.get("SELFDISTILL_RECORDS", "20000"))
+PARTS, SHARDS = 8, 1000 if RECORDS >= 1_000_000 else 40
+BATCH = max(16, RECORDS // 1250)
+STEPS, SAVED, KILLED = 400, 50, 320  # step 320 stands a quarter into the set
+WAIT = 4 * 3600
+WORDS = "cell stain edge leaf field node light bone lung scan".split()
+
+
+class Phases:
+    """Prints what a phase took: time, processor time of the machine, memory of one process."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @contextlib.contextmanager
+    def phase(self, name: str, word: str) -> Iterator[None]:
+        """A phase, in which processes in root with a word in their command line do the work."""
+        most = [0]
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(0.5):
+                for process in psutil.process_iter(["cmdline", "cwd", "memory_info"]):
+                    known = process.info
+                    if word in (known["cmdline"] or ()) and known["cwd"] == str(self.root):
+                        most[0] = max(most[0], known["memory_info"].rss)
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        began = time.time()
+        try:
+            yield
+        finally:
+            ended.set()
+            watching.join()
+        told = f"{name}: {time.time() - began:.0f} s, a process at most {most[0] / 2**20:.0f} MiB"
+        print(told, flush=True)
+
+
+def test_many_records(cluster: Cluster, tmp_path: Path) -> None:
+    root = clone(tmp_path)
+    phase = Phases(root).phase
+    draw = random.Random(0)
+    with (root / "records.txt").open("w") as file:
+        for number in range(RECORDS):
+            file.write(f"{number} {' '.join(draw.choices(WORDS, k=2))}\n")
+
+    with phase(f"{RECORDS:,} records packed in {PARTS} parts", "data.pack"):
+        words = ["slurm/pack.sh", "records.txt", "big", "--split", "train", "--unlabelled", "true"]
+        words += ["--samples_per_shard", str(-(-RECORDS // SHARDS))]
+        job = cluster.sbatch(f"--array=1-{PARTS}", *words, cwd=root, env=environment())
+        assert cluster.wait(job, WAIT) == "COMPLETED", list(root.glob("*.log"))[0].read_text()
+    packed = Manifest.load(str(root / "big" / "train"))
+    assert (packed.samples, len(packed.shards)) == (RECORDS, SHARDS)
+
+    with phase("verified", "data.verify"):
+        words = ["python", "-m", "data.verify", "big", "--workers", "2"]
+        told = environment(PYTHONPATH=str(root))
+        cluster.run(LOGIN, *words, cwd=root, env=told, timeout=WAIT)
+
+    make_language(root / "language")
+    began = time.time()
+    with phase(f"trained for {STEPS} steps of {BATCH}, one rank killed", "engine/run.py"):
+        told = {"RECIPE": "roberta_small", "DATA": "big", "MODEL": "language"}
+        job = submit(
+            *(cluster, root, "run", "--nodes=2", "--ntasks-per-node=1"),
+            env=told,
+            pretrain__steps=STEPS,
+            pretrain__batch=BATCH,
+            pretrain__warmup=10,
+            save_every=SAVED,
+            log_samples=False,
+            text__max_length=16,
+        )
+        stage = root / "runs" / "run" / "pretrain"
+
+        def reaches(step: int) -> None:
+            def there() -> bool:
+                assert cluster.state(job) in ("PENDING", "RUNNING"), cluster.log(job)
+                return last(stage)[0] >= step
+
+            cluster.until(there, WAIT, f"step {step}")
+
+        reaches(1)
+        print(f"first step after {last(stage)[1] - began:.0f} s")
+        reaches(KILLED)
+        before = {line["step"]: line["loss/loss"] for line in metrics(stage)}
+        killed = time.time()
+        cluster.run("node2", "kill", f"-{int(signal.SIGKILL)}", str(pulse(stage, 1)))
+        assert cluster.wait(job, WAIT) == "COMPLETED", cluster.log(job)
+    after = {line["step"]: line for line in metrics(stage)}
+    (step,) = resumed(cluster, job)
+    assert step % SAVED == 0 and KILLED - step < 2 * SAVED
+    print(f"back at step {step + 1} after {after[step + 1]['time'] - killed:.0f} s")
+    again = {number: after[number]["loss/loss"] for number in before}
+    assert again == before, "the same samples, to the last bit of every loss"
+    assert sorted(after) == list(range(1, STEPS + 1))

@@ -57,15 +57,18 @@ def test_auto_takes_bf16_where_there_are_units(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    ("vendor", "flags", "expected"),
     [
-        ("fpu avx2 avx512f avx512_bf16", True),
-        ("fpu avx512f amx_bf16 amx_tile", True),
-        ("fpu avx2 avx512f", False),
+        ("AuthenticAMD", "fpu avx2 avx512f avx512_bf16", True),
+        ("GenuineIntel", "fpu avx512f avx512_bf16 amx_bf16 amx_tile", True),
+        ("GenuineIntel", "fpu avx2 avx512f avx512_bf16", False),
+        ("AuthenticAMD", "fpu avx2 avx512f", False),
     ],
 )
-def test_units_of_a_processor(flags: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: none\n"
+def test_units_of_a_processor(
+    vendor: str, flags: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: {flags}\nbugs\t\t: none\n"
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: told)
     assert precision.fast_bf16(CPU) is expected
 

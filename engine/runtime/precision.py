@@ -25,8 +25,8 @@ def fast_bf16(device: torch.device) -> bool:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    told = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    told = {name.strip(): value.split() for name, value in told.items()}
+    pairs = [line.split(":", 1) for line in text.splitlines() if ":" in line]
+    told = {name.strip(): value.split() for name, value in pairs}
     flags, vendor = told.get("flags", []), told.get("vendor_id", [])
     # AMX doubles the rate and more. AVX-512's products do on AMD's cores; on Intel's they come at
     # fp32's rate, and oneDNN reaches two thirds of it (a Xeon of 2023, AMX hidden by its host: 75

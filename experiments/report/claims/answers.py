@@ -139,7 +139,8 @@ def advice(contents: Contents, kind: str) -> list[str]:
     near += "." if factor < 1.05 else f", {factor:.1f} times {_more(best)}."
     if factor > FAR:
         near += " That is far off: take the advice as a guess."
-    return [*_advise(best), near]
+    head, *rest = _advise(best)
+    return [head, near, *rest]
 
 
 def _of(place: _Place) -> tuple[Reported, Dataset]:
@@ -207,7 +208,7 @@ def _against(one: Judged, first: str, second: str) -> str:
     if e is None:
         return f"{head} {one.reason}."
     told = {
-        "supported": "it is there",
+        "supported": "the first scores higher",
         "not supported": one.reason,
         "can't tell": f"it can't be told; {plain(MATTERS, 0)}{TIED}point matters, and"
         f" {plain(one.detects, 1)} would be seen",

@@ -31,6 +31,7 @@ from selfdistill.experiments.report.numbers import (
     spread,
 )
 from selfdistill.experiments.report.sweep import Contents
+from selfdistill.experiments.report.tables import OTHER_SET
 from selfdistill.experiments.results import Sample
 from selfdistill.experiments.spec import Contrast, Quantity
 from selfdistill.experiments.state import Asked
@@ -210,12 +211,13 @@ def _table(contents: Contents, test: Contrast, mine: Sequence[Judged]) -> list[B
         if papers:
             rest = [Entry("")] * (len(head) - 4)
             first, second = (float(p.text.partition(" ")[0]) for p in papers)
+            marked = [Entry(f"{p.text}{TIED}{p.more}".rstrip(TIED)) for p in papers]
             lines.append(
-                Line([Entry("the paper"), *papers, Entry(signed(first - second)), *rest], True)
+                Line([Entry("the paper"), *marked, Entry(signed(first - second)), *rest], True)
             )
     grid = Grid(head, lines, test.says, labels=1, stacked=True)
-    marks = any(e.more == "†" for line in lines if line.paper for e in line.entries)
-    return [grid, *notes("† another set than the paper's: not comparable." if marks else "")]
+    marks = any(e.text.endswith(OTHER_SET) for line in lines if line.paper for e in line.entries)
+    return [grid, *notes(f"{OTHER_SET} another set than the paper's: not comparable." * marks)]
 
 
 def _cell(one: Judged, number: int) -> Entry:

@@ -184,7 +184,8 @@ def sentence(verdict: Verdict) -> str:
     yes, no, open_ = (verdict.of(w) for w in ("supported", "not supported", "can't tell"))
     whole = {1: "the one comparison", 2: "both comparisons"}.get(n, f"all {n} comparisons")
     if word == "supported":
-        return f"Supported by {whole}{' that were run' if missing and n > 1 else ''}.{tail}"
+        run = f" that {'was' if n == 1 else 'were'} run" if missing else ""
+        return f"Supported by {whole}{run}.{tail}"
     if len(ran) == len(verdict.of(word)):
         verb = "leave" if word == "can't tell" else "speak"
         said = f"{verb}s" if n == 1 else verb

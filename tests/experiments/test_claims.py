@@ -280,7 +280,7 @@ def test_length_first_round_and_distance(tmp_path: Path) -> None:
     first = found["first_round"].each
     assert all(one.finding.estimate for one in first)
     drawn = [d.name for d in report.build(report_sweep.read(made.root)).drawings()]
-    assert {"claim-long-pretraining-curve-1", "claim-first-round-test-1"} <= set(drawn)
+    assert {"claim-long-pretraining-curve-1", "claim-first-round-a"} <= set(drawn)
 
 
 # --- labels, and what to do

@@ -54,10 +54,16 @@ def _ran(contents: Contents) -> list[Block]:
     sets = list(dict.fromkeys(o.cell.dataset.title for o in done))
     counts = sorted({len(o.results) for o in done})
     seeds = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
-    whole = len(done) == len(contents.outcomes)
+    asked = {
+        one.cell.job.name
+        for table in contents.tables
+        for place, one in table.cells.items()
+        if place in table.wanted
+    } | {one.cell.job.name for one in done}
+    whole = len(done) == len(asked)
     lines = [
         f"{len(methods)} methods on {len(sets)} data sets, {seeds} fine-tunings of each"
-        f" combination; {len(done)} of {len(contents.outcomes)} combinations are complete.",
+        f" combination; {len(done)} of {len(asked)} combinations are complete.",
         f"Methods: {'; '.join(methods)}. Data sets: {'; '.join(sets)}.",
         f"Models and schedules: {contents.profile.title}.",
     ]
@@ -120,19 +126,24 @@ def labels(contents: Contents, table: Reported, dataset: Dataset) -> int | None:
 
 def advice(contents: Contents, kind: str) -> list[str]:
     """What the nearest data set says, in sentences."""
-    places = []
+    places, unknown = [], False
     for table in contents.tables:
         for dataset in table.present:
             number = labels(contents, table, dataset)
             known = _methods(table, dataset)
-            if dataset.kind == kind and number and "fine_tuning" in known and len(known) > 1:
+            if dataset.kind != kind or "fine_tuning" not in known or len(known) < 2:
+                continue
+            if number:
                 places.append(_Place(table, dataset, number))
+            unknown |= not number
     what = {"image": "pictures", "text": "texts"}[kind]
     if not places:
-        return [
-            f"Not run: of no set of {what} are fine-tuning and another method complete, with a"
-            " number of labels that is known."
-        ]
+        if unknown:
+            return [
+                "Not known: results do not say how many labels a set has. The packed sets do: give"
+                " their folder to experiments.report as --data_root."
+            ]
+        return [f"Not run: of no set of {what} are fine-tuning and another method complete."]
     best = min(places, key=lambda p: (abs(math.log(p.labels / LABELS)), -len(_methods(*_of(p)))))
     factor = max(best.labels / LABELS, LABELS / best.labels)
     near = f"The nearest that was run is {best.dataset.title}, {best.labels:,} labelled {what}"

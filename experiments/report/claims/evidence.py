@@ -157,11 +157,13 @@ def tables_of(contents: Contents, claim: Claim) -> list[Reported]:
 
 
 def findings(contents: Contents, claim: Claim) -> list[Finding]:
-    """All comparisons of a claim that the sweep has data for, complete or not."""
+    """All comparisons of a claim that were asked for and have their data, complete or not."""
     found: dict[tuple[object, ...], Finding] = {}
     for number, test in enumerate(claim.tests):
         for table in tables_of(contents, claim):
             for one in _each(table, test):
+                if any(part.state == "not asked" for part in one.parts):
+                    continue
                 # Two tables, or one that was asked for twice, may have the same cells.
                 names = [o.cell.job.name if (o := p.outcome) else p.row for p in one.parts]
                 found.setdefault((number, one.label, *names), one)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 
 from selfdistill.experiments.report.analysis import QUANTITIES
 from selfdistill.experiments.report.blocks import (
@@ -79,7 +81,7 @@ def _page(contents: Contents, verdict: Verdict) -> Section:
         if text
     ]
     blocks: list[Block] = [Grid([Entry("what is said"), Entry("")], lines, labels=2)]
-    if not verdict.ran:
+    if len(verdict.ran) < max(1, len(verdict.each)):
         blocks.append(Code(_commands(contents, verdict)))
     blocks += _figures(contents, verdict)
     for test in claim.tests:
@@ -94,7 +96,7 @@ def _style(name: str, verdict: Verdict) -> Style:
 
 
 def _commands(contents: Contents, verdict: Verdict) -> list[str]:
-    known = [table.asked for table in tables_of(contents, verdict.claim)]
+    known = [replace(t.asked, only=()) for t in tables_of(contents, verdict.claim)]
     asked = known or [Asked(name) for name in verdict.claim.tables]
     return list(dict.fromkeys(contents.wanting(one) for one in asked))
 
@@ -167,18 +169,24 @@ def _figures(contents: Contents, verdict: Verdict) -> list[Block]:
                 shown = Quantity(key=key, title=QUANTITIES.get(key, ""))
                 drawn = curve(table, shown, f"{name}-curve-{len(blocks) + 1}")
                 blocks += [drawn] if drawn is not None and verdict.ran else []
-    for number, test in enumerate(verdict.claim.tests, 1):
-        mine = [o.finding for o in verdict.ran if o.finding.test is test]
-        branches = [Branch(f.label, f.estimate) for f in mine if f.estimate is not None]
-        if branches and not test.along and not test.against:
-            blocks += forest(
-                {test.says: branches},
-                f"{name}-test-{number}",
-                f"difference, {unit_of(test)}",
-                matters=test.matters,
-                caption=FOREST,
-            )
+    # Tests whose numbers are of one kind share a figure.
+    kinds: dict[tuple[str, float], dict[str, list[Branch]]] = {}
+    for one in verdict.ran:
+        test, estimate = one.finding.test, one.finding.estimate
+        if estimate is not None and not test.along and not test.against:
+            groups = kinds.setdefault((unit_of(test), test.matters), {})
+            groups.setdefault(_heading(one), []).append(Branch(one.finding.label, estimate))
+    for number, ((unit, matters), groups) in enumerate(kinds.items()):
+        own = f"{name}-{'abcdefgh'[number]}"
+        blocks += forest(groups, own, f"difference, {unit}", matters, FOREST)
     return blocks
+
+
+def _heading(one: Judged) -> str:
+    """What a figure calls a test; it has no room for long ones."""
+    test, parts = one.finding.test, one.finding.parts
+    text = f"minus {parts[-1].title}" if test.b else test.says
+    return textwrap.shorten(text, 38, placeholder=" …")
 
 
 # --- tables

@@ -54,12 +54,13 @@ class Verdict:
 
     @property
     def word(self) -> Word:
-        """One that speaks against a claim is enough; all must speak for it."""
+        """One that speaks against a claim is enough; all must speak for it, some in each test."""
         if self.of("not supported"):
             return "not supported"
         if self.of("can't tell"):
             return "can't tell"
-        return "supported" if self.of("supported") else "not run"
+        tested = [any(one.finding.test is test for one in self.ran) for test in self.claim.tests]
+        return "supported" if all(tested) else "can't tell" if any(tested) else "not run"
 
     @property
     def ran(self) -> list[Judged]:
@@ -186,7 +187,7 @@ def sentence(verdict: Verdict) -> str:
     if word == "supported":
         run = f" that {'was' if n == 1 else 'were'} run" if missing else ""
         return f"Supported by {whole}{run}.{tail}"
-    if len(ran) == len(verdict.of(word)):
+    if len(verdict.of(word)) == n:
         verb = "leave" if word == "can't tell" else "speak"
         said = f"{verb}s" if n == 1 else verb
         head = f"{word[0].upper()}{word[1:]}: {whole} {said}"
@@ -231,6 +232,8 @@ def cure(verdict: Verdict) -> list[str]:
             "Further pre-trainings and distillations with seeds of their own: these intervals are"
             " of fine-tuning alone, and another stage 1 might lie outside of them."
         )
+    if verdict.of("not run"):
+        told.append("What is missing, run by the command below.")
     if verdict.word in ("supported", "not supported") and not wide:
         told.append("Other data sets, or another encoder: the verdict is of those that were run.")
     return told

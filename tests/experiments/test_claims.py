@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from selfdistill.experiments.report.claims.statistics import (
 from selfdistill.experiments.report.sweep import Contents
 from selfdistill.experiments.spec import Claim, Contrast, Specs
 from selfdistill.experiments.state import Asked, Sweep
+from tests.kit.launches import ROOT
 from tests.kit.report import grids, look, pack, run_all, said, scores, section, sweep_of
 
 TOLD = np.random.default_rng(7)
@@ -326,21 +328,19 @@ def test_where_nothing_is_gained_the_cheapest_is_the_advice(tmp_path: Path) -> N
 # --- claims of one's own
 
 
-def test_a_claim_of_ones_own_is_a_file(tmp_path: Path) -> None:
+def test_the_documents_claim_is_a_page(tmp_path: Path) -> None:
     (tmp_path / "my/claims").mkdir(parents=True)
-    (tmp_path / "my/claims/mine.toml").write_text(
-        'title = "MARS is no worse"\norder = 0\npaper = "None."\ntables = ["table1"]\n'
-        '[[tests]]\nsays = "MARS scores no lower"\nexpect = "not_below"\nmatters = 2\n'
-        'a = "mars"\nb = "fine_tuning"\n'
-    )
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    (text,) = re.findall(r"`my/claims/mars\.toml`:\n\n```toml\n(.*?)```", page, re.S)
+    (tmp_path / "my/claims/mars.toml").write_text(text)
     asked = [Asked("table1", ("xray",), (), 3)]
     root = pack(tmp_path / "shards", "xray")
     made = Sweep(tmp_path / "sweep", "small", root, tmp_path / "my", asked)
     made.save()
     run_all(made)
-    first, *others = verdict.every(report_sweep.read(made.root))
-    assert first.claim.title == "MARS is no worse"
-    assert first.ran
+    *others, last = verdict.every(report_sweep.read(made.root))
+    assert last.claim.title == "MARS is no worse than plain fine-tuning"
+    assert last.ran
     assert len(others) == 15
 
 

@@ -136,7 +136,7 @@ def main(
         data_root: folder of packed data sets, each in a folder of its name.
         output: the sweep's folder.
         profile: size of models and schedules: small, or paper (Table 9).
-        specs: folder with methods/, datasets/, tables/ or profiles/ of your own.
+        specs: folder with methods/, datasets/, tables/, profiles/ or claims/ of your own.
         datasets: in place of the tables' own, such as flowers_64,scierc.
         only: data sets, methods, or DATASET/METHOD, between commas; the rest is left for later.
         seeds: fine-tunings of each cell, in place of the tables' own.

@@ -1,7 +1,8 @@
 """What an experiment is made of: small TOML files, one each for a method, data set, table, profile.
 
-`experiments/methods/NAME.toml` and so on; `--specs FOLDER` adds another folder with the same four
-folders in it, so that a method or a data set of one's own takes one file.
+`experiments/methods/NAME.toml` and so on; `--specs FOLDER` adds another folder with the same
+folders in it, so that a method or a data set of one's own takes one file. So do claims, which say
+what the tables' cells are tested for.
 """
 
 from __future__ import annotations
@@ -199,6 +200,50 @@ class Profile(Spec):
         return self.image if kind == "image" else self.text
 
 
+class Contrast(BaseModel):
+    """One test of a claim, on each data set of its tables: a number, and where it should lie.
+
+    The number is a - b; a sum of rows by `weights`; the slope of a (minus b) `along` the rows' x or
+    the data sets' places; or the slope of `key` against another measured quantity over the rows.
+    A row is named by its method, its title, or METHOD@X.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    says: str = Field(description="in words, as if it were so")
+    expect: Literal["above", "below", "within", "not_below"] = Field(
+        description="0; within and not_below: of what matters, on either side or the lower one"
+    )
+    matters: float = Field(gt=0, description="the smallest difference that matters, in its unit")
+    key: str = Field("score", description="score, seconds, or analysis.NAME")
+    log: bool = Field(False, description="differences in % (of logarithms), not in the unit")
+    a: str = ""
+    b: str = ""
+    weights: dict[str, float] = Field(default_factory=dict, description="row -> weight; sum 0")
+    along: Literal["rows", "datasets"] | None = None
+    per: Literal["unit", "doubling", "tenfold"] = Field("unit", description="of x, for a slope")
+    against: str = Field("", description="the quantity that `key` is set against, row by row")
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Contrast:
+        if bool(self.weights) + bool(self.a) + bool(self.against) != 1:
+            raise ValueError("give one of a (with b, or along), weights, against")
+        if self.a and not self.b and not self.along:
+            raise ValueError(f"{self.a} is compared with nothing: give b, or along")
+        if self.weights and abs(sum(self.weights.values())) > 1e-9:
+            raise ValueError("weights do not sum up to 0")
+        return self
+
+
+class Claim(Spec):
+    """A sentence of the paper, or about the method, and what decides it; the title says it."""
+
+    order: float = Field(100, description="its place in the report")
+    paper: str = Field(description="the paper's evidence, in words")
+    tables: list[str] = Field(min_length=1, description="whose cells decide it")
+    tests: list[Contrast] = Field(min_length=1)
+
+
 AnySpec = TypeVar("AnySpec", bound=Spec)
 
 
@@ -206,8 +251,8 @@ class Specs:
     """All specs that there are.
 
     Args:
-        more: a folder with methods/, datasets/, tables/ or profiles/ of one's own; its files come
-            before ours of the same name.
+        more: a folder with methods/, datasets/, tables/, profiles/ or claims/ of one's own; its
+            files come before ours of the same name.
     """
 
     def __init__(self, more: Path | None = None) -> None:
@@ -265,6 +310,7 @@ PARTS: dict[type[Spec], str] = {
     Dataset: "datasets",
     Table: "tables",
     Profile: "profiles",
+    Claim: "claims",
 }
 
 

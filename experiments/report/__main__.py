@@ -28,6 +28,7 @@ from selfdistill.experiments.report.blocks import (
     Text,
     notes,
 )
+from selfdistill.experiments.report.claims import answers, pages, verdict
 from selfdistill.experiments.report.numbers import NONE
 from selfdistill.experiments.report.sweep import Contents
 
@@ -37,7 +38,10 @@ NOTHING = "Nothing is complete yet: no cell of any table has all its seeds."
 
 def build(contents: Contents) -> Report:
     """The report of what was read."""
+    verdicts = verdict.every(contents)
     sections = [
+        answers.section(contents, verdicts),
+        *pages.section(contents, verdicts),
         overview(contents),
         *report_tables.sections(contents),
         *report_differences.sections(contents),

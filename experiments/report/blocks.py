@@ -124,12 +124,14 @@ class Section:
         title: its heading.
         blocks: what it holds.
         parts: sections of it.
+        listed: whether these stand in the contents.
     """
 
     key: str
     title: str
     blocks: Sequence[Block] = ()
     parts: Sequence[Section] = field(default_factory=tuple)
+    listed: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from selfdistill.experiments.report.blocks import Drawing
-from selfdistill.experiments.report.numbers import setting
+from selfdistill.experiments.report.numbers import Interval, setting
 from selfdistill.experiments.report.sweep import Reported
 from selfdistill.experiments.results import Sample
 from selfdistill.experiments.spec import Quantity
@@ -69,12 +69,18 @@ def curve(table: Reported, quantity: Quantity, name: str) -> Drawing | None:
 def _lines(table: Reported, key: str) -> dict[str, dict[float, Sample]]:
     """Name of a line -> x -> figures, of the cells that are complete."""
     on_rows = all(row.x is not None for row in table.table.rows)
+    places = [row.x for row in table.table.rows]
+    # Rows at one place are of several lines.
+    methods = on_rows and len(set(places)) < len(places)
     found: dict[str, dict[float, Sample]] = {}
     for (number, name), one in sorted(table.cells.items(), key=lambda item: item[0][0]):
         x = table.table.rows[number].x if on_rows else table.table.at.get(name)
         sample = one.sample(key)
         if one.status == "done" and sample.n and x is not None:
             label = one.cell.dataset.title if on_rows else table.title(number)
+            if methods:
+                several = f", {label}" if len(table.present) > 1 else ""
+                label = f"{one.cell.method.title}{several}"
             found.setdefault(label, {})[x] = sample
     return found
 
@@ -120,26 +126,34 @@ class Branch:
 
     Attributes:
         label: at its left.
-        sample: of differences.
+        sample: differences, or what was estimated from them.
         pooled: whether it sums up those above it.
     """
 
     label: str
-    sample: Sample
+    sample: Interval
     pooled: bool = False
 
 
-def forest(groups: dict[str, list[Branch]], name: str, xlabel: str) -> list[Drawing]:
+def forest(
+    groups: dict[str, list[Branch]],
+    name: str,
+    xlabel: str,
+    matters: float = 0.0,
+    caption: str = FOREST,
+) -> list[Drawing]:
     """Differences with their intervals, group by group; several figures where one is too tall.
 
     Args:
         groups: heading -> lines.
         name: of the file.
         xlabel: what the differences are.
+        matters: the smallest difference that does: a band on either side of 0 is shaded.
+        caption: below the last of them.
     """
     samples = [branch.sample for branches in groups.values() for branch in branches]
     ends = [end for s in samples for end in (s.interval() if s.n > 1 else (s.mean,) * 2)]
-    low, high = min([*ends, 0.0]), max([*ends, 0.0])
+    low, high = min([*ends, -matters]), max([*ends, matters])
     margin = 0.04 * (high - low) or 1.0
     parts: list[dict[str, list[Branch]]] = [{}]
     for heading, branches in groups.items():
@@ -150,10 +164,10 @@ def forest(groups: dict[str, list[Branch]], name: str, xlabel: str) -> list[Draw
     drawings = []
     for number, part in enumerate(parts):
         own = name if number == 0 else f"{name}-{number + 1}"
-        drawn = _forest(part, xlabel, (low - margin, high + margin), _room(groups))
+        drawn = _forest(part, xlabel, (low - margin, high + margin), _room(groups), matters)
         description = f"Forest plot: {xlabel}, for {', '.join(part)}"
         drawings.append(
-            Drawing(own, drawn, description, FOREST if number + 1 == len(parts) else "")
+            Drawing(own, drawn, description, caption if number + 1 == len(parts) else "")
         )
     return drawings
 
@@ -165,7 +179,11 @@ def _room(groups: dict[str, list[Branch]]) -> float:
 
 
 def _forest(
-    groups: dict[str, list[Branch]], xlabel: str, span: tuple[float, float], room: float
+    groups: dict[str, list[Branch]],
+    xlabel: str,
+    span: tuple[float, float],
+    room: float,
+    matters: float,
 ) -> str:
     labels: list[str] = []
     places: list[float] = []
@@ -174,6 +192,8 @@ def _forest(
         # Its size depends on how many lines there are.
         axes = (figure := Figure()).subplots()
         axes.axvline(0, color=INK, linewidth=1.0, zorder=1)
+        if matters:
+            axes.axvspan(-matters, matters, color="#eceef0", zorder=0)
         for heading, branches in groups.items():
             y += 0.5 if labels else 0.0
             labels.append(heading)

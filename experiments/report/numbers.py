@@ -7,6 +7,7 @@ and grouping takes one dictionary. It would add 84 MB and a second of import.
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 from selfdistill.experiments.results import Sample
 
@@ -18,6 +19,25 @@ TIED = "\N{NO-BREAK SPACE}"
 
 #: What stands where there is no number.
 NONE = "–"
+
+
+class Interval(Protocol):
+    """A number with a 95% interval: a sample's mean, or an estimate."""
+
+    @property
+    def mean(self) -> float:
+        """The number."""
+
+    @property
+    def n(self) -> int:
+        """Of how many; one has no interval."""
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval lies above or below 0, else 0."""
+
+    def interval(self) -> tuple[float, float]:
+        """Its ends."""
 
 
 def plain(value: float, digits: int) -> str:
@@ -57,7 +77,7 @@ def spread(sample: Sample, key: str) -> str:
     return mean if sample.n < 2 else f"{mean} ±{TIED}{std}"
 
 
-def interval(sample: Sample, digits: int = 2) -> str:
+def interval(sample: Interval, digits: int = 2) -> str:
     """The 95% interval of a mean in brackets; nothing where there is none."""
     if sample.n < 2:
         return ""

@@ -61,6 +61,7 @@ class Contents:
         jobs: those that the sweep asks for, each after those that it waits for.
         status: where each stands, by name.
         paper: the paper's figures.
+        others: tables that were not asked for, and what is known of their cells (`unasked`).
     """
 
     sweep: Sweep
@@ -70,6 +71,7 @@ class Contents:
     jobs: list[Job] = field(default_factory=list)
     status: dict[str, Status] = field(default_factory=dict)
     paper: dict[str, Any] = field(default_factory=paper_figures)
+    others: dict[str, Reported | None] = field(default_factory=dict)
 
     @property
     def root(self) -> Path:
@@ -157,6 +159,24 @@ def read(root: Path, data_root: Path | None = None) -> Contents:
     found.jobs = sweep.plan(results=True).ordered()
     found.status = {job.name: state.status(root, job) for job in found.jobs}
     return found
+
+
+def unasked(contents: Contents, name: str) -> Reported | None:
+    """A table that was not asked for, with what the sweep's other tables have of its cells.
+
+    Its columns are the sweep's data sets; None where there are none that it could have.
+    """
+    if name not in contents.others:
+        table = contents.specs.table(name)
+        points = {d for t in contents.tables for d in t.table.at}
+        datasets = [
+            d for d in contents.datasets if (d in table.at if table.at else d not in points)
+        ]
+        seeds = [t.asked.seeds for t in contents.tables if t.asked.seeds]
+        asked = Asked(name, tuple(datasets), (), min(seeds, default=None))
+        made = _table(contents.sweep, contents.specs, asked, {}) if datasets else None
+        contents.others[name] = made
+    return contents.others[name]
 
 
 def _table(

@@ -18,7 +18,7 @@ from selfdistill.experiments.report.figures import curve
 from selfdistill.experiments.report.numbers import BETTER, TIED, setting, spread
 from selfdistill.experiments.report.sweep import Contents, Reported
 from selfdistill.experiments.results import Outcome
-from selfdistill.experiments.spec import Dataset, Quantity
+from selfdistill.experiments.spec import Dataset, Method, Quantity
 
 #: What marks a figure of the paper that is not of this data set.
 OTHER_SET = "†"
@@ -94,7 +94,7 @@ def _grid(contents: Contents, table: Reported, quantity: Quantity) -> tuple[Grid
             bold = best.get(dataset.name) == number
             entries.append(cell(one, quantity.key, state, bold))
         lines.append(Line(label + entries))
-        papers = _papers(contents, table, number, quantity)
+        papers = published(contents, table, number, quantity)
         if any(e.text for e in papers):
             lines.append(
                 Line([Entry("the paper"), *([Entry("")] if on_rows else []), *papers], True)
@@ -160,13 +160,15 @@ def _best(table: Reported, key: str) -> dict[str, int]:
     return found
 
 
-def _papers(contents: Contents, table: Reported, number: int, quantity: Quantity) -> list[Entry]:
+def published(contents: Contents, table: Reported, number: int, quantity: Quantity) -> list[Entry]:
     """The paper's figures of a row."""
     shown = [q.key for q in table.table.shows]
     of = next((key for key in _PAPERS if key in shown), None)
     section: dict[str, Any] = contents.paper.get(table.table.paper or table.table.name, {})
     row = table.table.rows[number]
-    figures = section.get(row.paper or contents.methods[row.method].paper or "", {})
+    # A claim's table need not be one that was asked for.
+    method = contents.methods.get(row.method) or contents.specs.load(Method, row.method)
+    figures = section.get(row.paper or method.paper or "", {})
     entries = []
     for dataset in table.datasets:
         published = figures.get(dataset.paper or "") if of == quantity.key else None

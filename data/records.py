@@ -11,6 +11,7 @@ import re
 import tokenize
 import tomllib
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -198,16 +199,25 @@ def read_table(
         FileNotFoundError: There is none.
         UserError: It is another one, broken, or cut short.
     """
-    place, wanted = place or path, np.dtype(dtype)
+    with opened(path, cure) as file:
+        return mapped(file, dtype, shape, cure, place or path)
+
+
+def mapped(
+    file: BufferedReader, dtype: Any, shape: tuple[int, ...], cure: str, place: object
+) -> NDArray[Any]:
+    """The same of a file that is open, from its beginning; the file may be closed then.
+
+    Raises:
+        UserError: It is another one, broken, or cut short.
+    """
+    wanted = np.dtype(dtype)
     try:
-        with opened(path, cure) as file:
-            version = np.lib.format.read_magic(file)
-            if version != (1, 0):
-                raise ValueError(f"version {version} of the format, not (1, 0)")
-            found, fortran, kind = np.lib.format.read_array_header_1_0(file)
-            begin, size = file.tell(), os.fstat(file.fileno()).st_size
-    except (FileNotFoundError, UserError):
-        raise
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"version {version} of the format, not (1, 0)")
+        found, fortran, kind = np.lib.format.read_array_header_1_0(file)
+        begin, size = file.tell(), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UserError(f"{place} cannot be read ({error.strerror}): {cure}") from None
     except _HEADER_ERRORS as error:
@@ -220,4 +230,4 @@ def read_table(
         raise UserError(f"{place} has {size} bytes, which is not what its header says: {cure}")
     if size == begin:  # nothing cannot be mapped
         return np.zeros(shape, wanted)
-    return np.memmap(path, wanted, "r", begin, shape)
+    return np.memmap(file, wanted, "r", begin, shape)

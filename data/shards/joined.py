@@ -113,6 +113,11 @@ class Joined(Manifest):
         """See `Manifest`: rows by number or slice, without labels; mapped, not copied."""
         return _Stacked([one.members for one in self._sets])
 
+    @property
+    def sets(self) -> list[Manifest]:
+        """See `Manifest`."""
+        return self._sets
+
     def epoch(self, counts: NDArray[np.int64]) -> int:
         """See `Manifest`: as many as are drawn while the target's are drawn once."""
         return math.ceil(int(counts[: self.sizes[0]].sum()) / self.shares[0])

@@ -12,6 +12,7 @@ import io
 import json
 import os
 from collections import Counter
+from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -39,6 +40,10 @@ MEMBERS = "members.npy"
 IN_TABLE = -2
 # The hash of a table up to this size is checked at every start (0.1 s); beyond, by data.verify.
 _HASHED_BYTES = 64 * 2**20
+
+
+# Of a table that is not what it should be.
+_CURE = "fetch it anew, or make it anew (python -m data.pack or python -m data.index)"
 
 
 class ShardInfo(NamedTuple):
@@ -157,6 +162,7 @@ class Manifest:
         self.text = file.text.model_dump(exclude_none=True) if file.text else {}
         self.columns = file.columns
         self.members_file = file.members
+        self.members_place = join(root, file.members.file)
         self.shards = [ShardInfo(s.name, s.sha256, s.bytes, s.samples) for s in file.shards]
         if self.several != (file.version == 2):  # those who know version 1 alone must refuse
             raise UserError(f"{what}: version {file.version}, labels: {file.labels}: {cure}")
@@ -285,33 +291,54 @@ class Manifest:
         Raises:
             UserError: The table is missing, or is not the one that the manifest names.
         """
-        place = join(self.root, self.members_file.file)
-        held = None
+        with self.open_members() as file:
+            return self.read_members(file)
+
+    @property
+    def sets(self) -> "list[Manifest]":
+        """The sets of which this is made: itself, unless several are joined."""
+        return [self]
+
+    def open_members(self) -> BufferedReader:
+        """The table's file.
+
+        Raises:
+            UserError: It is missing.
+        """
+        place = self.members_place
         if is_remote(self.root):
             from selfdistill.data.remote.cache import ShardCache
 
             # By its descriptor: another process may drop the file to make room for a shard.
             most = 4096 + 32 * self.samples  # npy's header, four numbers a sample
-            held = ShardCache(self.cache_dir).open(place, self.members_file.sha256, None, most)
-            path = Path(f"/proc/self/fd/{held}")
-        else:
-            path = Path(place)
-        cure = "fetch it anew, or make it anew (python -m data.pack or python -m data.index)"
+            cache = ShardCache(self.cache_dir)
+            return open(cache.open(place, self.members_file.sha256, None, most), "rb")
         try:
-            table = records.read_table(path, np.int64, (self.samples, 4), cure, place)
-            if path.stat().st_size <= _HASHED_BYTES:
-                with path.open("rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-                if found != self.members_file.sha256:
-                    raise UserError(
-                        f"{place} is not the table that {self.place} names (its sha256 differs):"
-                        f" {cure}"
-                    )
+            return files.opened(Path(place), _CURE)
         except FileNotFoundError:
-            raise UserError(f"{place} is missing beside {FILE}: {cure}") from None
-        finally:
-            if held is not None:
-                os.close(held)
+            raise UserError(f"{place} is missing beside {FILE}: {_CURE}") from None
+
+    def read_members(self, file: BufferedReader, *, check: bool = True) -> NDArray[np.int64]:
+        """`members` from their open file, which may have come from another process.
+
+        Args:
+            file: From its beginning; it may be closed then.
+            check: The hash, where that is quick.
+
+        Raises:
+            UserError: It is not the table that the manifest names.
+        """
+        place = self.members_place
+        file.seek(0)
+        table = records.mapped(file, np.int64, (self.samples, 4), _CURE, place)
+        if check and os.fstat(file.fileno()).st_size <= _HASHED_BYTES:
+            file.seek(0)
+            if hashlib.file_digest(file, "sha256").hexdigest() != self.members_file.sha256:
+                raise UserError(
+                    f"{place} is not the table that {self.place} names (its sha256 differs):"
+                    f" {_CURE}"
+                )
+        self.__dict__["members"] = table
         return table
 
     def __getstate__(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +57,35 @@ def _write(tensors: dict[str, Tensor], part: Path) -> _Share:
         return [], f"{error} permissions, then launch again: it goes on from the one before"
 
 
+def read_state(path: Path, name: str) -> tuple[State | None, str]:
+    """The record of a saved step, or None and what is wrong with it.
+
+    Args:
+        path: of the record.
+        name: of the step, as its folder has it.
+
+    Raises:
+        UserError: it is of another format.
+    """
+    try:
+        content = records.read_object(path)
+        if content.get("version") == VERSION:
+            records.checked(Written, content, path)
+    except FileNotFoundError:
+        return None, f"{path.name} is missing"
+    except UserError as error:
+        return None, format_error(error).removeprefix(f"{path.parent}/")
+    if content.get("version") != VERSION:
+        raise UserError(
+            f"{path.parent} has format version {content.get('version')!r}, this program"
+            f" reads {VERSION}: go on with the program that wrote it, or --overwrite starts it"
+            " anew"
+        )
+    state = State(**content)
+    whole = state.digest == state.content_digest() and name == f"step-{state.step:08d}"
+    return (state, "") if whole else (None, f"{path.name} is not what was written")
+
+
 class Checkpoints:
     """The folder `checkpoints/` of one stage.
 
@@ -65,12 +94,16 @@ class Checkpoints:
         ranks: who takes part; every one makes the same calls.
         keep: how many are kept.
         beat: called while long work goes on.
+
+    Attributes:
+        shared: those on the disk that all nodes share: these, unless a subclass has others.
     """
 
     def __init__(
         self, folder: Path, ranks: Ranks, keep: int = 2, beat: Callable[[], None] = lambda: None
     ) -> None:
         self.folder, self.ranks, self.keep, self.beat = folder, ranks, keep, beat
+        self.shared: Checkpoints = self
         self._saved = 0
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
@@ -91,19 +124,10 @@ class Checkpoints:
         Raises:
             UserError: the disk refuses; the checkpoints before stay as they are.
         """
-        self.settle()
+        self._settle(wait=True)
         if state.step in (0, self._saved):
             return
-        name = f"step-{state.step:08d}"
-        draft = self.folder / f".draft-{name}"
-
-        def clear() -> None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(".draft-*"):
-                remove(left)
-            draft.mkdir()
-
-        main_only(self.ranks, clear)
+        draft = self._begin(f"step-{state.step:08d}")
         rank, world = self.ranks.rank, self.ranks.world
         tensors = training_state.collect(engine, rank, world, self.beat)
         saved = copy.deepcopy(state)
@@ -118,7 +142,7 @@ class Checkpoints:
         del tensors
         self.beat()
         if wait:
-            self.settle()
+            self._settle(wait=True)
 
     def settle(self, *, wait: bool = True) -> None:
         """Makes a checkpoint count that is written, on all ranks. Every rank calls it.
@@ -129,6 +153,9 @@ class Checkpoints:
         Raises:
             UserError: see `save`.
         """
+        self._settle(wait=wait)
+
+    def _settle(self, *, wait: bool) -> None:
         if self._pending is None:
             return
         if not wait and not all(gather(self._pending.written.done())):
@@ -142,13 +169,30 @@ class Checkpoints:
                 shutil.rmtree(draft, ignore_errors=True)
             raise UserError(errors[0])
         state.files = {file: [size, digest] for (file, size, digest), _ in written_by}
-        name = draft.name.removeprefix(".draft-")
-        main_only(self.ranks, lambda: self._publish(draft, name, state))
+        state.digest = state.content_digest()
+        self._publish(draft, state)
         self._saved = state.step
 
-    def _publish(self, draft: Path, name: str, state: State) -> None:
-        state.digest = state.content_digest()
+    def _begin(self, name: str) -> Path:
+        """The folder into which the ranks write their shares. Every rank calls it."""
+        draft = self.folder / f".draft-{name}"
+
+        def clear() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(".draft-*"):
+                remove(left)
+            draft.mkdir()
+
+        main_only(self.ranks, clear)
+        return draft
+
+    def _publish(self, draft: Path, state: State) -> None:
+        """Makes what all ranks have written count. Every rank calls it."""
+        main_only(self.ranks, lambda: self._rename(draft, state))
+
+    def _rename(self, draft: Path, state: State) -> None:
         write_text(draft / "state.json", json.dumps(state.content(), indent=1))
+        name = draft.name.removeprefix(".draft-")
         final = self.folder / name
         # Of this step or later ones there are at most broken ones, or they would have been resumed.
         for old in self.names():
@@ -166,32 +210,13 @@ class Checkpoints:
 
     def _read_state(self, name: str) -> tuple[State | None, str]:
         """The record of a saved step, or None and what is wrong with it."""
-        path = self.folder / name / "state.json"
-        try:
-            content = records.read_object(path)
-            if content.get("version") == VERSION:
-                records.checked(Written, content, path)
-        except FileNotFoundError:
-            return None, "state.json is missing"
-        except UserError as error:
-            return None, format_error(error).removeprefix(f"{path.parent}/")
-        if content.get("version") != VERSION:
-            raise UserError(
-                f"{self.folder / name} has format version {content.get('version')!r}, this program"
-                f" reads {VERSION}: go on with the program that wrote it, or --overwrite starts it"
-                " anew"
-            )
-        state = State(**content)
-        whole = state.digest == state.content_digest() and name == f"step-{state.step:08d}"
-        return (state, "") if whole else (None, "state.json is not what was written")
+        return read_state(self.folder / name / "state.json", name)
 
-    def _fault(self, name: str, state: State) -> str:
-        """What is wrong with the files; each rank hashes its share. Every rank calls it."""
+    def _fault(self, folder: Path, state: State, mine: Sequence[str]) -> str:
+        """What is wrong with the files; each rank hashes its share of them. Every rank calls it."""
         fault, failure = "", ""
-        for number, (file, (size, digest)) in enumerate(sorted(state.files.items())):
-            if number % self.ranks.world != self.ranks.rank:
-                continue
-            path = self.folder / name / file
+        for file in mine:
+            path, (size, digest) = folder / file, state.files[file]
             try:
                 if path.stat().st_size != size or sha256(path) != digest:
                     fault = f"{file} is not what was written"
@@ -217,21 +242,45 @@ class Checkpoints:
         """
         names: list[str] = broadcast(self.names() if self.ranks.main else None)
         for name in reversed(names):
-            state, fault = main_only(self.ranks, functools.partial(self._read_state, name))
-            if state is not None:
-                fault = self._fault(name, state)
-            if state is not None and not fault:
+            if (state := self.whole(name)) is not None:
                 return self.folder / name, state
-            if self.ranks.main:
-                print(
-                    printable(f"warning: {self.folder / name}: {fault}; skipped"), file=sys.stderr
-                )
         if names:
-            raise UserError(
-                f"{self.folder}: none of {len(names)} checkpoints is whole: put one back, or"
-                " --overwrite starts the stage again"
-            )
+            raise self.none_whole(names)
         return None
+
+    def whole(self, name: str) -> State | None:
+        """The record of a saved step, or None, with a warning, where it is broken. All call it."""
+        state: State | None
+        state, fault = main_only(self.ranks, functools.partial(self._read_state, name))
+        if state is not None:
+            mine = sorted(state.files)[self.ranks.rank :: self.ranks.world]
+            fault = self._fault(self.folder / name, state, mine)
+        if fault:
+            self.warn(f"{self.folder / name}: {fault}; skipped")
+        return None if fault else state
+
+    def warn(self, line: str) -> None:
+        """Prints a line on rank 0."""
+        if self.ranks.main:
+            print(printable(f"warning: {line}"), file=sys.stderr)
+
+    def none_whole(self, names: Sequence[str]) -> UserError:
+        """What to say where there are checkpoints, and all are broken."""
+        return UserError(
+            f"{self.folder}: none of {len(names)} checkpoints is whole: put one back, or"
+            " --overwrite starts the stage again"
+        )
+
+    def clear(self) -> None:
+        """Deletes what is of no more use once the stage is complete. Every rank calls it."""
+
+    def reader(self, found: tuple[Path, State]) -> Callable[[str], Tensor]:
+        """Gives the tensors of what `find` found, by name. Every rank calls both, in step.
+
+        Raises:
+            UserError: a file is not safetensors.
+        """
+        return Reader(*found)
 
     def find(self, config: Mapping[str, Any], manifest: str) -> tuple[Path, State] | None:
         """The checkpoint to go on from, if there is one. Every rank calls it.
@@ -255,8 +304,12 @@ class Checkpoints:
                 raise UserError(f"{where} was made with {key} = {old}, now it is {new}: {cure}")
         if state.manifest != manifest:
             raise UserError(f"{where} was made on other data (its manifest's hash differs): {cure}")
-        self._saved = state.step
+        self.resumed(state.step)
         return found
+
+    def resumed(self, step: int) -> None:
+        """A launch goes on from a step, which is saved already."""
+        self._saved = step
 
 
 class Reader:
@@ -287,9 +340,13 @@ class Reader:
             UserError: the checkpoint does not have it.
         """
         if name not in self._files:
-            raise UserError(
-                f"{self.folder} has no {name}: it belongs to another model: --overwrite starts the"
-                " stage again"
-            )
+            raise missing(self.folder, name)
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
+
+
+def missing(place: Path, name: str) -> UserError:
+    """What to say where a checkpoint does not have a tensor."""
+    return UserError(
+        f"{place} has no {name}: it belongs to another model: --overwrite starts the stage again"
+    )

@@ -95,6 +95,12 @@ class Run:
             return min(_WORKERS, max(min(1, cores - 1), cores - 2))
         return min(1, torch.get_num_threads() - 1)
 
+    @property
+    def background(self) -> bool:
+        """Whether steps go on while a checkpoint is written: as asked for, or on GPUs."""
+        asked = self.config.save_async
+        return self.ranks.device.type != "cpu" if asked is None else asked
+
     def reading(
         self, codec: Codec, windows: Windows | None = None, *, require_labels: bool = False
     ) -> Options:

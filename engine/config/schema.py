@@ -96,6 +96,12 @@ class Config(Section):
     save_async: bool | None = Field(
         None, description="write checkpoints while the steps go on (left out: on GPUs)"
     )
+    save_local: str | None = Field(
+        None, description="folder on each node's own disk, for more frequent checkpoints"
+    )
+    save_local_every: int | None = Field(
+        None, ge=1, description="interval in steps of those, below save_every"
+    )
     keep: int = Field(2, ge=1, description="checkpoints kept")
     keep_finished: bool = Field(True, description="also those of stages that are complete")
     log_every: int = Field(50, ge=1, description="steps between log lines")
@@ -118,6 +124,18 @@ class Config(Section):
     def _compared(self) -> Config:
         if self.compare and self.stage != "all":
             raise ValueError("compare is for --stage all: leave it out, or run all stages")
+        return self
+
+    @model_validator(mode="after")
+    def _saved_locally(self) -> Config:
+        every = self.save_local_every
+        if (self.save_local is None) != (every is None):
+            raise ValueError("save_local and save_local_every go together: give both, or neither")
+        if every is not None and every >= self.save_every:
+            raise ValueError(
+                f"save_local_every {every} must be below save_every, which is {self.save_every}:"
+                " a node's own disk is lost with the node"
+            )
         return self
 
     @property

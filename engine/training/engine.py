@@ -9,8 +9,9 @@ from torch import nn
 from selfdistill.data.cli import format_error
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints import training_state
-from selfdistill.engine.checkpoints.checkpoint import Checkpoints, Reader
+from selfdistill.engine.checkpoints.checkpoint import Checkpoints
 from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.checkpoints.local import open_checkpoints
 from selfdistill.engine.checkpoints.state import State
 from selfdistill.engine.config.stages import StageSection
 from selfdistill.engine.runtime import zero
@@ -19,25 +20,28 @@ from selfdistill.engine.training.modalities.base import Section
 from selfdistill.engine.training.stage import Stage
 
 
-def start(stage: Stage, checkpoints: Checkpoints) -> tuple[Any, State]:
-    """A stage's engine and state: from its newest whole checkpoint, or new.
+def start(stage: Stage) -> tuple[Any, State, Checkpoints]:
+    """A stage's engine, state and checkpoints: from the newest whole one of these, or new.
 
     The weights go into the module before DeepSpeed cuts and casts it, the rest after.
     """
     run, objective = stage.run, stage.build()
     if run.config.checkpoint_activations:
         stage.modality.recompute(stage.model)
+    place, beat = run.folder / stage.name, run.watchdog.beat
+    checkpoints = open_checkpoints(run.config, place, run.ranks, beat)
     found = checkpoints.find(stage.record, stage.train.hash)
-    read = None if found is None else Reader(*found)
+    read = None if found is None else checkpoints.reader(found)
     if read is not None:
         training_state.load_weights(objective, read)
     engine = build_engine(run, objective, stage.section, stage.plan, stage.optimizer(objective))
     if found is None or read is None:
-        return engine, State(0, 0, stage.record, stage.train.hash, run.ranks.world)
+        state = State(0, 0, stage.record, stage.train.hash, run.ranks.world)
+        return engine, state, checkpoints
     _, state = found
     training_state.restore(engine, run.ranks.rank, read, state.optimizer)
     state.config = stage.record  # the layout of this launch
-    return engine, state
+    return engine, state, checkpoints
 
 
 def build_engine(

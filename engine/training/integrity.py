@@ -1,4 +1,4 @@
-"""Hashes the shards of a stage before it reads them, as `--data.check` says."""
+"""Hashes the shards of a stage before it reads them, as `--data.check` says; opens the tables."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from selfdistill.data.shards.checking import check_hashes
 from selfdistill.data.shards.manifest import Manifest, is_remote
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.runtime.distributed import main_only
+from selfdistill.engine.training.tables import share_tables
 
 #: Hashed in seconds: of a split of more bytes `--data.check auto` says that it is not checked.
 _SMALL = 2 * 2**30
@@ -17,7 +18,7 @@ _PORTION = 4 * 2**30
 
 
 def check_shards(run: Run, manifests: list[Manifest], *, labels: bool) -> None:
-    """Hashes the local shards of splits before a stage reads them, as `--data.check` says.
+    """Opens the tables of splits, and hashes their local shards, as `--data.check` says.
 
     PNGs carry checksums, which a loader tests; other files do not, nor do labels. Remote shards are
     hashed when they are fetched, and under `always` in the cache before their first use.
@@ -28,8 +29,9 @@ def check_shards(run: Run, manifests: list[Manifest], *, labels: bool) -> None:
         labels: Whether the stage reads labels.
 
     Raises:
-        UserError: Names the damaged shard.
+        UserError: Names the damaged shard, or table.
     """
+    share_tables(run.ranks, manifests)
     config = run.config.data
     for manifest in manifests:
         sizes = {

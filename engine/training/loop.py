@@ -13,7 +13,6 @@ from torch import Tensor
 
 from selfdistill.data import rng
 from selfdistill.data.loading.loader import Loader
-from selfdistill.engine.checkpoints.checkpoint import Checkpoints
 from selfdistill.engine.checkpoints.folder import open_stage, write_result
 from selfdistill.engine.config.stages import StageSection
 from selfdistill.engine.monitoring import flops as flop_counts
@@ -54,6 +53,7 @@ def run_stage(stage: Stage) -> None:
     finally:
         trainer.close()
     write_result(run, name, trainer.result() | outputs, stage.train)
+    trainer.checkpoints.clear()
     run.info(f"{name}: done in {trainer.seconds():.0f} s -> {run.folder / name}")
     release(trainer.engine)
     stage.close()
@@ -78,11 +78,7 @@ class Trainer:
                 f" / batch {plan.batch} = {stage.steps} steps"
             )
         run.boundary(f"{stage.name}: starting")
-        beat = run.watchdog.beat
-        self.checkpoints = Checkpoints(folder / "checkpoints", ranks, config.keep, beat)
-        asked = config.save_async
-        self.background = ranks.device.type != "cpu" if asked is None else asked
-        self.engine, self.state = engines.start(stage, self.checkpoints)
+        self.engine, self.state, self.checkpoints = engines.start(stage)
         self.drift = Drift(self.engine, stage.model.encoder, stage.reference, ranks)
         if step := self.state.step:
             world = self.state.world
@@ -143,9 +139,10 @@ class Trainer:
         while True:
             self.keeper.visit()
             done = state.step == stage.steps or self.keeper.stopped
-            if due(config.save_every, state.step) or (done and config.save_every):
+            shared = due(config.save_every, state.step) or (done and config.save_every > 0)
+            if shared or due(config.save_local_every or 0, state.step):
                 with self.meter.paused():
-                    self.save(wait=done or not self.background)
+                    self.save(shared=shared, wait=done or not self.run.background)
             if done:
                 return
             number = state.step + 1  # of the step that comes, from 1
@@ -237,10 +234,11 @@ class Trainer:
         self.monitor.progress(state.step, {k: v for k, v in values.items() if k in LOSSES})
         state.last = logged
 
-    def save(self, *, wait: bool = True) -> None:
+    def save(self, *, shared: bool = True, wait: bool = True) -> None:
         """Saves where the stage stands. Every rank calls it, between two steps.
 
         Args:
+            shared: on the disk that all nodes share; else on their own.
             wait: for the disk; see `Checkpoints.save`.
         """
         self.monitor.sync()
@@ -250,7 +248,8 @@ class Trainer:
             self.skipped.share_all()
         self.state.seconds = self.seconds()
         self.keeper.remember()
-        self.checkpoints.save(self.engine, self.state, wait=wait)
+        kept = self.checkpoints.shared if shared else self.checkpoints
+        kept.save(self.engine, self.state, wait=wait)
 
     def seconds(self) -> float:
         """What the stage took so far, over all launches."""

@@ -1,0 +1,76 @@
+"""A split's table of members is opened once a node, and its faults are known to all ranks.
+
+The test runs this file on two ranks, each of which prints one JSON object.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path[0] = str(Path(__file__).resolve().parents[3]) if __name__ == "__main__" else sys.path[0]
+
+from selfdistill.data import pack  # noqa: E402
+from selfdistill.data.errors import UserError  # noqa: E402
+from selfdistill.data.shards.manifest import Manifest  # noqa: E402
+from selfdistill.engine.run import _quiet  # noqa: E402
+from selfdistill.engine.runtime.distributed import initialize, main_only  # noqa: E402
+from selfdistill.engine.training.tables import share_tables  # noqa: E402
+from tests.engine.checkpoints.attack import flip  # noqa: E402
+from tests.kit.launches import launch, make_images  # noqa: E402
+
+
+@pytest.mark.multi
+def test_one_rank_opens_the_tables(tmp_path: Path) -> None:
+    make_images(tmp_path / "images")
+    shards, broken = tmp_path / "shards", tmp_path / "broken"
+    pack.pack(str(tmp_path / "images"), str(shards))
+    shutil.copytree(shards, broken)
+    flip(broken / "train" / "members.npy")
+    done = launch(__file__, shards, broken)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank"')]
+    first, second = sorted(told, key=lambda one: one["rank"])
+    assert first["opened"] == ["manifest.json"] * 2 + ["members.npy"] * 2
+    assert second["opened"] == []
+    assert (first["same"], second["same"]) == (True, True)
+    assert first["error"] == second["error"]
+    assert "is not the table that" in first["error"]
+
+
+def main(shards: Path, broken: Path) -> None:
+    _quiet()
+    ranks = initialize()
+    opened: list[str] = []
+
+    def note(event: str, words: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(words[0], str | os.PathLike):
+            opened.append(Path(os.fsdecode(words[0])).name)
+
+    sys.addaudithook(note)
+    splits = [
+        main_only(ranks, lambda one=one: Manifest.load_split(str(shards), one))
+        for one in ("train", "val")
+    ]
+    share_tables(ranks, splits)
+    rows = [one.members.tolist() for one in splits]
+    ours = [name for name in opened if name in ("manifest.json", "members.npy")]
+    wanted = [np.load(shards / one / "members.npy").tolist() for one in ("train", "val")]
+    told = {"rank": ranks.rank, "opened": ours, "same": rows == wanted}
+    damaged = main_only(ranks, lambda: Manifest.load_split(str(broken), "train"))
+    try:
+        share_tables(ranks, [damaged])
+    except UserError as error:
+        told["error"] = str(error)
+    print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[-2]), Path(sys.argv[-1]))
+    sys.stdout.flush()
+    os._exit(0)

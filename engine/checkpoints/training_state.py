@@ -187,7 +187,11 @@ def owners(module: nn.Module, world: int) -> dict[str, int]:
 
 @torch.no_grad()
 def collect(
-    engine: Any, rank: int, world: int, beat: Callable[[], None] = lambda: None
+    engine: Any,
+    rank: int,
+    world: int,
+    beat: Callable[[], None] = lambda: None,
+    buffers: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """This rank's share of the state. Every rank calls it.
 
@@ -196,6 +200,7 @@ def collect(
         rank: this process.
         world: number of ranks.
         beat: called for every parameter.
+        buffers: keeps the memory from one call to the next, which writes over it; None: it is new.
 
     Returns:
         "fp32/NAME", "exp_avg/NAME", "exp_avg_sq/NAME" and so on (`kept`) -> whole fp32 tensor on
@@ -203,6 +208,10 @@ def collect(
     """
     share: dict[str, Tensor] = {}
     how, owner = layout(engine, rank), owners(engine.module, world)
+
+    def put(name: str, tensor: Tensor) -> None:
+        share[name] = _copy(tensor, name, buffers)
+
     stepped = _stepped(how)  # not yet where fp16 has only met overflows
     if stepped:
         how.link()
@@ -212,17 +221,17 @@ def collect(
         if not parameter.requires_grad:
             with gathered(parameter) as whole:
                 if mine:
-                    share[f"{WEIGHT}/{name}"] = _copy(whole)
+                    put(f"{WEIGHT}/{name}", whole)
             continue
         weight = how.get(parameter, WEIGHT)  # gathers: every rank takes part
         if mine:
-            share[f"{WEIGHT}/{name}"] = _copy(weight)
+            put(f"{WEIGHT}/{name}", weight)
         for key in kept(how.optimizer, parameter):
             # What is no moment is an anchor or a copy: the weight before the first step.
             first = torch.zeros_like(weight) if key in MOMENTS else weight
             value = how.get(parameter, key) if stepped else first
             if mine:
-                share[f"{key}/{name}"] = _copy(value)
+                put(f"{key}/{name}", value)
     return share
 
 
@@ -231,8 +240,14 @@ def _stepped(how: Layout) -> bool:
     return "exp_avg" in how.optimizer.state.get(next(iter(how.flats())), {})
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().cpu().clone().contiguous()
+def _copy(tensor: Tensor, name: str, buffers: dict[str, Tensor] | None) -> Tensor:
+    """A tensor on the host, in memory that is kept where there are buffers."""
+    if buffers is None:
+        return torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
+    if name not in buffers:
+        pinned = tensor.is_cuda
+        buffers[name] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=pinned)
+    return buffers[name].copy_(tensor)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import pytest
 from scipy import stats
 
 from selfdistill.data.errors import UserError
+from selfdistill.experiments import run as experiments_run
 from selfdistill.experiments.report import __main__ as report
 from selfdistill.experiments.report import sweep as report_sweep
 from selfdistill.experiments.report.blocks import Report
@@ -248,6 +249,14 @@ def test_every_claim_that_is_shipped_finds_its_rows(tmp_path: Path) -> None:
     )
     assert "experiments.run lengths " in said(section(built, "claim-long-pretraining"))
     assert "Not run: of no set of pictures" in said(section(built, "advice-images"))
+
+
+def test_variants_that_claims_need_are_accepted(root: Path) -> None:
+    asked = [Asked(name, ("again",)) for name in ("shortcuts", "lengths")]
+    sweep = Sweep(root / "planned", "small", root / "shards", root / "my", [])
+    planned = sweep.plan(asked)
+    experiments_run.check(root / "planned", planned)
+    assert len(planned.cells) == 16
 
 
 def test_length_first_round_and_distance(tmp_path: Path) -> None:

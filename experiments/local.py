@@ -212,6 +212,8 @@ class Local:
                     continue
             if not code and job.result(self.root) is None:
                 code, message = 1, "it ended well and left no result"
+                if job.stage == "decoder":
+                    message = "its model has a decoder: take decoder = true out of the profile"
             state.end(self.root, job, code, message)
             diverged = job.diverged(self.root)
             ends[job.name] = "failed" if code and not diverged else "done"

@@ -50,6 +50,7 @@ class Plan:
         done: a sweep's folder: data sets that have results there need not be in `data_root`.
         halving: of a search's candidates one in so many goes on to so many times the length; 0: all
             are tried at the whole length.
+        models: folder of models, in which the recipes' are looked for by the last part of the name.
     """
 
     def __init__(
@@ -59,9 +60,10 @@ class Plan:
         data_root: Path,
         done: Path | None = None,
         halving: int = 0,
+        models: Path | None = None,
     ) -> None:
         self.specs, self.profile, self.data_root = specs, profile, data_root
-        self.done, self.halving = done, halving
+        self.done, self.halving, self.models = done, halving, models
         self.jobs: dict[str, Job] = {}
         self.cells: list[Cell] = []
         self.absent: dict[str, Dataset] = {}
@@ -229,7 +231,8 @@ class Plan:
 
     def _part(self, job: Job, plan: FinetuneSection, part: int) -> Job:
         """A candidate at one of so many parts of its length, with as much less warm-up."""
-        words: Options = {"finetune.warmup": plan.warmup // part}
+        shorter = plan.warmup // part if plan.warmup >= 1 else plan.warmup
+        words: Options = {"finetune.warmup": shorter}
         if plan.steps is not None:
             words["finetune.steps"] = max(1, round(plan.steps / part))
         elif plan.epochs is not None:
@@ -257,6 +260,18 @@ class Plan:
         if name not in self.jobs:
             words = self._words(dataset, method, row, "pretrain")
             self.jobs[name] = Job(name, dataset, "pretrain", words)
+            if self.profile.of(dataset.kind).decoder:
+                decoder = self._decoder(dataset, method, row)
+                self.jobs[name].needs = [decoder]
+                self.jobs[name].base = f"{decoder.leaves}/export"
+        return self.jobs[name]
+
+    def _decoder(self, dataset: Dataset, method: Method, row: Row) -> Job:
+        """Stage 0, once for all that further pre-trains on a data set."""
+        name = self._name(dataset, "decoder", method, self._own(dataset, method, row), row)
+        if name not in self.jobs:
+            words = self._words(dataset, method, row, "decoder")
+            self.jobs[name] = Job(name, dataset, "decoder", words)
         return self.jobs[name]
 
     def _distill(self, dataset: Dataset, method: Method, row: Row, rounds: int) -> Job:
@@ -271,16 +286,33 @@ class Plan:
                 words = self._words(dataset, method, row, "distill")
                 start = f"{teacher.leaves}/export"
                 self.jobs[key] = Job(key, dataset, "distill", words, list(before), start)
-                self.jobs[key].rounds = number
+                self.jobs[key].rounds, self.jobs[key].base = number, teacher.base
             before = [self.jobs[key]]
         return before[0]
 
     def _words(self, dataset: Dataset, method: Method, row: Row, stage: Stage) -> Options:
         """Options of a stage: profile < data set < method < row."""
+        options = self._usual(dataset) | self._own(dataset, method, row)
+        return {k: v for k, v in options.items() if k.partition(".")[0] not in LATER[stage]}
+
+    def _usual(self, dataset: Dataset) -> Options:
+        """The profile's and the data set's options.
+
+        Raises:
+            UserError: `models` does not hold the model that they name.
+        """
         scale = self.profile.of(dataset.kind)
         options: Options = {"recipe": scale.recipe, **scale.options, **dataset.options}
-        options |= self._own(dataset, method, row)
-        return {k: v for k, v in options.items() if k.partition(".")[0] not in LATER[stage]}
+        named = configuration.load(options).model.path
+        if self.models is None or named is None or Path(named).is_dir():
+            return options
+        here = self.models / named.rpartition("/")[2]
+        if self.done is None and not here.is_dir():
+            raise UserError(
+                f"--models {self.models}: it holds no folder {here.name}, for {named} of recipe"
+                f" {scale.recipe}: put the model's files there"
+            )
+        return options | {"model.path": str(here)}
 
     def _own(self, dataset: Dataset, method: Method, row: Row) -> Options:
         """What tells a row from the profile's defaults."""

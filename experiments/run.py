@@ -117,6 +117,7 @@ def main(
     data_root: str | None = None,
     output: str = "runs/experiments",
     profile: str = "small",
+    models: str | None = None,
     specs: str | None = None,
     datasets: str | None = None,
     only: str | None = None,
@@ -135,7 +136,9 @@ def main(
         tables: which, in this order, such as table1 figure4; none lists what there is.
         data_root: folder of packed data sets, each in a folder of its name.
         output: the sweep's folder.
-        profile: size of models and schedules: small, or paper (Table 9).
+        profile: models and schedules: small, real (encoders that people use), or paper (Table 9).
+        models: folder of models, in place of those from the hub: MODELS/dinov2-small, say, for
+            facebook/dinov2-small.
         specs: folder with methods/, datasets/, tables/ or profiles/ of your own.
         datasets: in place of the tables' own, such as flowers_64,scierc.
         only: data sets, methods, or DATASET/METHOD, between commas; the rest is left for later.
@@ -176,6 +179,8 @@ def main(
         raise UserError("--data_root is missing: the folder of packed data sets")
     if not Path(data_root).is_dir():
         raise UserError(f"--data_root {data_root}: there is no such folder")
+    if models is not None and not Path(models).is_dir():
+        raise UserError(f"--models {models}: there is no such folder")
     root = Path(output).absolute()
     if root.exists() and not root.is_dir():
         raise UserError(f"--output {output} is a file: name a folder")
@@ -195,6 +200,7 @@ def main(
     else:
         own = Path(specs).resolve() if specs else None
         sweep = Sweep(root, profile, Path(data_root).resolve(), own, [], halving)
+    sweep.models = Path(models).resolve() if models else sweep.models
     asked = [Asked(name, _listed(datasets), _listed(only), seeds) for name in tables]
     plan = sweep.plan(asked)
     missing(plan, _listed(only))

@@ -87,7 +87,7 @@ class Method(Spec):
     @field_validator("name")
     @classmethod
     def _free(cls, value: str) -> str:
-        if value in ("pretrain", "distill", "search"):
+        if value in ("decoder", "pretrain", "distill", "search"):
             raise ValueError(f"{value} is the folder of a stage: name the method otherwise")
         return value
 
@@ -174,6 +174,9 @@ class Scale(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     recipe: str
+    decoder: bool = Field(
+        False, description="whether the encoder comes without a decoder, which stage 0 then trains"
+    )
     options: Options = Field(default_factory=dict)
     search: Grid = Field(default_factory=dict, description="chosen by validation, method by method")
     methods: dict[str, Tuning] = Field(

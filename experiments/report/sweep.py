@@ -127,6 +127,7 @@ class Contents:
             "data_root": self.sweep.data_root,
             "output": self.root,
             "profile": self.sweep.profile,
+            "models": self.sweep.models,
             "specs": self.sweep.specs,
             "datasets": ",".join(asked.datasets) or None,
             "only": ",".join(asked.only) or None,

@@ -32,6 +32,9 @@ DIVERGED = "the loss is not finite"
 #: Seed of the runs that choose hyper-parameters: none of those that are reported.
 SEARCH_SEED = 1000
 
+#: Seeds of a pipeline begin at so many times its number.
+PIPELINE = 100
+
 
 @dataclass
 class Trial:
@@ -174,8 +177,11 @@ class Job:
         return best is not None and self.shorter.name not in best
 
     def lost(self, root: Path) -> bool:
-        """Whether it is a search's candidate that will have no score."""
-        return self.diverged(root) or self.dropped(root)
+        """Whether it is a search's candidate, or of one, that will have no score."""
+        if self.diverged(root) or self.dropped(root):
+            return True
+        searched = "/search/" in self.name and self.result(root) is None
+        return searched and any(one.lost(root) for one in self.needs)
 
     def validation(self, root: Path) -> float | None:
         """Its validation score."""

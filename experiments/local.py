@@ -103,10 +103,12 @@ class Local:
                     ends[job.name] = "blocked"
                     remaining.remove(job)
                 elif all(ends.get(one.name) == "done" for one in job.before):
-                    if job.dropped(self.root):
+                    if job.lost(self.root):
                         ends[job.name] = "done"
                         remaining.remove(job)
-                        self.console.print(f"{job.name}: dropped, others did better")
+                        better = job.dropped(self.root)
+                        why = "others did better" if better else "what it starts from diverged"
+                        self.console.print(f"{job.name}: dropped, {why}")
                         continue
                     if time.monotonic() > self.until:
                         continue

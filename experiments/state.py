@@ -30,6 +30,7 @@ class Asked:
     datasets: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     seeds: int | None = None
+    pipelines: int | None = None
 
 
 class _Asked(records.Record):
@@ -37,6 +38,7 @@ class _Asked(records.Record):
     datasets: list[str]
     only: list[str]
     seeds: records.Count | None
+    pipelines: records.Count | None = None
 
 
 class _Written(records.Record):
@@ -90,7 +92,10 @@ class Sweep:
             raise UserError(
                 f"{root} holds no experiments ({SWEEP} is missing): run experiments.run first"
             ) from None
-        asked = [Asked(a.table, tuple(a.datasets), tuple(a.only), a.seeds) for a in written.asked]
+        asked = [
+            Asked(a.table, tuple(a.datasets), tuple(a.only), a.seeds, a.pipelines)
+            for a in written.asked
+        ]
         specs = None if written.specs is None else Path(written.specs)
         models = None if written.models is None else Path(written.models)
         data_root = Path(written.data_root)
@@ -120,15 +125,17 @@ class Sweep:
                 if old.datasets == joined.datasets:
                     # Asked for whole once, it is whole.
                     only = _joined(old.only, joined.only) if old.only and joined.only else ()
-                    joined = replace(joined, only=only, seeds=joined.seeds or old.seeds)
+                    joined = replace(
+                        joined,
+                        only=only,
+                        seeds=joined.seeds or old.seeds,
+                        pipelines=joined.pipelines or old.pipelines,
+                    )
                 elif (
                     old.datasets
                     and joined.datasets
-                    and (old.only, old.seeds)
-                    == (
-                        joined.only,
-                        joined.seeds,
-                    )
+                    and (old.only, old.seeds, old.pipelines)
+                    == (joined.only, joined.seeds, joined.pipelines)
                 ):
                     joined = replace(joined, datasets=_joined(old.datasets, joined.datasets))
                 else:
@@ -154,7 +161,7 @@ class Sweep:
             table = specs.table(one.table)
             if one.datasets:
                 table = table.model_copy(update={"datasets": list(one.datasets)})
-            made.add(table, one.only, one.seeds)
+            made.add(table, one.only, one.seeds, one.pipelines)
         return made
 
 

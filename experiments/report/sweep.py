@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +78,12 @@ class Contents:
 
     @functools.cached_property
     def outcomes(self) -> list[Outcome]:
-        """Each fine-tuning once, of the most seeds that any table has."""
+        """Each fine-tuning once, of the most seeds and pipelines that any table has."""
         found: dict[str, Outcome] = {}
         for table in self.tables:
             for one in table.cells.values():
                 known = found.get(one.cell.job.name)
-                if known is None or one.cell.job.seeds > known.cell.job.seeds:
+                if known is None or one.cell.seeds > known.cell.seeds:
                     found[one.cell.job.name] = one
         return list(found.values())
 
@@ -132,6 +132,7 @@ class Contents:
             "datasets": ",".join(asked.datasets) or None,
             "only": ",".join(asked.only) or None,
             "seeds": asked.seeds,
+            "pipelines": asked.pipelines,
             "halving": self.sweep.halving or None,
         }
         words = [w for k, v in entry.items() if v is not None for w in (f"--{k}", str(v))]
@@ -152,7 +153,7 @@ def read(root: Path, data_root: Path | None = None) -> Contents:
     sweep.data_root = data_root or sweep.data_root
     specs = Specs(sweep.specs)
     found = Contents(sweep, specs, specs.load(Profile, sweep.profile))
-    known: dict[tuple[str, int], Outcome] = {}
+    known: dict[tuple[str, int, int], Outcome] = {}
     for asked in sweep.asked:
         found.tables.append(_table(sweep, specs, asked, known))
     found.jobs = sweep.plan(results=True).ordered()
@@ -161,7 +162,7 @@ def read(root: Path, data_root: Path | None = None) -> Contents:
 
 
 def _table(
-    sweep: Sweep, specs: Specs, asked: Asked, known: dict[tuple[str, int], Outcome]
+    sweep: Sweep, specs: Specs, asked: Asked, known: dict[tuple[str, int, int], Outcome]
 ) -> Reported:
     table = specs.table(asked.table)
     if asked.datasets:
@@ -171,12 +172,12 @@ def _table(
     if asked.only:
         # What --only leaves out may be complete from an earlier call.
         try:
-            plan = sweep.plan([Asked(asked.table, asked.datasets, (), asked.seeds)], results=True)
+            plan = sweep.plan([replace(asked, only=())], results=True)
         except UserError:
             plan = wanted
     cells: dict[tuple[int, str], Outcome] = {}
     for cell in plan.cells:
-        key = (cell.job.name, cell.job.seeds)
+        key = (cell.job.name, len(cell.jobs), cell.seeds)
         if key not in known:
             known[key] = results.outcome(sweep.root, cell)
         cells[_place(table, cell)] = _moved(known[key], cell)

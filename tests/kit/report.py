@@ -94,7 +94,8 @@ def finish(root: Path, job: Job, seeds: int | None = None) -> None:
         write(leaves / "result.json", figure(job, seed))
     else:
         count = job.seeds if seeds is None else seeds
-        results = [figure(job, seed) for seed in range(count)]
+        first = int(job.words.get("seed", 0))
+        results = [figure(job, seed) for seed in range(first, first + count)]
         for one in results:
             write(leaves / f"seed-{one['seed']}" / "result.json", one)
         if whole:

@@ -206,8 +206,8 @@ def pack(
             first two stages train on, of the inputs of train and the images or texts of that path.
         split: Pack everything as this one split (train, val or test) of `out`.
         layout: Known data set whose official splits are taken, where it is not recognised itself:
-            aircraft, cub, xray, dtd, dogs, flowers, cifar100, scierc, acl_arc, chemprot or
-            tweeteval.
+            aircraft, cub, xray, dtd, dogs, flowers, cifar100, elpv, scierc, acl_arc, chemprot
+            or tweeteval.
         fold: Of DTD's ten published divisions, which to take.
         trainval: Train on a known data set's official train and val images together.
         val_fraction: Where the source has splits but no val: part of train to set aside as val,

@@ -13,10 +13,14 @@ from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints.results import RESULT, read_result
 from selfdistill.experiments.spec import Dataset, Options
 
-Stage = Literal["pretrain", "distill", "finetune"]
+Stage = Literal["decoder", "pretrain", "distill", "finetune"]
 
 #: Sections of the configuration that only later stages look at.
 LATER: dict[Stage, tuple[str, ...]] = {
+    "decoder": (
+        *("adapt", "lora", "probe", "supcon", "pretrain"),
+        *("distill", "teacher", "finetune", "recadam", "mars", "r3f"),
+    ),
     "pretrain": ("distill", "teacher", "finetune", "recadam", "mars", "r3f"),
     "distill": ("finetune", "recadam", "mars", "r3f"),
     "finetune": (),
@@ -27,6 +31,9 @@ DIVERGED = "the loss is not finite"
 
 #: Seed of the runs that choose hyper-parameters: none of those that are reported.
 SEARCH_SEED = 1000
+
+#: Seeds of a pipeline begin at so many times its number.
+PIPELINE = 100
 
 
 @dataclass
@@ -98,6 +105,7 @@ class Job:
         words: options of engine/run.py without those of `choices`, --data and --output.
         needs: jobs whose exports it starts from.
         start: the export that it starts from, below the sweep's folder; None: the model.
+        base: the export of stage 0, which then stands for the model in stages 1 and 2.
         choices: options that validation scores decide, before it starts.
         seeds: fine-tunings in this launch.
         rounds: of self-distillation up to which it goes.
@@ -118,6 +126,7 @@ class Job:
     said: frozenset[str] = frozenset()
     shorter: Job | None = None
     trial: Trial | None = None
+    base: str | None = None
 
     @property
     def folder(self) -> str:
@@ -133,8 +142,8 @@ class Job:
     @property
     def leaves(self) -> str:
         """Folder of the stage that it completes, below the sweep's."""
-        last = {"pretrain": "pretrain", "distill": f"distill-{self.rounds}"}
-        return f"{self.folder}/{last.get(self.stage, self._finetuning)}"
+        last = {"distill": f"distill-{self.rounds}", "finetune": self._finetuning}
+        return f"{self.folder}/{last.get(self.stage, self.stage)}"
 
     @property
     def _finetuning(self) -> str:
@@ -168,8 +177,11 @@ class Job:
         return best is not None and self.shorter.name not in best
 
     def lost(self, root: Path) -> bool:
-        """Whether it is a search's candidate that will have no score."""
-        return self.diverged(root) or self.dropped(root)
+        """Whether it is a search's candidate, or of one, that will have no score."""
+        if self.diverged(root) or self.dropped(root):
+            return True
+        searched = "/search/" in self.name and self.result(root) is None
+        return searched and any(one.lost(root) for one in self.needs)
 
     def validation(self, root: Path) -> float | None:
         """Its validation score."""
@@ -204,6 +216,8 @@ class Job:
             "data": str(data_root / (self.dataset.folder or self.dataset.name)),
             "output": str(root / self.folder),
         }
+        if self.base is not None:
+            options["model.path"] = str(root / self.base)
         if self.stage == "distill":
             options |= {"teacher": str(root / str(self.start)), "rounds": self.rounds}
         if self.stage == "finetune":

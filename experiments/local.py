@@ -103,10 +103,12 @@ class Local:
                     ends[job.name] = "blocked"
                     remaining.remove(job)
                 elif all(ends.get(one.name) == "done" for one in job.before):
-                    if job.dropped(self.root):
+                    if job.lost(self.root):
                         ends[job.name] = "done"
                         remaining.remove(job)
-                        self.console.print(f"{job.name}: dropped, others did better")
+                        better = job.dropped(self.root)
+                        why = "others did better" if better else "what it starts from diverged"
+                        self.console.print(f"{job.name}: dropped, {why}")
                         continue
                     if time.monotonic() > self.until:
                         continue
@@ -212,6 +214,8 @@ class Local:
                     continue
             if not code and job.result(self.root) is None:
                 code, message = 1, "it ended well and left no result"
+                if job.stage == "decoder":
+                    message = "its model has a decoder: take decoder = true out of the profile"
             state.end(self.root, job, code, message)
             diverged = job.diverged(self.root)
             ends[job.name] = "failed" if code and not diverged else "done"

@@ -7,32 +7,59 @@ it is the same one in every table and in every later call.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from selfdistill.data.errors import UserError
 from selfdistill.data.shards import manifest
 from selfdistill.engine.config import options as configuration
 from selfdistill.engine.config.stages import FinetuneSection
-from selfdistill.experiments.jobs import LATER, SEARCH_SEED, Choice, Job, Stage, Trial, typed
-from selfdistill.experiments.spec import Dataset, Method, Options, Profile, Row, Specs, Table
+from selfdistill.experiments.jobs import LATER, SEARCH_SEED, Choice, Job, Trial, typed
+from selfdistill.experiments.spec import (
+    SEARCHED,
+    Dataset,
+    Grid,
+    Method,
+    Options,
+    Profile,
+    Row,
+    Specs,
+    Table,
+)
+from selfdistill.experiments.words import Variant, Words
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of a table: a row on a data set."""
+    """One place of a table: a row on a data set.
+
+    Attributes:
+        table: which.
+        row: of the table.
+        method: of the row.
+        dataset: its column.
+        jobs: its fine-tunings, one launch for each pipeline.
+    """
 
     table: Table
     row: Row
     method: Method
     dataset: Dataset
-    job: Job
+    jobs: tuple[Job, ...]
+
+    @property
+    def job(self) -> Job:
+        """The fine-tunings of the first pipeline, which stands for all."""
+        return self.jobs[0]
+
+    @property
+    def seeds(self) -> int:
+        """Fine-tunings in all."""
+        return sum(job.seeds for job in self.jobs)
 
     @property
     def title(self) -> str:
@@ -50,6 +77,7 @@ class Plan:
         done: a sweep's folder: data sets that have results there need not be in `data_root`.
         halving: of a search's candidates one in so many goes on to so many times the length; 0: all
             are tried at the whole length.
+        models: folder of models, in which the recipes' are looked for by the last part of the name.
     """
 
     def __init__(
@@ -59,22 +87,31 @@ class Plan:
         data_root: Path,
         done: Path | None = None,
         halving: int = 0,
+        models: Path | None = None,
     ) -> None:
         self.specs, self.profile, self.data_root = specs, profile, data_root
         self.done, self.halving = done, halving
+        self.words = Words(profile, models, here=done is None)
         self.jobs: dict[str, Job] = {}
         self.cells: list[Cell] = []
         self.absent: dict[str, Dataset] = {}
         self.unsearchable: dict[str, Dataset] = {}
         self.named: set[str] = set()
 
-    def add(self, table: Table, only: Iterable[str] = (), seeds: int | None = None) -> None:
+    def add(
+        self,
+        table: Table,
+        only: Iterable[str] = (),
+        seeds: int | None = None,
+        pipelines: int | None = None,
+    ) -> None:
         """Plans a table.
 
         Args:
             table: which.
             only: names of data sets, of methods, or DATASET/METHOD; nothing stands for all.
             seeds: in place of the table's.
+            pipelines: in place of the table's.
         """
         wanted = list(only)
         datasets = [self.specs.load(Dataset, name) for name in table.datasets]
@@ -93,8 +130,11 @@ class Plan:
             if not chooses and self._searches(dataset, method):
                 self.unsearchable[dataset.name] = dataset
                 continue
-            job = self._final(dataset, method, row, seeds or table.seeds)
-            self.cells.append(Cell(table, row, method, dataset, job))
+            jobs = tuple(
+                self._final(Variant(dataset, method, row, number), seeds or table.seeds)
+                for number in range(pipelines or table.pipelines)
+            )
+            self.cells.append(Cell(table, row, method, dataset, jobs))
 
     def _searches(self, dataset: Dataset, method: Method) -> bool:
         """Whether validation data decide anything for a method."""
@@ -116,7 +156,8 @@ class Plan:
                 found[job.name] = job
 
         for cell in self.cells:
-            visit(cell.job)
+            for job in cell.jobs:
+                visit(job)
         return list(found.values())
 
     def levels(self) -> list[list[Job]]:
@@ -131,23 +172,21 @@ class Plan:
 
     # --- jobs
 
-    def _final(self, dataset: Dataset, method: Method, row: Row, seeds: int) -> Job:
+    def _final(self, variant: Variant, seeds: int) -> Job:
         """The fine-tuning that a cell shows, with all that it needs."""
-        own = self._own(dataset, method, row)
-        name = self._name(dataset, "finetune", method, own, row)
+        name = self.words.name(variant, "finetune")
         if name not in self.jobs:
-            job = self._finetune(name, dataset, method, row, seeds, {})
-            # A row takes over its method's choices, but for what it says itself.
-            job.said = frozenset(row.options)
-            job.choices = [
-                choice
-                for choice in self._choices(dataset, method)
-                if not job.said.issuperset(choice.candidates[0][0])
-            ]
+            job = self._finetune(name, variant, seeds, {})
+            self._choose(job, variant, self._choices(variant.dataset, variant.method))
             self.jobs[name] = job
         # Tables that ask for more seeds of a cell get them for all.
         self.jobs[name].seeds = max(seeds, self.jobs[name].seeds)
         return self.jobs[name]
+
+    def _choose(self, job: Job, variant: Variant, choices: list[Choice]) -> None:
+        """Has a row take over its method's choices, but for what it says itself."""
+        job.said = frozenset(variant.row.options)
+        job.choices = [one for one in choices if not job.said.issuperset(one.candidates[0][0])]
 
     def _choices(self, dataset: Dataset, method: Method) -> list[Choice]:
         """What validation decides for a method: the profile's grid first, then the method's own.
@@ -158,7 +197,11 @@ class Plan:
         fixed = tuned.of(dataset.kind) | method.of(dataset.kind) | dataset.options
         special = tuned.search | scale.tuning(tuned.name).search
         mine = method.search | scale.tuning(method.name).search
-        common = {k: v for k, v in scale.search.items() if k not in special | mine}
+        common = {
+            k: v
+            for k, v in scale.search.items()
+            if k.partition(".")[0] in SEARCHED and k not in special | mine
+        }
         choices: list[Choice] = []
         for who, grid in ((tuned, common), (method, mine)):
             free = {k: v for k, v in grid.items() if k not in fixed}
@@ -182,20 +225,14 @@ class Plan:
             )
         return other
 
-    def _choice(
-        self, dataset: Dataset, method: Method, grid: dict[str, list[Any]], given: list[Choice]
-    ) -> Choice:
+    def _choice(self, dataset: Dataset, method: Method, grid: Grid, given: list[Choice]) -> Choice:
         """One fine-tuning, without test data, for each point of a grid, with what it waits for."""
-        row = Row(method=method.name)
+        variant = Variant(dataset, method, Row(method=method.name))
         candidates = []
-        for values in itertools.product(*grid.values()):
-            tried: Options = dict(zip(grid, values, strict=True))
-            slug = ",".join(f"{k.rpartition('.')[2]}={typed(v)}" for k, v in tried.items())
+        for slug, tried in _points(grid):
             name = f"{dataset.name}/search/{method.name}/{slug}"
             if name not in self.jobs:
-                overrides = tried | {"finetune.test": False, "finetune.train_scored": 0}
-                job = self._finetune(name, dataset, method, row, 1, overrides)
-                job.words["seed"] = SEARCH_SEED
+                job = self._finetune(name, variant, 1, tried | _SCORED)
                 job.choices = list(given)
                 self.jobs[name] = job
             candidates.append((tried, self.jobs[name]))
@@ -229,7 +266,8 @@ class Plan:
 
     def _part(self, job: Job, plan: FinetuneSection, part: int) -> Job:
         """A candidate at one of so many parts of its length, with as much less warm-up."""
-        words: Options = {"finetune.warmup": plan.warmup // part}
+        shorter = plan.warmup // part if plan.warmup >= 1 else plan.warmup
+        words: Options = {"finetune.warmup": shorter}
         if plan.steps is not None:
             words["finetune.steps"] = max(1, round(plan.steps / part))
         elif plan.epochs is not None:
@@ -238,77 +276,105 @@ class Plan:
         self.jobs[name] = replace(job, name=name, words=job.words | words)
         return self.jobs[name]
 
-    def _finetune(
-        self, name: str, dataset: Dataset, method: Method, row: Row, seeds: int, more: Options
-    ) -> Job:
-        words = self._words(dataset, method, row, "finetune") | more
-        if method.start == "model":
-            return Job(name, dataset, "finetune", words, seeds=seeds)
-        if method.start == "pretrain":
-            source = self._pretrain(dataset, method, row)
-        else:
-            source = self._distill(dataset, method, row, row.rounds or method.rounds)
-        start = f"{source.leaves}/export"
-        return Job(name, dataset, "finetune", words, [source], start, seeds=seeds)
+    def _stage_choices(
+        self, variant: Variant, stage: Literal["pretrain", "distill"]
+    ) -> list[Choice]:
+        """What validation decides for stage 1 or 2: one choice for all methods that share it.
 
-    def _pretrain(self, dataset: Dataset, method: Method, row: Row) -> Job:
-        own = self._own(dataset, method, row)
-        name = self._name(dataset, "pretrain", method, own, row)
+        A candidate is the stage with these options and the search's seed, and one fine-tuning from
+        it as the profile has it. Stage 2 is tried with the teacher that stage 1's choice leaves.
+        """
+        dataset, tuned = variant.dataset, self._tuned(variant.method)
+        scale = self.profile.of(dataset.kind)
+        fixed = tuned.of(dataset.kind) | variant.method.of(dataset.kind) | dataset.options
+        grid = {
+            k: v for k, v in scale.search.items() if k.partition(".")[0] == stage and k not in fixed
+        }
+        if not grid:
+            return []
+        base = Variant(dataset, tuned, Row(method=tuned.name))
+        key = self.words.name(base, stage).partition("/")[2]
+        own = self.words.own(base).items()
+        words = self.words.usual(dataset) | {
+            k: v for k, v in own if k.partition(".")[0] not in LATER[stage]
+        }
+        candidates = []
+        for slug, tried in _points(grid):
+            name = f"{dataset.name}/search/{key}/{slug}"
+            if name not in self.jobs:
+                made = self._stage(name, base, stage)
+                made.words |= tried | {"seed": SEARCH_SEED}
+                scored = Job(f"{name},scored", dataset, "finetune", words | tried | _SCORED, [made])
+                scored.start = f"{made.leaves}/export"
+                self.jobs |= {name: made, scored.name: scored}
+            candidates.append((tried, self.jobs[f"{name},scored"]))
+        return [Choice(f"{dataset.name}/{key}", candidates)]
+
+    def _finetune(self, name: str, variant: Variant, seeds: int, more: Options) -> Job:
+        words = self.words.of(variant, "finetune") | more
+        method = variant.method
+        if method.start == "model":
+            return Job(name, variant.dataset, "finetune", words, seeds=seeds)
+        if method.start == "pretrain":
+            source = self._pretrain(variant)
+        else:
+            source = self._distill(variant, variant.row.rounds or method.rounds)
+        start = f"{source.leaves}/export"
+        return Job(name, variant.dataset, "finetune", words, [source], start, seeds=seeds)
+
+    def _stage(self, name: str, variant: Variant, stage: Literal["pretrain", "distill"]) -> Job:
+        """Stage 1, or the first round of stage 2, with what it needs."""
+        job = Job(name, variant.dataset, stage, self.words.of(variant, stage))
+        if stage == "distill":
+            teacher = self._pretrain(variant)
+            job.needs, job.base = [teacher], teacher.base
+            job.start = f"{teacher.leaves}/export"
+        elif self.profile.of(variant.dataset.kind).decoder and job.words.get("decoder.auto", True):
+            decoder = self._decoder(variant)
+            job.needs, job.base = [decoder], f"{decoder.leaves}/export"
+        return job
+
+    def _pretrain(self, variant: Variant) -> Job:
+        name = self.words.name(variant, "pretrain")
         if name not in self.jobs:
-            words = self._words(dataset, method, row, "pretrain")
-            self.jobs[name] = Job(name, dataset, "pretrain", words)
+            job = self._stage(name, variant, "pretrain")
+            self._choose(job, variant, self._stage_choices(variant, "pretrain"))
+            self.jobs[name] = job
         return self.jobs[name]
 
-    def _distill(self, dataset: Dataset, method: Method, row: Row, rounds: int) -> Job:
+    def _decoder(self, variant: Variant) -> Job:
+        """Stage 0, once for all that further pre-trains on a data set."""
+        name = self.words.name(variant, "decoder")
+        if name not in self.jobs:
+            words = self.words.of(variant, "decoder")
+            self.jobs[name] = Job(name, variant.dataset, "decoder", words)
+        return self.jobs[name]
+
+    def _distill(self, variant: Variant, rounds: int) -> Job:
         """The last of some rounds. Each is a job, all in one folder: fewer rounds are shared."""
-        own = self._own(dataset, method, row)
-        teacher = self._pretrain(dataset, method, row)
-        folder = self._name(dataset, "distill", method, own, row)
-        before = [teacher]
+        folder = self.words.name(variant, "distill")
+        before: list[Job] = []
         for number in range(1, rounds + 1):
             key = folder if number == 1 else f"{folder}#{number}"
             if key not in self.jobs:
-                words = self._words(dataset, method, row, "distill")
-                start = f"{teacher.leaves}/export"
-                self.jobs[key] = Job(key, dataset, "distill", words, list(before), start)
-                self.jobs[key].rounds = number
+                job = self._stage(key, variant, "distill")
+                job.needs, job.rounds = before or job.needs, number
+                self._choose(job, variant, self._stage_choices(variant, "distill"))
+                self.jobs[key] = job
             before = [self.jobs[key]]
         return before[0]
 
-    def _words(self, dataset: Dataset, method: Method, row: Row, stage: Stage) -> Options:
-        """Options of a stage: profile < data set < method < row."""
-        scale = self.profile.of(dataset.kind)
-        options: Options = {"recipe": scale.recipe, **scale.options, **dataset.options}
-        options |= self._own(dataset, method, row)
-        return {k: v for k, v in options.items() if k.partition(".")[0] not in LATER[stage]}
 
-    def _own(self, dataset: Dataset, method: Method, row: Row) -> Options:
-        """What tells a row from the profile's defaults."""
-        scale = self.profile.of(dataset.kind)
-        own = scale.tuning(method.name).options | method.of(dataset.kind) | row.options
-        usual = configuration.load({"recipe": scale.recipe, **scale.options, **dataset.options})
-        for stage, factor in (method.lengthen | row.lengthen).items():
-            plan = getattr(usual, stage)
-            if plan.steps is not None:
-                own[f"{stage}.steps"] = max(1, round(factor * plan.steps))
-            else:
-                own[f"{stage}.epochs"] = factor * plan.epochs
-        return own
+#: What a search's fine-tunings have of their own.
+_SCORED: Options = {
+    "finetune.test": False,
+    "finetune.train_scored": 0,
+    "seed": SEARCH_SEED,
+}
 
-    def _name(self, dataset: Dataset, stage: Stage, method: Method, own: Options, row: Row) -> str:
-        """A job's folder: data set, stage, and what is not as usual."""
-        mine = {k: v for k, v in own.items() if k.partition(".")[0] not in LATER[stage]}
-        if stage == "finetune":
-            # What a method stands for need not be told again.
-            usual = self._own(dataset, method, Row(method=method.name))
-            mine = {k: v for k, v in mine.items() if usual.get(k) != v}
-            rounds = row.rounds or method.rounds
-            head = method.name + (f",rounds={rounds}" if rounds != method.rounds else "")
-        else:
-            head = stage
-        parts = [head, *(f"{k.removeprefix(stage + '.')}={typed(v)}" for k, v in mine.items())]
-        whole = ",".join(parts)
-        slug = re.sub(r"[^A-Za-z0-9_.,=+-]", "_", whole)[:120]
-        if slug != whole:  # two that differ in such signs alone are two
-            slug += "-" + hashlib.sha256(whole.encode()).hexdigest()[:8]
-        return f"{dataset.name}/{slug}"
+
+def _points(grid: Grid) -> Iterator[tuple[str, Options]]:
+    """Each point of a grid, with a name for its folder."""
+    for values in itertools.product(*grid.values()):
+        tried: Options = dict(zip(grid, values, strict=True))
+        yield ",".join(f"{k.rpartition('.')[2]}={typed(v)}" for k, v in tried.items()), tried

@@ -14,14 +14,17 @@ from scipy import stats
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints.results import read_result
 from selfdistill.experiments import state
-from selfdistill.experiments.jobs import Job
+from selfdistill.experiments.jobs import PIPELINE, Job
 from selfdistill.experiments.plan import Cell
 from selfdistill.experiments.state import Status
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Figures of one quantity over seeds.
+    """Figures of one quantity over seeds, of one pipeline or several.
+
+    Several pipelines have stages 1 and 2 of their own: their means are what varies independently,
+    and mean, deviation and interval are those of the means.
 
     Attributes:
         values: seed -> figure.
@@ -35,20 +38,55 @@ class Sample:
         return len(self.values)
 
     @property
+    def pipelines(self) -> list[list[float]]:
+        """Figures of each pipeline."""
+        found: dict[int, list[float]] = {}
+        for seed, value in self.values.items():
+            found.setdefault(seed // PIPELINE, []).append(value)
+        return list(found.values())
+
+    @property
+    def units(self) -> list[float]:
+        """What mean, deviation and interval are taken over: seeds, or pipelines' means."""
+        groups = self.pipelines
+        if len(groups) > 1:
+            return [statistics.fmean(one) for one in groups]
+        return list(self.values.values())
+
+    @property
     def mean(self) -> float:
         """Their mean; NaN for none."""
-        return statistics.fmean(self.values.values()) if self.values else float("nan")
+        return statistics.fmean(self.units) if self.values else float("nan")
 
     @property
     def std(self) -> float:
         """Their sample standard deviation (n - 1); NaN for fewer than two."""
-        return statistics.stdev(self.values.values()) if self.n > 1 else float("nan")
+        return statistics.stdev(self.units) if self.n > 1 else float("nan")
+
+    @property
+    def within(self) -> float:
+        """Standard deviation over the seeds of a pipeline, their variances pooled; NaN for one."""
+        groups = [one for one in self.pipelines if len(one) > 1]
+        if not groups:
+            return float("nan")
+        freedom = sum(len(one) - 1 for one in groups)
+        return float((sum((len(g) - 1) * statistics.variance(g) for g in groups) / freedom) ** 0.5)
+
+    @property
+    def count(self) -> str:
+        """How many seeds, or pipelines and seeds of each."""
+        sizes = [len(one) for one in self.pipelines]
+        if len(sizes) < 2:
+            return str(self.n)
+        each = str(sizes[0]) if len(set(sizes)) == 1 else "/".join(map(str, sizes))
+        return f"{len(sizes)} × {each}"
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Student's confidence interval of the mean; NaN for fewer than two."""
-        if self.n < 2:
+        n = len(self.units)
+        if n < 2:
             return float("nan"), float("nan")
-        half = float(stats.t.ppf((1 + level) / 2, self.n - 1)) * self.std / self.n**0.5
+        half = float(stats.t.ppf((1 + level) / 2, n - 1)) * self.std / n**0.5
         return self.mean - half, self.mean + half
 
     def minus(self, other: Sample) -> Sample:
@@ -68,10 +106,10 @@ class Outcome:
 
     Attributes:
         cell: which.
-        status: of its job.
+        status: of its jobs: failed where one failed, done where all are.
         results: result.json of each seed that is complete.
         message: why it failed, or what it waits for.
-        before: seconds of the stages that its fine-tuning starts from.
+        before: seconds of the stages that its fine-tuning starts from, mean over pipelines.
         begun: its record says that it runs: it does, or was interrupted.
     """
 
@@ -115,26 +153,36 @@ def _quantity(result: dict[str, Any], key: str, before: float) -> float | None:
 
 def outcome(root: Path, cell: Cell) -> Outcome:
     """Reads a cell's results, whole or in part."""
-    stage = root / cell.job.leaves
     results: dict[int, dict[str, Any]] = {}
-    # One fine-tuning lies in its folder, several lie in folders below it: their mean has no seed.
-    for path in (stage / "result.json", *stage.glob("seed-*/result.json")):
-        try:
-            found = read_result(path)
-            results[found["seed"]] = found
-        except (FileNotFoundError, UserError, KeyError):
-            continue
+    for job in cell.jobs:
+        stage = root / job.leaves
+        # One fine-tuning lies in its folder, several lie in folders below it: their mean has no
+        # seed.
+        for path in (stage / "result.json", *stage.glob("seed-*/result.json")):
+            try:
+                found = read_result(path)
+                results[found["seed"]] = found
+            except (FileNotFoundError, UserError, KeyError):
+                continue
     results = dict(sorted(results.items()))
-    record = state.read(root, cell.job)
-    where = state.status(root, cell.job)
+    stands = {job.name: state.status(root, job) for job in cell.jobs}
+    # What hinders a cell first; done, where nothing else is.
+    order: tuple[Status, ...] = ("failed", "blocked", "open", "done")
+    where = next(status for status in order if status in stands.values())
+    job = next(job for job in cell.jobs if stands[job.name] == where)
+    record = state.read(root, job)
     message = str(record.get("message", ""))
     if where == "blocked":
-        failed = next(j for j in ancestors(cell.job) if state.status(root, j) == "failed")
+        failed = next(j for j in ancestors(job) if state.status(root, j) == "failed")
         message = (
             f"waits for {failed.name}, which failed: {state.read(root, failed).get('message')}"
         )
-    begun = where == "open" and record.get("status") == "running"
-    return Outcome(cell, where, results, message, _seconds_before(root, cell.job), begun)
+    begun = where == "open" and any(
+        status == "done" or state.read(root, job).get("status") == "running"
+        for job, status in zip(cell.jobs, stands.values(), strict=True)
+    )
+    before = statistics.fmean(_seconds_before(root, job) for job in cell.jobs)
+    return Outcome(cell, where, results, message, before, begun)
 
 
 def ancestors(job: Job) -> list[Job]:

@@ -20,7 +20,7 @@ from selfdistill.engine.config import options as configuration
 from selfdistill.engine.config.schema import Config
 from selfdistill.engine.regularizers import mars, recadam
 from selfdistill.experiments import state
-from selfdistill.experiments.jobs import typed
+from selfdistill.experiments.jobs import PIPELINE, SEARCH_SEED, Choice, Job, typed
 from selfdistill.experiments.local import Local
 from selfdistill.experiments.plan import Plan
 from selfdistill.experiments.spec import Specs, Table
@@ -70,6 +70,38 @@ def show(root: Path, plan: Plan, console: Console) -> None:
             f"  (after {waits[0] if len(waits) == 1 else f'{len(waits)} others'})" if waits else ""
         )
         console.print(f"{state.status(root, job):8s}{job.name}{after}", soft_wrap=True)
+    for line in costs(plan):
+        console.print(line, soft_wrap=True)
+
+
+def costs(plan: Plan) -> list[str]:
+    """What a plan takes: candidates of each method's search, and launches by stage."""
+    lines: dict[str, None] = {}
+    for cell in plan.cells:
+        found = {c.name + str(c.candidates[0][0]): c for c in _choices(cell.job)}
+        if found:
+            count = sum(len(choice.candidates) for choice in found.values())
+            tried = [stage for c in found.values() for _, j in c.candidates for stage in _own(j)]
+            own = ", ".join(
+                f"{tried.count(s)} with a {s} of their own" for s in dict.fromkeys(tried)
+            )
+            told = f"search of {cell.dataset.name}/{cell.method.name}: {count} candidates"
+            lines[told + (f", {own}" if own else "")] = None
+    stages = [f"{job.stage} of a search" if "/search/" in job.name else job.stage
+              for job in plan.ordered()]  # fmt: skip
+    counts = ", ".join(f"{stages.count(s)} {s}" for s in dict.fromkeys(stages))
+    runs = {cell.job.name: cell.seeds for cell in plan.cells}
+    return [*lines, f"{len(stages)} jobs: {counts}; {sum(runs.values())} fine-tunings reported"]
+
+
+def _choices(job: Job) -> list[Choice]:
+    """What validation decides for a job, and for the stages that it starts from."""
+    return [*(one for need in job.needs for one in _choices(need)), *job.choices]
+
+
+def _own(candidate: Job) -> list[str]:
+    """Stages that a candidate does not share."""
+    return [need.stage for need in candidate.needs if "/search/" in need.name]
 
 
 def missing(plan: Plan, only: Sequence[str]) -> None:
@@ -117,10 +149,12 @@ def main(
     data_root: str | None = None,
     output: str = "runs/experiments",
     profile: str = "small",
+    models: str | None = None,
     specs: str | None = None,
     datasets: str | None = None,
     only: str | None = None,
     seeds: int | None = None,
+    pipelines: int | None = None,
     ranks: int = 1,
     jobs: int = 0,
     hours: float = 0.0,
@@ -135,11 +169,15 @@ def main(
         tables: which, in this order, such as table1 figure4; none lists what there is.
         data_root: folder of packed data sets, each in a folder of its name.
         output: the sweep's folder.
-        profile: size of models and schedules: small, or paper (Table 9).
+        profile: models and schedules: small, real (encoders that people use), or paper (Table 9).
+        models: folder of models, in place of those from the hub: MODELS/dinov2-small, say, for
+            facebook/dinov2-small.
         specs: folder with methods/, datasets/, tables/, profiles/ or claims/ of your own.
         datasets: in place of the tables' own, such as flowers_64,scierc.
         only: data sets, methods, or DATASET/METHOD, between commas; the rest is left for later.
         seeds: fine-tunings of each cell, in place of the tables' own.
+        pipelines: stages 1 and 2 of each cell, with seeds of their own, and so many fine-tunings
+            from each; in place of the tables' own, 1.
         ranks: processes of one job.
         jobs: at a time; 0 takes one for each GPU, or core.
         hours: after which nothing new is started.
@@ -162,6 +200,10 @@ def main(
         raise UserError(f"--halving {halving}: give 0, for none, or 2 or more, such as 3")
     if seeds is not None and seeds < 2:
         raise UserError(f"--seeds {seeds}: give 2 or more; a cell has a spread over its seeds")
+    if pipelines is not None and not 1 <= pipelines < SEARCH_SEED // PIPELINE:
+        raise UserError(f"--pipelines {pipelines}: give 1 to {SEARCH_SEED // PIPELINE - 1}")
+    if seeds is not None and seeds > PIPELINE:
+        raise UserError(f"--seeds {seeds}: give at most {PIPELINE}; another pipeline begins there")
     if slurm and (ranks, jobs, hours, in_process) != (1, 0, 0, False):
         raise UserError(
             "--slurm with --ranks, --jobs, --hours or --in_process: SLURM decides these: give"
@@ -176,6 +218,8 @@ def main(
         raise UserError("--data_root is missing: the folder of packed data sets")
     if not Path(data_root).is_dir():
         raise UserError(f"--data_root {data_root}: there is no such folder")
+    if models is not None and not Path(models).is_dir():
+        raise UserError(f"--models {models}: there is no such folder")
     root = Path(output).absolute()
     if root.exists() and not root.is_dir():
         raise UserError(f"--output {output} is a file: name a folder")
@@ -195,7 +239,8 @@ def main(
     else:
         own = Path(specs).resolve() if specs else None
         sweep = Sweep(root, profile, Path(data_root).resolve(), own, [], halving)
-    asked = [Asked(name, _listed(datasets), _listed(only), seeds) for name in tables]
+    sweep.models = Path(models).resolve() if models else sweep.models
+    asked = [Asked(t, _listed(datasets), _listed(only), seeds, pipelines) for t in tables]
     plan = sweep.plan(asked)
     missing(plan, _listed(only))
     check(root, plan)

@@ -44,19 +44,33 @@ def _known_options(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-#: Sections that only fine-tuning looks at: what a search may try without other stages.
+#: Sections that only fine-tuning looks at: what a method may search for itself.
 SEARCHED = ("finetune", "recadam", "mars", "r3f")
+#: Stages that methods share: searched once for all of them.
+STAGES = ("pretrain", "distill")
 
 
 def _searchable(value: dict[str, Any]) -> dict[str, Any]:
     for option in _known_options(value):
-        if option.partition(".")[0] not in SEARCHED:
+        section = option.partition(".")[0]
+        if section in STAGES:
+            raise ValueError(
+                f"{option!r} is that of a stage which methods share: search it for all of them, in"
+                " a profile's [image.search] or [text.search], or make a method of each value"
+            )
+        if section not in SEARCHED:
             raise ValueError(
                 f"{option!r} is not fine-tuning's, and a search would train the stages before it"
                 f" anew: search {', '.join(s + '.' for s in SEARCHED)} options, or make a method"
                 " of each value"
             )
     return value
+
+
+def _searchable_by_all(value: dict[str, Any]) -> dict[str, Any]:
+    own = {k: v for k, v in value.items() if k.partition(".")[0] not in STAGES}
+    _searchable(own)
+    return _known_options(value)
 
 
 Lengthen = dict[Literal["pretrain", "distill", "finetune"], Annotated[float, Field(gt=0)]]
@@ -88,7 +102,7 @@ class Method(Spec):
     @field_validator("name")
     @classmethod
     def _free(cls, value: str) -> str:
-        if value in ("pretrain", "distill", "search"):
+        if value in ("decoder", "pretrain", "distill", "search"):
             raise ValueError(f"{value} is the folder of a stage: name the method otherwise")
         return value
 
@@ -143,6 +157,9 @@ class Table(Spec):
     datasets: list[str] = Field(min_length=1)
     rows: list[Row] = Field(min_length=1)
     seeds: int = Field(5, ge=2, description="fine-tunings of each cell")
+    pipelines: int = Field(
+        1, ge=1, lt=10, description="stages 1 and 2 of each cell, each with so many fine-tunings"
+    )
     x: str = Field("", description="what a figure's horizontal axis is")
     log_x: bool = False
     at: dict[str, float] = Field(default_factory=dict, description="data set -> place on the axis")
@@ -175,6 +192,9 @@ class Scale(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     recipe: str
+    decoder: bool = Field(
+        False, description="whether the encoder comes without a decoder, which stage 0 then trains"
+    )
     options: Options = Field(default_factory=dict)
     search: Grid = Field(default_factory=dict, description="chosen by validation, method by method")
     methods: dict[str, Tuning] = Field(
@@ -182,7 +202,7 @@ class Scale(BaseModel):
     )
 
     _options = field_validator("options")(_known_options)
-    _search = field_validator("search")(_searchable)
+    _search = field_validator("search")(_searchable_by_all)
 
     def tuning(self, method: str) -> Tuning:
         """What a method needs at this size."""

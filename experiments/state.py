@@ -30,6 +30,7 @@ class Asked:
     datasets: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     seeds: int | None = None
+    pipelines: int | None = None
 
 
 class _Asked(records.Record):
@@ -37,6 +38,7 @@ class _Asked(records.Record):
     datasets: list[str]
     only: list[str]
     seeds: records.Count | None
+    pipelines: records.Count | None = None
 
 
 class _Written(records.Record):
@@ -47,6 +49,7 @@ class _Written(records.Record):
     specs: str | None
     asked: list[_Asked]
     halving: records.Count = 0
+    models: str | None = None
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Sweep:
         specs: folder of the user's own specs, or None.
         asked: the tables, in order.
         halving: see `Plan`.
+        models: see `Plan`.
     """
 
     root: Path
@@ -68,6 +72,7 @@ class Sweep:
     specs: Path | None
     asked: list[Asked]
     halving: int = 0
+    models: Path | None = None
 
     @classmethod
     def open(cls, root: Path) -> Sweep:
@@ -87,10 +92,14 @@ class Sweep:
             raise UserError(
                 f"{root} holds no experiments ({SWEEP} is missing): run experiments.run first"
             ) from None
-        asked = [Asked(a.table, tuple(a.datasets), tuple(a.only), a.seeds) for a in written.asked]
+        asked = [
+            Asked(a.table, tuple(a.datasets), tuple(a.only), a.seeds, a.pipelines)
+            for a in written.asked
+        ]
         specs = None if written.specs is None else Path(written.specs)
+        models = None if written.models is None else Path(written.models)
         data_root = Path(written.data_root)
-        return cls(root, written.profile, data_root, specs, asked, written.halving)
+        return cls(root, written.profile, data_root, specs, asked, written.halving, models)
 
     def save(self) -> None:
         """Writes it."""
@@ -101,6 +110,7 @@ class Sweep:
             "specs": None if self.specs is None else str(self.specs.resolve()),
             "asked": [vars(one) for one in self.asked],
             "halving": self.halving,
+            "models": None if self.models is None else str(self.models.resolve()),
         }
         write_text(self.root / SWEEP, json.dumps(content, indent=1) + "\n")
 
@@ -115,15 +125,17 @@ class Sweep:
                 if old.datasets == joined.datasets:
                     # Asked for whole once, it is whole.
                     only = _joined(old.only, joined.only) if old.only and joined.only else ()
-                    joined = replace(joined, only=only, seeds=joined.seeds or old.seeds)
+                    joined = replace(
+                        joined,
+                        only=only,
+                        seeds=joined.seeds or old.seeds,
+                        pipelines=joined.pipelines or old.pipelines,
+                    )
                 elif (
                     old.datasets
                     and joined.datasets
-                    and (old.only, old.seeds)
-                    == (
-                        joined.only,
-                        joined.seeds,
-                    )
+                    and (old.only, old.seeds, old.pipelines)
+                    == (joined.only, joined.seeds, joined.pipelines)
                 ):
                     joined = replace(joined, datasets=_joined(old.datasets, joined.datasets))
                 else:
@@ -144,12 +156,12 @@ class Sweep:
         specs = Specs(self.specs)
         done = self.root if results else None
         profile = specs.load(Profile, self.profile)
-        made = Plan(specs, profile, self.data_root, done, self.halving)
+        made = Plan(specs, profile, self.data_root, done, self.halving, self.models)
         for one in self.asked if asked is None else asked:
             table = specs.table(one.table)
             if one.datasets:
                 table = table.model_copy(update={"datasets": list(one.datasets)})
-            made.add(table, one.only, one.seeds)
+            made.add(table, one.only, one.seeds, one.pipelines)
         return made
 
 
@@ -191,7 +203,7 @@ def check(root: Path, job: Job, command: list[str], data_root: Path) -> None:
             f"{place} was made with {name} {then.get(name)}, now it is {now.get(name)}: {cure}"
         )
     made = (job.result(root) or {}).get("manifest")
-    if made is not None:
+    if made is not None and not (job.stage == "decoder" and "--decoder.data" in command):
         data = data_root / (job.dataset.folder or job.dataset.name)
         splits = ["train"] if job.stage == "finetune" else ["train", UNLABELLED]
         there = [s for s in splits if (data / s / FILE).exists()]

@@ -65,7 +65,7 @@ def main(
     waits = [one.name for one in job.before if one.result(root) is None and not one.lost(root)]
     if waits:
         raise UserError(f"{job.name} needs {waits[0]}, which is not complete")
-    if job.dropped(root):
+    if job.lost(root):
         print("COMPLETE=1")
         return
     try:

@@ -22,7 +22,9 @@ class StageSection(Section):
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW, such as 0.9,0.95")
     eps: float = Field(1e-8, gt=0)
-    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    warmup: float = Field(
+        0, ge=0, description="linear warm-up: steps, or below 1 the share of the stage's"
+    )
     schedule: Literal["linear", "cosine"] = Field(
         "linear", description="how the rate falls to 0 after the warm-up"
     )
@@ -40,6 +42,13 @@ class StageSection(Section):
             raise ValueError("both must be at least 0 and below 1")
         return value
 
+    @field_validator("warmup")
+    @classmethod
+    def _steps_or_share(cls, value: float) -> float:
+        if value >= 1 and not value.is_integer():
+            raise ValueError("give whole steps, or a share below 1")
+        return int(value) if value.is_integer() else value
+
     @model_validator(mode="after")
     def _one_length(self) -> StageSection:
         if (self.steps is None) == (self.epochs is None):
@@ -53,13 +62,17 @@ class StageSection(Section):
         assert self.epochs is not None
         return max(1, round(self.epochs * samples / self.batch))
 
+    def warmup_steps(self, steps: int) -> int:
+        """Steps of warm-up of a stage of `steps`."""
+        return int(self.warmup) if self.warmup >= 1 else round(self.warmup * steps)
+
     def check_warmup(self, stage: str, steps: int) -> None:
         """Refuses a warm-up that is as long as the stage.
 
         Raises:
             UserError: names the option, and a value that fits.
         """
-        if self.warmup >= steps:
+        if self.warmup_steps(steps) >= steps:
             raise UserError(
                 f"--{stage}.warmup {self.warmup}: the stage has {steps} steps, and the rate would"
                 f" never be reached: give fewer, such as {steps // 10}"
@@ -135,7 +148,9 @@ class FinetuneSection(KeptSection):
     batch: int = Field(32, ge=1, description="global batch")
     lr: float = Field(1e-4, gt=0)
     betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW, such as 0.9,0.999")
-    warmup: int = Field(500, ge=0, description="steps of linear warm-up")
+    warmup: float = Field(
+        500, ge=0, description="linear warm-up: steps, or below 1 the share of the stage's"
+    )
     clip: float = Field(1.0, ge=0, description="gradient norm limit (0 = none)")
     layer_decay: float = Field(
         1.0, gt=0, le=1, description="of the rate, from each layer to the one below (1 = none)"

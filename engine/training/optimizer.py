@@ -102,9 +102,10 @@ def learning_rate(step: int, steps: int, plan: StageSection) -> float:
     `get_cosine_schedule_with_warmup`. A pure function of the step, so that resuming needs no
     schedule state.
     """
-    if step < plan.warmup:
-        return plan.lr * step / max(1, plan.warmup)
-    left = max(0.0, (steps - step) / max(1, steps - plan.warmup))
+    warmup = plan.warmup_steps(steps)
+    if step < warmup:
+        return plan.lr * step / max(1, warmup)
+    left = max(0.0, (steps - step) / max(1, steps - warmup))
     if plan.schedule == "cosine":
         left = (1 + math.cos(math.pi * (1 - left))) / 2
     return plan.lr * left

@@ -65,7 +65,7 @@ def overview(contents: Contents) -> Section:
     summary = report_differences.in_short(contents)
     if summary:
         blocks.append(Text(summary))
-        blocks += notes(report_differences.SHARED)
+        blocks += notes(report_differences.shared(contents))
     results = _results(contents)
     counts = {
         word: sum(status == key for status in contents.status.values())

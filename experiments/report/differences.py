@@ -29,12 +29,25 @@ SHARED = (
     " the spread and the intervals of a data set are those of fine-tuning alone (head, order of the"
     " data, dropout), and say nothing of how much another further pre-training would change."
 )
+PIPELINES = (
+    "Each pipeline of a method has a further pre-training and a distillation of its own seeds:"
+    " spread and intervals over pipelines are those of the whole method, from one model and one"
+    " decoder. Fine-tuning and its regularizers start from the model: their pipelines differ by"
+    " fine-tuning's seeds alone, in groups of the same number. Intervals of several pipelines are"
+    " Student's t over their means, after the pairing by seed."
+)
 HOW = (
     "Differences are paired by seed: the same seed gives both methods the same order of the data."
     " Intervals: Student's t over seeds (n − 1 degrees of freedom), 95%; pooled: Student's t over"
     " the data sets' mean differences. None is corrected for the number of comparisons: of twenty"
     " intervals of methods that do not differ, one leaves out 0."
 )
+
+
+def shared(contents: Contents) -> str:
+    """What the spread is that of."""
+    several = any(len(one.cell.jobs) > 1 for one in contents.outcomes)
+    return PIPELINES if several else SHARED
 
 
 def comparisons(contents: Contents, against: str) -> dict[str, Comparison]:
@@ -57,7 +70,7 @@ def sections(contents: Contents) -> list[Section]:
             parts.append(_part(contents, against))
     if not parts:
         return []
-    blocks: list[Block] = [Text([HOW]), Text([SHARED])]
+    blocks: list[Block] = [Text([HOW]), Text([shared(contents)])]
     return [Section("differences", "Paired differences", blocks, parts)]
 
 
@@ -114,7 +127,7 @@ def difference(sample: Sample, what: str = "") -> Entry:
     """A mean difference with its interval; marked where that does not contain 0."""
     if not sample.n:
         return Entry(NONE)
-    range_text = f"{interval(sample)} ({sample.n}{what})".strip()
+    range_text = f"{interval(sample)} ({sample.count}{what})".strip()
     mean = signed(sample.mean)
     if sample.sign:
         up = sample.sign > 0

@@ -63,7 +63,9 @@ def curve(table: Reported, quantity: Quantity, name: str) -> Drawing | None:
         figure.legend(loc="outside upper left", ncols=columns, frameon=False)
         drawn = svg(figure)
     description = f"{table.table.title}: {ylabel} over {table.table.x}, for {', '.join(lines)}"
-    return Drawing(name, drawn, description, "Error bars: standard deviation over seeds.")
+    several = any(len(p.pipelines) > 1 for points in lines.values() for p in points.values())
+    over = "the pipelines' means" if several else "seeds"
+    return Drawing(name, drawn, description, f"Error bars: standard deviation over {over}.")
 
 
 def _lines(table: Reported, key: str) -> dict[str, dict[float, Sample]]:

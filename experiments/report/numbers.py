@@ -74,6 +74,9 @@ def spread(sample: Sample, key: str) -> str:
         mean, std = (f"{v:.1e}".replace("-", "−") for v in (sample.mean, sample.std))
     else:
         mean, std = plain(sample.mean, digits), plain(sample.std, digits)
+    if len(sample.pipelines) > 1 and math.isfinite(sample.within):
+        within = f"{sample.within:.1e}" if "e" in std else plain(sample.within, digits)
+        return f"{mean} ±{TIED}{std}, within {within}"
     return mean if sample.n < 2 else f"{mean} ±{TIED}{std}"
 
 

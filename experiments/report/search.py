@@ -105,7 +105,7 @@ def _scores(contents: Contents, choice: Choice) -> list[Entry]:
         if score is None:
             where = contents.stands(job)
             if job.lost(contents.root):
-                where = "diverged" if job.diverged(contents.root) else "dropped"
+                where = "dropped" if job.dropped(contents.root) else "diverged"
             entries.append(Entry(where, style="missing"))
         else:
             chosen = options == best

@@ -40,6 +40,7 @@ def settings(contents: Contents) -> list[Section]:
             [
                 Entry(f"{kind}s"),
                 Entry(scale.recipe),
+                Entry(_lengths(scale)),
                 Entry(as_typed(scale.options) or NONE),
                 Entry(
                     "; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in scale.search.items())
@@ -49,13 +50,26 @@ def settings(contents: Contents) -> list[Section]:
         )
         for kind, scale in scales
     ]
-    head = words("data", "recipe", "options in place of the recipe's", "searched")
-    blocks.append(Grid(head, lines, f"profile {profile.name}: {profile.title}", labels=4))
+    head = words("data", "recipe", "lengths", "options in place of the recipe's", "searched")
+    blocks.append(Grid(head, lines, f"profile {profile.name}: {profile.title}", labels=5))
     blocks += notes(profile.note)
     for _, scale in scales:
         blocks += _recipe(scale.recipe)
     blocks += [_methods(contents), _datasets(contents)]
     return [Section("settings", "Settings", blocks)]
+
+
+def _lengths(scale: Scale) -> str:
+    """How long the stages are: passes over the training data, or steps."""
+    config = configuration.load({"recipe": scale.recipe, **scale.options})
+    told = []
+    for stage in (*(["decoder"] if scale.decoder else []), "pretrain", "distill", "finetune"):
+        plan = getattr(config, stage)
+        length = (
+            f"{plan.steps} steps" if plan.epochs is None else f"{plan.epochs:g} passes in steps"
+        )
+        told.append(f"{stage}: {length} of {plan.batch}")
+    return "; ".join(told)
 
 
 def _recipe(name: str) -> list[Block]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,12 @@ class Contents:
 
     @functools.cached_property
     def outcomes(self) -> list[Outcome]:
-        """Each fine-tuning once, of the most seeds that any table has."""
+        """Each fine-tuning once, of the most seeds and pipelines that any table has."""
         found: dict[str, Outcome] = {}
         for table in self.tables:
             for one in table.cells.values():
                 known = found.get(one.cell.job.name)
-                if known is None or one.cell.job.seeds > known.cell.job.seeds:
+                if known is None or one.cell.seeds > known.cell.seeds:
                     found[one.cell.job.name] = one
         return list(found.values())
 
@@ -129,10 +129,12 @@ class Contents:
             "data_root": self.sweep.data_root,
             "output": self.root,
             "profile": self.sweep.profile,
+            "models": self.sweep.models,
             "specs": self.sweep.specs,
             "datasets": ",".join(asked.datasets) or None,
             "only": ",".join(asked.only) or None,
             "seeds": asked.seeds,
+            "pipelines": asked.pipelines,
             "halving": self.sweep.halving or None,
         }
         words = [w for k, v in entry.items() if v is not None for w in (f"--{k}", str(v))]
@@ -153,7 +155,7 @@ def read(root: Path, data_root: Path | None = None) -> Contents:
     sweep.data_root = data_root or sweep.data_root
     specs = Specs(sweep.specs)
     found = Contents(sweep, specs, specs.load(Profile, sweep.profile))
-    known: dict[tuple[str, int], Outcome] = {}
+    known: dict[tuple[str, int, int], Outcome] = {}
     for asked in sweep.asked:
         found.tables.append(_table(sweep, specs, asked, known))
     found.jobs = sweep.plan(results=True).ordered()
@@ -173,14 +175,16 @@ def unasked(contents: Contents, name: str) -> Reported | None:
             d for d in contents.datasets if (d in table.at if table.at else d not in points)
         ]
         seeds = [t.asked.seeds for t in contents.tables if t.asked.seeds]
-        asked = Asked(name, tuple(datasets), (), min(seeds, default=None))
+        pipelines = [t.asked.pipelines for t in contents.tables if t.asked.pipelines]
+        least = min(seeds, default=None), min(pipelines, default=None)
+        asked = Asked(name, tuple(datasets), (), least[0], least[1])
         made = _table(contents.sweep, contents.specs, asked, {}) if datasets else None
         contents.others[name] = made
     return contents.others[name]
 
 
 def _table(
-    sweep: Sweep, specs: Specs, asked: Asked, known: dict[tuple[str, int], Outcome]
+    sweep: Sweep, specs: Specs, asked: Asked, known: dict[tuple[str, int, int], Outcome]
 ) -> Reported:
     table = specs.table(asked.table)
     if asked.datasets:
@@ -190,12 +194,12 @@ def _table(
     if asked.only:
         # What --only leaves out may be complete from an earlier call.
         try:
-            plan = sweep.plan([Asked(asked.table, asked.datasets, (), asked.seeds)], results=True)
+            plan = sweep.plan([replace(asked, only=())], results=True)
         except UserError:
             plan = wanted
     cells: dict[tuple[int, str], Outcome] = {}
     for cell in plan.cells:
-        key = (cell.job.name, cell.job.seeds)
+        key = (cell.job.name, len(cell.jobs), cell.seeds)
         if key not in known:
             known[key] = results.outcome(sweep.root, cell)
         cells[_place(table, cell)] = _moved(known[key], cell)

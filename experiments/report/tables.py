@@ -103,6 +103,11 @@ def _grid(contents: Contents, table: Reported, quantity: Quantity) -> tuple[Grid
     if on_rows:
         caption += f" over x, {table.table.x}" if table.table.x else " over x"
     more = ", mean ± standard deviation (number of seeds)"
+    if any(len(one.cell.jobs) > 1 for one in table.cells.values()):
+        more = (
+            ", mean ± standard deviation of the pipelines' means, within: that of the fine-tunings"
+            " of one pipeline (pipelines × seeds of each)"
+        )
     return Grid(head, lines, caption + more, labels=2 if on_rows else 1), states
 
 
@@ -127,9 +132,9 @@ def cell(one: Outcome | None, key: str, state: str, bold: bool = False) -> Entry
         return Entry(state or "–", style="missing" if state else "")
     text = spread(sample, key)
     if not state:
-        return Entry(text, f"({sample.n})", "best" if bold else "")
+        return Entry(text, f"({sample.count})", "best" if bold else "")
     assert one is not None
-    return Entry(state, f"{text} ({sample.n} of {one.cell.job.seeds})", "missing")
+    return Entry(state, f"{text} ({sample.n} of {one.cell.seeds})", "missing")
 
 
 def _unit(table: Reported, dataset: Dataset, quantity: Quantity) -> str:

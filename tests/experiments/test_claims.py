@@ -14,10 +14,11 @@ import pytest
 from scipy import stats
 
 from selfdistill.data.errors import UserError
+from selfdistill.experiments import run as experiments_run
 from selfdistill.experiments.report import __main__ as report
 from selfdistill.experiments.report import sweep as report_sweep
 from selfdistill.experiments.report.blocks import Report
-from selfdistill.experiments.report.claims import answers, verdict
+from selfdistill.experiments.report.claims import answers, pages, verdict
 from selfdistill.experiments.report.claims.statistics import (
     Design,
     Estimate,
@@ -250,6 +251,18 @@ def test_every_claim_that_is_shipped_finds_its_rows(tmp_path: Path) -> None:
     assert "Not run: of no set of pictures" in said(section(built, "advice-images"))
 
 
+def test_variants_that_claims_need_are_accepted(root: Path) -> None:
+    asked = [Asked(name, ("again",)) for name in ("shortcuts", "lengths")]
+    sweep = Sweep(root / "planned", "small", root / "shards", root / "my", [])
+    planned = sweep.plan(asked)
+    experiments_run.check(root / "planned", planned)
+    assert len(planned.cells) == 16
+    # Where stage 0 is a job, one of them does without.
+    real = Sweep(root / "planned", "real", root / "shards", root / "my", []).plan(asked)
+    assert real.jobs["again/pretrain"].needs
+    assert not real.jobs["again/pretrain,decoder.auto=false"].needs
+
+
 def test_length_first_round_and_distance(tmp_path: Path) -> None:
     asked = [Asked(t, ("xray",), (), 3) for t in ("lengths", "figure4", "figure5c")]
     made = sweep_of(tmp_path, ["xray"], *asked)
@@ -279,10 +292,32 @@ def test_length_first_round_and_distance(tmp_path: Path) -> None:
     assert relation.finding.estimate is not None
     assert relation.finding.estimate.mean == pytest.approx(np.mean(known))
     assert found["gap_follows_distance"].word == "supported"
-    first = found["first_round"].each
-    assert all(one.finding.estimate for one in first)
+    assert len(found["first_round"].ran) == 2
     drawn = [d.name for d in report.build(report_sweep.read(made.root)).drawings()]
     assert {"claim-long-pretraining-curve-1", "claim-first-round-a"} <= set(drawn)
+
+
+def test_several_pipelines_count_as_one_figure_each(tmp_path: Path) -> None:
+    made = sweep_of(tmp_path, ["xray"], Asked("table5", ("xray",), (), 2, 3))
+    run_all(made)
+    contents = report_sweep.read(made.root)
+    asked = claim(expect="above", a="self_distillation", b="fine_tuning")
+    found = verdict.judge(contents, asked)
+    pipelines = ("", ",pipeline=1", ",pipeline=2")
+    means = [
+        [np.mean(scores(made, f"xray/{method}{p}")) for p in pipelines]
+        for method in ("self_distillation", "fine_tuning")
+    ]
+    known = stats.ttest_rel(*means)
+    (one,) = found.each
+    assert one.finding.estimate is not None
+    assert one.finding.estimate.interval() == pytest.approx(tuple(known.confidence_interval(0.95)))
+    assert (one.p, one.finding.estimate.n) == pytest.approx((known.pvalue, 3))
+    assert not found.single
+    page = grids(pages.section(contents, [found])[0].parts[0].blocks)[0]
+    facts = {line.entries[0].text: line.entries[1].text for line in page.lines}
+    assert facts["repetitions"].startswith("3 pipelines, each with a further pre-training")
+    assert "The baseline has no stage 1" in facts["said beforehand"]
 
 
 # --- labels, and what to do

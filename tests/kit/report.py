@@ -86,7 +86,7 @@ def finish(root: Path, job: Job, seeds: int | None = None) -> None:
     leaves = root / job.leaves
     whole = seeds is None or seeds >= job.seeds
     if job.stage != "finetune":
-        seconds = {"pretrain": 100.0, "distill": 350.0}[job.stage]
+        seconds = {"decoder": 20.0, "pretrain": 100.0, "distill": 350.0}[job.stage]
         result: dict[str, Any] = {"stage": job.stage, "seed": 0, "seconds": seconds}
         write(leaves / "result.json", result | {"device": "cpu", "versions": {"torch": "2.11.0"}})
     elif job.seeds == 1:
@@ -94,7 +94,8 @@ def finish(root: Path, job: Job, seeds: int | None = None) -> None:
         write(leaves / "result.json", figure(job, seed))
     else:
         count = job.seeds if seeds is None else seeds
-        results = [figure(job, seed) for seed in range(count)]
+        first = int(job.words.get("seed", 0))
+        results = [figure(job, seed) for seed in range(first, first + count)]
         for one in results:
             write(leaves / f"seed-{one['seed']}" / "result.json", one)
         if whole:

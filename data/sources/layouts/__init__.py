@@ -13,6 +13,7 @@ from selfdistill.data.sources.layouts.images import (
     cub,
     dogs,
     dtd,
+    elpv,
     flowers,
     xray,
 )
@@ -46,7 +47,7 @@ class _Known(Protocol):
     def read(self, folder: Path, options: Options) -> Layout: ...
 
 
-_IMAGES: tuple[_Known, ...] = (aircraft, cub, xray, dtd, dogs, flowers, cifar100)
+_IMAGES: tuple[_Known, ...] = (aircraft, cub, xray, dtd, dogs, flowers, cifar100, elpv)
 _TEXTS: tuple[_Known, ...] = (
     json_lines.SCIERC,
     json_lines.ACL_ARC,

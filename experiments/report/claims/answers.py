@@ -52,8 +52,10 @@ def _ran(contents: Contents) -> list[Block]:
         return [Text(["Nothing is complete yet."])]
     methods = list(dict.fromkeys(o.cell.method.title for o in done))
     sets = list(dict.fromkeys(o.cell.dataset.title for o in done))
-    counts = sorted({len(o.results) for o in done})
-    seeds = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
+    counts = sorted({o.sample("score").count for o in done})
+    seeds = " to ".join(dict.fromkeys((counts[0], counts[-1])))
+    if any(len(o.cell.jobs) > 1 for o in done):
+        seeds += " (pipelines × each)"
     asked = {
         one.cell.job.name
         for table in contents.tables

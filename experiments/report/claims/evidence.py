@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from selfdistill.experiments.jobs import PIPELINE
 from selfdistill.experiments.report import sweep as report_sweep
 from selfdistill.experiments.report import tables as report_tables
 from selfdistill.experiments.report.blocks import Entry
@@ -62,11 +63,19 @@ class Part:
 
 
 def units(one: Outcome, key: str, log: bool = False) -> Units:
-    """A cell's figures of a quantity; with `log` 100 times their logarithms: differences in %."""
+    """A cell's figures of a quantity; with `log` 100 times their logarithms: differences in %.
+
+    Of several pipelines each gives one figure, the mean of its fine-tunings.
+    """
     known = {k: v for k, v in one.sample(key).values.items() if math.isfinite(v)}
     if log:
         known = {k: 100 * math.log(v) for k, v in known.items() if v > 0}
-    return Units(known)
+    pipelines: dict[int, list[float]] = {}
+    for seed, value in known.items():
+        pipelines.setdefault(seed // PIPELINE, []).append(value)
+    if len(pipelines) < 2:
+        return Units(known)
+    return Units({k: float(np.mean(values)) for k, values in pipelines.items()}, "pipeline")
 
 
 @dataclass(frozen=True)
@@ -131,14 +140,24 @@ class Finding:
     @property
     def planned(self) -> int:
         """Repetitions of the cell that has the fewest, as they were asked for."""
-        known = [p.outcome.cell.job.seeds for p in self.parts if p.outcome is not None]
-        return min(known, default=self.parts[0].table.table.seeds)
+        return min(self._asked, default=self.parts[0].table.table.seeds)
 
     @property
     def paired(self) -> bool:
         """Whether the cells' repetitions are the same ones, as they were asked for."""
-        known = {p.outcome.cell.job.seeds for p in self.parts if p.outcome is not None}
-        return len(known) <= 1
+        return len(set(self._asked)) <= 1
+
+    @property
+    def _asked(self) -> list[int]:
+        """Pipelines of each cell, or seeds where there is one pipeline."""
+        cells = [p.outcome.cell for p in self.parts if p.outcome is not None]
+        return [len(c.jobs) if len(c.jobs) > 1 else c.job.seeds for c in cells]
+
+    @property
+    def flattered(self) -> bool:
+        """Whether pipelines are compared with a baseline that has no stage 1, and spreads less."""
+        cells = [p.outcome.cell for p in self._base if p.outcome is not None]
+        return any(c.method.start == "model" and len(c.jobs) > 1 for c in cells)
 
     @property
     def single(self) -> bool:

@@ -112,7 +112,10 @@ def _repetitions(verdict: Verdict) -> str:
             f"{many} fine-tunings of each cell, all from one further pre-training and one"
             " distillation: the spread is that of fine-tuning alone."
         )
-    return f"{many} pipelines, each with a further pre-training and a distillation of its own."
+    return (
+        f"{many} pipelines, each with a further pre-training and a distillation of its own: the"
+        " spread is that of their means. What starts from the model differs by fine-tuning alone."
+    )
 
 
 def _power(verdict: Verdict) -> str:
@@ -132,9 +135,10 @@ def _power(verdict: Verdict) -> str:
     family = len(verdict.each)
     share = f" at {ALPHA:g}/{family}, for {family} comparisons" if family > 1 else f" at {ALPHA:g}"
     listed = "; ".join(dict.fromkeys(texts))
+    flattered = " The baseline has no stage 1, and may spread less than what it is compared with."
     return (
         "With these repetitions and the baseline's spread the smallest difference that is seen with"
-        f" 80% power{share}: {listed}."
+        f" 80% power{share}: {listed}." + flattered * any(one.finding.flattered for one in known)
     )
 
 
@@ -208,8 +212,9 @@ def _table(contents: Contents, test: Contrast, mine: Sequence[Judged]) -> list[B
         if e is None:
             row += [Entry(NONE), Entry(NONE)]
         else:
+            many = "" if one.finding.single else " pipelines"
             digits = 2 if test.key == "score" else decimals(max(abs(e.mean), e.error))
-            kind = f" ({e.n}, {'paired' if e.paired else 'Welch'})"
+            kind = f" ({e.n}{many}, {'paired' if e.paired else 'Welch'})"
             row.append(Entry(signed(e.mean, digits), interval(e, digits) + kind))
             row.append(Entry("<0.001" if one.p < 0.001 else plain(one.p, 3)))
         row.append(Entry(NONE if math.isnan(one.detects) else _number(one.detects, test)))
@@ -233,4 +238,4 @@ def _cell(one: Judged, number: int) -> Entry:
     sample = part.outcome.sample(one.finding.test.key) if part.outcome is not None else Sample()
     if part.state or not sample.n:
         return Entry(part.state or NONE, style="missing")
-    return Entry(spread(sample, one.finding.test.key).replace(" ", TIED), f"({sample.n})")
+    return Entry(spread(sample, one.finding.test.key).replace(" ", TIED), f"({sample.count})")

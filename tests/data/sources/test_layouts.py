@@ -9,6 +9,7 @@ import pytest
 import scipy.io
 from PIL import Image
 
+from selfdistill.data.errors import UserError
 from selfdistill.data.formats import images
 from selfdistill.data.loading.reader import Reader
 from selfdistill.data.pack import pack
@@ -136,6 +137,15 @@ def cifar100(root: Path) -> None:
         (data / f"{split}.bin").write_bytes(content)
 
 
+def elpv(root: Path) -> None:
+    data = root / "elpv_dataset" / "data"
+    told = ["0.0", "0.3333333333333333", "0.6666666666666666", "1.0"]
+    rows = [(n, told[n % 4], "mono" if n % 3 else "poly") for n in range(1, 41)]
+    text(data / "labels.csv", *(f"images/cell{n:04d}.png  {p:20s}{k}" for n, p, k in rows))
+    for number, _, _ in rows:
+        picture(data / "images" / f"cell{number:04d}.png", number)
+
+
 MAKE: dict[str, Callable[[Path], None]] = {
     "aircraft": aircraft,
     "cub": cub,
@@ -148,6 +158,7 @@ MAKE: dict[str, Callable[[Path], None]] = {
 A, B = "001.Black_footed_Albatross", "002.Laysan_Albatross"
 N, P = "NORMAL", "PNEUMONIA"
 Z = "zigzagged"
+CELLS = ["0.00", "0.33", "0.67", "1.00"]
 C, J = "Chihuahua", "Japanese_spaniel"
 EXPECTED: dict[str, dict[str, dict[int, str]]] = {
     "aircraft": {
@@ -204,6 +215,31 @@ def test_the_inner_folder_does_too(name: str, tmp_path: Path) -> None:
     inside = inner[0] if len(inner) == 1 else root
     assert layouts.detect(inside) == name
     assert set(layouts.load(name, inside).splits) == set(EXPECTED[name])
+
+
+@pytest.mark.parametrize("inside", [".", "elpv_dataset", "elpv_dataset/data"])
+def test_solar_cells_are_divided_class_by_class(inside: str, tmp_path: Path) -> None:
+    elpv(tmp_path / "source")
+    root = tmp_path / "source" / inside
+    assert layouts.detect(root) == "elpv"
+    found = packed(root, tmp_path / "out")
+    assert {split: len(part) for split, part in found.items()} == {"train": 32, "val": 4, "test": 4}
+    for part in found.values():
+        assert all(CELLS[number % 4] == name for number, name in part.items())
+        assert set(part.values()) == set(CELLS)
+    assert packed(root, tmp_path / "again") == found
+
+
+def test_not_every_list_beside_images_is_of_solar_cells(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "cell1.png", 1)
+    for line in ("path,label", "images/cell1.png,mono", "images/cell1.png 0.5x mono"):
+        text(tmp_path / "labels.csv", line)
+        assert layouts.detect(tmp_path) is None, line
+    (tmp_path / "labels.csv").write_bytes(b"\xff\xfe")
+    assert layouts.detect(tmp_path) is None
+    text(tmp_path / "labels.csv", "images/cell1.png 1.0 mono", "images/cell1.png 0.5 mono")
+    with pytest.raises(UserError, match=r"line 2: .* is not a picture, a probability of 0, 1/3"):
+        layouts.load("elpv", tmp_path)
 
 
 def test_xrays_in_another_format(tmp_path: Path) -> None:

@@ -25,11 +25,11 @@ from tests.kit.texts import config_of
 PLAIN = Normalize((0.5,) * 3, (0.5,) * 3)
 
 
-@pytest.mark.parametrize("warmup", [0, 7])
-def test_schedules_are_those_of_transformers(warmup: int) -> None:
+@pytest.mark.parametrize(("told", "warmup"), [(0, 0), (7, 7), (0.175, 7)])
+def test_schedules_are_those_of_transformers(told: float, warmup: int) -> None:
     theirs = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}
     for schedule, make in theirs.items():
-        plan = FinetuneSection(lr=3e-4, warmup=warmup, schedule=schedule)
+        plan = FinetuneSection(lr=3e-4, warmup=told, schedule=schedule)
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=plan.lr)
         scheduler = make(optimizer, warmup, 40)
         for step in range(41):
@@ -37,6 +37,14 @@ def test_schedules_are_those_of_transformers(warmup: int) -> None:
             assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12, abs=1e-18)
             optimizer.step()
             scheduler.step()
+
+
+def test_a_warmup_in_steps_stays_a_whole_number() -> None:
+    """Records of runs that began before hold one."""
+    for plan in (FinetuneSection(warmup=7), FinetuneSection(warmup=7.0), FinetuneSection()):
+        assert isinstance(plan.model_dump()["warmup"], int)
+    with pytest.raises(ValueError, match="whole steps, or a share below 1"):
+        FinetuneSection(warmup=7.5)
 
 
 def test_records_of_before_there_was_an_option_are_equal() -> None:

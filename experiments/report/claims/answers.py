@@ -149,7 +149,7 @@ def advice(contents: Contents, kind: str) -> list[str]:
     best = min(places, key=lambda p: (abs(math.log(p.labels / LABELS)), -len(_methods(*_of(p)))))
     factor = max(best.labels / LABELS, LABELS / best.labels)
     near = f"The nearest that was run is {best.dataset.title}, {best.labels:,} labelled {what}"
-    near += "." if factor < 1.05 else f", {factor:.1f} times {_more(best)}."
+    near += "." if factor < 1.05 else f", {best.labels / LABELS:.1f} times as many."
     if factor > FAR:
         near += " That is far off: take the advice as a guess."
     head, *rest = _advise(best)
@@ -158,10 +158,6 @@ def advice(contents: Contents, kind: str) -> list[str]:
 
 def _of(place: _Place) -> tuple[Reported, Dataset]:
     return place.table, place.dataset
-
-
-def _more(place: _Place) -> str:
-    return "as many" if place.labels > LABELS else "fewer"
 
 
 def _methods(table: Reported, dataset: Dataset) -> dict[str, tuple[int, Outcome]]:

@@ -238,4 +238,6 @@ def _cell(one: Judged, number: int) -> Entry:
     sample = part.outcome.sample(one.finding.test.key) if part.outcome is not None else Sample()
     if part.state or not sample.n:
         return Entry(part.state or NONE, style="missing")
-    return Entry(spread(sample, one.finding.test.key).replace(" ", TIED), f"({sample.count})")
+    # What pipelines have within stands below, or the table is too wide.
+    text, _, within = spread(sample, one.finding.test.key).partition(", ")
+    return Entry(text.replace(" ", TIED), f"{within} ({sample.count})".strip())

@@ -125,7 +125,7 @@ def finetune(root: Path, name: str, **more: object) -> dict[str, object]:
     return {
         "stage": "finetune",
         "finetune.start": "model",
-        "finetune.steps": 100,
+        "finetune.steps": 200,
         "finetune.dropout": 0.3,
         "finetune.lr": 1e-3,
         "zero": "zero2",
@@ -147,8 +147,18 @@ def kept_on(disk: Path, stage: Path) -> Path:
     return disk / f"selfdistill-{place}-{number}"
 
 
-def killed(root: Path, stage: Path) -> None:
-    """A run of two ranks, killed when it has a newer checkpoint on its nodes than on the shared."""
+def newest(pattern: str, folder: Path) -> int:
+    """The highest of the steps that have a record; 0 if none has."""
+    found = [int(path.parent.name.removeprefix("step-")) for path in folder.glob(pattern)]
+    return max(found, default=0)
+
+
+def killed(root: Path, stage: Path) -> tuple[int, int]:
+    """A run of two ranks, killed when its nodes have a newer checkpoint than the shared disk.
+
+    Returns:
+        The steps of both.
+    """
     case = COMMON | finetune(root, "killed", save_async=True)
     words = [word for key, value in case.items() for word in (f"--{key}", str(value))]
     process = subprocess.Popen(
@@ -167,14 +177,20 @@ def killed(root: Path, stage: Path) -> None:
         stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 240
-    while not list((root / "disk-1").glob("*/step-00000050/state-*")):
+
+    def there() -> tuple[int, int]:
+        shared = newest("step-*/state.json", stage / "checkpoints")
+        return newest("disk-*/*/step-*/state-*", root), shared
+
+    # The second since then: the record of one may be on one of the nodes alone.
+    while not 0 < there()[1] < there()[0] - 5:
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (stage / "result.json").exists()
-    assert max(path.name for path in (stage / "checkpoints").glob("step-*")) == "step-00000040"
+    return there()
 
 
 @pytest.mark.multi
@@ -182,7 +198,8 @@ def test_two_nodes_go_on_bit_for_bit(tmp_path_factory: pytest.TempPathFactory) -
     """From their own disks where both come back; from the shared one where one was replaced."""
     root = make_world(tmp_path_factory.mktemp("local"))
     stages = {n: root / "runs" / n / "finetune-model" for n in ("whole", "killed", "replaced")}
-    killed(root, stages["killed"])
+    steps = killed(root, stages["killed"])
+    assert steps[0] > steps[1]
     shutil.copytree(root / "runs" / "killed", root / "runs" / "replaced")
     theirs = kept_on(root / "disk-0", stages["killed"])
     parts = [len(list(theirs.glob(f"step-*/{kind}-*"))) for kind in ("part", "state")]
@@ -194,8 +211,8 @@ def test_two_nodes_go_on_bit_for_bit(tmp_path_factory: pytest.TempPathFactory) -
     resumed = [
         int(line.split("resumed at step ")[1].split()[0]) for line in lines if "resumed" in line
     ]
-    assert resumed in ([50, 40], [55, 40], [60, 40]), lines
-    assert sum("part-00001-of-00002.safetensors lies on no node" in line for line in lines) == 1
+    assert resumed == list(steps), lines
+    assert any("part-00001-of-00002.safetensors lies on no node" in line for line in lines)
     wanted = load_file(stages["whole"] / "export" / "model.safetensors")
     for name in ("killed", "replaced"):
         weights = load_file(stages[name] / "export" / "model.safetensors")
@@ -203,5 +220,5 @@ def test_two_nodes_go_on_bit_for_bit(tmp_path_factory: pytest.TempPathFactory) -
         for one, other in zip(metrics(stages["whole"]), metrics(stages[name]), strict=True):
             assert one["step"] == other["step"]
             assert one.get("loss/loss") == other.get("loss/loss")
-        assert json.loads((stages[name] / "result.json").read_text())["steps"] == 100
+        assert json.loads((stages[name] / "result.json").read_text())["steps"] == 200
     assert not list(root.glob("disk-*/*"))  # of complete stages nothing is left

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from selfdistill.data.packing.unlabelled import join_train
 from selfdistill.data.packing.writer import Packed, replace, write_split
 from selfdistill.data.shards import duplicates
 from selfdistill.data.shards.store import Store
-from selfdistill.data.sources.samples import Samples, Splits
+from selfdistill.data.sources.samples import Splits, Stream, listed
 from selfdistill.data.splits import DIVIDED, UNLABELLED
 
 
@@ -56,7 +55,13 @@ class Whole:
             "samples_per_shard": self.samples_per_shard,
             "skip_broken": self.skip_broken,
             "source": {
-                split: {"samples": len(samples), "classes": classes, "listing": _digest(samples)}
+                split: {
+                    "samples": len(samples),
+                    "classes": classes,
+                    "listing": samples.digest()
+                    if isinstance(samples, Stream)
+                    else listed(samples)[1],
+                }
                 for split, (samples, classes) in self.splits.items()
             },
         }
@@ -64,14 +69,6 @@ class Whole:
     def shards(self, split: str) -> int:
         """How many shards a split has, some of them perhaps without a readable sample."""
         return -(-len(self.splits[split][0]) // self.samples_per_shard)
-
-
-def _digest(samples: Samples) -> str:
-    """A hash of the samples' names and labels, in their order."""
-    found = hashlib.sha256()
-    for sample in samples:
-        found.update(f"{sample.key}\0{sample.name}\0{sample.label}\n".encode(errors="replace"))
-    return found.hexdigest()
 
 
 def write_whole(

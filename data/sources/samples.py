@@ -1,5 +1,6 @@
 """Samples to pack, and their division into splits: what all sources of data share."""
 
+import hashlib
 import itertools
 import re
 import warnings
@@ -73,6 +74,7 @@ class Stream:
     Args:
         makers: Starts a pass over all of them; makes each where it is wanted.
         length: Their number.
+        listing: Hash of the names of all of them, in order.
         taken: bool [length], which of them belong to this stream; None for all.
     """
 
@@ -80,9 +82,10 @@ class Stream:
         self,
         makers: Callable[[], Iterator[Callable[[], Sample]]],
         length: int,
+        listing: str,
         taken: NDArray[np.bool_] | None = None,
     ) -> None:
-        self._makers = makers
+        self._makers, self._listing = makers, listing
         self._taken = np.ones(length, dtype=bool) if taken is None else taken
 
     def __len__(self) -> int:
@@ -95,16 +98,30 @@ class Stream:
         """What makes each sample, in order: a pass that wants few of them makes no others."""
         return itertools.compress(self._makers(), self._taken)
 
+    def digest(self) -> str:
+        """A hash of the samples' names, in their order, without another pass."""
+        taken = np.packbits(self._taken).tobytes()
+        return hashlib.sha256(self._listing.encode() + taken).hexdigest()
+
     def take(self, rows: NDArray[np.bool_]) -> "Stream":
         """Those of this stream that are True in `rows`, bool [len(self)]."""
         taken = np.zeros_like(self._taken)
         taken[np.flatnonzero(self._taken)[rows]] = True
-        return Stream(self._makers, len(taken), taken)
+        return Stream(self._makers, len(taken), self._listing, taken)
 
 
 Samples = list[Sample] | Stream
 # Per split its samples and the names of the classes.
 Splits = dict[str, tuple[Samples, list[str]]]
+
+
+def listed(samples: Iterable[Sample]) -> tuple[int, str]:
+    """The number of some samples, and a hash of their names and labels, in their order."""
+    found, count = hashlib.sha256(), 0
+    for sample in samples:
+        found.update(f"{sample.key}\0{sample.name}\0{sample.label}\n".encode(errors="replace"))
+        count += 1
+    return count, found.hexdigest()
 
 
 class Row(NamedTuple):

@@ -12,7 +12,16 @@ from selfdistill.data.errors import UserError, counted
 from selfdistill.data.formats.strays import is_stray
 from selfdistill.data.formats.texts import Text
 from selfdistill.data.sources import several, tables
-from selfdistill.data.sources.samples import Columns, Row, Sample, Samples, Splits, Stream, grouped
+from selfdistill.data.sources.samples import (
+    Columns,
+    Row,
+    Sample,
+    Samples,
+    Splits,
+    Stream,
+    grouped,
+    listed,
+)
 from selfdistill.data.splits import ALIASES, DIVIDED
 
 #: Files of texts by their extension; .csv may be a list of images as well.
@@ -118,7 +127,10 @@ def find_extra(root: Path, columns: Columns) -> Samples:
     )
     streams = [samples for samples, _ in found.values() if isinstance(samples, Stream)]
     lengths = sum(len(samples) for samples in streams)
-    return Stream(lambda: (make for stream in streams for make in stream.makers()), lengths)
+    listing = " ".join(samples.digest() for samples in streams)
+    return Stream(
+        lambda: (make for stream in streams for make in stream.makers()), lengths, listing
+    )
 
 
 def has_pairs(splits: Splits) -> bool:
@@ -165,10 +177,10 @@ def _streams(files: dict[str, Path], columns: Columns) -> Splits:
     found: Splits = {}
     for split, path in files.items():
         makers = partial(pass_over, path, split)
-        length = sum(1 for make in makers() if make())  # each is made: a mistake shows now
+        length, listing = listed(make() for make in makers())
         if not length:
             raise UserError(f"{path} has no texts: add some")
-        found[split] = Stream(makers, length), []
+        found[split] = Stream(makers, length, listing), []
     return found
 
 

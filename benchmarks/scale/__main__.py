@@ -29,7 +29,7 @@ from rich.progress import Progress
 from benchmarks import record
 from benchmarks.scale import model as scale_model
 from benchmarks.scale import tables as scale_tables
-from benchmarks.scale.ranks import SETTING, SETTINGS, parameters
+from benchmarks.scale.ranks import SETTING, SETTINGS, encoder, parameters
 from selfdistill.data import cli
 from selfdistill.data.errors import UserError
 from selfdistill.engine.runtime import zero
@@ -161,7 +161,7 @@ def compared(
     content, told = case.content(), parameters()
     stage, times = zero.stage_of(content), case.accumulation
     theory = scale_model.textbook(stage, told.trained, size=4, accumulation=times)
-    plan = scaling.asked(content, told, size=4, accumulation=times)
+    plan = scaling.asked(content, told, size=4, accumulation=times, twice=encoder())
     sums = [scaling.sent(kind, payload, ranks) for kind, (_, payload) in counts.items()]
     return {
         "setting": case.name,

@@ -84,7 +84,7 @@ def be(rank: int, world: int, out: str) -> None:
         found[setting] = {
             "kept": kept - batch,
             "calls": len(calls),
-            "sent": sum(scaling.sent(kind, size, world) for kind, size in calls),
+            "sent": sum(scaling.sent(*call) for call in calls),
         }
         del step
         gc.collect()

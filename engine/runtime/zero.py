@@ -125,8 +125,9 @@ def _check_zero(content: Mapping[str, Any], path: Path) -> None:
             f"--zero {path}: zero_optimization.{_PARTITION} is {size!r}: give the ranks of a node,"
             ' or "auto"'
         )
-    for name in (_PARTITION, *_QUANTISED):
-        if section.get(name, False) not in (False, 1) and stage != 3:
+    asked = [_PARTITION] if size != 1 else []
+    for name in (*asked, *(k for k in _QUANTISED if section.get(k))):
+        if stage != 3:
             raise UserError(f"--zero {path}: zero_optimization.{name} needs stage 3, not {stage}")
     for name in ("offload_optimizer", "offload_param"):
         if not isinstance(section.get(name, {}), dict):
@@ -152,9 +153,9 @@ def fitted(
         node: ranks of a node.
     """
     stage, found = stage_of(content), dict(content.get("zero_optimization", {}))
-    ahead = min(BUCKET, max(largest, every // PIECES))
+    ahead, sums = (min(BUCKET, max(largest, -(-size // PIECES))) for size in (every, trained))
     values = {
-        "reduce_bucket_size": max(1, min(BUCKET, trained, max(largest, trained // PIECES))),
+        "reduce_bucket_size": max(1, min(sums, trained)),
         "stage3_prefetch_bucket_size": ahead,
         "stage3_param_persistence_threshold": 0,
     }

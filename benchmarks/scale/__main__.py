@@ -62,7 +62,6 @@ class Case(NamedTuple):
         return found
 
 
-_WHOLE = {"stage3_param_persistence_threshold": 0}
 CASES = (
     Case("0", "zero0"),
     Case("1", "zero1"),
@@ -76,11 +75,11 @@ CASES = (
         "zero2",
         {"use_multi_rank_bucket_allreduce": False},
     ),
-    Case("3, no persistent parameters", "zero3", _WHOLE),
+    Case("3, small parameters whole", "zero3", {"stage3_param_persistence_threshold": 100_000}),
     Case(
         "3, nothing kept for the backward",
         "zero3",
-        _WHOLE | {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0},
+        {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0},
     ),
 )
 #: Of them the plain stages, the first ones.

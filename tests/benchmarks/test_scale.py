@@ -22,7 +22,7 @@ EXPECTED = {
     "1": 3,
     "2, A = 2": 5,
     "2, use_multi_rank_bucket_allreduce off": 2,
-    "3, no persistent parameters": 2,
+    "3": 2,
 }
 
 

@@ -29,7 +29,7 @@ from rich.progress import Progress
 from benchmarks import record
 from benchmarks.scale import model as scale_model
 from benchmarks.scale import tables as scale_tables
-from benchmarks.scale.ranks import SETTING, SETTINGS, parameters
+from benchmarks.scale.ranks import SETTING, SETTINGS, encoder, parameters
 from selfdistill.data import cli
 from selfdistill.data.errors import UserError
 from selfdistill.engine.runtime import zero
@@ -62,7 +62,6 @@ class Case(NamedTuple):
         return found
 
 
-_WHOLE = {"stage3_param_persistence_threshold": 0}
 CASES = (
     Case("0", "zero0"),
     Case("1", "zero1"),
@@ -76,11 +75,11 @@ CASES = (
         "zero2",
         {"use_multi_rank_bucket_allreduce": False},
     ),
-    Case("3, no persistent parameters", "zero3", _WHOLE),
+    Case("3, small parameters whole", "zero3", {"stage3_param_persistence_threshold": 100_000}),
     Case(
         "3, nothing kept for the backward",
         "zero3",
-        _WHOLE | {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0},
+        {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0},
     ),
 )
 #: Of them the plain stages, the first ones.
@@ -161,7 +160,7 @@ def compared(
     content, told = case.content(), parameters()
     stage, times = zero.stage_of(content), case.accumulation
     theory = scale_model.textbook(stage, told.trained, size=4, accumulation=times)
-    plan = scaling.asked(content, told, size=4, accumulation=times)
+    plan = scaling.asked(content, told, size=4, accumulation=times, twice=encoder())
     sums = [scaling.sent(kind, payload, ranks) for kind, (_, payload) in counts.items()]
     return {
         "setting": case.name,

@@ -68,8 +68,8 @@ def size(tensors: Any) -> int:
 
 
 @contextmanager
-def counting() -> Iterator[list[tuple[scaling.Collected, int]]]:
-    """Lists the kind and the bytes of every collective that this process asks for within it."""
+def counting() -> Iterator[list[tuple[scaling.Collected, int, int]]]:
+    """Lists kind, bytes and ranks of every collective that this process asks for within it."""
     group, found = dist.ProcessGroup, []
     # As they lie in the class: what getattr gives is no longer bound when it is put back.
     before = {n: vars(group)[n] for n in (*METHODS, *UNKNOWN) if n in vars(group)}
@@ -79,7 +79,7 @@ def counting() -> Iterator[list[tuple[scaling.Collected, int]]]:
             if name not in METHODS:
                 raise LookupError(f"no formula for the bytes of {name}")
             kind, place = METHODS[name]
-            found.append((kind, size(args[place])))
+            found.append((kind, size(args[place]), self.size()))
             return before[name](self, *args, **named)
 
         return call
@@ -100,6 +100,15 @@ def parameters() -> Parameters:
 
     shape = load_pretrained(str(BASE)).shape
     return count(lambda: ViTMAE(shape))
+
+
+def encoder() -> int:
+    """Parameters of its encoder, which a distillation passes twice."""
+    from selfdistill.engine.models.images.vit_mae import ViTEncoder
+    from selfdistill.engine.models.images.weights import load_pretrained
+
+    shape = load_pretrained(str(BASE)).shape
+    return count(lambda: ViTEncoder(shape)).all
 
 
 def work(file: str) -> None:
@@ -189,8 +198,8 @@ def _counts(step: Stepper) -> dict[str, list[int]]:
     step.close()
     return {
         kind: [len(sizes), sum(sizes)]
-        for kind in dict.fromkeys(kind for kind, _ in found)
-        if (sizes := [bytes_ for other, bytes_ in found if other == kind])
+        for kind in dict.fromkeys(kind for kind, _, _ in found)
+        if (sizes := [bytes_ for other, bytes_, _ in found if other == kind])
     }
 
 

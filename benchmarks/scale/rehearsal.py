@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from benchmarks.scale.ranks import encoder
 from selfdistill.data import cli
 from selfdistill.data.errors import UserError
 from selfdistill.engine.runtime import zero
 from selfdistill.launcher.plan import memory, scaling
 from selfdistill.launcher.plan.workload import Parameters
 
-SETTINGS = ("zero0", "zero1", "zero2", "zero3")
+SETTINGS = ("zero0", "zero1", "zero2", "zero3", "zero3_hpz")
+#: Ranks of a node.
+NODE = 8
 #: Images of the micro-batch: activations are not what is looked at.
 MICRO = 1
 MIB = 2**20
@@ -49,7 +52,7 @@ def storages() -> dict[int, int]:
 
 def be(rank: int, world: int, out: str) -> None:
     """Is one rank: builds the engine by ZeRO setting, takes steps, and writes what was counted."""
-    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(NODE)}
     import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -60,11 +63,15 @@ def be(rank: int, world: int, out: str) -> None:
 
     from benchmarks.scale.ranks import SEEN, Stepper, counting, parameters
     from selfdistill.engine.runtime.distributed import Ranks
+    from selfdistill.engine.training import engine as training
 
+    # As `initialize` does: else it is compiled first.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     # The group in which ranks agree on leaving is gloo's, which would look for the others.
     new_group = dist.new_group
     dist.new_group = lambda *words, **options: new_group(*words, **options | {"backend": "fake"})
+    training.gather = lambda value: [value]  # all nodes are alike
     # ZeRO-3 compares the order of its modules with rank 0's, whose answer is nothing here.
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda _: None
     # What nobody fills in may be NaN, for which it would skip its step.
@@ -84,7 +91,7 @@ def be(rank: int, world: int, out: str) -> None:
         found[setting] = {
             "kept": kept - batch,
             "calls": len(calls),
-            "sent": sum(scaling.sent(kind, size, world) for kind, size in calls),
+            "sent": sum(scaling.sent(*call) for call in calls),
         }
         del step
         gc.collect()
@@ -126,13 +133,12 @@ def rehearse(rank: int, world: int) -> tuple[dict[str, Any], Parameters]:
 def compared(setting: str, found: dict[str, Any], world: int, model: Parameters) -> dict[str, Any]:
     """What a rank did under a setting, beside the plan's formulas."""
     content = zero.read(setting)
-    asked = scaling.asked(content, model, size=4)
-    need = memory.need(content, model, size=4, world=world)
-    # Between steps there are no gradients; ZeRO-3 has gathered what is small, and keeps its bucket.
+    asked = scaling.asked(content, model, size=4, twice=encoder(), node=NODE)
+    need = memory.need(content, model, size=4, world=world, node=NODE)
+    # Between steps there are no gradients; ZeRO-3 has a shard of the weights, and keeps its bucket.
     planned = need.weights + need.optimizer
     if zero.stage_of(content) == 3:
-        small = model.persistent(memory.settings(content).param_persistence_threshold)
-        planned += need.backward + 4 * (sum(small) - model.all)
+        planned = 4 * model.all / world + need.optimizer + need.backward
     return found | {
         "planned_kept": planned,
         "planned_sent": scaling.volume(asked, world),

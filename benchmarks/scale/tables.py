@@ -41,9 +41,9 @@ def text(
             " two of their all-reduces, and those of ZeRO 3, are the overflow and the norm. ZeRO 3"
             " gathers once, not twice, since all parameters are below stage3_max_live_parameters;"
             " the frozen position tables come with them, and those below"
-            " stage3_param_persistence_threshold once a step, one call each. Where nothing is kept,"
-            " the encoder is gathered for each of its two views, forward and backward: the plan"
-            " counts one.",
+            " stage3_param_persistence_threshold, where a file sets it, once a step, one call each."
+            " Where nothing is kept, the encoder is gathered for each of its two views, forward and"
+            " backward.",
             "",
         ]
     cores = weak[0]["cores"]

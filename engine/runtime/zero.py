@@ -34,6 +34,30 @@ OWNED = (
 #: DeepSpeed's own timer of steps waits for the device at each forward and step.
 _UNTIMED: dict[str, Any] = {"timers": {"throughput": {"enabled": False}}}
 
+#: Values of a bucket at most, and parts of a model of which a bucket holds one where that is less:
+#: all but the last are sent while others are computed.
+BUCKET, PIECES = 50_000_000, 8
+
+#: Settings that follow from the model: the names by which DeepSpeed knows them. Those that a file
+#: leaves out, or gives as "auto", are filled in (`fitted`).
+_FITTED = {
+    "reduce_bucket_size": ("reduce_bucket_size",),
+    "stage3_prefetch_bucket_size": ("stage3_prefetch_bucket_size", "prefetch_bucket_size"),
+    "stage3_param_persistence_threshold": (
+        "stage3_param_persistence_threshold",
+        "param_persistence_threshold",
+    ),
+}
+_LIVE, _PARTITION = "stage3_max_live_parameters", "zero_hpz_partition_size"
+#: Of ZeRO++: DeepSpeed's kernels for them are CUDA's.
+_QUANTISED = (
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+)
+#: Of MiCS, which DeepSpeed 0.19.8 has no more.
+_GONE = ("mics_shard_size", "mics_hierarchical_params_gather")
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -89,12 +113,96 @@ def _check_zero(content: Mapping[str, Any], path: Path) -> None:
     stage = section.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise UserError(f"--zero {path}: zero_optimization.stage is {stage!r}: give 0, 1, 2 or 3")
+    for name in _GONE:
+        if name in section:
+            raise UserError(
+                f"--zero {path}: remove zero_optimization.{name}: this DeepSpeed has no MiCS any"
+                f" more; --zero zero3_hpz, or {_PARTITION} in your file, keeps gathers inside nodes"
+            )
+    size = section.get(_PARTITION, 1)
+    if size != "auto" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise UserError(
+            f"--zero {path}: zero_optimization.{_PARTITION} is {size!r}: give the ranks of a node,"
+            ' or "auto"'
+        )
+    asked = [_PARTITION] if size != 1 else []
+    for name in (*asked, *(k for k in _QUANTISED if section.get(k))):
+        if stage != 3:
+            raise UserError(f"--zero {path}: zero_optimization.{name} needs stage 3, not {stage}")
     for name in ("offload_optimizer", "offload_param"):
         if not isinstance(section.get(name, {}), dict):
             raise UserError(
                 f"--zero {path}: zero_optimization.{name} must be an object, such as"
                 ' {"device": "cpu"}'
             )
+
+
+def fitted(
+    content: Mapping[str, Any], *, trained: int, every: int, largest: int, node: int
+) -> dict[str, Any]:
+    """A configuration with what it leaves to the model and the nodes; given values stay.
+
+    A small parameter is sharded as a large one is: DeepSpeed would gather it, kept whole, after
+    each step by itself, and a call takes as long as its way over all ranks.
+
+    Args:
+        content: DeepSpeed's configuration.
+        trained: values of the parameters with a gradient.
+        every: of all parameters.
+        largest: of the largest one.
+        node: ranks of a node.
+    """
+    stage, found = stage_of(content), dict(content.get("zero_optimization", {}))
+    ahead, sums = (min(BUCKET, max(largest, -(-size // PIECES))) for size in (every, trained))
+    values = {
+        "reduce_bucket_size": max(1, min(sums, trained)),
+        "stage3_prefetch_bucket_size": ahead,
+        "stage3_param_persistence_threshold": 0,
+    }
+    for name, known in _FITTED.items():
+        given = [k for k in known if found.get(k, "auto") != "auto"]
+        for k in known:
+            if found.get(k) == "auto":
+                del found[k]
+        if stage and not given and (stage == 3 or name == "reduce_bucket_size"):
+            found[name] = values[name]
+    if found.get(_PARTITION) == "auto":
+        found[_PARTITION] = node
+    if found.get(_LIVE) == "auto":  # a bucket that is used, and one that is fetched
+        found[_LIVE] = 2 * ahead
+    return {**content, "zero_optimization": found}
+
+
+def open_partition(content: Mapping[str, Any]) -> bool:
+    """Whether a file leaves the ranks of a node to the launch."""
+    return bool(content.get("zero_optimization", {}).get(_PARTITION) == "auto")
+
+
+def check_topology(content: Mapping[str, Any], name: str, world: int, device: str) -> None:
+    """Refuses what DeepSpeed fails on with a traceback.
+
+    Args:
+        content: DeepSpeed's configuration, `fitted`.
+        name: of the setting.
+        world: number of ranks.
+        device: kind of device.
+
+    Raises:
+        UserError: nodes that cut no ranks evenly; quantised collectives without their kernels.
+    """
+    section = content.get("zero_optimization", {})
+    size = min(section.get(_PARTITION, 1), world)
+    if world % size:
+        raise UserError(
+            f"--zero {name}: {world} ranks cannot be cut into nodes of {size}: take whole nodes, or"
+            f" a {_PARTITION} that divides {world}"
+        )
+    asked = [k for k in _QUANTISED if section.get(k)]
+    if asked and device != "cuda":
+        raise UserError(
+            f"--zero {name}: zero_optimization.{asked[0]}: DeepSpeed quantises by kernels of CUDA,"
+            f" which a {device} device has not: remove it"
+        )
 
 
 def offloads(content: Mapping[str, Any]) -> bool:

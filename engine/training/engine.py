@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from selfdistill.engine.checkpoints.local import open_checkpoints
 from selfdistill.engine.checkpoints.state import State
 from selfdistill.engine.config.stages import StageSection
 from selfdistill.engine.runtime import zero
+from selfdistill.engine.runtime.distributed import gather
 from selfdistill.engine.training import optimizer as optim
 from selfdistill.engine.training.modalities.base import Section
 from selfdistill.engine.training.stage import Stage
@@ -72,6 +74,7 @@ def build_engine(
             " forward, which torch.compile cannot follow: take zero0, zero1 or zero2, or leave it"
             " out"
         )
+    content = _fitted(run, objective, content)
     if optimizer is None:
         optimizer = optim.build(objective, section, plan, offload=zero.offloads(content))
     else:
@@ -93,3 +96,24 @@ def build_engine(
     if run.config.compile:
         engine.compile(compile_kwargs={"mode": run.config.compile_mode})
     return engine
+
+
+def _fitted(run: Run, objective: nn.Module, content: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with what follows from the model and the nodes."""
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if zero.open_partition(content) and len(nodes := set(gather(node))) > 1:
+        raise UserError(
+            f"--zero {run.config.zero}: the nodes have {min(nodes)} to {max(nodes)} ranks: start as"
+            " many on each, or give zero_hpz_partition_size a number that divides them all"
+        )
+    parameters = list(objective.parameters())
+    sizes = [parameter.numel() for parameter in parameters]
+    content = zero.fitted(
+        content,
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        every=sum(sizes),
+        largest=max(sizes),
+        node=node,
+    )
+    zero.check_topology(content, run.config.zero, run.ranks.world, run.ranks.device.type)
+    return content

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfdistill.engine.monitoring.flops import TeacherMode
-from selfdistill.engine.runtime.zero import stage_of
+from selfdistill.engine.runtime.zero import fitted, stage_of
 from selfdistill.launcher.plan.workload import Parameters
 
 #: Without ZeRO gradients are summed over the ranks in flat copies of at most so many values.
@@ -71,6 +71,7 @@ def need(
     copies: int = 0,
     teacher: float = 0.0,
     activations: float = 0.0,
+    node: int = 1,
 ) -> Need:
     """Memory of one device.
 
@@ -84,8 +85,9 @@ def need(
             (`--STAGE.keep best`).
         teacher: bytes of the frozen encoder.
         activations: bytes of a micro-batch, and of the weights' copies for bf16 products.
+        node: ranks of a node, where hierarchical partitioning leaves them open.
     """
-    stage, zero = stage_of(content), settings(content)
+    stage, zero = stage_of(content), settings(content, parameters, node)
     trained, weights = parameters.trained, size * parameters.all
     bucket, shard = size * zero.reduce_bucket_size, weights / world
     own, fp32 = size * trained / world, 4 * trained / world
@@ -95,6 +97,8 @@ def need(
     # them, all are whole from the forward to the backward.
     gathered = size * min(parameters.all, zero.max_live_parameters)
     held = (0 if weights_away else shard) + (gathered if world > 1 or weights_away else 0)
+    if zero.zero_hpz_partition_size > 1:
+        held += weights / min(zero.zero_hpz_partition_size, world)
     # Between micro-batches ZeRO-1 keeps whole gradients.
     first = size * trained if accumulation > 1 else own
     flat = size * min(trained, ALL_REDUCE) if world > 1 else 0
@@ -111,11 +115,26 @@ def need(
     return Need(*found, teacher, activations, host if stage else 0)
 
 
-def settings(content: Mapping[str, Any]) -> Any:
-    """DeepSpeed's own reading of its section on ZeRO, defaults filled in."""
+def settings(
+    content: Mapping[str, Any], parameters: Parameters | None = None, node: int = 1
+) -> Any:
+    """DeepSpeed's own reading of its section on ZeRO, with what follows from the model, if any."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    return DeepSpeedZeroConfig(**content.get("zero_optimization", {}))
+    parameters = parameters or Parameters(0, 0, 0)
+    whole = fitted(
+        content,
+        trained=parameters.trained,
+        every=parameters.all,
+        largest=max(parameters.sizes, default=0),
+        node=node,
+    )
+    return DeepSpeedZeroConfig(**whole["zero_optimization"])
+
+
+def keeps(zero: Any, parameters: Parameters) -> bool:
+    """Whether ZeRO-3 keeps what a forward gathered for the backward."""
+    return bool(parameters.all <= min(zero.max_live_parameters, zero.max_reuse_distance))
 
 
 def offloaded(section: Any) -> bool:

@@ -51,12 +51,18 @@ class Collective(NamedTuple):
         payload: bytes of their tensors, all calls together.
         calls: their number.
         when: the part of the step that may hide them; alone: none does.
+        group: ranks that take part, of one node; 0: all there are.
     """
 
     kind: Collected
     payload: float
     calls: int
     when: When
+    group: int = 0
+
+    def ranks(self, world: int) -> int:
+        """How many take part."""
+        return min(self.group or world, world)
 
 
 def asked(
@@ -66,12 +72,13 @@ def asked(
     size: int,
     accumulation: int = 1,
     sharded: int = 0,
+    twice: int = 0,
+    node: int = 1,
 ) -> list[Collective]:
     """What DeepSpeed 0.19.8 asks for in a step, once ZeRO-3 knows the order of its modules.
 
-    Not counted: padding; a second pass of the encoder, for which ZeRO-3 gathers again where it
-    keeps nothing, and its calls there, one a parameter; without use_multi_rank_bucket_allreduce one
-    call of each bucket for each rank that owns a part, of which one is counted.
+    Not counted: padding; without use_multi_rank_bucket_allreduce one call of each bucket for each
+    rank that owns a part, of which one is counted.
 
     Args:
         content: DeepSpeed's configuration.
@@ -79,8 +86,11 @@ def asked(
         size: bytes of a value in a forward pass, e; gradients have the same.
         accumulation: micro-batches of a step, A.
         sharded: parameters of a teacher whose weights are gathered for each micro-batch.
+        twice: parameters that a step passes twice, the encoder's in a distillation: ZeRO-3 gathers
+            them again where it keeps nothing.
+        node: ranks of a node, where hierarchical partitioning leaves them open.
     """
-    stage, zero = stage_of(content), memory.settings(content)
+    stage, zero = stage_of(content), memory.settings(content, parameters, node)
     trained, whole = parameters.trained, float(size * parameters.trained)
     found: list[Collective] = []
     if sharded:
@@ -98,11 +108,17 @@ def asked(
         bucket = max(zero.prefetch_bucket_size, parameters.largest)
         small = parameters.persistent(zero.param_persistence_threshold)
         cut = parameters.all - sum(small)
-        found += _gathers(cut, bucket, size, accumulation)
-        if parameters.all > min(zero.max_live_parameters, zero.max_reuse_distance):
-            calls = accumulation * math.ceil(cut / bucket)
-            every = float(accumulation * size * cut)
-            found.append(Collective("all-gather", every, calls, "backward"))
+        # With hpZ the nodes have what was gathered from the first forward to the step.
+        group = zero.zero_hpz_partition_size if zero.zero_hpz_partition_size > 1 else 0
+        first = 1 if group else accumulation
+        found += _gathers(cut, bucket, size, first)
+        found += _gathers(cut, bucket, size, accumulation - first, group)
+        if not memory.keeps(zero, parameters):
+            passes: tuple[tuple[int, When], ...] = ((twice, "forward"), (cut + twice, "backward"))
+            for values, when in passes:
+                calls = accumulation * math.ceil(values / bucket)
+                every = float(accumulation * size * values)
+                found.append(Collective("all-gather", every, calls, when, group))
         if small:
             found.append(Collective("all-gather", float(size * sum(small)), len(small), "alone"))
     times = 1 if stage == 1 else accumulation
@@ -116,21 +132,30 @@ def asked(
     return found
 
 
-def _gathers(values: int, bucket: int, size: int, times: int) -> list[Collective]:
+def _gathers(values: int, bucket: int, size: int, times: int, group: int = 0) -> list[Collective]:
     """All-gathers of a forward's weights, bucket by bucket; the first hides behind nothing."""
+    if not times:
+        return []
     first = min(values, bucket)
-    found = [Collective("all-gather", float(times * size * first), times, "alone")]
+    found = [Collective("all-gather", float(times * size * first), times, "alone", group)]
     if values > first:
-        calls = times * math.ceil((values - first) / bucket)
-        found.append(
-            Collective("all-gather", float(times * size * (values - first)), calls, "forward")
-        )
+        calls, rest = times * math.ceil((values - first) / bucket), times * size * (values - first)
+        found.append(Collective("all-gather", float(rest), calls, "forward", group))
     return found
 
 
 def volume(collectives: Iterable[Collective], world: int) -> float:
     """Bytes that a rank sends in a step."""
-    return sum(sent(c.kind, c.payload, world) for c in collectives)
+    return sum(sent(c.kind, c.payload, c.ranks(world)) for c in collectives)
+
+
+def between(collectives: Iterable[Collective], world: int, per_node: int) -> float:
+    """Of these, the bytes that go to another node, the mean over the ranks of a node.
+
+    A ring over all ranks leaves each node once: of its hops, one a node is between nodes.
+    """
+    over = [c for c in collectives if c.ranks(world) > per_node]
+    return volume(over, world) / min(per_node, world)
 
 
 @dataclass(frozen=True)
@@ -171,10 +196,11 @@ class Links:
 
     def seconds(self, collective: Collective, world: int) -> float:
         """Time of collectives that nothing hides."""
-        if world == 1:
+        ranks = collective.ranks(world)
+        if ranks == 1:
             return 0.0
-        moved = sent(collective.kind, collective.payload, world) / self.bandwidth(world)
-        return collective.calls * self.latency(collective.kind, world) + moved
+        moved = sent(collective.kind, collective.payload, ranks) / self.bandwidth(ranks)
+        return collective.calls * self.latency(collective.kind, ranks) + moved
 
 
 @dataclass(frozen=True)

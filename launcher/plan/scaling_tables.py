@@ -29,6 +29,7 @@ class Row:
         micro: samples of a device's micro-batch.
         batch: samples of a step on all devices.
         sent: bytes that a rank sends in a step.
+        between: of these, the bytes that go to another node.
         step: its times.
         checkpoint: seconds that the ranks wait for one checkpoint; 0 where none are saved.
         written: seconds that the storage writes it.
@@ -43,6 +44,7 @@ class Row:
     micro: int
     batch: int
     sent: float
+    between: float
     step: scaling.Step
     checkpoint: float
     written: float
@@ -83,6 +85,8 @@ def stage_rows(plan: Plan, job: Job) -> list[Row]:
         size=plan.size,
         accumulation=accumulation,
         sharded=plan.work.teacher() if shared else 0,
+        twice=plan.work.teacher() if job.stage == "distill" else 0,
+        node=options.per_node,
     )
     # Seconds of a sample on a device; bytes of a checkpoint.
     one = plan.work.flops(job.stage, plan.mode, plan.classes) / (plan.device.peak * options.mfu)
@@ -108,10 +112,12 @@ def stage_rows(plan: Plan, job: Job) -> list[Row]:
         by_itself = size / COPY if in_background(plan) else written
         single = (1 - scaling.share_of_saving(by_itself, alone, every)) / one
         rate = batch / step.seconds * (1 - share)
-        sent, efficiency = scaling.volume(collectives, devices), rate / (devices * single)
+        efficiency = rate / (devices * single)
+        sent = scaling.volume(collectives, devices)
+        between = scaling.between(collectives, devices, options.per_node)
         found.append(
             Row(
-                *(job, devices, not rest, micro, batch, sent, step),
+                *(job, devices, not rest, micro, batch, sent, between, step),
                 *(saved, written, rate, efficiency, share),
             )
         )
@@ -162,21 +168,16 @@ def _formulas(plan: Plan, shown: list[Row]) -> list[str]:
     """What is behind the figures, in words."""
     options, content = plan.options, zero.read(plan.config.zero)
     stage, size = zero.stage_of(content), plan.size
+    found = memory.settings(content, node=options.per_node)
     sums = {
         0: f"all-reduce {size} P",
         1: f"all-reduce {size} P + all-gather {size} P",
         2: f"A x all-reduce {size} P + all-gather {size} P",
-        3: f"A x (all-gather {size} (P + frozen - S) + reduce-scatter {size} P) + all-gather"
-        f" {size} S",
+        3: f"A x (all-gather {size} (P + frozen) + reduce-scatter {size} P)",
     }
     most = max(row.devices for row in shown)
     lines = [
         f"comm.: {sums[stage]}, A micro-batches a step, as DeepSpeed 0.19.8 asks for it",
-        *(
-            f"{row.job.name}: a rank sends {row.sent / 1e6:,.1f} MB a step on {most:,} devices"
-            for row in shown
-            if row.devices == most
-        ),
         f"comm. = bytes / bandwidth + calls x latency: {options.link_gbs:g} GB/s a GPU in its node"
         f" (--link_gbs), min({options.link_gbs:g}, {options.network_gbs:g}) GB/s across nodes"
         " (--network_gbs); latencies of NCCL's tuning model. Defaults: a DGX H100",
@@ -186,12 +187,38 @@ def _formulas(plan: Plan, shown: list[Row]) -> list[str]:
         "exposed: what hides behind neither forward nor backward. step = compute + exposed. All"
         " formulas: docs/planning.md",
     ]
-    if stage == 3:
+    if stage == 3 and found.param_persistence_threshold:
         lines.append(
             "S: in parameters up to stage3_param_persistence_threshold, gathered after a step one"
-            " by one, each with its own latency; set it to 0 on many nodes"
+            " by one, each with its own latency; 0 on many nodes"
+        )
+    if stage == 3 and found.zero_hpz_partition_size > 1:
+        lines.append(
+            f"nodes of {found.zero_hpz_partition_size} keep the weights from the first forward to"
+            " the step: later gathers, of backwards and of further micro-batches, stay in a node"
         )
     return lines
+
+
+def traffic_sheet(plan: Plan, shown: list[Row]) -> Sheet:
+    """What a rank sends in a step, inside its node and out of it, from `rows`."""
+    names = ("devices", "nodes", "a rank sends", "in its node", "to others", "a node to others")
+    sheet = Sheet(f"MB sent in a step: {Path(plan.config.zero).stem}", ("stage", *names))
+    for row in shown:
+        nodes, asked = links(plan).nodes(row.devices), row.devices == plan.options.devices
+        ranks = min(row.devices, plan.options.per_node)
+        sizes = (row.sent, row.sent - row.between, row.between, ranks * row.between)
+        sheet.add(
+            row.job.name,
+            *(f"{row.devices:,}{' *' if asked else ''}", f"{nodes:,}"),
+            *(f"{size / 1e6:,.1f}" for size in sizes),
+            bold=asked,
+        )
+    sheet.notes.append(
+        "a ring over all ranks, which are numbered node by node, leaves each node once: of what its"
+        " ranks send in it, one rank's share goes to others"
+    )
+    return sheet
 
 
 def feed_sheet(plan: Plan, shown: list[Row]) -> Sheet:

@@ -18,13 +18,16 @@ from selfdistill.launcher.plan.scaling_tables import (
     limits_sheet,
     rows,
     scaling_sheet,
+    traffic_sheet,
 )
 from selfdistill.launcher.plan.sheet import Sheet, duration
 
 GIB = 2**30
+#: Of the plan's `rows`.
+SCALE = (scaling_sheet, traffic_sheet, feed_sheet, limits_sheet)
 
 #: ZeRO settings that are set side by side; the one that is asked for comes in addition.
-SETTINGS = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
+SETTINGS = ("zero0", "zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload")
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -51,7 +54,7 @@ def show(plan: Plan, console: Console) -> None:
     ]
     scaled = rows(plan)
     sheets += [disk_sheet(plan), time_sheet(plan), input_sheet(plan)]
-    sheets += [sheet(plan, scaled) for sheet in (scaling_sheet, feed_sheet, limits_sheet)]
+    sheets += [sheet(plan, scaled) for sheet in SCALE]
     for sheet in sheets:
         sheet.show(console)
 
@@ -74,6 +77,7 @@ def need(plan: Plan, job: Job, content: dict[str, Any]) -> memory.Need:
         copies=job.copies,
         teacher=teacher,
         activations=copies + job.micro * plan.work.activations(job.stage, plan.product),
+        node=plan.options.per_node,
     )
 
 

@@ -22,7 +22,7 @@ EXPECTED = {
     "1": 3,
     "2, A = 2": 5,
     "2, use_multi_rank_bucket_allreduce off": 2,
-    "3, no persistent parameters": 2,
+    "3": 2,
 }
 
 
@@ -48,12 +48,12 @@ def test_whole_tensors_are_counted(alone: Any) -> None:
         dist.reduce(part, 0)
         dist.barrier()
     assert found == [
-        ("all-reduce", 10 * FLOAT),
-        ("all-gather", 10 * FLOAT),
-        ("all-gather", 10 * FLOAT),
-        ("reduce-scatter", 10 * FLOAT),
-        ("broadcast", 80),
-        ("reduce", 10 * FLOAT),
+        ("all-reduce", 10 * FLOAT, 1),
+        ("all-gather", 10 * FLOAT, 1),
+        ("all-gather", 10 * FLOAT, 1),
+        ("reduce-scatter", 10 * FLOAT, 1),
+        ("broadcast", 80, 1),
+        ("reduce", 10 * FLOAT, 1),
     ]
     dist.all_reduce(part)  # the methods are back, and nobody counts
     assert len(found) == 6
@@ -117,12 +117,12 @@ def test_the_plan_is_held_against_the_ranks() -> None:
     assert efficiency == pytest.approx([1.0, 0.8, 0.4])
     rows = {(row["setting"], row["ranks"]): row for row in scale_model.held([one], 2, PARAMETERS)}
     assert rows["zero0", 2]["plan"]["median"] == pytest.approx(3.2 + 0.01 + 2 * sent)
-    assert rows["zero1", 2]["plan"]["median"] == pytest.approx(3.2 + 0.03 + 3 * sent, rel=1e-6)
+    assert rows["zero1", 2]["plan"]["median"] == pytest.approx(3.2 + 0.1 + 3 * sent, rel=1e-6)
     assert rows["zero1", 2]["measured"]["median"] == 4.0
     assert rows["zero0", 4]["plan"]["median"] == pytest.approx(6.4 + 0.01 + 3 * sent)
     assert rows["zero0", 4]["ratio"]["median"] == pytest.approx((6.41 + 3 * sent) / 16)
     said = scale_tables.text([], scale_model.weak([one], 2), list(rows.values()), 1000)
-    assert "| 1 | 2 | 3248 | 1% | 4000 | 0.81 (0.81 to 0.81) |" in said
+    assert "| 1 | 2 | 3318 | 4% | 4000 | 0.83 (0.83 to 0.83) |" in said
 
 
 def test_ranks_that_are_not_done_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def count_engines(out: Path) -> None:
             section = content["zero_optimization"]
             section |= {"reduce_bucket_size": BUCKET} if section["stage"] else {}
             if section["stage"] == 3:
-                section |= {"stage3_param_persistence_threshold": 0}
+                section |= {"stage3_prefetch_bucket_size": BUCKET}
             size = zero.DTYPES[precision].itemsize
             rows.append([name, size, zero_only(content), *_count_engine(content, precision)])
     if ranks.main:

@@ -93,7 +93,7 @@ class Phases:
 
     @contextlib.contextmanager
     def phase(self, name: str, word: str) -> Iterator[None]:
-        """A phase, in which processes in root with a word in their command line do the work."""
+        """A phase, whose work is done by processes in root that are called so."""
         most = [0]
         ended = threading.Event()
 
@@ -101,7 +101,8 @@ class Phases:
             while not ended.wait(0.5):
                 for process in psutil.process_iter(["cmdline", "cwd", "memory_info"]):
                     known = process.info
-                    if word in (known["cmdline"] or ()) and known["cwd"] == str(self.root):
+                    named = any(part.endswith(word) for part in known["cmdline"] or ())
+                    if named and known["cwd"] == str(self.root):
                         most[0] = max(most[0], known["memory_info"].rss)
 
         watching = threading.Thread(target=watch)

@@ -42,7 +42,8 @@ WORDS = ("cell", "stain", "edge", "leaf", "field", "node", "light", "bone", "lun
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with Cluster(nodes=HOSTS) as started:
+    # Two cores that start 32 ranks do not answer within ten seconds.
+    with Cluster(nodes=HOSTS, patience=10 if HOSTS * TASKS <= 8 else 100) as started:
         yield started
 
 

@@ -70,12 +70,12 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2
 MailProg=/bin/true
-SlurmdTimeout=10
-SlurmctldTimeout=10
+SlurmdTimeout={patience}
+SlurmctldTimeout={patience}
 KillWait=5
 MinJobAge=3600
-BatchStartTimeout=10
-MessageTimeout=10
+BatchStartTimeout={patience}
+MessageTimeout={patience}
 CompleteWait=0
 UnkillableStepTimeout=20
 SchedulerType=sched/backfill
@@ -121,6 +121,7 @@ class Cluster(contextlib.AbstractContextManager["Cluster"]):
         gpus: int = 0,
         prefix: str = "lab",
         net: str = "10.77.0",
+        patience: int = 10,
     ) -> None:
         """Starts the cluster and waits until every node is idle, about 2 s.
 
@@ -130,12 +131,14 @@ class Cluster(contextlib.AbstractContextManager["Cluster"]):
             gpus: that each claims to have: device files that nothing answers.
             prefix: of the folder's name.
             net: first three bytes of the hosts' addresses, seen inside the cluster only.
+            patience: seconds until SLURM takes a host that does not answer for lost.
 
         Raises:
             RuntimeError: it did not come up; the message holds the logs' ends.
         """
         self.nodes = [f"node{k + 1}" for k in range(nodes)]
         self.net = net
+        self.patience = patience
         # Short: the path of a unix socket has at most 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir="/tmp"))
         self._hosts: dict[str, subprocess.Popen[str]] = {}
@@ -172,7 +175,9 @@ class Cluster(contextlib.AbstractContextManager["Cluster"]):
             f"NodeName={node} NodeAddr={self.address(node)} CPUs={cpus} {have}State=UNKNOWN\n"
             for node in self.nodes
         ]
-        conf = SLURM_CONF.format(net=self.net, folder=folder) + "".join(lines)
+        conf = SLURM_CONF.format(net=self.net, folder=folder, patience=self.patience) + "".join(
+            lines
+        )
         if gpus:
             conf += "GresTypes=gpu\n"
             for number in range(gpus):  # 195: NVIDIA's

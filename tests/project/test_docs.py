@@ -35,6 +35,7 @@ def prose(page: Path) -> list[str]:
 def test_lines_fit_and_links_lead_somewhere(page: Path) -> None:
     assert not [line for line in prose(page) if len(line) > WIDTH and " " in line[:WIDTH].strip()]
     text = page.read_text(encoding="utf-8")
+    assert not re.findall(r"^[^`|]*\S (?:#{2,} \w|```).*", text, re.M), "a heading amid a paragraph"
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if "://" not in target:
             assert (page.parent / target.strip()).exists(), target

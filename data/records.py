@@ -4,8 +4,10 @@ JSON, TOML and numpy's tables are read here and nowhere else: sizes are looked a
 read, numbers are bounded, nothing is unpickled, and what fails names file, field and cure.
 """
 
+import io
 import json
 import math
+import mmap
 import os
 import re
 import tokenize
@@ -36,6 +38,7 @@ _HEADER_ERRORS = (
     *(ValueError, TypeError, SyntaxError, RecursionError, MemoryError, EOFError),
     tokenize.TokenError,
 )
+_LONGEST_HEADER = 10 + 2**16  # of numpy's format 1.0: its length has two bytes
 _DEEPEST = 64  # what reads and writes such values calls itself for each level
 
 
@@ -206,18 +209,22 @@ def read_table(
 def mapped(
     file: BufferedReader, dtype: Any, shape: tuple[int, ...], cure: str, place: object
 ) -> NDArray[Any]:
-    """The same of a file that is open, from its beginning; the file may be closed then.
+    """The same of a file that is open; the file may be closed then.
+
+    Its position is neither used nor moved: processes that were handed one descriptor share it, and
+    would move it under each other.
 
     Raises:
         UserError: It is another one, broken, or cut short.
     """
     wanted = np.dtype(dtype)
     try:
-        version = np.lib.format.read_magic(file)
+        head = io.BytesIO(os.pread(file.fileno(), _LONGEST_HEADER, 0))
+        version = np.lib.format.read_magic(head)
         if version != (1, 0):
             raise ValueError(f"version {version} of the format, not (1, 0)")
-        found, fortran, kind = np.lib.format.read_array_header_1_0(file)
-        begin, size = file.tell(), os.fstat(file.fileno()).st_size
+        found, fortran, kind = np.lib.format.read_array_header_1_0(head)
+        begin, size = head.tell(), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UserError(f"{place} cannot be read ({error.strerror}): {cure}") from None
     except _HEADER_ERRORS as error:
@@ -230,4 +237,5 @@ def mapped(
         raise UserError(f"{place} has {size} bytes, which is not what its header says: {cure}")
     if size == begin:  # nothing cannot be mapped
         return np.zeros(shape, wanted)
-    return np.memmap(file, wanted, "r", begin, shape)
+    pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    return np.frombuffer(pages, wanted, offset=begin).reshape(shape)

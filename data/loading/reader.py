@@ -78,7 +78,7 @@ class Reader:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files, and without what is made of the manifest."""
-        made = ("_starts", "_members", "_places", "_sizes", "_all_labelled")
+        made = ("_starts", "_places", "_sizes", "_all_labelled")
         kept = {k: v for k, v in self.__dict__.items() if k not in made}
         return {**kept, "_open": OrderedDict()}
 
@@ -189,7 +189,7 @@ class Reader:
         # A microsecond is a quarter of a percent of a small image's whole cost: hence lists and a
         # plain array where a memory map's own indexing takes ten times as long.
         shard = bisect.bisect_right(self._starts, sample) - 1
-        at, size, label_at, label_size = self._members[sample].tolist()
+        at, size, label_at, label_size = self.manifest.members[sample].tolist()
         fd = self._descriptor(shard)
         name = f"sample {sample - self._starts[shard]}"
         if fault := self._fault(shard, at, size, label_at, label_size):
@@ -219,7 +219,7 @@ class Reader:
     def label(self, sample: int) -> int:
         """Reads the label of a sample alone, where each has one; -1 for none. See `read`."""
         shard = bisect.bisect_right(self._starts, sample) - 1
-        at, size, label_at, label_size = self._members[sample].tolist()
+        at, size, label_at, label_size = self.manifest.members[sample].tolist()
         name = f"sample {sample - self._starts[shard]}"
         if fault := self._fault(shard, at, size, label_at, label_size):
             raise self._broken(shard, name, fault)
@@ -277,12 +277,6 @@ class Reader:
     def _places(self) -> list[str]:
         """Path or URL of each shard."""
         return [self.manifest.shard_place(shard) for shard in range(len(self.manifest.shards))]
-
-    @functools.cached_property
-    def _members(self) -> Any:
-        """The manifest's table of members without numpy.memmap's own indexing."""
-        table = self.manifest.members
-        return np.asarray(table) if isinstance(table, np.ndarray) else table
 
     @staticmethod
     def _member(part: bytes, at: int, size: int) -> tuple[bytes, str]:

@@ -127,7 +127,7 @@ class _Stacked:
     """Tables of members one after the other, without labels."""
 
     def __init__(self, tables: Sequence[NDArray[np.int64]]) -> None:
-        self._tables = [np.asarray(table) for table in tables]
+        self._tables = tables
         self._starts = np.cumsum([0, *(len(table) for table in tables)])
 
     def __len__(self) -> int:

@@ -322,14 +322,13 @@ class Manifest:
         """`members` from their open file, which may have come from another process.
 
         Args:
-            file: From its beginning; it may be closed then.
+            file: It may be closed then.
             check: The hash, where that is quick.
 
         Raises:
             UserError: It is not the table that the manifest names.
         """
         place = self.members_place
-        file.seek(0)
         table = records.mapped(file, np.int64, (self.samples, 4), _CURE, place)
         if check and os.fstat(file.fileno()).st_size <= _HASHED_BYTES:
             file.seek(0)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sqlite3
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,8 @@ def test_a_stage_in_two_launches(
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.chdir(tmp_path)
     stage(folder, [name])
+    # TensorBoard orders files by second, then by a count without leading zeros: 10 before 9.
+    time.sleep(1)
     stage(folder, [name], start=3)
     wanted = {step: pytest.approx(1 / step, rel=1e-6) for step in range(1, 6)}
     assert READERS[name](folder) == wanted

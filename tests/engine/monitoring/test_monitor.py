@@ -253,10 +253,10 @@ def test_memory_grows_with_what_is_held() -> None:
     name = "memory/cuda_peak_gib" if cuda else "memory/rss_gib"
     meter = Meter()
     before = meter.rates()[name]
-    held = torch.ones(64 * 2**20, device="cuda" if cuda else "cpu")  # 256 MiB, touched
+    held = torch.ones(2**28, device="cuda" if cuda else "cpu")  # 1 GiB, touched
     grown = meter.rates()[name] - before
     assert held[0] == 1
-    assert 0.2 < grown < 0.35
+    assert 0.7 < grown < 1.1  # the system may take pages of files from a process meanwhile
 
 
 def result(run: Path, stage: str, seconds: float) -> None:

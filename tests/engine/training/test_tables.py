@@ -43,6 +43,24 @@ def test_one_rank_opens_the_tables(tmp_path: Path) -> None:
     assert "is not the table that" in first["error"]
 
 
+def test_processes_with_one_descriptor_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A descriptor that was handed over shares its position with all others."""
+    make_images(tmp_path / "images")
+    pack.pack(str(tmp_path / "images"), str(tmp_path / "shards"))
+    split = Manifest.load_split(str(tmp_path / "shards"), "train")
+    with split.open_members() as file, open(os.dup(file.fileno()), "rb") as other:
+        at_once = np.lib.format.read_magic
+        monkeypatch.setattr(
+            np.lib.format, "read_magic", lambda f: (other.seek(0, os.SEEK_END), at_once(f))[1]
+        )
+        table = split.read_members(file, check=False)
+        assert table.tolist() == np.load(tmp_path / "shards" / "train" / "members.npy").tolist()
+        assert other.tell() == os.fstat(other.fileno()).st_size
+    assert not table.flags.writeable
+
+
 def main(shards: Path, broken: Path) -> None:
     _quiet()
     ranks = initialize()
@@ -67,7 +85,7 @@ def main(shards: Path, broken: Path) -> None:
         share_tables(ranks, [damaged])
     except UserError as error:
         told["error"] = str(error)
-    print(json.dumps(told), flush=True)
+    sys.stdout.write(json.dumps(told) + "\n")  # in one piece: print writes the end of line apart
 
 
 if __name__ == "__main__":

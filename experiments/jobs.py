@@ -18,7 +18,7 @@ Stage = Literal["decoder", "pretrain", "distill", "finetune"]
 #: Sections of the configuration that only later stages look at.
 LATER: dict[Stage, tuple[str, ...]] = {
     "decoder": (
-        *("adapt", "lora", "probe", "supcon", "pretrain"),
+        *("adapt", "lora", "probe", "supcon", "diet", "pretrain"),
         *("distill", "teacher", "finetune", "recadam", "mars", "r3f"),
     ),
     "pretrain": ("distill", "teacher", "finetune", "recadam", "mars", "r3f"),

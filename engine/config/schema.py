@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from selfdistill.data.errors import UserError, redacted
 from selfdistill.engine.config.sections import (
     DataSection,
+    DietSection,
     LoraSection,
     MarsSection,
     MaskSection,
@@ -63,6 +64,7 @@ class Config(Section):
     )
     lora: LoraSection = Field(default_factory=LoraSection)
     supcon: SupConSection = Field(default_factory=SupConSection)
+    diet: DietSection = Field(default_factory=DietSection)
     recadam: RecAdamSection = Field(default_factory=RecAdamSection)
     mars: MarsSection = Field(default_factory=MarsSection)
     r3f: R3FSection = Field(default_factory=R3FSection)

@@ -205,3 +205,12 @@ class SupConSection(Section):
     temperature: float = Field(0.1, gt=0)
     projection: int = Field(128, ge=1, description="width of the projection")
     dropout: float = Field(0.1, ge=0, lt=1, description="in the encoder; it makes views differ")
+
+
+class DietSection(Section):
+    """Further pre-training by telling samples apart (DIET, arXiv 2302.10260)."""
+
+    smoothing: float = Field(0.8, ge=0, lt=1, description="of the target, over all samples")
+    augment: Literal["none", "light", "strong"] = Field(
+        "light", description="images: how the view is made, beside flips, as --finetune.augment"
+    )

@@ -110,8 +110,10 @@ class PretrainSection(KeptSection):
     """Stage 1: further pre-training (Algorithm 2)."""
 
     steps: int | None = Field(20_000, ge=1, description="optimiser steps")
-    objective: Literal["mae", "supcon"] = Field(
-        "mae", description="masked auto-encoding, or the supervised contrastive loss on labels"
+    objective: Literal["mae", "supcon", "diet"] = Field(
+        "mae",
+        description="masked auto-encoding; as baselines the supervised contrastive loss on labels,"
+        " or telling samples apart",
     )
 
 

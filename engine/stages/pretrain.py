@@ -11,8 +11,8 @@ from selfdistill.data.loading.datasets import Keyed
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.models import adapters
-from selfdistill.engine.regularizers import supcon
-from selfdistill.engine.stages.probed import Probed
+from selfdistill.engine.regularizers import diet, supcon
+from selfdistill.engine.stages.probed import Probed, probed_feature
 from selfdistill.engine.stages.shared import keep_updates
 from selfdistill.engine.stages.splits import train_split, unlabelled_split
 from selfdistill.engine.training.modalities import modality_of
@@ -109,9 +109,48 @@ class Contrast(Pretrain):
         return view(entries, tuple(entries), self.ranks.device)
 
 
+class Instances(Pretrain):
+    """Stage 1 as a rival has it: each sample is told from all others, without labels.
+
+    Leaves what stage 1 leaves, the decoder as it was.
+    """
+
+    reconstructs = False
+    counted = False
+
+    def settings(self, run: Run) -> dict[str, Any]:
+        """See `Pretrain`."""
+        found = {f"diet.{k}": v for k, v in run.config.diet.model_dump().items()}
+        return found | {"distill.feature": run.config.distill.feature}
+
+    def check(self) -> None:
+        """See `Stage`: also how many samples there are."""
+        super().check()
+        diet.check(self.samples, self.train.root)
+
+    def build(self) -> nn.Module:
+        """See `Stage`."""
+        self.model = self.modality.autoencoder(self.base)
+        adapters.adapt(self.model.encoder, self.config)
+        feature = probed_feature(self.run, self.modality, self.base)
+        (width,) = self.modality.feature_shape(self.base, feature) or (0,)
+        smoothing = self.config.diet.smoothing
+        return diet.DietObjective(self.model, feature, width, self.samples, smoothing)
+
+    def keyed(self) -> Keyed | None:
+        """See `Stage`: of a view of each sample."""
+        return self.modality.varied(self.seed)
+
+    def inputs(self, batch: Batch) -> Batch:
+        """See `Stage`: the view, and which sample it is of."""
+        return view(batch, (*self.modality.labelled, "ids"), self.ranks.device)
+
+
 def pretraining(run: Run) -> Pretrain:
     """Stage 1 with the objective that `--pretrain.objective` names."""
-    return Contrast(run) if run.config.pretrain.objective == "supcon" else Pretrain(run)
+    return {"mae": Pretrain, "supcon": Contrast, "diet": Instances}[run.config.pretrain.objective](
+        run
+    )
 
 
 def initial(run: Run, modality: Modality) -> Any:

@@ -310,7 +310,7 @@ class ClassifyObjective(nn.Module):
 
 
 #: Names of losses; whatever other scalar an objective returns describes features.
-LOSSES = ("loss", "mae", "mlm", "distill", "cross_entropy", "r3f", "supcon")
+LOSSES = ("loss", "mae", "mlm", "distill", "cross_entropy", "r3f", "supcon", "diet")
 
 #: What a forward returns beside scalars.
 EXTRAS = ("prediction", "mask", "logits")

@@ -81,6 +81,10 @@ class Modality(Protocol):
         """The random numbers of fine-tuning's view."""
         ...
 
+    def varied(self, seed: int) -> Keyed | None:
+        """The random numbers of the view by which samples are told apart (`--diet.augment`)."""
+        ...
+
     def pairs(self, seed: int) -> Keyed | None:
         """The random numbers of two views of each sample."""
         ...

@@ -151,6 +151,11 @@ class ImageModality(Modality):
             parts.append(Mixes(seed, plan.mixup, plan.cutmix))
         return Together(tuple(parts)) if parts else None
 
+    def varied(self, seed: int) -> Together:
+        """See `Modality`."""
+        kind = self.config.diet.augment
+        return Together((*([] if kind == "none" else [Augment(seed, kind)]), Flips(seed)))
+
     def pairs(self, seed: int) -> TwoFlips:
         """See `Modality`: each view is mirrored or not."""
         return TwoFlips(seed)

@@ -198,6 +198,10 @@ class TextModality(Modality):
         """See `Modality`: none."""
         return
 
+    def varied(self, seed: int) -> None:
+        """See `Modality`: dropout alone."""
+        return
+
     def pairs(self, seed: int) -> None:
         """See `Modality`: dropout alone makes views differ."""
         return

@@ -40,6 +40,7 @@ NOTHING: dict[str, dict[str, object]] = {
     "r3f": {**R3F, "r3f.weight": 0.0},
 }
 SUPCON = {"stage": "pretrain", "pretrain.objective": "supcon", "pretrain.lr": RATE}
+DIET = {"stage": "pretrain", "pretrain.objective": "diet", "pretrain.lr": RATE}
 
 
 def case(root: Path, name: str, kind: str, **more: object) -> dict[str, object]:
@@ -90,6 +91,9 @@ def two_ranks(root: Path) -> list[dict[str, object]]:
         case(root, "supcon-2", "image", zero="zero2", **SUPCON, **{"supcon.dropout": 0.0}),
         case(root, "supcon-3", "image", zero=zero3, **SUPCON, **{"supcon.dropout": 0.0}),
         case(root, "text-supcon", "text", **SUPCON),
+        case(root, "diet-2", "image", zero="zero2", **DIET),
+        case(root, "diet-3", "image", zero=zero3, **DIET),
+        case(root, "text-diet", "text", **DIET),
         # Interrupted after three steps: goes on here, and on one rank below.
         *(
             case(root, f"cut-{n}", "image", zero="zero2", **RECADAM, leave_at="step 4")
@@ -119,6 +123,8 @@ def one_rank(root: Path) -> list[dict[str, object]]:
         case(root, "noise-1", "image", **R3F),
         case(root, "text-noise-1", "text", **R3F),
         case(root, "supcon-1", "image", **SUPCON, **{"supcon.dropout": 0.0}),
+        case(root, "diet-1", "image", **DIET, leave_at="step 4"),
+        case(root, "diet-1", "image", **DIET),
     ]
 
 
@@ -293,17 +299,20 @@ def test_noise_depends_neither_on_ranks_nor_on_padding(root: Path) -> None:
             assert loss == pytest.approx(clean + 2 * term, rel=1e-5)
 
 
-def test_supcon_on_two_ranks_is_that_of_one(root: Path) -> None:
-    one = logged(root, "supcon-1", "loss/supcon", "pretrain")
+@pytest.mark.parametrize("method", ["supcon", "diet"])
+def test_other_objectives_on_two_ranks_are_those_of_one(root: Path, method: str) -> None:
+    """DIET's single rank was interrupted, too."""
+    one = logged(root, f"{method}-1", f"loss/{method}", "pretrain")
     assert len(one) == STEPS
     assert one[-1] < one[0]
-    for name in ("supcon-2", "supcon-3"):
-        assert logged(root, name, "loss/supcon", "pretrain") == pytest.approx(one, rel=1e-4), name
-        a, b = (export(root, n, "pretrain") for n in ("supcon-1", name))
+    for name in (f"{method}-2", f"{method}-3"):
+        found = logged(root, name, f"loss/{method}", "pretrain")
+        assert found == pytest.approx(one, rel=1e-4), name
+        a, b = (export(root, n, "pretrain") for n in (f"{method}-1", name))
         compared = [k for k in a if not k.endswith(("key.bias", "k_proj.bias"))]
         assert max(float((a[k] - b[k]).abs().max()) for k in compared) < 2e-5, name
-    kept(root, "supcon-2", "base", "pretrain")
-    kept(root, "text-supcon", "language", "pretrain")
+    kept(root, f"{method}-2", "base", "pretrain")
+    kept(root, f"text-{method}", "language", "pretrain")
 
 
 def kept(root: Path, name: str, base: str, stage: str) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from selfdistill.data.errors import UserError
 from selfdistill.engine.config.schema import Config
 from selfdistill.engine.config.sections import R3FSection, RecAdamSection
-from selfdistill.engine.regularizers import mars, matching, r3f, recadam, supcon
+from selfdistill.engine.regularizers import diet, mars, matching, r3f, recadam, supcon
 
 
 def test_annealing_never_overflows() -> None:
@@ -234,6 +234,26 @@ def test_supcon_is_its_formula() -> None:
     assert float(found) == pytest.approx(wanted, rel=1e-6)
 
 
+def test_diet_is_its_formula() -> None:
+    """-(1 - s) log p of the own number - s times the mean log p of all."""
+    torch.manual_seed(0)
+    objective = diet.DietObjective(Autoencoder(), "cls", 2, 5, 0.8)
+    x, ids = torch.randn(3, 2), torch.tensor([4, 0, 2])
+    found = objective(ids, x=x)
+    features = objective.model.encode(x)[0][:, 0].detach().numpy().astype(np.float64)
+    head = objective.head.weight.detach().numpy().astype(np.float64)
+    wanted = 0.0
+    for feature, own in zip(features, ids.tolist(), strict=True):
+        logs = np.log(softmax(head @ feature))
+        wanted -= (0.2 * logs[own] + 0.8 * logs.mean()) / 3
+    assert float(found["loss"]) == pytest.approx(wanted, rel=1e-5)
+    found["loss"].backward()
+    assert objective.model.decoder.weight.grad is None
+    diet.check(2_000_000, "set")
+    with pytest.raises(UserError, match="each of 2,000,001 samples of set"):
+        diet.check(2_000_001, "set")
+
+
 class Autoencoder(nn.Module):
     """Two linear maps and a table; `encode` is that of two views."""
 
@@ -244,7 +264,7 @@ class Autoencoder(nn.Module):
         self.encoder = nn.ModuleDict({"table": nn.Embedding(3, 2), "map": nn.Linear(2, 2)})
         self.decoder = nn.Linear(2, 4)
 
-    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def encode(self, x: torch.Tensor, **_: bool) -> tuple[torch.Tensor, None]:
         return self.encoder["map"](x)[:, None], None
 
     def reconstruct(self, x: torch.Tensor) -> dict[str, torch.Tensor]:

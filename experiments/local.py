@@ -16,6 +16,7 @@ from rich.console import Console
 
 from selfdistill.data.errors import UserError
 from selfdistill.engine.runtime.preemption import AGAIN
+from selfdistill.engine.runtime.rendezvous import free_port
 from selfdistill.experiments import state, worker
 from selfdistill.experiments.jobs import Job
 from selfdistill.experiments.plan import Plan
@@ -180,7 +181,7 @@ class Local:
         if self.ranks == 1:
             return [sys.executable]
         deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-        port = ["--master_port", str(29600 + slot)]
+        port = ["--master_port", str(free_port())]  # other sweeps may run here
         if self.devices:
             first = slot * self.ranks % self.devices
             chosen = ",".join(str((first + k) % self.devices) for k in range(self.ranks))

@@ -13,7 +13,6 @@ import os
 import shlex
 import signal
 import site
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,6 +31,7 @@ from selfdistill.engine.checkpoints.results import RESULT, numbered
 from selfdistill.engine.config import options as configuration
 from selfdistill.engine.config.schema import Config
 from selfdistill.engine.runtime.preemption import AGAIN
+from selfdistill.engine.runtime.rendezvous import free_port
 from selfdistill.launcher import options as command_line
 
 USAGE = "selfdistill train --recipe NAME --data DIR --model NAME --output DIR"
@@ -228,13 +228,6 @@ def environment(gpus: bool) -> dict[str, str]:
     if not gpus:
         found.setdefault("DS_ACCELERATOR", "cpu")  # else each process warns that it finds no GPU
     return found
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def program() -> str:

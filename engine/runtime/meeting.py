@@ -6,7 +6,6 @@ a thread; the process's main thread tells every 15 seconds who is missing, and l
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 import socket
@@ -23,7 +22,7 @@ from selfdistill.data.cli import format_error
 from selfdistill.data.errors import TryAgain, UserError
 from selfdistill.engine.runtime import preemption
 from selfdistill.engine.runtime.failures import lost_peer
-from selfdistill.engine.runtime.rendezvous import in_step
+from selfdistill.engine.runtime.rendezvous import free_port, in_step
 
 #: How long ranks wait for each other, at the start and in a collective.
 PATIENCE = timedelta(minutes=30)
@@ -126,6 +125,8 @@ class Meeting:
         serves = self.rank == 0 and self.env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         if not serves:
             self._waits_for = f"waiting for rank 0 at {self.place}, where nobody answers yet"
+        if serves and self.world == 1:
+            port = 0  # nobody else comes: whichever is free at this moment
         store = TCPStore(
             host,
             port,
@@ -206,9 +207,7 @@ class Meeting:
 
     def _port(self) -> str:
         """How another port is chosen under the launcher in use."""
-        with contextlib.closing(socket.socket()) as probe:
-            probe.bind(("", 0))
-            free = probe.getsockname()[1]
+        free = free_port()
         ways = {
             "deepspeed": f"deepspeed --master_port {free} engine/run.py ...",
             "torchrun": f"torchrun --master_port {free} engine/run.py ...",

@@ -8,14 +8,16 @@ these the process is alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
 import socket
 from collections.abc import Mapping
 
 from selfdistill.data.errors import UserError
 
-#: Ports that SLURM jobs meet at: above the well-known ones, below Linux's ephemeral ones.
+#: Ports that ranks meet at: above the well-known ones, below those that Linux gives to connections.
 _FIRST_PORT, _PORTS = 12_000, 20_000
 
 
@@ -133,15 +135,26 @@ def _from_launcher(env: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on.
+
+    None that the system gives to connections: one of them could take it in the seconds until the
+    first rank listens.
+    """
+    chance = random.SystemRandom()  # not the global generator, which is seeded
+    while True:
+        port = chance.randrange(_FIRST_PORT, _FIRST_PORT + _PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
 def _alone() -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     return {
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }

@@ -1,13 +1,17 @@
 """The process group's variables from each launcher's environment; real launches stand elsewhere."""
 
 import shutil
+import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from selfdistill.data.errors import UserError
+from selfdistill.engine.runtime.meeting import Meeting
 from selfdistill.engine.runtime.rendezvous import (
     first_host,
+    free_port,
     from_slurm,
     in_step,
     resolve,
@@ -95,6 +99,21 @@ def test_alone() -> None:
     found = resolve({})
     assert (found["RANK"], found["WORLD_SIZE"], found["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
     assert int(found["MASTER_PORT"]) > 0
+
+
+def test_a_free_port_is_none_that_a_connection_takes() -> None:
+    begin = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    if begin < 32_000:
+        pytest.skip("this machine gives lower ports to connections, too")
+    assert all(1024 < free_port() < begin for _ in range(50))
+
+
+def test_one_process_needs_no_certain_port() -> None:
+    found = resolve({})
+    met: list[object] = []
+    with socket.create_server(("", int(found["MASTER_PORT"]))):
+        Meeting(found).hold(met.append)
+    assert met
 
 
 def test_what_is_missing_is_named() -> None:

@@ -10,6 +10,7 @@ import shutil
 import socket
 import time
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -149,6 +150,9 @@ class Run:
         """Lets another launch use the folder."""
         self.watchdog.stop()
         if self.lock:
+            # Said outright: a loader's worker, forked meanwhile, has a copy that keeps the lock.
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(self.lock, fcntl.LOCK_UN)
             self.lock.close()
 
     def shared_result(self, stage: str) -> dict[str, Any] | None:

@@ -1,11 +1,15 @@
 """A run's folder: what is complete is taken for what it is, and nothing is lost silently."""
 
 import json
+import os
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from selfdistill.engine.checkpoints.folder import Run, _lock
 from tests.kit.launches import make_base, make_world, run_cases
 
 pytestmark = pytest.mark.multi
@@ -58,3 +62,12 @@ def test_a_complete_stage_is_skipped_only_if_it_is_the_same(tmp_path: Path) -> N
     result = json.loads((run / "finetune" / "result.json").read_text())
     assert result["seconds"] > 0
     assert result["record"]["finetune.steps"] == 5
+
+
+def test_a_copy_that_a_worker_has_does_not_keep_the_lock(tmp_path: Path) -> None:
+    held = _lock(tmp_path / ".lock", 0)
+    copy = os.dup(held.fileno())  # what a fork leaves in a worker
+    still = SimpleNamespace(stop=lambda: None)
+    Run.close(cast(Any, SimpleNamespace(lock=held, watchdog=still)))
+    _lock(tmp_path / ".lock", 0).close()
+    os.close(copy)

@@ -1,7 +1,8 @@
 """Results in parts: fixed blocks of the inputs, each a file, so that work can stop and go on.
 
-A block is the same inputs on any number of ranks. Each rank does every W-th block; a file is whole
-or not there; when all are, one rank joins them to what the user asked for and removes them.
+A block is the same inputs on any number of ranks. Each rank does every W-th of those that are left;
+a file is whole or not there; when all are, one rank joins them to what the user asked for and
+removes them.
 """
 
 from __future__ import annotations
@@ -78,9 +79,11 @@ class Parts:
     def _path(self, block: int, kind: str) -> Path:
         return self.folder / f"{block:08d}.{kind}"
 
-    def has(self, block: int) -> bool:
-        """Whether a block is done."""
-        return self._path(block, "jsonl").is_file()
+    def left(self) -> list[int]:
+        """Blocks that are not done. One rank looks: other hosts' file systems may be behind."""
+        done = {path.name for path in self.folder.glob("*.jsonl")}
+        every = range(self.blocks)
+        return [block for block in every if self._path(block, "jsonl").name not in done]
 
     def done(self) -> int:
         """How many blocks are done."""

@@ -110,7 +110,7 @@ def through(
     batch: int,
     workers: int | None = None,
 ) -> float:
-    """Does this rank's blocks that are not done yet.
+    """Does this rank's share of the blocks that are not done yet. Every rank calls it.
 
     Args:
         model: which.
@@ -124,7 +124,8 @@ def through(
     Returns:
         Inputs a second of all ranks, as far as this one sees.
     """
-    todo = [b for b in range(ranks.rank, parts.blocks, ranks.world) if not parts.has(b)]
+    # One rank says which: where the others saw parts that are gone, it would wait for these.
+    todo = together(ranks, parts.left)[ranks.rank :: ranks.world]
     order = [(block, places) for block in todo for places in parts.places(block, batch)]
     if workers is None:
         workers = workers_of(model, cores())

@@ -21,7 +21,9 @@ from selfdistill.data import pack
 from selfdistill.data.errors import UserError
 from selfdistill.data.inputs.packed import Packed
 from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.inference import work
 from selfdistill.engine.inference.model import load
+from selfdistill.engine.inference.parts import BLOCK, Parts
 from selfdistill.engine.models.images.types.base import IMAGENET_MEAN, IMAGENET_STD
 from selfdistill.engine.runtime.distributed import Ranks
 from selfdistill.launcher import predict as command
@@ -299,3 +301,18 @@ def test_a_read_only_folder(world: World, tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path} may not be written to: name another\n"
+
+
+def test_one_rank_says_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = Parts(tmp_path / "labels.csv", {}, 4 * BLOCK)
+    parts.prepare(overwrite=False)
+    parts.write(1, [])
+    assert parts.left() == [0, 2, 3]
+    asked: list[Any] = []
+    # As rank 0 sees it, whatever another host's view of the folder is.
+    monkeypatch.setattr(work, "together", lambda ranks, action: [0, 1, 2])
+    monkeypatch.setattr(work, "ListedBatches", lambda *given: asked.extend(given[2]) or ())
+    nothing: Any = None
+    second = Ranks(1, 0, 2, torch.device("cpu"))
+    work.through(nothing, nothing, parts, nothing, ranks=second, batch=BLOCK, workers=0)
+    assert [places[0] for places in asked] == [BLOCK]

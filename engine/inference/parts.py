@@ -105,7 +105,10 @@ class Parts:
         write_text(self._path(block, "jsonl"), "".join(lines))
 
     def wait(self) -> None:
-        """Waits until the other ranks have done their blocks; a launcher ends it if one fails."""
+        """Waits until the other ranks have done their blocks; a launcher ends it if one fails.
+
+        srun does so under --kill-on-bad-exit=1 alone.
+        """
         while self.done() < self.blocks:
             time.sleep(0.2)
 

@@ -78,7 +78,7 @@ def _run(argv: list[str]) -> None:
     from selfdistill.engine.runtime import precision
     from selfdistill.engine.runtime.allocator import keep_memory
     from selfdistill.engine.runtime.distributed import initialize
-    from selfdistill.engine.runtime.failures import PASSING, describe, explain
+    from selfdistill.engine.runtime.failures import explain, refused
 
     precision.before_cuda(settings)
     ranks = initialize()
@@ -95,8 +95,7 @@ def _run(argv: list[str]) -> None:
         finally:
             run.close()
     except OSError as error:
-        kind = TryAgain if error.errno in PASSING else UserError
-        raise kind(describe(error)) from error
+        raise refused(error) from error
     except preemption.Preempted as error:
         if settings.overwrite:
             raise preemption.Preempted(f"{error} (launch without --overwrite)") from None

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import TryAgain, UserError
 from selfdistill.engine.runtime import devices, network
-from selfdistill.engine.runtime.failures import describe
+from selfdistill.engine.runtime.failures import refused
 from selfdistill.engine.runtime.meeting import PATIENCE, Meeting
 from selfdistill.engine.runtime.rendezvous import in_step, resolve
 
@@ -173,26 +173,31 @@ def total(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def agree(error: str | None) -> None:
+def agree(error: UserError | None) -> None:
     """Raises rank 0's error on every rank, so that none is left waiting.
 
     Raises:
-        UserError: rank 0 passed a message.
+        UserError: rank 0 passed one; TryAgain, where it was that.
     """
-    message = broadcast(error)
-    if message is not None:
-        raise UserError(message)
+    met = error and (str(error), isinstance(error, TryAgain))
+    if told := broadcast(met):
+        message, passing = told
+        raise (TryAgain if passing else UserError)(message)
 
 
 def main_only(ranks: Ranks, action: Any) -> Any:
-    """Runs `action()` on rank 0 and gives its result, or its UserError, to every rank."""
-    result, error = None, None
+    """Runs `action()` on rank 0 and gives its result, or its UserError, to every rank.
+
+    An error of the file system that may be over at the next launch is a TryAgain.
+    """
+    result: Any = None
+    error: UserError | None = None
     if ranks.main:
         try:
             result = action()
         except UserError as caught:
-            error = str(caught)
+            error = caught
         except OSError as caught:
-            error = describe(caught)
+            error = refused(caught)
     agree(error)
     return broadcast(result)

@@ -96,6 +96,11 @@ def explain(error: RuntimeError, world: int, device: torch.device) -> UserError 
     return None
 
 
+def refused(error: OSError) -> UserError:
+    """An operating system's refusal as an error: TryAgain, where it may be over next time."""
+    return (TryAgain if error.errno in PASSING else UserError)(describe(error))
+
+
 def describe(error: OSError) -> str:
     """An operating system's refusal as one line with the cure."""
     cures = {

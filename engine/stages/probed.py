@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import TryAgain, UserError
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.monitoring.monitor import Monitor
@@ -57,6 +57,8 @@ class Probed(Stage):
         splits, lacking = dict[str, Manifest](), ""
         try:
             splits = labelled_splits(run)
+        except TryAgain:  # they may be there
+            raise
         except UserError as error:  # every rank's
             lacking = str(error)
         lacking = lacking or lacks(splits)

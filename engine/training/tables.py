@@ -18,7 +18,7 @@ from contextlib import suppress
 from selfdistill.data.errors import UserError
 from selfdistill.data.shards.manifest import Manifest, is_remote
 from selfdistill.engine.runtime.distributed import Ranks, gather
-from selfdistill.engine.runtime.failures import describe
+from selfdistill.engine.runtime.failures import refused
 
 #: Seconds for a node's ranks to come; who has not got the file then opens it when it is used.
 _PATIENCE = 60
@@ -37,20 +37,21 @@ def share_tables(ranks: Ranks, manifests: Sequence[Manifest]) -> None:
     mine = [rank for rank, (node, _) in enumerate(known) if node == known[ranks.rank][0]]
     first = mine[0] == ranks.rank
     sets = [one for joined in manifests for one in joined.sets if not is_remote(one.root)]
-    held, error, server = [], None, None
+    held, server = [], None
+    error: UserError | None = None
     if first:
         try:
             for one in sets:
                 held.append(one.open_members())
                 one.read_members(held[-1])
         except UserError as caught:
-            error = str(caught)
+            error = caught
         except OSError as caught:
-            error = describe(caught)
+            error = refused(caught)
         server = _listening(name, len(mine)) if len(mine) > 1 and not error else None
     try:
         if errors := [found for found in gather(error) if found]:
-            raise UserError(errors[0])
+            raise errors[0]
         if server is not None:
             _hand_over(server, [file.fileno() for file in held], len(mine) - 1)
         elif not first:

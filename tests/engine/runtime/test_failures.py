@@ -1,5 +1,7 @@
 """Whose a failure is: the user's (2), the machine's (75), another rank's (75), or our own (1)."""
 
+import errno
+import os
 import subprocess
 import time
 
@@ -8,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from selfdistill.data.errors import PeerLost, TryAgain, UserError
+from selfdistill.engine.runtime.distributed import Ranks, main_only
 from selfdistill.engine.runtime.failures import explain
 from tests.kit.launches import ROOT, environment, free_port
 
@@ -71,6 +74,17 @@ def test_a_lost_peer_is_one() -> None:
         assert isinstance(explain(dist.DistBackendError(words), 2, GPU), PeerLost), words
     closed = RuntimeError("[pair.cc:553] Connection closed by peer [10.0.0.2]:1234")
     assert isinstance(explain(closed, 2, torch.device("cpu")), PeerLost)
+
+
+def test_what_may_pass_on_rank_0_does_so_on_all(ranks: Ranks) -> None:
+    def refuse(number: int) -> None:
+        raise OSError(number, os.strerror(number), "runs/x")
+
+    with pytest.raises(TryAgain, match="runs/x: Stale file handle"):
+        main_only(ranks, lambda: refuse(errno.ESTALE))
+    with pytest.raises(UserError, match="the disk is full") as met:
+        main_only(ranks, lambda: refuse(errno.ENOSPC))
+    assert not isinstance(met.value, TryAgain)
 
 
 def test_a_fault_of_ours_is_none_of_these() -> None:

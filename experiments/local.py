@@ -148,6 +148,8 @@ class Local:
             log.flush()
             process = self._process(slot, words, path, log)
         self.running.append(Running(job, process, slot, time.monotonic()))
+        if self.asked_to_stop:  # while it was being started, so that it was not told
+            process.send_signal(signal.SIGTERM)
         self.console.print(f"{job.name}: started, log: {path}", soft_wrap=True)
 
     def _process(

@@ -2,16 +2,20 @@
 
 import json
 import re
+import signal
 import subprocess
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from selfdistill.data.errors import UserError
 from selfdistill.experiments import results, state
 from selfdistill.experiments import run as experiments_run
+from selfdistill.experiments.local import Local
 from selfdistill.experiments.state import Asked, Sweep
 from tests.experiments.test_experiments import plan
 from tests.kit.experiments import command, make_specs, make_table, run
@@ -207,3 +211,21 @@ def test_the_documents_example_runs(tmp_path: Path) -> None:
     chosen = choice.best(sweep)["finetune.dropout"]
     config = (sweep / cells[1].job.leaves / "seed-0" / "config.toml").read_text()
     assert tomllib.loads(config)["finetune"]["dropout"] == chosen
+
+
+def test_a_job_that_is_being_started_is_told_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    nothing: Any = SimpleNamespace(data_root=tmp_path)
+    local = Local(tmp_path, nothing, ranks=1, slots=1, hours=0)
+
+    def start(*_: object) -> Any:
+        local._stop(signal.SIGTERM, None)  # it comes before the process is known
+        return SimpleNamespace(send_signal=told.append)
+
+    monkeypatch.setattr(state, "begin", lambda *_: None)
+    monkeypatch.setattr(local, "_process", start)
+    job: Any = SimpleNamespace(name="x", command=lambda *_: ["--stage", "all"])
+    local._start(job, {})
+    assert told == [signal.SIGTERM]

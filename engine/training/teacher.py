@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -212,6 +213,9 @@ def choose(mode: str, bytes_needed: int | None, config: Config, folder: Path) ->
 _BATCH, _LARGE_BATCH = 64, 256
 #: A part of the table is at most so many rows; an interrupted pass loses one part a rank.
 _PART = 4096
+#: Parts, 4 GiB at most, that are joined between two collectives: the other ranks wait in these, and
+#: for half an hour at most.
+_JOINED = 64
 
 
 def build_table(
@@ -253,7 +257,7 @@ def build_table(
     spans = [(a, min(a + size, samples)) for a in range(0, samples, size)]
     missing = main_only(ranks, lambda: _prepare(folder, key, spans))
     _compute(run, folder, manifest, windows, codec, teacher, shape, missing)
-    main_only(ranks, lambda: _join(run, folder, key, spans, (samples, *shape)))
+    _join(run, folder, key, spans, (samples, *shape))
     return Cached(_open(file, samples, shape), ranks.device, folder)
 
 
@@ -359,19 +363,31 @@ def _join(
     spans: list[tuple[int, int]],
     shape: tuple[int, ...],
 ) -> None:
+    """Rank 0 makes the table of its parts. Every rank calls it."""
     draft = folder / ".features.npy.tmp"
-    draft.unlink(missing_ok=True)  # no link that somebody left there is written through
-    table = np.lib.format.open_memmap(draft, "w+", np.float32, shape)
-    for first, last in spans:
-        table[first:last] = _open(_part(folder, (first, last)), last - first, shape[1:])
-        run.watchdog.beat()
-    table.flush()
-    del table
-    fsync(draft)
-    os.replace(draft, folder / "features.npy")
-    write_text(folder / "table.json", json.dumps(key, indent=1))
-    for left in (*(_part(folder, span) for span in spans), folder / "parts.json"):
-        left.unlink(missing_ok=True)
+
+    def begin() -> None:
+        draft.unlink(missing_ok=True)  # no link that somebody left there is written through
+        np.lib.format.open_memmap(draft, "w+", np.float32, shape)
+
+    def copy(some: list[tuple[int, int]]) -> None:
+        table = np.lib.format.open_memmap(draft, "r+")
+        for first, last in some:
+            table[first:last] = _open(_part(folder, (first, last)), last - first, shape[1:])
+            run.watchdog.beat()
+        table.flush()  # now: all of it at the end could take as long as the copy
+
+    def finish() -> None:
+        fsync(draft)
+        os.replace(draft, folder / "features.npy")
+        write_text(folder / "table.json", json.dumps(key, indent=1))
+        for left in (*(_part(folder, span) for span in spans), folder / "parts.json"):
+            left.unlink(missing_ok=True)
+
+    main_only(run.ranks, begin)
+    for at in range(0, len(spans), _JOINED):
+        main_only(run.ranks, functools.partial(copy, spans[at : at + _JOINED]))
+    main_only(run.ranks, finish)
 
 
 def _open(file: Path, samples: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,5 +1,7 @@
 """A split's table of members is opened once a node, and its faults are known to all ranks.
 
+The table of the teacher's features is joined of its parts, some at a time.
+
 The test runs this file on two ranks, each of which prints one JSON object.
 """
 
@@ -8,6 +10,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,8 @@ from selfdistill.data import pack  # noqa: E402
 from selfdistill.data.errors import UserError  # noqa: E402
 from selfdistill.data.shards.manifest import Manifest  # noqa: E402
 from selfdistill.engine.run import _quiet  # noqa: E402
-from selfdistill.engine.runtime.distributed import initialize, main_only  # noqa: E402
+from selfdistill.engine.runtime.distributed import Ranks, initialize, main_only  # noqa: E402
+from selfdistill.engine.training import teacher  # noqa: E402
 from selfdistill.engine.training.tables import share_tables  # noqa: E402
 from tests.engine.checkpoints.attack import flip  # noqa: E402
 from tests.kit.launches import launch, make_images  # noqa: E402
@@ -59,6 +63,35 @@ def test_processes_with_one_descriptor_do_not_disturb_each_other(
         assert table.tolist() == np.load(tmp_path / "shards" / "train" / "members.npy").tolist()
         assert other.tell() == os.fstat(other.fileno()).st_size
     assert not table.flags.writeable
+
+
+def test_the_ranks_wait_for_some_parts_of_the_features_at_a_time(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Collectives wait for half an hour, and a table may take longer than that."""
+    rows = np.random.default_rng(0).random((33, 2), np.float32)
+    spans = [(first, min(first + 7, 33)) for first in range(0, 33, 7)]
+    for first, last in spans:
+        teacher._save_part(teacher._part(tmp_path, (first, last)), rows[first:last])
+    waits: list[int] = []
+    opened = teacher._open
+
+    def act(ranks: Ranks, action: Any) -> Any:
+        waits.append(0)
+        return main_only(ranks, action)
+
+    def read(*given: Any) -> Any:
+        waits[-1] += 1
+        return opened(*given)
+
+    monkeypatch.setattr(teacher, "main_only", act)
+    monkeypatch.setattr(teacher, "_open", read)
+    monkeypatch.setattr(teacher, "_JOINED", 2)
+    run: Any = SimpleNamespace(ranks=ranks, watchdog=SimpleNamespace(beat=lambda: None))
+    teacher._join(run, tmp_path, {"teacher": "x"}, spans, rows.shape)
+    assert max(waits) == 2
+    assert np.load(tmp_path / "features.npy").tolist() == rows.tolist()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features.npy", "table.json"]
 
 
 def main(shards: Path, broken: Path) -> None:

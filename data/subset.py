@@ -121,6 +121,7 @@ def subset(shards: str, out: str, samples: int, seed: int = 0, overwrite: bool =
     stored = train.image if train.kind == "image" else train.text
     kind = (_StoredImages if train.kind == "image" else _StoredTexts)(dict(stored))
     staging = target.parent / f".{target.name}.{os.getpid()}.partial"
+    shutil.rmtree(staging, ignore_errors=True)  # see `write_whole`
     try:
         packed = write_split(
             [sample(int(number)) for number in chosen],

@@ -87,6 +87,7 @@ def write_whole(
     """
     out = whole.out
     staging = out.parent / f".{out.name}.{os.getpid()}.partial"
+    shutil.rmtree(staging, ignore_errors=True)  # of a killed one: in containers all are 1
     try:
         done = [
             write_split(

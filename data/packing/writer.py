@@ -170,6 +170,7 @@ def write_split(
     total = len(samples) if isinstance(samples, Sized) else None
     task = progress.add_task(split, total=total) if progress is not None else None
     temporary = out_dir / f".{split}.{os.getpid()}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed, of this number
     make_folder(temporary)
 
     def advance() -> None:

@@ -1,5 +1,6 @@
 """Packing: folders and CSV files become shards that tar, webdataset and our reader agree on."""
 
+import os
 import subprocess
 import tarfile
 from collections import Counter
@@ -251,3 +252,15 @@ def test_a_failed_run_leaves_nothing(splits: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "out").iterdir())
     pack(str(splits), str(tmp_path / "out" / "zoo"), skip_broken=True)
     assert len(contents(tmp_path / "out" / "zoo", "test")) == 4
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(
+    splits: Path, tmp_path: Path
+) -> None:
+    """In a container the number is 1 each time."""
+    left = tmp_path / f".out.{os.getpid()}.partial" / "train"
+    left.mkdir(parents=True)
+    (left / "out-train-000000.tar").touch()
+    pack(str(splits), str(tmp_path / "out"), size=8)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
+    assert Manifest.load_split(str(tmp_path / "out"), "train").samples

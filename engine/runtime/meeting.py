@@ -96,8 +96,9 @@ class Meeting:
             now = time.monotonic()
             if tells and now > reported + self.every:
                 reported = now
-                print(
-                    f"rank {self.rank} of {self.world}, {now - begun:.0f} s: {self._waits_for}",
+                print(  # in one piece, as `terminal.say`
+                    f"rank {self.rank} of {self.world}, {now - begun:.0f} s: {self._waits_for}\n",
+                    end="",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -91,7 +91,9 @@ def say(line: str, to: TextIO | None = None) -> None:
         to: where; by default the terminal.
     """
     text = commands_as_typed(printable(line))
-    print(text, file=to or out(), flush=True)
+    # In one piece: to an unbuffered stream, as under DeepSpeed's launcher, print writes the end of
+    # line apart, and another rank's line may come between.
+    print(f"{text}\n", end="", file=to or out(), flush=True)
     if _log is not None:
         _log.write(f"[{time.strftime('%F %T')}] {text}\n")
 

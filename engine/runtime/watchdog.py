@@ -100,7 +100,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         # Apart: the run's file system may be what hangs.
-        threading.Thread(target=self._pulsing, name="pulse", daemon=True).start()
+        pulsing = threading.Thread(target=self._pulsing, name="pulse", daemon=True)
+        pulsing.start()
         while not self._over.wait(self.interval / 2):
             frame = sys._current_frames().get(self._main or 0)
             # Data may come slowly, and be asked for again and again, before that is an error.
@@ -111,6 +112,7 @@ class Watchdog:
                 if not (self._waits(frame, pulses) and self._someone_works(pulses)):
                     self._end(silent, frame)
                     return
+        pulsing.join(self.interval)  # or what it is about to write would stay after `stop`
 
     def _pulsing(self) -> None:
         while not self._over.wait(self.interval):

@@ -53,9 +53,11 @@ def test_growth_and_endless_work_are_found(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness, "FOUND", tmp_path / "found")
-        patch.setattr(harness, "HANG", 0.5)
         patch.setattr(harness, "GROWTH", 2**28)
-        with pytest.raises(TimeoutError, match=r"longer than 0\.5 s"):
-            fuzz(Target("endless", endless, edited([b"abcd"])), 5, 0, tmp_path)
+        with pytest.MonkeyPatch.context() as briefly:
+            briefly.setattr(harness, "HANG", 0.5)
+            with pytest.raises(TimeoutError, match=r"longer than 0\.5 s"):
+                fuzz(Target("endless", endless, edited([b"abcd"])), 5, 0, tmp_path)
+        # Not so briefly: memory that is written to comes slowly where little is free.
         with pytest.raises(AssertionError, match=r"growing took .* bytes"):
             fuzz(Target("growing", growing, edited([b"abcd"])), 30, 0, tmp_path)

@@ -81,7 +81,9 @@ def main() -> None:
             break
         places.append(place)
     if ranks.main:
-        print("interrupted at " + json.dumps(places), flush=True)
+        # In one piece: print writes the end of line apart, and other ranks write, too.
+        sys.stdout.write(f"interrupted at {json.dumps(places)}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ def main() -> None:
             if expected is None or expected not in str(error):
                 raise
             if ranks.main:
-                print("as expected:", error, flush=True)
+                # In one piece: print writes the end of line apart, and other ranks write, too.
+                sys.stdout.write(f"as expected: {error}\n")
+                sys.stdout.flush()
         else:
             assert expected is None, f"{case} should have failed with {expected!r}"
 

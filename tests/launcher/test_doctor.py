@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from selfdistill.data.errors import UserError
 from selfdistill.launcher.doctor import __main__ as doctor
 from selfdistill.launcher.doctor import checks, machine, storage
 from tests.kit.command import call
+from tests.kit.launches import free_port
 from tests.kit.shards import uneven
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -189,7 +189,7 @@ def test_the_lock_that_the_installed_torch_leaves_is_read_as_it_reads_it(
 
     # A daemon: an older torch never comes back.
     threading.Thread(target=load, daemon=True).start()
-    waits = not reached.wait(10)
+    waits = not reached.wait(60)
     assert (machine.builds(tmp_path).state == "FAILED") == waits
 
 
@@ -319,8 +319,7 @@ def test_the_command_on_this_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uneven(tmp_path / "shards" / "train", [3, 2])
-    with socket.create_server(("", 0)) as server:  # a port that is free afterwards
-        monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "builds"))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     words = ("--data", tmp_path / "shards", "--output", tmp_path / "run", "--recipe", "vit_small")

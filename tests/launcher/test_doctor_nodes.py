@@ -18,15 +18,15 @@ from selfdistill.data.errors import UserError
 from selfdistill.engine.runtime import rendezvous
 from selfdistill.launcher.doctor import nodes, shared
 from selfdistill.launcher.doctor.nodes import Task
+from tests.kit.launches import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def port() -> int:
-    """One that is free now."""
-    with socket.create_server(("", 0)) as server:
-        return int(server.getsockname()[1])
+    """One that is free now, and that the system gives to no connection of another test."""
+    return free_port()
 
 
 def pair(port: int, rank: int) -> Task:
@@ -199,8 +199,8 @@ def test_two_nodes_with_one_folder(tmp_path: Path, port: int) -> None:
 
 def test_two_nodes_with_folders_of_their_own(tmp_path: Path, port: int) -> None:
     (tmp_path / "b").mkdir()
-    first = start(0, port, tmp_path / "a", "--timeout", "10")
-    second = start(1, port, tmp_path / "b", "--timeout", "10")
+    first = start(0, port, tmp_path / "a", "--timeout", "25")
+    second = start(1, port, tmp_path / "b", "--timeout", "25")
     (code, said), (other_code, other) = ends(first, second)
     assert (code, other_code) == (2, 2), said + other
     assert re.search("localhost: FAILED +shared folder: .* has no file of elsewhere after", said)

@@ -20,7 +20,7 @@ from selfdistill.data.shards.manifest import Manifest
 def mib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-before, began = mib(), time.monotonic()
+before, began = mib(), time.process_time()
 manifest = Manifest.load(sys.argv[1])
 order, reader = Order(manifest.counts, 0), Reader(manifest)
 reader.check_shards()
@@ -28,7 +28,7 @@ ids = order.ids(order.slice(10**6 + 17, 1024, 3, 8))
 assert len(set(ids.tolist())) == 128 and 0 <= ids.min() and ids.max() < manifest.samples
 assert reader._members[int(ids[0])].tolist() == [0, 0, 0, 0]
 assert len(reader._starts) == len(reader._sizes) + 1 == len(reader._places) + 1
-print(mib() - before, time.monotonic() - began)
+print(mib() - before, time.process_time() - began)
 """
 
 

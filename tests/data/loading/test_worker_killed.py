@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from selfdistill.data.errors import WorkerLost
 from selfdistill.data.loading.codec import Images
@@ -42,6 +43,16 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return uneven(tmp_path_factory.mktemp("data") / "train", [9, 8])
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch looks for dead workers once a minute, not every 5 s: what is soon seen, a signal told.
+
+    So the bounds below may be so wide that no load of the machine reaches them.
+    """
+    look = _MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(look, "__defaults__", (60.0,))
+
+
 def workers(of: int | None = None) -> list[int]:
     """The processes that this one (or another) has forked."""
     pid = of or os.getpid()
@@ -56,6 +67,15 @@ def _python(pid: int) -> bool:
         return False
 
 
+def until(met: Callable[[], Any], seconds: float = 100) -> Any:
+    """What is there in the end."""
+    end = time.monotonic() + seconds
+    while not (found := met()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return found
+
+
 def lost(act: Callable[[], Any], pid: int) -> None:
     with pytest.raises(WorkerLost, match=SAID.format(pid)) as caught:
         act()
@@ -64,17 +84,19 @@ def lost(act: Callable[[], Any], pid: int) -> None:
     assert "--data.workers" in str(caught.value)
 
 
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("number", [1, 2])
 def test_while_the_program_waits_for_a_batch(split: Manifest, number: int) -> None:
-    """torch looks for dead workers every 5 s; a signal tells at once."""
+    """torch would look for dead workers much later; a signal tells at once."""
     stream = iter(Loader(split, batch=4, workers=number, codec=Slow(30)))
     before = set(workers())
     killed: list[float] = []
     pids: list[int] = []
 
     def kill() -> None:
+        there = until(lambda: set(workers()) - before)
         time.sleep(1)
-        pids.append((set(workers()) - before).pop())
+        pids.append(there.pop())
         killed.append(time.monotonic())
         os.kill(pids[0], signal.SIGKILL)
 
@@ -86,10 +108,11 @@ def test_while_the_program_waits_for_a_batch(split: Manifest, number: int) -> No
     killer.join()
     print(f"{seconds:.3f} s from the kill to the message")
     assert f"(pid {pids[0]})" in str(caught.value)
-    assert seconds < 2
+    assert seconds < 20
     assert set(workers()) == before
 
 
+@pytest.mark.usefixtures("alone")
 def test_while_the_program_does_something_else(split: Manifest) -> None:
     """Nothing is raised in the midst of a step or a checkpoint, but at the next batch."""
     before = set(workers())
@@ -97,12 +120,13 @@ def test_while_the_program_does_something_else(split: Manifest) -> None:
     next(stream)
     pid = (set(workers()) - before).pop()
     os.kill(pid, signal.SIGKILL)
+    until(lambda: not _python(pid))
     end = time.monotonic() + 0.5
     while time.monotonic() < end:
         time.sleep(0.01)
     begin = time.monotonic()
     lost(lambda: next(stream), pid)
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 20
     assert set(workers()) == before
 
 
@@ -117,18 +141,25 @@ def test_one_pass(split: Manifest) -> None:
     assert len(list(Sequential(split, batch=2, workers=1))) == 9
 
 
+@pytest.mark.usefixtures("alone")
 def test_closing_asks_nothing_of_the_dead(split: Manifest) -> None:
     """It may have held a lock for which the others, and we, would wait for ever."""
     before = set(workers())
     loader = Loader(split, batch=4, workers=2, codec=Slow(30))
     stream = iter(loader)
-    threading.Timer(0.5, lambda: os.kill(max(set(workers()) - before), signal.SIGKILL)).start()
+
+    def kill() -> None:
+        until(lambda: len(set(workers()) - before) == 2)
+        time.sleep(0.5)
+        os.kill(max(set(workers()) - before), signal.SIGKILL)
+
+    threading.Thread(target=kill).start()
     begin = time.monotonic()
     with pytest.raises(WorkerLost):
         next(stream)
     loader.close()
     stream.close()
-    assert time.monotonic() - begin < 4
+    assert time.monotonic() - begin < 25  # a picture takes 30
     assert set(workers()) == before
 
 
@@ -193,7 +224,7 @@ def test_a_run_says_it_and_ends(tmp_path: Path) -> None:
         pid = max(workers(run.pid))
         begin = time.monotonic()
         os.kill(pid, signal.SIGKILL)
-        run.wait(60)
+        run.wait(200)
     finally:
         run.kill()
         run.wait()

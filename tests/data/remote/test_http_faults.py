@@ -155,9 +155,13 @@ def test_a_server_that_never_gives_the_file(
     assert not list(cache.folder.glob("*.failed"))
 
 
-def test_slow_is_not_failed(split: Manifest, server: Faulty) -> None:
+def test_slow_is_not_failed(
+    split: Manifest, server: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A transfer may last longer than the limit, as long as it moves."""
-    content = os.urandom(60_000)
+    # A busy machine may stand still for a second.
+    monkeypatch.setenv("SELFDISTILL_FETCH_TIMEOUT", "4")
+    content = os.urandom(120_000)
     (Path(split.root) / "big").write_bytes(content)
     server.rate = 0
 
@@ -279,7 +283,7 @@ def test_a_local_shard_vanishes(split: Manifest, workers: int) -> None:
     begin = time.monotonic()
     with pytest.raises(UserError, match=rf"shard .*{split.shards[last].name} cannot be opened"):
         list(islice(stream, 20))
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 25
 
 
 FULL = """

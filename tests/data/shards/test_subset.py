@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfdistill.data.errors import UserError
@@ -26,6 +26,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "shards"
 
 
+@settings(deadline=None)
 @given(
     classes=st.lists(st.integers(0, 4), min_size=5, max_size=200),
     share=st.floats(0.1, 1),

@@ -55,6 +55,7 @@ def shards(root: Path, *lines: str, stored: str = "txt") -> Manifest:
 words = st.text(min_size=1).filter(str.strip)
 
 
+@settings(deadline=None)
 @given(words, st.none() | words)
 def test_what_is_stored_is_read_back(text: str, pair: str | None) -> None:
     content = texts.store(text, pair, "json")

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -141,10 +142,13 @@ def attack_files(run: Training, root: Path) -> dict[str, int]:
 def kill_while_saving(run: Training, times: int) -> list[dict[str, Any]]:
     """Kills a save at random moments -> what a launch would go on from each time."""
     random.seed(1)
-    began = time.monotonic()
-    run.step()
-    run.save()
-    duration = time.monotonic() - began
+    durations = []  # the median: one alone may be a moment at which the machine was at other work
+    for _ in range(5):
+        run.step()
+        began = time.monotonic()
+        run.save()
+        durations.append(time.monotonic() - began)
+    duration = statistics.median(durations)
     came = []
     for _ in range(times):
         before = run.resumed(run.folder)

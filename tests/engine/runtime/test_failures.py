@@ -3,7 +3,6 @@
 import errno
 import os
 import subprocess
-import time
 
 import pytest
 import torch
@@ -103,7 +102,7 @@ from selfdistill.engine.checkpoints import folder
 opened = folder.open_run
 def wrong(settings, ranks):
     run = opened(settings, ranks)
-    threading.Thread(target=time.sleep, args=(60,)).start()
+    threading.Thread(target=time.sleep, args=(600,)).start()
     if run.ranks.rank == 1:
         raise LookupError("a fault of ours")
     run.boundary("waits for the other", wait=True)
@@ -117,16 +116,14 @@ def test_an_unexpected_exception_leaves_at_once(tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("fault")
     (folder / "fault.py").write_text(FAULT)
     words = ["torchrun", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    began = time.monotonic()
     done = subprocess.run(
         [*words, str(folder / "fault.py"), str(folder / "run")],
         cwd=ROOT,
         env=environment(PYTHONPATH=str(ROOT)),
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=300,  # half of what holds up Python's end
     )
-    assert time.monotonic() - began < 50
     assert "LookupError: a fault of ours" in done.stderr
     # torchrun names the first that failed: not the other rank, which would ask to be put back.
     assert "exitcode  : 1 " in done.stderr

@@ -106,7 +106,8 @@ def start(
 ) -> tuple[subprocess.Popen[str], Path]:
     """A run of one process, until its fifth step, or one that it did itself."""
     folder, began = root / "runs" / name, time.time()
-    words = options(root) | {"stage": "pretrain", "pretrain.steps": 400, "save_every": 1000} | more
+    # So many that a busy machine has time to send a signal before the last of them.
+    words = options(root) | {"stage": "pretrain", "pretrain.steps": 4000, "save_every": 9000} | more
     process = subprocess.Popen(
         [sys.executable, "engine/run.py", "--output", str(folder)]
         + [word for key, value in words.items() for word in (f"--{key}", str(value))],
@@ -136,7 +137,7 @@ def test_a_signal_saves_and_ends_with_the_code_that_asks_for_another_launch(
     assert "Traceback" not in err
     line = out.splitlines()[-1]
     at = re.fullmatch(
-        rf"interrupted \({number.name}\) at pretrain, step (\d+) of 400: launch again .*", line
+        rf"interrupted \({number.name}\) at pretrain, step (\d+) of 4000: launch again .*", line
     )
     assert at is not None, line
     (saved,) = (stage / "checkpoints").glob("step-*")
@@ -145,20 +146,20 @@ def test_a_signal_saves_and_ends_with_the_code_that_asks_for_another_launch(
 
 def test_a_requeued_job_does_not_overwrite_what_it_began(root: Path) -> None:
     job = {"SLURM_JOB_ID": "7"}
-    process, stage = start(root, "again", job, overwrite=True, **{"pretrain.steps": 4000})
+    process, stage = start(root, "again", job, overwrite=True)
     process.send_signal(signal.SIGUSR2)
     out, _ = process.communicate(timeout=100)
     assert "(launch without --overwrite)" in out
     seen = len(metrics(stage))
     restarted = job | {"SLURM_RESTART_COUNT": "1"}
-    process, _ = start(root, "again", restarted, overwrite=True, **{"pretrain.steps": 4000})
+    process, _ = start(root, "again", restarted, overwrite=True)
     process.send_signal(signal.SIGUSR2)
     out, _ = process.communicate(timeout=100)
     assert "resumed at step" in out
     assert "deleting" not in out
     assert len(metrics(stage)) >= seen
     other = restarted | {"SLURM_JOB_ID": "8"}  # another job means what it says
-    process, _ = start(root, "again", other, overwrite=True, **{"pretrain.steps": 4000})
+    process, _ = start(root, "again", other, overwrite=True)
     process.kill()
     out, _ = process.communicate(timeout=100)
     assert "deleting" in out
@@ -191,10 +192,10 @@ def test_a_stopped_process_is_found_by_the_others(root: Path) -> None:
         began = time.monotonic()
         dump = folder / "hang-00000.txt"
         while not dump.exists():
-            assert time.monotonic() - began < 60
+            assert time.monotonic() - began < 100
             time.sleep(0.1)
         took = time.monotonic() - began
-        assert 8 < took < 25, "10 s and a look every 2 s, and what the machine's load adds"
+        assert 8 < took < 29, "10 s and a look every 2 s, and what the machine's load adds"
         os.kill(pulse["pid"], signal.SIGKILL)  # what torchrun does after half a minute
         _, err = process.communicate(timeout=100)
         assert "error: rank 0 on" in err

@@ -77,7 +77,7 @@ class Launch:
                 start_new_session=True,
             )
 
-    def says(self, words: str, within: float = 60) -> str:
+    def says(self, words: str, within: float = 200) -> str:
         """The first line with these words, once it is there."""
         end = time.monotonic() + within
         while time.monotonic() < end:
@@ -101,7 +101,7 @@ class Launch:
 
     def child(self, number: int) -> int:
         """The process of a rank, once it is there."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 200
         while time.monotonic() < end:
             self.children()
             for pid, process in self._ranks.items():
@@ -110,14 +110,14 @@ class Launch:
             time.sleep(0.05)
         raise AssertionError(f"there is no rank {number}")
 
-    def ends(self, within: float = 60) -> int:
+    def ends(self, within: float = 200) -> int:
         """The exit code; nothing of the launch is left."""
         try:
             code = self.process.wait(within)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             raise AssertionError(f"it does not end: {self.log.read_text()}") from None
-        end = time.monotonic() + 15
+        end = time.monotonic() + 60
         while self.children():
             assert time.monotonic() < end, "a rank is left"
             time.sleep(0.1)
@@ -155,17 +155,17 @@ def taken() -> socket.socket:
 def test_who_is_missing_is_told_and_a_signal_ends_it(root: Path, missing: int) -> None:
     there = Launch(root, f"missing-{missing}", **rank(1 - missing, free_port()))
     words = "waiting for rank 1" if missing else "waiting for rank 0"
-    said = there.says(words, within=40)
+    said = there.says(words)
     there.process.send_signal(signal.SIGTERM)
     asked = time.monotonic()
     assert there.ends() == AGAIN
-    assert time.monotonic() - asked < 3
+    assert time.monotonic() - asked < 30  # the ranks are waited for half an hour
     there.note("none", f"rank {missing} of 2 never comes, then SIGTERM", said)
 
 
 def test_two_ctrl_c_end_it_at_once(root: Path) -> None:
     there = Launch(root, "ctrl-c", **rank(0, free_port()))
-    there.says("waiting for rank 1", within=40)
+    there.says("waiting for rank 1")
     there.process.send_signal(signal.SIGINT)
     said = there.says("interrupted (SIGINT) at the start, before all ranks had come")
     assert there.note("none", "rank 1 of 2 never comes, then Ctrl-C", said) == AGAIN
@@ -181,7 +181,7 @@ def test_a_port_that_is_taken(root: Path, launcher: str) -> None:
         }[launcher]
         there = Launch(root, f"taken-{launcher}", *head)
         if launcher == "torchrun":  # its own agent takes the port before any rank is there
-            there.process.wait(60)
+            there.process.wait(200)
             assert "already in use" in there.log.read_text()
             return
         said = there.says("error: port ")
@@ -229,9 +229,9 @@ def test_two_launches_at_one_port(root: Path) -> None:
     """A rank of the second does not join the first, whose own comes later; then it goes on."""
     port = free_port()
     first = Launch(root, "first", **rank(0, port))
-    first.says("waiting for rank 1", within=40)
+    first.says("waiting for rank 1")
     stranger = Launch(root, "second", **rank(1, port))
-    said = first.says("of another launch came to this port", within=60)
+    said = first.says("of another launch came to this port")
     stranger.process.send_signal(signal.SIGTERM)
     assert stranger.ends() == AGAIN
     mate = Launch(root, "first", **rank(1, port))

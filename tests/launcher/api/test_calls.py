@@ -11,7 +11,15 @@ from transformers import ViTForImageClassification
 
 import selfdistill as sd
 from selfdistill.launcher.api.training import words_of
-from tests.kit.launches import COMMON, ROOT, environment, make_base, make_images, read_events
+from tests.kit.launches import (
+    COMMON,
+    ROOT,
+    environment,
+    free_port,
+    make_base,
+    make_images,
+    read_events,
+)
 
 pytestmark = pytest.mark.multi
 
@@ -35,7 +43,7 @@ def run(root: Path) -> sd.Run:
         output=root / "run",
         compare=True,
         finetune={"seeds": 2},
-        master_port=29650,
+        master_port=free_port(),
     )
 
 

@@ -32,7 +32,7 @@ class Kernel:
         message = self.client.execute(code)
         printed, error = "", ""
         while True:
-            said: Any = self.client.get_iopub_msg(timeout=100)
+            said: Any = self.client.get_iopub_msg(timeout=300)
             content = said["content"]
             if said["parent_header"].get("msg_id") != message:
                 continue

@@ -145,7 +145,7 @@ def test_ranks_together_score_as_one(tmp_path: Path) -> None:
         with ProcessPoolExecutor(world, mp_context=context) as pool:
             ranks = [pool.submit(one_rank, store, world, rank) for rank in range(world)]
             for rank in ranks:
-                rank.result(timeout=120)
+                rank.result(timeout=600)
 
 
 def one_rank(store: str, world: int, rank: int) -> None:
@@ -156,7 +156,7 @@ def one_rank(store: str, world: int, rank: int) -> None:
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=300),
     )
     tally = Tally(CLASSES)
     feed(tally, *shares(world)[rank])

@@ -26,7 +26,7 @@ order, reader = Order(manifest.counts, 0), Reader(manifest)
 reader.check_shards()
 ids = order.ids(order.slice(10**6 + 17, 1024, 3, 8))
 assert len(set(ids.tolist())) == 128 and 0 <= ids.min() and ids.max() < manifest.samples
-assert reader._members[int(ids[0])].tolist() == [0, 0, 0, 0]
+assert manifest.members[int(ids[0])].tolist() == [0, 0, 0, 0]
 assert len(reader._starts) == len(reader._sizes) + 1 == len(reader._places) + 1
 print(mib() - before, time.process_time() - began)
 """

@@ -168,7 +168,7 @@ def test_a_requeued_job_does_not_overwrite_what_it_began(root: Path) -> None:
 def test_a_stopped_process_is_found_by_the_others(root: Path) -> None:
     """SIGSTOP on one of two ranks: the other one's watchdog names it and ends the run in time."""
     folder = root / "runs" / "stopped"
-    more = {"stage": "pretrain", "pretrain.steps": 100_000, "log_every": 10**6, "watchdog": 10}
+    more = {"stage": "pretrain", "pretrain.steps": 100_000, "log_every": 10**6, "watchdog": 20}
     words = options(root) | more | {"output": str(folder)}
     process = subprocess.Popen(
         ["torchrun", "--nproc_per_node=2", "--standalone", "engine/run.py"]
@@ -195,7 +195,7 @@ def test_a_stopped_process_is_found_by_the_others(root: Path) -> None:
             assert time.monotonic() - began < 100
             time.sleep(0.1)
         took = time.monotonic() - began
-        assert 8 < took < 29, "10 s and a look every 2 s, and what the machine's load adds"
+        assert 16 < took < 60, "20 s and a look every 4 s, and what the machine's load adds"
         os.kill(pulse["pid"], signal.SIGKILL)  # what torchrun does after half a minute
         _, err = process.communicate(timeout=100)
         assert "error: rank 0 on" in err

@@ -55,7 +55,9 @@ class Kernel:
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
     root = make_world(tmp_path_factory.mktemp("cells"))
     variables = environment(PYTHONPATH=str(ROOT), IPYTHONDIR=str(root), TMPDIR=str(root))
-    manager, client = start_new_kernel(cwd=str(root), env=os.environ | variables)
+    manager, client = start_new_kernel(
+        startup_timeout=300, cwd=str(root), env=os.environ | variables
+    )
     try:
         kernel = Kernel(manager, client)
         common = COMMON | {"pretrain.steps": 4000, "stage": "pretrain", "save_every": 9999}

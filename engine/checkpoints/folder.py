@@ -196,7 +196,11 @@ def open_run(config: Config, ranks: Ranks) -> Run:
         began = before.get("precision")
         return path, precision.choose(config.precision, began, ranks.device)
 
-    config.model.path, (config.precision, why) = main_only(ranks, enter)
+    try:
+        config.model.path, (config.precision, why) = main_only(ranks, enter)
+    except UserError:
+        run.close()
+        raise
     if warning := few_cores():
         run.info(warning)
     if why:

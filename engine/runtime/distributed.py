@@ -195,9 +195,7 @@ def main_only(ranks: Ranks, action: Any) -> Any:
     if ranks.main:
         try:
             result = action()
-        except UserError as caught:
-            error = caught
-        except OSError as caught:
+        except (UserError, OSError) as caught:
             error = refused(caught)
     agree(error)
     return broadcast(result)

@@ -96,9 +96,14 @@ def explain(error: RuntimeError, world: int, device: torch.device) -> UserError 
     return None
 
 
-def refused(error: OSError) -> UserError:
-    """An operating system's refusal as an error: TryAgain, where it may be over next time."""
-    return (TryAgain if error.errno in PASSING else UserError)(describe(error))
+def refused(error: OSError | UserError) -> UserError:
+    """An error to raise elsewhere: TryAgain, where what the system refused may be over next time.
+
+    A new one: the old one's frames hold files and locks for as long as it lives.
+    """
+    if isinstance(error, OSError):
+        return (TryAgain if error.errno in PASSING else UserError)(describe(error))
+    return (TryAgain if isinstance(error, TryAgain) else UserError)(str(error))
 
 
 def describe(error: OSError) -> str:

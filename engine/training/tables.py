@@ -44,9 +44,7 @@ def share_tables(ranks: Ranks, manifests: Sequence[Manifest]) -> None:
             for one in sets:
                 held.append(one.open_members())
                 one.read_members(held[-1])
-        except UserError as caught:
-            error = caught
-        except OSError as caught:
+        except (UserError, OSError) as caught:
             error = refused(caught)
         server = _listening(name, len(mine)) if len(mine) > 1 and not error else None
     try:

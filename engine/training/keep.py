@@ -17,6 +17,8 @@ from selfdistill.engine.training.stage import Stage
 
 #: Share of a stage's time that paced measurements may take.
 SHARE = 0.03
+#: By so much a stage's figure may fall without a word: what a few hundred labels cannot tell.
+FALL = 0.02
 
 
 class Keeper:
@@ -88,11 +90,24 @@ class Keeper:
         state.scored = state.step
         self.latest = time.monotonic() - began
         self.spent += self.latest
+        if self.recorded and state.step == stage.steps:
+            self._tell_fall()
         if self.stopped and state.step < stage.steps:
             at = self.curve[self._best()]
             stage.run.info(
                 f"{stage.name}: stops at step {state.step} of {stage.steps}: no better"
                 f" {stage.judge} since {at[stage.judge]:.4f} at step {at['step']:.0f}"
+            )
+
+    def _tell_fall(self) -> None:
+        """Says that the stage left its model worse than it began, unless the best is kept."""
+        stage, first, last = self.stage, self.curve[0], self.curve[-1]
+        before, after = first[stage.judge], last[stage.judge]
+        if not self.keeps and first["step"] == 0 and before - after >= FALL:
+            stage.run.info(
+                f"warning: {stage.name}: {stage.judge} fell from {before:.4f} to {after:.4f}, so"
+                f" that the encoder is worse for these labels: try a lower --{stage.section}.lr or"
+                f" fewer steps; --{stage.section}.keep best leaves the best weights on the way"
             )
 
     def _due(self) -> bool:

@@ -5,6 +5,7 @@ looks at the noise, and the features lose them. One start of two ranks for all.
 """
 
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "pretrain: stops at step 6 of 12: no better probe/linear" in printed
     assert printed.count("resumed at step 7") == 2
     assert "resumed at step 6 of 12" in printed
+    (root / "printed.txt").write_text(printed)
     return root
 
 
@@ -262,6 +264,18 @@ def test_a_planted_overfit_is_noticed_and_the_better_weights_are_kept(root: Path
     patient = result(root, "patient")
     assert (patient["stopped"], patient["steps"]) == (6, 6)
     assert same(weights(root, "patient"), weights(root, "best"))
+
+
+def test_a_feature_that_got_worse_is_told(root: Path) -> None:
+    """Unless the best weights were kept."""
+    names = [*(f"on-{zero}" for zero in ZEROS), "auto", "text", "contrast-on"]
+    curves = {name: curve(root, name) for name in names}
+    curves["distil-on"] = curve(root, "distil-on", "distill-1")
+    ends = {n: (c[0]["probe/linear"], c[max(c)]["probe/linear"]) for n, c in curves.items()}
+    fell = sorted(f"{a:.4f} to {b:.4f}" for a, b in ends.values() if a - b >= 0.02)
+    assert len(ZEROS) <= len(fell)
+    printed = (root / "printed.txt").read_text()
+    assert sorted(re.findall(r"probe/linear fell from (.*?), so", printed)) == fell
 
 
 def test_probing_changes_no_bit_of_the_training(root: Path) -> None:

@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -142,13 +141,7 @@ def attack_files(run: Training, root: Path) -> dict[str, int]:
 def kill_while_saving(run: Training, times: int) -> list[dict[str, Any]]:
     """Kills a save at random moments -> what a launch would go on from each time."""
     random.seed(1)
-    durations = []  # the median: one alone may be a moment at which the machine was at other work
-    for _ in range(5):
-        run.step()
-        began = time.monotonic()
-        run.save()
-        durations.append(time.monotonic() - began)
-    duration = statistics.median(durations)
+    longest = 0.1  # s; follows the machine: longer after a save that was cut off, else shorter
     came = []
     for _ in range(times):
         before = run.resumed(run.folder)
@@ -157,7 +150,7 @@ def kill_while_saving(run: Training, times: int) -> list[dict[str, Any]]:
         if child == 0:
             run.save()
             os._exit(0)
-        time.sleep(random.uniform(0, 1.3) * duration)
+        time.sleep(random.uniform(0, longest))
         left = sorted(p.name for p in run.folder.glob(".draft-*"))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
@@ -170,7 +163,10 @@ def kill_while_saving(run: Training, times: int) -> list[dict[str, Any]]:
                 "draft": bool(left),
             }
         )
-        if came[-1]["after"] != run.state.step:
+        if came[-1]["after"] == run.state.step:
+            longest /= 1.2
+        else:
+            longest *= 1.1
             run.save()
     return came
 

@@ -34,9 +34,10 @@ from selfdistill.engine.checkpoints.files import fsync, remove, sha256, write_te
 from selfdistill.engine.checkpoints.results import numbered
 from selfdistill.engine.checkpoints.state import BEFORE, FREE, VERSION, State, Written
 from selfdistill.engine.runtime.distributed import Ranks, broadcast, gather, main_only
+from selfdistill.engine.runtime.failures import refused
 
 #: What a rank wrote: its file's name, size and sha256; and what went wrong, or None.
-_Share = tuple[list[Any], str | None]
+_Share = tuple[list[Any], UserError | None]
 
 
 class _Pending(NamedTuple):
@@ -55,8 +56,9 @@ def _write(tensors: dict[str, Tensor], part: Path) -> _Share:
         return [part.name, part.stat().st_size, sha256(part)], None
     except (OSError, SafetensorError) as caught:
         reason = format_error(caught).rsplit("error: ", 1)[-1]  # safetensors names two layers
-        error = f"{part.parent}: checkpoint not saved: {reason}; free space, or give it back its"
-        return [], f"{error} permissions, then launch again: it goes on from the one before"
+        line = f"{part.parent}: checkpoint not saved: {reason}; free space, or give it back its"
+        line += " permissions, then launch again: it goes on from the one before"
+        return [], refused(caught, line)
 
 
 def _give_way() -> None:
@@ -134,7 +136,8 @@ class Checkpoints:
                 not count before a later `settle`, or the next save.
 
         Raises:
-            UserError: the disk refuses; the checkpoints before stay as they are.
+            UserError: the disk refuses; the checkpoints before stay as they are. TryAgain, where
+                that may be over at the next launch.
         """
         self._settle(wait=True)
         if state.step in (0, self._saved):
@@ -180,7 +183,7 @@ class Checkpoints:
         if errors := [error for _, error in written_by if error]:
             if self.ranks.main:
                 shutil.rmtree(draft, ignore_errors=True)
-            raise UserError(errors[0])
+            raise errors[0]
         state.files = {file: [size, digest] for (file, size, digest), _ in written_by}
         state.digest = state.content_digest()
         self._publish(draft, state)
@@ -291,7 +294,7 @@ class Checkpoints:
         """Gives the tensors of what `find` found, by name. Every rank calls both, in step.
 
         Raises:
-            UserError: a file is not safetensors.
+            UserError: a file is not safetensors; TryAgain: the file system fails.
         """
         return Reader(*found)
 
@@ -333,7 +336,7 @@ class Reader:
         state: its record.
 
     Raises:
-        UserError: a file is not safetensors.
+        UserError: a file is not safetensors; TryAgain: the file system fails.
     """
 
     def __init__(self, folder: Path, state: State) -> None:
@@ -344,7 +347,7 @@ class Reader:
                 opened = safe_open(folder / file, framework="pt")
                 self._files |= dict.fromkeys(opened.keys(), opened)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder}: {format_error(error)}: delete this checkpoint") from error
+            raise unreadable(folder, error) from error
 
     def __call__(self, name: str) -> Tensor:
         """The whole tensor "KEY/NAME", on the CPU.
@@ -356,6 +359,13 @@ class Reader:
             raise missing(self.folder, name)
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
+
+
+def unreadable(folder: Path, error: OSError | SafetensorError | UserError) -> UserError:
+    """What to say where a checkpoint's file cannot be opened, now or at all."""
+    line = f"{folder}: {format_error(error)}"
+    told = refused(error, f"{line}: delete this checkpoint")
+    return TryAgain(f"{line}: launch again") if isinstance(told, TryAgain) else told
 
 
 def missing(place: Path, name: str) -> UserError:

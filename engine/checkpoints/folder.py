@@ -20,7 +20,7 @@ import tomli_w
 import torch
 
 from selfdistill.data import records
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import TryAgain, UserError
 from selfdistill.data.files import nofollow
 from selfdistill.data.formats import images
 from selfdistill.data.loading.batches import Options
@@ -223,7 +223,8 @@ def _lock(path: Path, patience: float) -> IO[str]:
     """Holds a file until the process ends; in it stands who does.
 
     Raises:
-        UserError: another process holds it, and still does after `patience` seconds.
+        UserError: another process holds it, and still does after `patience` seconds; TryAgain,
+            where this one was asked to end before.
     """
     # Held till exit.
     file = open(path, "a+", encoding="utf-8", opener=nofollow)  # noqa: SIM115
@@ -238,7 +239,7 @@ def _lock(path: Path, patience: float) -> IO[str]:
             by = f" ({who})" if who else ""
             if time.monotonic() > end or asked():
                 file.close()
-                raise UserError(
+                raise (TryAgain if asked() else UserError)(
                     f"{path.parent} is in use by another launch{by}: wait for it, or take another"
                     " --output"
                 ) from None

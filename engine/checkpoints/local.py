@@ -28,15 +28,15 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from selfdistill.data.cli import format_error
 from selfdistill.data.errors import UserError
 from selfdistill.data.files import read, refuse_open
-from selfdistill.engine.checkpoints.checkpoint import Checkpoints, missing, read_state
+from selfdistill.engine.checkpoints.checkpoint import Checkpoints, missing, read_state, unreadable
 from selfdistill.engine.checkpoints.files import write_text
 from selfdistill.engine.checkpoints.results import numbered
 from selfdistill.engine.checkpoints.state import State
 from selfdistill.engine.config.schema import Config
 from selfdistill.engine.runtime.distributed import Ranks, barrier, broadcast, gather, main_only
+from selfdistill.engine.runtime.failures import refused
 
 #: In the stage's folder: the second part of KEY.
 _MARK = ".local"
@@ -91,10 +91,10 @@ def _folder(typed: str, stage: Path, ranks: Ranks) -> Path:
         if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.geteuid():
             raise UserError(f"{folder} is no folder of yours: delete it, or name another")
         refuse_open(folder, "the checkpoints' folder")
-    except UserError as refused:
-        error = str(refused)
-    except OSError as refused:
-        error = f"{refused.filename}: {refused.strerror}: name a folder that you may write to"
+    except UserError as caught:
+        error = str(caught)
+    except OSError as caught:
+        error = f"{caught.filename}: {caught.strerror}: name a folder that you may write to"
     if errors := [found for found in gather(error and (socket.gethostname(), error)) if found]:
         raise UserError(f"--save_local {typed}, on {errors[0][0]}: {errors[0][1]}")
     return folder
@@ -143,10 +143,10 @@ class Local(Checkpoints):
         try:
             text = json.dumps(state.content(), indent=1)
             write_text(draft / f"state-{self.ranks.rank:05d}.json", text)
-        except OSError as refused:
-            error = f"{draft}: checkpoint not saved: {refused.strerror}: free space"
+        except OSError as caught:
+            error = refused(caught, f"{draft}: checkpoint not saved: {caught.strerror}: free space")
         if errors := [found for found in gather(error) if found]:
-            raise UserError(errors[0])
+            raise errors[0]
         self._delete(lambda step: step < state.step)  # now that all have written
 
     def _delete(self, these: Callable[[int], bool]) -> None:
@@ -255,7 +255,7 @@ class _Spread:
         ranks: this process.
 
     Raises:
-        UserError: a file is not safetensors.
+        UserError: a file is not safetensors; TryAgain: the file system fails.
     """
 
     def __init__(self, folder: Path, owners: Mapping[str, int], ranks: Ranks) -> None:
@@ -270,12 +270,12 @@ class _Spread:
                     if part.get_dtype() != "F32":
                         raise UserError(f"{file}: {name} is {part.get_dtype()}, not F32")
                     told[name], self._files[name] = list(part.get_shape()), opened
-        except (OSError, SafetensorError, UserError) as refused:
-            error = f"{folder}: {format_error(refused)}: delete this checkpoint"
+        except (OSError, SafetensorError, UserError) as caught:
+            error = unreadable(folder, caught)
         self._shapes: dict[str, tuple[int, list[int]]] = {}
         for rank, (failed, shapes) in enumerate(gather((error, told))):
             if failed:
-                raise UserError(failed)
+                raise failed
             self._shapes |= {name: (rank, shape) for name, shape in shapes.items()}
 
     def __call__(self, name: str) -> Tensor:

@@ -8,6 +8,7 @@ import socket
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from selfdistill.data.cli import format_error
 from selfdistill.data.errors import PeerLost, TryAgain, UserError
@@ -96,14 +97,23 @@ def explain(error: RuntimeError, world: int, device: torch.device) -> UserError 
     return None
 
 
-def refused(error: OSError | UserError) -> UserError:
+def refused(error: OSError | SafetensorError | UserError, line: str = "") -> UserError:
     """An error to raise elsewhere: TryAgain, where what the system refused may be over next time.
 
     A new one: the old one's frames hold files and locks for as long as it lives.
+
+    Args:
+        error: safetensors tells the system's number in its words alone.
+        line: what to say, in place of the error's own words.
     """
+    if isinstance(error, UserError):
+        return (TryAgain if isinstance(error, TryAgain) else UserError)(line or str(error))
     if isinstance(error, OSError):
-        return (TryAgain if error.errno in PASSING else UserError)(describe(error))
-    return (TryAgain if isinstance(error, TryAgain) else UserError)(str(error))
+        number, line = error.errno, line or describe(error)
+    else:
+        said = re.search(r"\(os error (\d+)\)", str(error))
+        number, line = int(said[1]) if said else None, line or format_error(error)
+    return (TryAgain if number in PASSING else UserError)(line)
 
 
 def describe(error: OSError) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,9 @@ from typing import Any, cast
 
 import pytest
 
+from selfdistill.data.errors import TryAgain, UserError
 from selfdistill.engine.checkpoints.folder import Run, _lock
+from selfdistill.engine.runtime import preemption
 from tests.kit.launches import make_base, make_world, run_cases
 
 pytestmark = pytest.mark.multi
@@ -71,3 +74,16 @@ def test_a_copy_that_a_worker_has_does_not_keep_the_lock(tmp_path: Path) -> None
     Run.close(cast(Any, SimpleNamespace(lock=held, watchdog=still)))
     _lock(tmp_path / ".lock", 0).close()
     os.close(copy)
+
+
+def test_a_signal_while_the_folder_is_in_use_asks_to_be_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = _lock(tmp_path / ".lock", 0)
+    with pytest.raises(UserError, match="in use") as met:
+        _lock(tmp_path / ".lock", 0)
+    assert not isinstance(met.value, TryAgain)
+    monkeypatch.setattr(preemption, "_asked", [signal.SIGTERM])
+    with pytest.raises(TryAgain, match="in use"):
+        _lock(tmp_path / ".lock", 600)
+    held.close()

@@ -7,10 +7,11 @@ import subprocess
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from selfdistill.data.errors import PeerLost, TryAgain, UserError
 from selfdistill.engine.runtime.distributed import Ranks, main_only
-from selfdistill.engine.runtime.failures import explain
+from selfdistill.engine.runtime.failures import explain, refused
 from tests.kit.launches import ROOT, environment, free_port
 
 GPU = torch.device("cuda", 1)
@@ -84,6 +85,16 @@ def test_what_may_pass_on_rank_0_does_so_on_all(ranks: Ranks) -> None:
     with pytest.raises(UserError, match="the disk is full") as met:
         main_only(ranks, lambda: refuse(errno.ENOSPC))
     assert not isinstance(met.value, TryAgain)
+
+
+def test_safetensors_tells_the_number_in_words() -> None:
+    words = "Error while serializing: I/O error: {} (os error {})"
+    passing = refused(SafetensorError(words.format("Input/output error", errno.EIO)), "not saved")
+    assert isinstance(passing, TryAgain)
+    assert str(passing) == "not saved"
+    full = refused(SafetensorError(words.format("No space left on device", errno.ENOSPC)))
+    assert not isinstance(full, TryAgain)
+    assert "No space left" in str(full)
 
 
 def test_a_fault_of_ours_is_none_of_these() -> None:

@@ -1,7 +1,8 @@
 """python -m data.subset SHARDS OUT --samples N: fewer labels, for learning curves.
 
-OUT gets N training samples of SHARDS, its classes in their shares, and whole copies of the other
-splits. Smaller subsets of the same seed lie inside larger ones.
+OUT gets N training samples of SHARDS, its classes in their shares, one of each at least, and whole
+copies of val and test. Unlabelled samples are left out. Smaller subsets of the same seed lie inside
+larger ones.
 """
 
 import os
@@ -22,7 +23,7 @@ from selfdistill.data.packing.writer import check_replaceable, replace, write_sp
 from selfdistill.data.shards import away, manifest, tars
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.data.sources.samples import Sample, strata
-from selfdistill.data.splits import DIVIDED
+from selfdistill.data.splits import DIVIDED, UNLABELLED
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,11 @@ class _StoredTexts(AsStored):
 
 
 def choose(classes: NDArray[np.int64], samples: int, seed: int) -> NDArray[np.int64]:
-    """Picks samples class by class, so that each class keeps its share, to a sample or so.
+    """Picks samples class by class: one of each, and each class keeps its share, to a sample or so.
 
     Args:
         classes: int64 [n], class of each sample; of several the rarest.
-        samples: How many to take, at most n.
+        samples: How many to take, at most n; of fewer than there are classes some have none.
         seed: Of the choice.
 
     Returns:
@@ -78,6 +79,7 @@ def choose(classes: NDArray[np.int64], samples: int, seed: int) -> NDArray[np.in
     for one in np.unique(classes):
         mine = order[classes[order] == one]
         place[mine] = (np.arange(len(mine)) + 0.5) / len(mine)
+        place[mine[0]] -= 1  # before all others
     taken = order[np.argsort(place[order], kind="stable")][:samples]
     return np.sort(taken)
 
@@ -140,6 +142,8 @@ def subset(shards: str, out: str, samples: int, seed: int = 0, overwrite: bool =
     finally:
         reader.close()
         shutil.rmtree(staging, ignore_errors=True)
+    if (source / UNLABELLED / manifest.FILE).exists():
+        print(f"note: {source / UNLABELLED} is left out: stages 1 and 2 learn from the part alone")
     print(f"{target / 'train'}: {packed.samples} of {train.samples} samples")
 
 

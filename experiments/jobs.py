@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -156,6 +157,16 @@ class Job:
         except (FileNotFoundError, UserError):
             return None
         return found if self.stage != "finetune" or (found.get("n") or 1) >= self.seeds else None
+
+    def told(self, root: Path) -> dict[str, Any]:
+        """What it, or its first seed that is complete, tells of what it learnt from; {} if none."""
+        leaves = root / self.leaves
+        for path in (leaves / RESULT, *sorted(leaves.glob(f"seed-*/{RESULT}"))):
+            with suppress(FileNotFoundError, UserError):
+                found = read_result(path)
+                if found.get("manifest") is not None:
+                    return found
+        return {}
 
     def record(self, root: Path) -> Path:
         """File of what is known of its launches (`experiments.state`)."""

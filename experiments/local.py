@@ -186,14 +186,20 @@ class Local:
         port = ["--master_port", str(free_port())]  # other sweeps may run here
         if self.devices:
             first = slot * self.ranks % self.devices
-            chosen = ",".join(str((first + k) % self.devices) for k in range(self.ranks))
+            chosen = ",".join(self._device(first + k) for k in range(self.ranks))
             return [deepspeed, "--include", f"localhost:{chosen}", *port]
         return [deepspeed, "--num_gpus", str(self.ranks), *port]
+
+    def _device(self, number: int) -> str:
+        """A GPU by the name that it has on this host: not all may be ours."""
+        number %= self.devices
+        given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        return given[number].strip() if given else str(number)
 
     def _environment(self, slot: int) -> dict[str, str]:
         environment = {"PYTHONUNBUFFERED": "1"}
         if self.devices and self.ranks == 1:
-            environment["CUDA_VISIBLE_DEVICES"] = str(slot % self.devices)
+            environment["CUDA_VISIBLE_DEVICES"] = self._device(slot)
         if not self.devices and "OMP_NUM_THREADS" not in os.environ:
             cores = len(os.sched_getaffinity(0))
             environment["OMP_NUM_THREADS"] = str(max(1, cores // (self.slots * self.ranks)))

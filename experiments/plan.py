@@ -191,19 +191,23 @@ class Plan:
     def _choices(self, dataset: Dataset, method: Method) -> list[Choice]:
         """What validation decides for a method: the profile's grid first, then the method's own.
 
-        What the method or the data set says itself is not searched.
+        What the method or the data set says itself is not searched. A method that is tuned as
+        another takes over its choices, from either grid, but for those that it searches itself.
         """
         scale, tuned = self.profile.of(dataset.kind), self._tuned(method)
-        fixed = tuned.of(dataset.kind) | method.of(dataset.kind) | dataset.options
         special = tuned.search | scale.tuning(tuned.name).search
         mine = method.search | scale.tuning(method.name).search
+        said = tuned.of(dataset.kind) | method.of(dataset.kind)
+        # What a method both says and searches is where its search begins.
+        fixed = {k for k in said if k not in special | mine} | dataset.options.keys()
         common = {
             k: v
             for k, v in scale.search.items()
             if k.partition(".")[0] in SEARCHED and k not in special | mine
         }
         choices: list[Choice] = []
-        for who, grid in ((tuned, common), (method, mine)):
+        others = {k: v for k, v in special.items() if k not in mine}  # none of its own
+        for who, grid in ((tuned, common), (tuned, others), (method, mine)):
             free = {k: v for k, v in grid.items() if k not in fixed}
             if free:
                 choices.append(self._choice(dataset, who, free, list(choices)))

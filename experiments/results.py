@@ -19,6 +19,15 @@ from selfdistill.experiments.plan import Cell
 from selfdistill.experiments.state import Status
 
 
+def varied(mean: float, spread: float) -> bool:
+    """Whether figures have an interval: they vary by more than rounding, or all of them are 0.
+
+    Scores are counts over few samples, so that two or three differences are easily equal; Student's
+    t would be sure of them.
+    """
+    return mean == 0 or spread > 1e-9 * abs(mean)
+
+
 @dataclass(frozen=True)
 class Sample:
     """Figures of one quantity over seeds, of one pipeline or several.
@@ -82,9 +91,9 @@ class Sample:
         return f"{len(sizes)} × {each}"
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Student's confidence interval of the mean; NaN for fewer than two."""
+        """Student's confidence interval of the mean; NaN where there is none (`varied`)."""
         n = len(self.units)
-        if n < 2:
+        if n < 2 or not varied(self.mean, self.std):
             return float("nan"), float("nan")
         half = float(stats.t.ppf((1 + level) / 2, n - 1)) * self.std / n**0.5
         return self.mean - half, self.mean + half

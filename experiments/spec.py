@@ -93,7 +93,7 @@ class Method(Spec):
         default_factory=list, description="tables of which it is a row, beside those in their files"
     )
     tuned_as: str | None = Field(
-        None, description="method whose choice from the profile's grid is taken over"
+        None, description="method whose choices are taken over, but for what is searched here"
     )
 
     _options = field_validator("options", "image", "text")(_known_options)

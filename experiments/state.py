@@ -202,9 +202,15 @@ def check(root: Path, job: Job, command: list[str], data_root: Path) -> None:
         raise UserError(
             f"{place} was made with {name} {then.get(name)}, now it is {now.get(name)}: {cure}"
         )
-    made = (job.result(root) or {}).get("manifest")
+    found = job.told(root)
+    made, data = found.get("manifest"), data_root / (job.dataset.folder or job.dataset.name)
+    for split in ("val", "test"):
+        scored = (found.get("record") or {}).get(f"{split} split")
+        if scored is not None and scored != Manifest.load_split(str(data), split).hash:
+            raise UserError(
+                f"{place} was scored on another {split} split than {data} holds: {cure}"
+            )
     if made is not None and not (job.stage == "decoder" and "--decoder.data" in command):
-        data = data_root / (job.dataset.folder or job.dataset.name)
         splits = ["train"] if job.stage == "finetune" else ["train", UNLABELLED]
         there = [s for s in splits if (data / s / FILE).exists()]
         if made not in [Manifest.load_split(str(data), s).hash for s in there]:

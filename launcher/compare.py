@@ -5,7 +5,7 @@ from the further pre-trained one, and from the self-distilled one.
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -28,7 +28,10 @@ _LOWER = ("_loss", "_ece")
 
 @dataclass(frozen=True)
 class Row:
-    """One method's figures: shares in 0..1, seconds of all its stages (one fine-tuning)."""
+    """One method's figures: shares in 0..1, seconds of all its stages (one fine-tuning).
+
+    `each` has those of its seeds, in the order of `seeds`; both are empty where they are not known.
+    """
 
     method: str
     metric: str
@@ -36,6 +39,8 @@ class Row:
     std: float | None
     n: int
     seconds: float
+    each: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
 
 
 def _methods(run: Path) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -74,7 +79,9 @@ def rows(run: Path, metric: str | None = None) -> list[Row]:
             results = map(read_result, run.glob(f"{pattern}/{RESULT}"))
             seconds += sum(float(one["seconds"]) for one in results)
         std = result.get("std", {}).get(metric)
-        found.append(Row(method, metric, float(result["metrics"][metric]), std, n, seconds))
+        each = tuple(result.get("each", {}).get(metric, ()))
+        row = Row(method, metric, float(result["metrics"][metric]), std, n, seconds)
+        found.append(replace(row, each=each, seeds=tuple(result.get("seeds", ()))))
     if not found:
         below = {p.parents[1] for _, stage, _ in METHODS for p in run.glob(f"*/{stage}/{RESULT}")}
         cure = "run engine/run.py --stage all --compare true first"
@@ -118,8 +125,8 @@ def chosen(run: Path, metric: str | None) -> list[str]:
 def verdicts(found: list[Row]) -> list[str]:
     """In words, how the best method stands to each of the others.
 
-    A difference within the larger of the two standard deviations over the seeds is called none:
-    another choice of seeds may turn it round.
+    Only a difference that Student's t tells from chance counts as one, after Bonferroni's
+    correction for all pairs of methods: which one is the best is known from the same scores.
 
     Args:
         found: one metric of each method.
@@ -140,11 +147,35 @@ def verdicts(found: list[Row]) -> list[str]:
             said.append(f"{best.method} and {row.method} are equal")
         elif row.std is None or best.std is None:
             said.append(f"{apart}, with one seed: that may be chance (--finetune.seeds 5)")
-        elif abs(best.mean - row.mean) <= max(row.std, best.std):
-            said.append(f"{apart}: within the spread of the seeds, which is no difference")
         else:
-            said.append(f"{apart}, more than the seeds' spread")
+            p = min(1.0, _chance(best, row) * len(found) * (len(found) - 1) / 2)
+            shown = f"{p:.2f}" if p >= 0.1 else f"{p:.1g}"
+            if p < 0.05:
+                said.append(f"{apart}, more than the seeds' spread explains (p = {shown})")
+            else:
+                said.append(
+                    f"{apart}: within the spread of the seeds, which is no difference (p = {shown})"
+                )
     return [f"{_title(name)}: {'; '.join(said)}"]
+
+
+def _chance(one: Row, other: Row) -> float:
+    """p-value of a difference: paired t-test over the seeds, or Welch's where they differ.
+
+    1 where it does not vary: scores are counts, of which two or three are easily equal.
+    """
+    from scipy import stats  # half a second to import
+
+    if one.each and one.seeds == other.seeds and len(one.each) == len(other.each) == one.n:
+        apart = [a - b for a, b in zip(one.each, other.each, strict=True)]
+        if max(apart) - min(apart) <= 1e-9:
+            return 1.0
+        return float(stats.ttest_1samp(apart, 0.0).pvalue)
+    if not one.std and not other.std:
+        return 1.0
+    told = ((row.mean, row.std or 0.0, row.n) for row in (one, other))
+    (a, s, n), (b, t, m) = told
+    return float(stats.ttest_ind_from_stats(a, s, n, b, t, m, equal_var=False).pvalue)
 
 
 def _title(metric: str) -> str:

@@ -79,7 +79,7 @@ def embed(
     given = find(inputs, loaded.kind, wanted=wanted, split=split, stdin=stdin)
     say([*loaded.notes, *given.notes], ranks.main)
     size = batch_of(batch, loaded)
-    settings = f"embed, feature {feature}, batch {size}"
+    settings = f"embed, feature {feature}, batch {size}{work.limits(max_pixels)}"
     made_by = {"model": loaded.sha256, "settings": settings, "inputs": given.digest()}
     parts = Parts(place, made_by, given.samples)
 

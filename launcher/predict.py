@@ -78,7 +78,7 @@ def predict(
     size = batch_of(batch, loaded)
     made_by = {
         "model": loaded.sha256,
-        "settings": f"predict, top {top}, batch {size}",
+        "settings": f"predict, top {top}, batch {size}{work.limits(max_pixels)}",
         "inputs": given.digest(),
     }
     parts = Parts(place, made_by, given.samples)

@@ -38,9 +38,11 @@ def main(
     if ranks == 0:
         import torch
 
-        ranks = torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
+        # DeepSpeed's launcher takes all GPUs that are visible; told how many, it takes the first.
+        ranks = 0 if torch.cuda.device_count() else min(2, len(os.sched_getaffinity(0)))
     words = [
-        *("--num_gpus", str(ranks), "--stage", "all", "--compare", "true"),
+        *(("--num_gpus", str(ranks)) if ranks else ()),
+        *("--stage", "all", "--compare", "true"),
         *("--recipe", chosen.recipe, "--data", str(shards), "--output", str(folder / "run")),
     ]
     typed = shlex.join([*training.program().split(), "train", *words])

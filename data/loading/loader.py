@@ -197,6 +197,7 @@ class Sequential(Batches):
             self._spans = [(first, last, batches)]
         else:
             self._spans = [(a, b, math.ceil((b - a) / batch)) for a, b in spans]
+        self._workers = min(self._workers, len(self))  # others would have nothing to read
 
     def __len__(self) -> int:
         return sum(batches for _, _, batches in self._spans)

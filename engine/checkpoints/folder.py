@@ -32,7 +32,7 @@ from selfdistill.engine.checkpoints import card
 from selfdistill.engine.checkpoints.files import write_text
 from selfdistill.engine.checkpoints.provenance import process
 from selfdistill.engine.checkpoints.results import RESULT, read_result
-from selfdistill.engine.checkpoints.state import BEFORE, FREE
+from selfdistill.engine.checkpoints.state import differing
 from selfdistill.engine.config.schema import Config
 from selfdistill.engine.runtime import precision, terminal, zero
 from selfdistill.engine.runtime.distributed import Ranks, few_cores, main_only
@@ -286,10 +286,7 @@ def _check_complete(
         record | {"data": data},
     )
     stage = next(key.split(".")[0] for key in record if key.endswith(".steps"))
-    for key in sorted(made.keys() | record.keys()):
-        old, new = made.get(key, BEFORE.get(key)), record.get(key)
-        if old == new or key.rsplit(".", 1)[-1] in FREE:
-            continue
+    for key, old, new in differing(made, record):
         cure = (
             "give the same, take another --output, or do the stage again with --overwrite true"
             f" --stage {stage}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
@@ -38,6 +39,23 @@ BEFORE = {
     **{f"{stage}.keep": "last" for stage in ("pretrain", "distill", "finetune")},
     **{f"{stage}.patience": 0 for stage in ("pretrain", "distill", "finetune")},
 }
+
+#: What records of then do not name, and nobody knows: it is not compared with them.
+SINCE = ("model_settings", "text.max_length", "val split", "test split")
+
+
+def differing(made: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What keeps two records from being of the same figures: key, value then, value now.
+
+    Args:
+        made: of what is there.
+        now: of this launch.
+    """
+    for key in sorted(made.keys() | now.keys()):
+        old, new = made.get(key, BEFORE.get(key)), now.get(key)
+        unknown = key in SINCE and key not in made
+        if old != new and not unknown and key.rsplit(".", 1)[-1] not in FREE:
+            yield key, old, new
 
 
 @dataclass

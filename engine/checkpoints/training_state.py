@@ -245,8 +245,11 @@ def _copy(tensor: Tensor, name: str, buffers: dict[str, Tensor] | None) -> Tenso
     if buffers is None:
         return torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
     if name not in buffers:
-        pinned = tensor.is_cuda
-        buffers[name] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=pinned)
+        try:
+            made = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
+        except RuntimeError:  # the host has no more memory to lock, which CUDA calls its own
+            made = torch.empty(tensor.shape, dtype=torch.float32)
+        buffers[name] = made
     return buffers[name].copy_(tensor)
 
 

@@ -129,6 +129,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _graphs(self) -> Config:
+        for stage in ("decoder", "pretrain", "distill", "finetune"):
+            parts = getattr(self, stage).accumulation
+            if self.compile and self.compile_mode != "default" and parts > 1:
+                raise ValueError(
+                    f"compile_mode {self.compile_mode}: not with {stage}.accumulation {parts}: its"
+                    " CUDA graphs write each micro-batch's gradients over those before"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _saved_locally(self) -> Config:
         every = self.save_local_every
         if (self.save_local is None) != (every is None):

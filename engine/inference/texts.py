@@ -23,9 +23,9 @@ from selfdistill.engine.models.source import read_safetensors
 from selfdistill.engine.models.texts import sentences
 from selfdistill.engine.models.texts.classifier import OWN_POOLING, TextClassifier
 from selfdistill.engine.models.texts.language import TextEncoder, build
+from selfdistill.engine.models.texts.tokenizer import foreign
 from selfdistill.engine.models.texts.weights import (
     Language,
-    foreign,
     load_encoder,
     load_language,
     read_network,

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from selfdistill.data.cli import machine_error
 from selfdistill.data.errors import UserError
+from selfdistill.data.formats import images
 from selfdistill.data.inputs.base import Inputs
 from selfdistill.engine.inference.batches import ERRORS, NAMES, ListedBatches, workers_of
 from selfdistill.engine.inference.model import Loaded
@@ -34,6 +35,11 @@ _BETWEEN = 30.0
 
 #: From a batch and the number of its readable inputs: their rows, and their vectors if any.
 Compute = Callable[[dict[str, Any], int], tuple[list[Row], NDArray[Any] | None]]
+
+
+def limits(max_pixels: int) -> str:
+    """What another limit than the usual adds to the settings of parts: it decides about errors."""
+    return "" if max_pixels == images.MOST_PIXELS else f", pictures up to {max_pixels} pixels"
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,8 @@ class Watchdog:
     def _someone_works(self, pulses: dict[int, dict[str, Any]]) -> bool:
         """Whether another rank makes progress, for which this one waits."""
         return any(
-            time.time() - pulse["time"] < 4 * self.interval and pulse["silent"] < self.seconds / 2
+            time.time() - pulse["time"] < 4 * self.interval
+            and pulse["silent"] < self.seconds * (_DATA_PATIENCE if pulse.get("data") else 0.5)
             for pulse in pulses.values()
         )
 
@@ -157,6 +158,7 @@ class Watchdog:
             "begun": self.begun,
             "at": _innermost(frame),
             "waits": _in_collective(frame),
+            "data": _waits_for_data(frame),
         }
         with fresh(draft) as written:
             json.dump(content, written)
@@ -245,7 +247,7 @@ def _last_collectives() -> bytes | None:
 
 
 def _waits_for_data(frame: FrameType | None) -> bool:
-    return any(f.f_code.co_filename.endswith("data/loading/loader.py") for f in _stack(frame))
+    return any(f.f_code.co_filename.endswith("data/loading/batches.py") for f in _stack(frame))
 
 
 def _stack(frame: FrameType | None) -> list[FrameType]:

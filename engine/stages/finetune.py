@@ -226,6 +226,8 @@ class Finetune(Stage):
         self.regularizer = REGULARIZERS[run.config.finetune.regularizer](run, base)
         plan = run.config.finetune
         record = {"start": base.sha256} | self.regularizer.record()
+        scored = ("val", "test") if plan.test else ("val",)
+        record |= {f"{k} split": self.splits[k].hash for k in scored if k in self.splits}
         if plan.judged:
             check_judge(run.config, self.splits)
             record["finetune.eval_every"] = plan.eval_every

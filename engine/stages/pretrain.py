@@ -169,7 +169,9 @@ def initial(run: Run, modality: Modality) -> Any:
             " spoils the encoder in its first steps; --stage decoder trains one before"
         )
         return base
-    if (made.get("record") or {}).get("model") != base.sha256:
+    record = made.get("record") or {}
+    settings = record.get("model_settings", base.settings)  # it is not known of former ones
+    if (record.get("model"), settings) != (base.sha256, base.settings):
         raise UserError(
             f"{run.folder / DECODER} is the decoder of another encoder than {base.origin}: give the"
             " model that it was trained for, or another --output"

@@ -60,12 +60,16 @@ def parameter_groups(module: nn.Module, stage: str, plan: StageSection) -> list[
     return [g for g in groups if g["params"]]
 
 
+#: In names of norms before the first layer: CLIP's, and DeBERTa's of its relative positions.
+_BELOW = ("embed", "norm_pre", "encoder.LayerNorm")
+
+
 def layer_scales(module: nn.Module, encoder: Any, decay: float) -> dict[Tensor, float]:
     """Factors of the parameters' rates: 1 of the head, `decay` of the last layer, and so on down.
 
     As timm's `param_groups_layer_decay` has it, after BEiT (Bao et al. 2022): the embeddings are
-    below the first layer, a norm behind the last one belongs to that. What pools belongs to the
-    head.
+    below the first layer, with a norm before it; a norm behind the last one belongs to that. What
+    pools belongs to the head.
 
     Args:
         module: classifier, or its objective.
@@ -78,7 +82,7 @@ def layer_scales(module: nn.Module, encoder: Any, decay: float) -> dict[Tensor, 
     number = dict.fromkeys(module.parameters(), depth + 1)
     for name, parameter in encoder.named_parameters():
         if "pool" not in name:
-            behind = "norm" in name.lower() and "embed" not in name
+            behind = "norm" in name.lower() and not any(part in name for part in _BELOW)
             number[parameter] = depth if behind else 0
     for below, layer in enumerate(layers):
         number |= dict.fromkeys(layer.parameters(), below + 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from selfdistill.experiments import results
 from selfdistill.experiments.report.blocks import (
     Block,
@@ -170,8 +172,8 @@ def in_short(contents: Contents) -> list[str]:
         other = contents.methods[against].title
         pooled = one.pooled
         parts = []
-        if pooled.n > 1:
-            low, high = pooled.interval()
+        low, high = pooled.interval()
+        if math.isfinite(low):
             row = {
                 1: "which lies above 0",
                 -1: "which lies below 0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -154,7 +155,7 @@ def forest(
         caption: below the last of them.
     """
     samples = [branch.sample for branches in groups.values() for branch in branches]
-    ends = [end for s in samples for end in (s.interval() if s.n > 1 else (s.mean,) * 2)]
+    ends = [end for s in samples for end in (s.mean, *s.interval()) if math.isfinite(end)]
     low, high = min([*ends, -matters]), max([*ends, matters])
     margin = 0.04 * (high - low) or 1.0
     parts: list[dict[str, list[Branch]]] = [{}]

@@ -85,6 +85,8 @@ def interval(sample: Interval, digits: int = 2) -> str:
     if sample.n < 2:
         return ""
     low, high = sample.interval()
+    if math.isnan(low):
+        return "no interval: all equal"
     return f"[{plain(low, digits)},{TIED}{plain(high, digits)}]"
 
 

@@ -220,12 +220,14 @@ def add_up(me: Task, timeout: float) -> list[Line]:
     from selfdistill.engine.runtime.network import prefer_interface
 
     lines = []
+    store: TCPStore | None = None
     patience = timedelta(seconds=timeout)
     env = {"MASTER_ADDR": me.address, "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": str(me.tasks)}
     for backend in ("gloo", "nccl") if torch.cuda.is_available() else ("gloo",):
         name = f"sum over {backend}"
         try:
-            store = TCPStore(me.address, me.port, me.tasks, me.rank == 0, patience)
+            if store is None:  # one for both: it listens as long as it lives
+                store = TCPStore(me.address, me.port, me.tasks, me.rank == 0, patience)
             prefer_interface(os.environ | env, store)
             dist.init_process_group(
                 backend,

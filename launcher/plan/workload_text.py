@@ -21,7 +21,8 @@ from selfdistill.engine.models.texts.language import (
     MaskedLanguageModel,
     cuts,
 )
-from selfdistill.engine.models.texts.weights import Language, load_tokenizer
+from selfdistill.engine.models.texts.tokenizer import load_tokenizer
+from selfdistill.engine.models.texts.weights import Language
 from selfdistill.engine.monitoring.flops import Part, Stage, TeacherMode
 from selfdistill.engine.training.modalities.text import TextModality
 from selfdistill.launcher.plan.activations import (

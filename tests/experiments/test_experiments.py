@@ -230,6 +230,31 @@ def test_a_methods_own_grid_replaces_the_profiles(root: Path) -> None:
         assert job.options(root / "nowhere")["finetune.lr"] == options["finetune.lr"]
 
 
+def test_what_is_tuned_as_another_takes_over_its_own_grid_too(root: Path) -> None:
+    my = root / "my"
+    spec(
+        my, "methods", "kept", 'title="x"\nstart="model"\n[search]\n"finetune.dropout"=[0.0, 0.2]\n'
+    )
+    spec(my, "methods", "variant", 'title = "x"\nstart = "model"\ntuned_as = "kept"\n')
+    make_table(my, "taken", ["kept", "variant"], ["colours"])
+    kept, variant = (cell.job.choices for cell in plan(root, "taken").cells)
+    assert [choice.name for choice in variant] == ["colours/kept"] * 2
+    names = [[[job.name for _, job in one.candidates] for one in each] for each in (kept, variant)]
+    assert names[0] == names[1]
+
+
+def test_an_option_may_be_said_and_searched(root: Path) -> None:
+    """As that of `l2_to_start`, whose other candidates need a value of it, too."""
+    both = '"finetune.dropout" = 0.1\n[search]\n"finetune.dropout" = [0.0, 0.2]\n'
+    spec(root / "my", "methods", "both", f'title = "x"\nstart = "model"\n[options]\n{both}')
+    make_table(root / "my", "said", ["both"], ["colours"])
+    (cell,) = plan(root, "said").cells
+    rates, dropouts = cell.job.choices
+    assert [o for o, _ in dropouts.candidates] == [{"finetune.dropout": v} for v in (0.0, 0.2)]
+    tried = [job.options(root / "nowhere") for _, job in rates.candidates]
+    assert [one["finetune.dropout"] for one in tried] == [0.1, 0.1]
+
+
 def test_a_rows_own_value_changes_nothing_of_its_methods_search(root: Path) -> None:
     """Whichever of the two is planned first."""
     my = root / "my"

@@ -90,9 +90,12 @@ def test_a_mean_of_pipelines_varies_as_their_means_do() -> None:
     assert one.interval() == pytest.approx((low, high))
     f, _ = stats.f_oneway(*told)
     assert one.within**2 == pytest.approx(4 * means.var(ddof=1) / f)
-    other = Sample({seed: value - 1 for seed, value in one.values.items() if seed < 200})
+    # Pipeline 0 is 1 behind, pipeline 1 is 1.01 behind.
+    other = Sample({s: v - 1 - s / 1e4 for s, v in one.values.items() if s < 200})
     assert one.minus(other).values.keys() == other.values.keys()
     assert (one.minus(other).sign, one.minus(other).count) == (1, "2 × 4")
+    equal = Sample({seed: value - 1 for seed, value in one.values.items() if seed < 200})
+    assert one.minus(equal).sign == 0, "equal differences are no certain ones"
     uneven = Sample({0: 1.0, 1: 3.0, 100: 5.0})
     assert (uneven.mean, uneven.count) == (3.5, "2 × 2/1")
 
@@ -200,6 +203,16 @@ def test_a_stage_that_diverges_loses_its_candidate(deep: Path, tmp_path: Path) -
     other = jobs["colours/search/pretrain/lr=0.0001,scored"]
     finish(tmp_path, other)
     assert jobs["colours/pretrain"].options(tmp_path)["pretrain.lr"] == 1e-4
+
+
+@pytest.mark.parametrize("name", ["xray", "scierc"])
+@pytest.mark.parametrize("table", ["table3", "table5", "shortcuts"])
+def test_rivals_and_ablations_have_as_many(table: str, name: str, tmp_path: Path) -> None:
+    sets = pack(tmp_path / "shards", name)
+    plan = Sweep(tmp_path / "s", "real", sets, None, []).plan([Asked(table, (name,))])
+    lines = experiments_run.costs(plan)
+    assert len(lines) > 2
+    assert all(": 9 candidates" in line for line in lines[:-1]), lines
 
 
 @pytest.mark.parametrize("table", ["table1", "table2"])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from selfdistill.data.errors import UserError
+from selfdistill.data.shards.manifest import Manifest
 from selfdistill.experiments import results, state
 from selfdistill.experiments import run as experiments_run
 from selfdistill.experiments.local import Local
@@ -56,7 +57,19 @@ def test_what_was_made_otherwise_is_refused(root: Path, tmp_path: Path) -> None:
     (tmp_path / job.leaves / "result.json").write_text(json.dumps(result))
     with pytest.raises(UserError, match="learnt from other data"):
         begin("--finetune.lr", "0.002")
+    # Of several seeds each tells it, and their summary does not.
     (tmp_path / job.leaves / "result.json").unlink()
+    seed = tmp_path / job.leaves / "seed-0" / "result.json"
+    seed.parent.mkdir()
+    seed.write_text(json.dumps(result))
+    with pytest.raises(UserError, match="learnt from other data"):
+        begin("--finetune.lr", "0.002")
+    result["manifest"] = Manifest.load_split(str(shards / job.dataset.name), "train").hash
+    seed.write_text(json.dumps(result | {"record": {"test split": "another"}}))
+    with pytest.raises(UserError, match="scored on another test split than"):
+        begin("--finetune.lr", "0.002")
+    seed.unlink()
+    result["manifest"] = "of other data"
     # A first stage that was made of a set that has been packed anew since.
     (first,) = job.needs
     state.begin(tmp_path, first, ["--stage", "pretrain"], shards)
@@ -229,3 +242,18 @@ def test_a_job_that_is_being_started_is_told_to_stop(
     job: Any = SimpleNamespace(name="x", command=lambda *_: ["--stage", "all"])
     local._start(job, {})
     assert told == [signal.SIGTERM]
+
+
+def test_a_sweep_takes_the_gpus_that_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of a host's eight; the others are somebody else's. (There is no GPU here.)"""
+    nothing: Any = SimpleNamespace(data_root=tmp_path)
+    local = Local(tmp_path, nothing, ranks=1, slots=2, hours=0)
+    monkeypatch.setattr(local, "devices", 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert [local._environment(k)["CUDA_VISIBLE_DEVICES"] for k in range(3)] == ["2", "5", "2"]
+    monkeypatch.setattr(local, "ranks", 2)
+    assert "localhost:2,5" in local._launcher(0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert "localhost:0,1" in local._launcher(0)

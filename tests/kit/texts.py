@@ -131,7 +131,9 @@ def config_of(kind: str, vocabulary: int) -> PreTrainedConfig:
         "modernbert": ModernBertConfig,
         "eurobert": EuroBertConfig,
     }[kind]
-    more = {"tie_word_embeddings": True} if kind == "eurobert" else {}
+    # A window that is smaller than the texts: of a larger one layers never know.
+    own = {"eurobert": {"tie_word_embeddings": True}, "modernbert": {"local_attention": 8}}
+    more: dict[str, Any] = own.get(kind, {})
     return factory(
         **more,
         vocab_size=vocabulary,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.models.images.types.base import IMAGENET_MEAN, IMAGENET_STD, Tensors
 from selfdistill.engine.models.images.vit_mae import ViTMAE, position_table
 from selfdistill.engine.models.source import locate
+
+#: Of a shape's fields, those that change nothing of the encoder.
+_APART = ("decoder_", "mask_ratio", "normalize_pixels")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,18 @@ class Pretrained:
     origin: str
     sha256: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> str:
+        """sha256 of what the encoder computes with beside its tensors."""
+        told = {
+            one.name: getattr(self.shape, one.name)
+            for one in fields(self.shape)
+            # Those at their default are left out, so that a later field changes no hash of before.
+            if not one.name.startswith(_APART) and getattr(self.shape, one.name) != one.default
+        }
+        content = json.dumps([told, self.mean, self.std], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     @classmethod
     def fresh(cls, model: ViTMAE) -> Pretrained:

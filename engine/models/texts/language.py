@@ -116,6 +116,8 @@ AttentionMaskInterface.register(_SDPA, sdpa_mask)
 def build(factory: Any, config: PreTrainedConfig) -> Any:
     """A fresh model in fp32, with SDPA attention where its class has it (transformers chooses)."""
     model = factory.from_config(config, dtype=torch.float32)
+    # On GPUs cuDNN plans anew for each shape of a batch, and those of texts are many.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(_SDPA)
     return model
@@ -131,6 +133,9 @@ class Inputs:
         # transformers asks a mask of two dimensions whether it masks anything, and so waits for the
         # device; one that is ready it takes as it is, where attention is PyTorch's own.
         self.ready = getattr(encoder.config, "_attn_implementation", "") == _SDPA
+        # ModernBERT's layers of a window would take one that is ready for theirs.
+        windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        self.window = int(config.sliding_window) if windowed else None
 
     def __call__(
         self,
@@ -152,8 +157,15 @@ class Inputs:
         kinds = token_type_ids
         found: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self.ready:
-            whole = unpadded is not None
-            found["attention_mask"] = None if whole else attention_mask[:, None, None].bool()
+            mask = None if unpadded is not None else attention_mask[:, None, None].bool()
+            found["attention_mask"] = mask
+            if self.window is not None:
+                place = torch.arange(input_ids.shape[1], device=input_ids.device)
+                near = (place[:, None] - place).abs() <= self.window
+                found["attention_mask"] = {
+                    "full_attention": mask,
+                    "sliding_attention": near[None, None] if mask is None else near & mask,
+                }
         if packed_at is not None:
             width, empty, at = input_ids.shape[1], packed_at < 0, packed_at.clamp(min=0)
             text = (at // width).masked_fill(empty, -1)

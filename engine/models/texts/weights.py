@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
-    AutoTokenizer,
     PreTrainedConfig,
     RobertaConfig,
 )
 
-from selfdistill.data.cli import format_error
 from selfdistill.data.errors import UserError
 from selfdistill.data.files import regular
 from selfdistill.data.records import read_object
@@ -30,14 +28,28 @@ from selfdistill.engine.models.texts import sentences
 from selfdistill.engine.models.texts.fresh import fresh_roberta
 from selfdistill.engine.models.texts.language import HEADS
 from selfdistill.engine.models.texts.sentences import Pooling, Sentences
+from selfdistill.engine.models.texts.tokenizer import foreign, load_tokenizer, tokenizer_hash
 
 #: Files that a model's folder on the hub may have beside its weights.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
 
-#: Times that a tokenizer's replacements may lengthen a text.
-_GROWTH = 100
 #: Models that number positions from pad_token_id + 1.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
+
+
+#: Of a configuration, what changes nothing of the encoder: names, versions, the last head.
+_APART = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "problem_type",
+    "use_cache",
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,15 @@ class Language:
     sha256: str
     pooling: Pooling = "cls"
     sentences: Sentences | None = None
+
+    @property
+    def settings(self) -> str:
+        """sha256 of what the encoder computes with beside its tensors, its tokenizer among them."""
+        told = {k: v for k, v in self.config.to_diff_dict().items() if k not in _APART}
+        content = json.dumps(
+            [told, tokenizer_hash(self.tokenizer), self.pooling], sort_keys=True, default=str
+        )
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 def read_network(auto: Any, folder: Path, config: PreTrainedConfig) -> tuple[Any, dict[str, Any]]:
@@ -143,23 +164,6 @@ def load_language(source: str, max_length: int | None = None) -> Language:
     return replace(record, pooling=pooling if told is None else told.pooling, sentences=told)
 
 
-@contextmanager
-def foreign(what: str, cure: str) -> Iterator[None]:
-    """Turns what transformers and its tokenizers raise on folders that they did not write.
-
-    Those in Rust raise bare exceptions, and panic beside `Exception`.
-
-    Raises:
-        UserError: in place of it.
-    """
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, UserError):
-        raise
-    except BaseException as error:
-        raise UserError(f"{what}: {format_error(error)[:200]}: {cure}") from error
-
-
 def _check_settings(settings: dict[str, Any], source: str) -> None:
     """Refuses weights that are no plain numbers, and sizes that no model has.
 
@@ -221,62 +225,6 @@ def fresh_language(
     """
     model = fresh_roberta(config, tokenizer.mask_token_id, counts)
     return _record(config, tokenizer, model, max_length, "scratch", headless=False)
-
-
-def _check_growth(path: Path, source: str) -> None:
-    """Refuses a tokenizer whose replacements make much of little: a word could fill the memory.
-
-    Raises:
-        UserError: a text may grow more than `_GROWTH` times.
-    """
-    if not path.is_file():
-        return
-    content = read_object(path)
-    growth, steps = 1.0, [content.get("normalizer")]
-    while steps:
-        step = steps.pop()
-        inner = step.get("normalizers") if isinstance(step, dict) else None
-        steps += inner if isinstance(inner, list) else []
-        if isinstance(step, dict) and isinstance(step.get("content"), str):
-            pattern = step.get("pattern")
-            found = pattern.get("String") if isinstance(pattern, dict) else None
-            length = len(found) if isinstance(found, str) and found else 1
-            growth *= max(1.0, len(step["content"]) / length)
-    if growth > _GROWTH:
-        raise UserError(
-            f"the tokenizer of {source} replaces letters by up to {growth:.0g} others: take the one"
-            " that the model was trained with"
-        )
-
-
-def load_tokenizer(folder: str, source: str) -> Any:
-    """The tokenizer of a folder.
-
-    Raises:
-        UserError: it has none, or one without padding or a first token.
-    """
-    if not Path(folder).is_dir():
-        raise UserError(f"there is no tokenizer at {source}: give its folder")
-    cure = "put tokenizer.json, or vocab.json and merges.txt, beside its weights"
-    _check_growth(Path(folder) / "tokenizer.json", source)
-    with foreign(f"{source} has no tokenizer that can be read", cure):
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
-    for name, number in ids.items():
-        if number is None:
-            raise UserError(
-                f"the tokenizer of {source} has no {name} token: take the one that the model was"
-                " trained with"
-            )
-    with foreign(f"the tokenizer of {source} is broken", cure):
-        tokenizer(["a b", "a"], padding=True)  # some fail at their first text alone
-        longest = int(min(tokenizer.model_max_length, 2**31))
-        _ = max(tokenizer.get_vocab().values())
-    if longest < 3:
-        raise UserError(f"the tokenizer of {source} takes {longest} tokens: correct its config")
-    return tokenizer
 
 
 def _record(

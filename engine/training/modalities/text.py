@@ -29,12 +29,12 @@ from selfdistill.engine.models.texts.language import (
     with_dropout,
 )
 from selfdistill.engine.models.texts.sentences import Sentences
+from selfdistill.engine.models.texts.tokenizer import load_tokenizer
 from selfdistill.engine.models.texts.weights import (
     Language,
     fresh_language,
     load_encoder,
     load_language,
-    load_tokenizer,
 )
 from selfdistill.engine.monitoring import flops, texts
 from selfdistill.engine.monitoring.monitor import Monitor
@@ -294,6 +294,10 @@ class TextModality(Modality):
             "text": text.model_dump(exclude={"packed", "split", "overlap"}),
             **words,
         }
+
+    def told(self, base: Language) -> dict[str, Any]:
+        """See `Modality`."""
+        return {"model_settings": base.settings, "text.max_length": base.max_length}
 
     def count(self, batch: Batch) -> int:
         """See `Modality`."""

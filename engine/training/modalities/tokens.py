@@ -41,7 +41,7 @@ class Encoder:
         # Special tokens before a text.
         special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
         self.head = special.index(0) if 0 in special else 0
-        if words and (not tokenizer.is_fast or len(set(self._places(tokenizer("a b")))) < 2):
+        if words and (not tokenizer.is_fast or len(set(tokenizer("a b").word_ids()) - {None}) < 2):
             raise UserError(
                 f"--mlm.whole_word true: the tokenizer of {origin} does not tell words apart: take"
                 " a model with a fast tokenizer (tokenizer.json), or leave it out"

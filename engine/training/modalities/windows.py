@@ -24,6 +24,7 @@ from selfdistill.data.loading.windows import Windows
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.files import fsync, write_text
 from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.models.texts.tokenizer import tokenizer_hash
 from selfdistill.engine.runtime.distributed import main_only
 
 FOLDER = "windows"
@@ -82,7 +83,7 @@ def windows_of(
         return [begin for begin, _ in found["offset_mapping"]]
 
     def kept() -> tuple[Path, bool]:
-        content = [manifest.hash, room, _fingerprint(tokenizer)]
+        content = [manifest.hash, room, tokenizer_hash(tokenizer)]
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         file = run.folder / FOLDER / f"{key[:16]}.json"
         return file, file.exists()
@@ -112,16 +113,6 @@ def windows_of(
         f" {made.samples} windows of at most {max_length} tokens; tokens left out: {left}"
     )
     return made
-
-
-def _fingerprint(tokenizer: Any) -> str:
-    """Hash of what a tokenizer does with a text."""
-    if tokenizer.is_fast:
-        content = json.loads(tokenizer.backend_tokenizer.to_str())
-        content = {k: v for k, v in content.items() if k not in ("truncation", "padding")}
-    else:
-        content = tokenizer.get_vocab()
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _count(run: Run, manifest: Manifest, starts: windows.Starts, room: int, file: Path) -> None:

@@ -114,7 +114,8 @@ def of_sets(
     columns = [part.T.astype(np.float32) for part in (labels & predicted, labels, predicted)]
     for weights in _weights(n, draws, rng):
         both, true, said = (column @ weights for column in columns)
-        macro.append(_ratio(2 * both, true + said).mean(0))
+        occurs = np.maximum(1, (true + said > 0).sum(0))
+        macro.append(_ratio(2 * both, true + said).sum(0) / occurs)
         micro.append(_ratio(2 * both.sum(0), true.sum(0) + said.sum(0)))
     values = {"macro_f1": np.concatenate(macro), "micro_f1": np.concatenate(micro)}
     ranked = list(zip(labels.T, probabilities.T, strict=True))

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+#: How an F1 is taken over classes.
+Average = Literal["macro", "micro"]
 #: Bins of confidence, of equal width, in which calibration is looked at (Guo et al., 2017: 15).
 BINS = 15
 #: A class of a set of labels is predicted from this probability on.
@@ -109,20 +111,39 @@ def of_sets(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
 
     Returns:
         accuracy: share of samples all of whose classes are right (subset accuracy). macro_f1 (over
-        all classes), micro_f1: at `THRESHOLD`. average_precision: its mean over the classes that
-        have samples (mAP). auroc: likewise. ece: of all decisions.
+        the classes that occur, as label or prediction), micro_f1: at `THRESHOLD`.
+        average_precision: its mean over the classes that have samples (mAP). auroc: likewise. ece:
+        of all decisions.
     """
-    from sklearn.metrics import accuracy_score, f1_score
+    from sklearn.metrics import accuracy_score
 
     labels = np.asarray(labels, bool)
     predicted = probabilities >= THRESHOLD
     found = {"accuracy": float(accuracy_score(labels, predicted))}
-    for average in ("macro", "micro"):
-        score = f1_score(labels, predicted, average=average, zero_division=0)
-        found[f"{average}_f1"] = float(score)
+    for average in get_args(Average):
+        found[f"{average}_f1"] = f1_of_sets(labels, predicted, average)
     found |= _ranking(zip(labels.T, probabilities.T, strict=True))
     bins = reliability(labels.ravel(), probabilities.ravel())
     return found | {"ece": calibration_error(bins)}
+
+
+def f1_of_sets(labels: np.ndarray, predicted: np.ndarray, average: Average) -> float:
+    """F1 over the classes that occur, as label or prediction; 0 where none does.
+
+    Args:
+        labels: bool [n, C].
+        predicted: bool [n, C].
+        average: macro, the mean of the classes'; micro, of all decisions together.
+    """
+    from sklearn.metrics import f1_score
+
+    occurs = labels.any(0) | predicted.any(0)
+    if not occurs.any():
+        return 0.0
+    labels, predicted, how = labels[:, occurs], predicted[:, occurs], str(average)
+    if occurs.sum() == 1:  # of one column scikit-learn makes two classes, yes and no
+        labels, predicted, how = labels.ravel(), predicted.ravel(), "binary"
+    return float(f1_score(labels, predicted, average=how, zero_division=0))
 
 
 def by_class(confusion: np.ndarray) -> list[OfClass]:

@@ -22,6 +22,7 @@ from selfdistill.engine.runtime.distributed import main_only, sent, total
 from selfdistill.engine.training.modalities.base import Modality, Pooled
 from selfdistill.engine.training.objectives import pick
 from selfdistill.engine.training.scoring.evaluation import scored_batch
+from selfdistill.engine.training.scoring.metrics import f1_of_sets
 from selfdistill.engine.training.teacher import view
 
 #: Neighbours that vote, where the classes have as many samples.
@@ -187,8 +188,12 @@ def judge(
         if metric == "accuracy":
             figures[name] = float(accuracy_score(val_labels, found))
         else:
-            average = metric.removesuffix("_f1")
-            figures[name] = float(f1_score(val_labels, found, average=average, zero_division=0))
+            average: Any = metric.removesuffix("_f1")
+            figures[name] = (
+                f1_of_sets(val_labels, found.astype(bool), average)
+                if val_labels.ndim > 1
+                else float(f1_score(val_labels, found, average=average, zero_division=0))
+            )
     figures["rank"] = float(np.exp(entropy(np.linalg.svd(train, compute_uv=False))))
     figures["spread"] = float(normalize(train).std(axis=0).mean())
     return figures

@@ -52,8 +52,8 @@ def _ran(contents: Contents) -> list[Block]:
         return [Text(["Nothing is complete yet."])]
     methods = list(dict.fromkeys(o.cell.method.title for o in done))
     sets = list(dict.fromkeys(o.cell.dataset.title for o in done))
-    counts = sorted({o.sample("score").count for o in done})
-    seeds = " to ".join(dict.fromkeys((counts[0], counts[-1])))
+    samples = sorted((o.sample("score") for o in done), key=lambda one: (one.n, one.count))
+    seeds = " to ".join(dict.fromkeys((samples[0].count, samples[-1].count)))
     if any(len(o.cell.jobs) > 1 for o in done):
         seeds += " (pipelines × each)"
     asked = {
@@ -219,8 +219,8 @@ def _against(one: Judged, first: str, second: str) -> str:
     told = {
         "supported": "the first scores higher",
         "not supported": one.reason,
-        "can't tell": f"it can't be told; {plain(MATTERS, 0)}{TIED}point matters, and"
-        f" {plain(one.detects, 1)} would be seen",
+        "can't tell": f"it can't be told; {plain(MATTERS, 0)}{TIED}point matters"
+        + (f", and {plain(one.detects, 1)} would be seen" if math.isfinite(one.detects) else ""),
     }
     low_high = interval(e)
     return f"{head} {signed(e.mean)} points {low_high}: {told[one.word]}."

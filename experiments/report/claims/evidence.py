@@ -117,13 +117,13 @@ class Finding:
 
     @functools.cached_property
     def design(self) -> Design | None:
-        """What was planned, with the baseline's spread; None where that is not known yet."""
+        """What was planned, with the baseline's spread; None where that is not known, or 0."""
         if self.test.against:
             return None
         outcomes = [p.outcome for p in self._base if p.outcome is not None and not p.state]
         known = [units(o, self.test.key, self.test.log) for o in outcomes]
         spreads = [u.variance for u in known if u.n > 1]
-        if not spreads:
+        if not any(spreads):
             return None
         weights = tuple(p.weight for p in self.parts)
         return Design(weights, self.planned, self.paired, math.sqrt(float(np.mean(spreads))))

@@ -196,6 +196,13 @@ def _heading(one: Judged) -> str:
 # --- tables
 
 
+def _probability(p: float) -> str:
+    """Three digits, or more where they would hide on which side of 0.05 it lies."""
+    if math.isnan(p) or p < 0.001:
+        return NONE if math.isnan(p) else "<0.001"
+    return plain(p, 3 if abs(p - ALPHA) >= 0.0005 else 6)
+
+
 def _table(contents: Contents, test: Contrast, mine: Sequence[Judged]) -> list[Block]:
     pair = bool(test.b) and test.along is None
     titles = [part.title for part in mine[0].finding.parts]
@@ -216,7 +223,7 @@ def _table(contents: Contents, test: Contrast, mine: Sequence[Judged]) -> list[B
             digits = 2 if test.key == "score" else decimals(max(abs(e.mean), e.error))
             kind = f" ({e.n}{many}, {'paired' if e.paired else 'Welch'})"
             row.append(Entry(signed(e.mean, digits), interval(e, digits) + kind))
-            row.append(Entry("<0.001" if one.p < 0.001 else plain(one.p, 3)))
+            row.append(Entry(_probability(one.p)))
         row.append(Entry(NONE if math.isnan(one.detects) else _number(one.detects, test)))
         row.append(Entry(one.word, f"({one.reason})", STYLES[one.word]))
         lines.append(Line(row))

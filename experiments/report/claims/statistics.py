@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 from scipy import optimize, stats
 
+from selfdistill.experiments.results import varied
+
 ALPHA, POWER = 0.05, 0.8
 #: Beyond so many units a design is not looked at.
 MOST = 200
@@ -61,13 +63,22 @@ class Estimate:
     n: int
     paired: bool
 
+    @property
+    def varied(self) -> bool:
+        """Whether there is an interval; see `results.varied`."""
+        return varied(self.mean, self.error)
+
     def interval(self, level: float = 1 - ALPHA) -> tuple[float, float]:
-        """Student's confidence interval."""
+        """Student's confidence interval; NaN where there is none."""
+        if not self.varied:
+            return math.nan, math.nan
         half = float(stats.t.ppf((1 + level) / 2, self.df)) * self.error
         return self.mean - half, self.mean + half
 
     def p(self, bound: float = 0.0) -> float:
-        """Two-sided p-value of the number being `bound`."""
+        """Two-sided p-value of the number being `bound`; 1 without an interval."""
+        if not self.varied:
+            return 1.0
         if self.error == 0:
             return float(self.mean == bound)
         return float(2 * stats.t.sf(abs(self.mean - bound) / self.error, self.df))
@@ -159,7 +170,7 @@ class Design:
         weights: of the cells.
         n: repetitions of each.
         paired: whether they are the same ones.
-        spread: standard deviation of the baseline's.
+        spread: standard deviation of the baseline's, above 0.
     """
 
     weights: tuple[float, ...]
@@ -176,11 +187,9 @@ class Design:
         return float(stats.nct.sf(limit, df, effect / error))
 
     def detects(self, alpha: float = ALPHA) -> float:
-        """The smallest effect that is seen with 80% power; NaN where nothing can be."""
-        if self.n < 2 or not math.isfinite(self.spread):
+        """The smallest effect that is seen with 80% power; NaN where nobody can tell."""
+        if self.n < 2:
             return math.nan
-        if self.spread == 0:
-            return 0.0
         unit = self.spread * math.sqrt(sum(w**2 for w in self.weights) / self.n)
         high = unit
         while self._power(high, self.n, alpha) < POWER:
@@ -193,8 +202,4 @@ class Design:
 
     def needs(self, effect: float, alpha: float = ALPHA) -> int | None:
         """Repetitions that see an effect with 80% power; None for more than `MOST`."""
-        if not math.isfinite(self.spread):
-            return None
-        if self.spread == 0:
-            return 2
         return next((n for n in range(2, MOST + 1) if self._power(effect, n, alpha) >= POWER), None)

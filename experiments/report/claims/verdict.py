@@ -106,6 +106,10 @@ def decide(known: Sequence[Finding]) -> list[Judged]:
             reason = "; ".join(finding.waits) or "no interval: fewer than two repetitions"
             judged.append(Judged(finding, math.nan, "not run", reason, detects, needs))
             continue
+        if not estimate.varied:
+            reason = "every repetition differs by the same: no interval"
+            judged.append(Judged(finding, math.nan, "can't tell", reason, detects, needs))
+            continue
         p, q = told[id(finding)]
         word, reason = _rule(finding.test, estimate, p < ALPHA, q < ALPHA)
         judged.append(Judged(finding, p, word, reason, detects, needs))
@@ -137,10 +141,7 @@ def _rule(test: Contrast, e: Estimate, differs: bool, excluded: bool) -> tuple[W
     if test.expect == "within":
         return _within(test, e, differs, excluded)
     if test.expect == "not_below":
-        # It falls, or it does not: what supports the one speaks against the other.
-        word, reason = _falls(e, differs, excluded)
-        turned: dict[Word, Word] = {"supported": "not supported", "not supported": "supported"}
-        return turned.get(word, word), reason
+        return _not_below(test, e, differs, excluded)
     return _falls(e if test.expect == "below" else -e, differs, excluded, test.expect)
 
 
@@ -157,6 +158,16 @@ def _falls(
     if excluded:
         return "not supported", f"not told from 0, and no difference that matters {side} it"
     return "can't tell", "neither 0 nor a difference that matters is ruled out"
+
+
+def _not_below(test: Contrast, e: Estimate, differs: bool, excluded: bool) -> tuple[Word, str]:
+    if excluded:
+        return "supported", "no difference that matters below 0"
+    if differs and e.mean <= -test.matters:
+        return "not supported", "told from 0: below it, and by as much as matters"
+    if differs:
+        return "can't tell", "told from 0: below it; whether by as much as matters is open"
+    return "can't tell", "a difference that matters below 0 is not ruled out"
 
 
 def _within(test: Contrast, e: Estimate, differs: bool, excluded: bool) -> tuple[Word, str]:

@@ -51,3 +51,11 @@ def test_help_says_both() -> None:
     lines = [line for line in help_text().splitlines() if "image_size" in line]
     assert len(lines) == 2
     assert all("int|HEIGHTxWIDTH" in line for line in lines)
+
+
+def test_cuda_graphs_over_several_micro_batches_are_refused() -> None:
+    asked = {"compile": True, "compile_mode": "reduce-overhead", "pretrain.accumulation": 2}
+    with pytest.raises(UserError, match=r"reduce-overhead: not with pretrain\.accumulation 2"):
+        load(asked)
+    load(asked | {"compile_mode": "default"})
+    load(asked | {"pretrain.accumulation": 1})

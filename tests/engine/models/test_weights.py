@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,18 @@ def test_hash_tells_any_change_apart(saved: Path) -> None:
     with torch.no_grad():
         model.decoder.mask_token[0, 0, 0] += 1e-3
     assert Pretrained.fresh(model).sha256 != weights.sha256
+
+
+def test_settings_tell_what_tensors_do_not(saved: Path) -> None:
+    base = load_pretrained(str(saved))
+    assert base.settings == load_pretrained(str(saved)).settings
+    other = [{"activation": "quick_gelu"}, {"heads": 2 * base.shape.heads}, {"norm_eps": 1e-5}]
+    hashes = {replace(base, shape=replace(base.shape, **one)).settings for one in other}
+    hashes |= {base.settings, replace(base, mean=(0.5, 0.5, 0.5)).settings}
+    assert len(hashes) == 5
+    # What is the decoder's, or a stage's, is not the encoder's.
+    apart = replace(base.shape, decoder_depth=3, mask_ratio=0.5, normalize_pixels=False)
+    assert replace(base, shape=apart).settings == base.settings
 
 
 def test_vit_model_and_classifier_give_the_encoder_alone(tmp_path: Path) -> None:

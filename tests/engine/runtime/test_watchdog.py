@@ -6,10 +6,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, ClassVar
 
+from selfdistill.data.loading.codec import Images
+from selfdistill.data.loading.loader import Loader
+from selfdistill.data.pack import pack
+from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.runtime.preemption import AGAIN
-from selfdistill.engine.runtime.watchdog import Watchdog
-from tests.kit.launches import ROOT, environment
+from selfdistill.engine.runtime.watchdog import Watchdog, _waits_for_data
+from tests.kit.launches import ROOT, environment, make_images
 
 #: Works for a while, then hangs in a function of its own.
 HANGS = """
@@ -108,3 +113,33 @@ def test_who_is_ahead_waits_and_who_is_behind_is_suspect(tmp_path: Path) -> None
     assert not dog._waits(None, dog._pulses())
     (suspect,) = dog.suspects()
     assert "rank 1" in suspect
+
+
+class _Watched(Images):
+    """Notes what the watchdog sees while a sample is read."""
+
+    seen: ClassVar[list[bool]] = []
+
+    def decode(self, *words: Any) -> Any:
+        self.seen.append(_waits_for_data(sys._getframe()))
+        return super().decode(*words)
+
+
+def test_it_knows_a_rank_that_waits_for_its_batch(tmp_path: Path) -> None:
+    assert not _waits_for_data(sys._getframe())
+    pack(str(make_images(tmp_path / "images", train=4)), str(tmp_path / "shards"))
+    split = Manifest.load_split(str(tmp_path / "shards"), "train")
+    loader = Loader(split, batch=4, codec=_Watched(split.size, split.span))
+    next(iter(loader))
+    assert _Watched.seen
+    assert all(_Watched.seen)
+
+
+def test_a_rank_that_waits_for_data_holds_the_others_no_longer_than_its_own_limit(
+    tmp_path: Path,
+) -> None:
+    dog = Watchdog(tmp_path, 0, 2, 100.0)
+    for silent, works in ((40, True), (250, True), (301, False)):
+        pulse = {"time": time.time(), "silent": silent, "data": True}
+        assert dog._someone_works({1: pulse}) is works
+    assert not dog._someone_works({1: {"time": time.time(), "silent": 60, "data": False}})

@@ -83,6 +83,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text: dict[str, object] = {"finetune.crop": None, "text.bucket": 8}
     text |= {"data": str(root / "text" / "shards"), "model": str(root / "text" / "base")}
     cases += [case(root, f"text-{zero}", zero, **text) for zero in ("zero0", "zero3")]
+    # Another length of the texts is another fine-tuning, though no weight tells it.
+    told = {"expect_error": "made with text.max_length = 62, now it is 32"}
+    cases.append(case(root, "text-zero0", "zero0", **text | {"text.max_length": 32} | told))
     for option in ("crop", "drop_path"):
         given = {f"finetune.{option}": CROP if option == "crop" else 0.1}
         refused = {"expect_error": f"--finetune.{option} is for images"}

@@ -94,6 +94,15 @@ def test_layer_decay_of_images_is_timms() -> None:
     assert names == pytest.approx(expected)
 
 
+def test_a_norm_before_the_first_layer_learns_as_the_embeddings() -> None:
+    """CLIP's."""
+    shape = Shape(32, 8, 24, 2, 2, 48, pre_norm=True)
+    found = scale_of(Objective(ImageClassifier(ViTClassifier(ViTEncoder(shape), 3), PLAIN)), 0.5)
+    (before,) = {scale for name, scale in found.items() if "norm_pre" in name}
+    (embedded,) = {scale for name, scale in found.items() if "patch_embed" in name}
+    assert before == embedded == 0.125
+
+
 @pytest.mark.parametrize("kind", sorted(HEADS))
 def test_layer_decay_of_texts(kind: str) -> None:
     config = config_of(kind, 50)
@@ -103,7 +112,7 @@ def test_layer_decay_of_texts(kind: str) -> None:
         number = re.search(r"\.layers?\.(\d+)\.", name)
         if number:
             expected = 0.5 ** (2 - int(number[1]))
-        elif "embed" in name or "relative_attention_bias" in name:
+        elif "embed" in name or "relative_attention_bias" in name or "encoder.LayerNorm" in name:
             expected = 0.125
         elif "norm" in name.lower() and "head" not in name:
             expected = 0.5  # behind the last layer

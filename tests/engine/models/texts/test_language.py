@@ -105,6 +105,22 @@ def test_features_are_those_of_transformers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", HEADS)
+def test_settings_tell_what_tensors_do_not(name: str, tmp_path: Path) -> None:
+    base = load_language(str(text_kit.make_language(tmp_path / "x", kind=name)))
+    assert load_language(str(tmp_path / "x")).settings == base.settings
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    activation = next(k for k in config if k in ("hidden_act", "activation", "hidden_activation"))
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config | {activation: "relu"}))
+    assert load_language(str(tmp_path / "x")).settings != base.settings
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config | {"use_cache": False}))
+    assert load_language(str(tmp_path / "x")).settings == base.settings
+    lower = json.loads((tmp_path / "x" / "tokenizer.json").read_text())
+    lower["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "x" / "tokenizer.json").write_text(json.dumps(lower))
+    assert load_language(str(tmp_path / "x")).settings != base.settings
+
+
+@pytest.mark.parametrize("name", HEADS)
 def test_classifier_is_that_of_transformers_and_exports_to_it(name: str, tmp_path: Path) -> None:
     folder = text_kit.make_language(tmp_path / name, kind=name)
     kind = kind_of(folder, finetune__dropout=0.0)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from selfdistill.data.errors import UserError
@@ -155,6 +155,11 @@ def test_without_the_option_nothing_is_numbered() -> None:
 
 def test_a_tokenizer_that_does_not_tell_words_apart() -> None:
     raw = Tokenizer(models.BPE({"<s>": 0, "a": 1, " ": 2, "b": 3}, [], unk_token="<s>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
-    with pytest.raises(UserError, match=r"--mlm.whole_word true: the tokenizer of x does not tell"):
-        Encoder(tokenizer, 62, 1, words=True, origin="x")
+    for special in (False, True):
+        if special:  # which belong to no word
+            raw.post_processor = processors.TemplateProcessing(
+                single="<s> $A <s>", special_tokens=[("<s>", 0)]
+            )
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+        with pytest.raises(UserError, match=r"whole_word true: the tokenizer of x does not tell"):
+            Encoder(tokenizer, 62, 1, words=True, origin="x")

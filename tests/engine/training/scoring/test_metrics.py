@@ -95,7 +95,7 @@ def test_figures_of_several_labels_a_sample(n: int, classes: int, without: int) 
     own, target = torch.from_numpy(probabilities), torch.from_numpy(labels).int()
     wanted = {
         "accuracy": sk.accuracy_score(labels, predicted),
-        "macro_f1": sk.f1_score(labels, predicted, average="macro", zero_division=0),
+        "macro_f1": np.nanmean(sk.f1_score(labels, predicted, average=None, zero_division=np.nan)),
         "micro_f1": sk.f1_score(labels, predicted, average="micro"),
         "auroc": multilabel_auroc(own, target, classes, average=None)[there].mean(),
         "average_precision": multilabel_average_precision(own, target, classes, average=None)[
@@ -109,6 +109,19 @@ def test_figures_of_several_labels_a_sample(n: int, classes: int, without: int) 
     recalls = sk.recall_score(labels, predicted, average=None, zero_division=np.nan)
     for row, recall in zip(rows, recalls, strict=True):
         assert (np.nan if row.recall is None else row.recall) == pytest.approx(recall, nan_ok=True)
+
+
+def test_classes_that_do_not_occur_lower_no_f1() -> None:
+    """A model of many classes that is right on a set of few has 1, as with one class a sample."""
+    labels = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]], bool)
+    found = metrics.of_sets(labels, labels.astype(float))
+    assert found["macro_f1"] == found["micro_f1"] == 1
+    assert intervals.of_sets(labels, labels.astype(float)).of["macro_f1"][1] == 1
+    alone = metrics.of_sets(labels[:, [0, 2]], np.array([[1.0, 0], [0, 0], [0, 0]]))
+    assert alone["macro_f1"] == alone["micro_f1"] == pytest.approx(2 / 3)
+    # One that is predicted and never there counts.
+    false = labels + np.array([0.0, 0, 1])
+    assert metrics.of_sets(labels, false)["macro_f1"] == pytest.approx(2 / 3)
 
 
 def test_what_the_samples_do_not_define_is_left_out() -> None:

@@ -122,11 +122,13 @@ def plan(options: Options, engine: dict[str, cli.Typed]) -> list[Job]:
         )
     variables = {name.upper(): "" for name in VARIABLES} | {"SELFDISTILL_ROOT": str(ROOT)}
     arguments: list[str] = []
+    seedless: list[str] = []  # of an array, whose tasks have seeds of their own
     for name, option in engine.items():
         if name in VARIABLES:
             variables[name.upper()] = option.value or ""
-        elif name != "seed" or options.seeds == 1:
+        else:
             arguments += option.words
+            seedless += option.words if name != "seed" else []
     variables["ARGS"] = shlex.join(arguments)
     # sbatch reads %j and the like in a file's name.
     logs = str(Path(config.output) / "slurm").replace("%", "%%")
@@ -142,13 +144,18 @@ def plan(options: Options, engine: dict[str, cli.Typed]) -> list[Job]:
     }
     common = [f"--{name}={value}" for name, value in asked.items() if value is not None]
     if not chain:
+        config.check_warmups()
+        config.check_judges()
         return [Job("all", "selfdistill.sh", [*common, f"--output={logs}/all-%j.log"], variables)]
     jobs = []
     for stage in chain:
+        own = configuration.load(configuration.parse(["--stage", stage, *words]))
+        own.check_warmups()
+        own.check_judges()
         log, array, environment = f"{stage}-%j.log", [], variables | {"STAGE": stage}
         if stage == "finetune" and options.seeds > 1:
             log, array = f"{stage}-%A_%a.log", [f"--array=0-{options.seeds - 1}"]
-            environment["SEED"] = str(config.seed)
+            environment |= {"SEED": str(config.seed), "ARGS": shlex.join(seedless)}
         mine = [f"--job-name={stage}", f"--output={logs}/{log}"]
         jobs.append(Job(stage, "stage.sh", [*common, *mine, *array], environment))
     return jobs

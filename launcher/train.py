@@ -137,6 +137,7 @@ def split(words: Sequence[str]) -> tuple[Options, Config, list[str]]:
     rest = [word for option in others.values() for word in option.words]
     config = configuration.load(configuration.parse(rest))
     config.check_warmups()
+    config.check_judges()
     config.place()
     if config.data.path is not None and (missing := no_set(config.data.path)):
         raise UserError(missing)

@@ -38,7 +38,7 @@ one_seed() {
         exit 2
         ;;
     esac
-    SEED=$((SEED + SLURM_ARRAY_TASK_ID))
+    SEED=$((10#$SEED + SLURM_ARRAY_TASK_ID))
     OUTPUT=$run/seeds/$SEED
     mkdir -p "$OUTPUT" || exit 2
     local stage

@@ -27,9 +27,13 @@
 # module load cuda
 # source /path/to/venv/bin/activate
 
+if [ -z "${STAGE:-}" ]; then
+    echo "error: STAGE is not set: decoder, pretrain, distill or finetune" >&2
+    exit 2
+fi
 source "${SELFDISTILL_ROOT:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
-if [ "${STAGE:-}" = finetune ] && [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+if [ "$STAGE" = finetune ] && [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     one_seed
     launch --stage finetune --seed "$SEED"
 fi
-launch --stage "${STAGE:?is not set: decoder, pretrain, distill or finetune}"
+launch --stage "$STAGE"

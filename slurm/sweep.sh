@@ -27,9 +27,14 @@
 
 source "${SELFDISTILL_ROOT:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
 # Index i is data set i mod N with seed i div N.
-read -ra sets <<<"${DATASETS:-${DATA:-}}"
+if [ -n "${DATASETS:-}" ]; then read -ra sets <<<"$DATASETS"; else sets=(${DATA:+"$DATA"}); fi
 if [ ${#sets[@]} = 0 ]; then
     echo "error: DATASETS is not set: name packed data sets, or take RECIPE=quickstart" >&2
+    exit 2
+fi
+same=$(printf '%s\n' "${sets[@]##*/}" | sort | uniq -d | head -1)
+if [ -n "$same" ]; then
+    echo "error: two of DATASETS end in $same, which names their run folders: rename one, or link to it" >&2
     exit 2
 fi
 SEED=$((SLURM_ARRAY_TASK_ID / ${#sets[@]}))

@@ -300,7 +300,8 @@ def open_stage(run: Run, stage: str, record: dict[str, Any], data: str) -> bool:
     """Prepares the folder of a stage; says whether there is work to do.
 
     A complete stage is left alone. An incomplete one with checkpoints is continued under
-    `--resume auto`. `--overwrite` deletes it first.
+    `--resume auto`. `--overwrite` puts it aside first; `finish_overwrite` deletes it, or puts it
+    back.
 
     Args:
         run: The launch.
@@ -322,7 +323,8 @@ def open_stage(run: Run, stage: str, record: dict[str, Any], data: str) -> bool:
         overwrite, resume = config.overwrite and not own, "auto" if own else config.resume
         if overwrite and folder.exists():
             terminal.say(f"{stage}: deleting {folder} (--overwrite)")
-            shutil.rmtree(folder)
+            shutil.rmtree(_aside(folder), ignore_errors=True)
+            os.replace(folder, _aside(folder))
         done = run.result(stage)
         if done is not None:
             if resume == "never":
@@ -348,6 +350,26 @@ def open_stage(run: Run, stage: str, record: dict[str, Any], data: str) -> bool:
         return True
 
     return bool(main_only(run.ranks, prepare))
+
+
+def _aside(folder: Path) -> Path:
+    """Where what --overwrite deletes lies until the stage that takes its place can begin."""
+    return folder.with_name(f".{folder.name}.overwritten")
+
+
+def finish_overwrite(run: Run, stage: str, *, begun: bool) -> None:
+    """Deletes what `open_stage` put aside, or puts it back where the stage could not begin.
+
+    Rank 0 does it, alone: the others may have failed.
+    """
+    folder = run.folder / stage
+    if run.ranks.main and _aside(folder).exists():
+        if begun:
+            shutil.rmtree(_aside(folder), ignore_errors=True)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(_aside(folder), folder)
+            terminal.say(f"{stage}: put back, since nothing could begin in its place")
 
 
 def _joined(path: Path, config: Config, stage: str) -> str:

@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fire.parser import DefaultParseValue
 from pydantic import ValidationError
@@ -102,13 +102,19 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, (words, value) in typed.items():
         negated = words[0].lstrip("-").replace("-", "_") == f"no{name}"
-        values[name] = not negated if value is None else _value(value)
+        values[name] = not negated if value is None else _value(value, known[name])
     values.pop("local_rank", None)
     return values
 
 
-def _value(text: str) -> Any:
-    """What was typed as Python reads it; 0x48 is a wrong size, and no 72."""
+def _value(text: str, annotation: Any) -> Any:
+    """What was typed as Python reads it; 0x48 is a wrong size, and no 72.
+
+    A name or a path is what was typed: `run#2`, `1.10` and `2024_11` are folders.
+    """
+    parts = set(get_args(annotation)) or {annotation}
+    if parts <= {str, type(None)}:
+        return None if text in ("", "None") and type(None) in parts else text
     return text if text.startswith("0x") else DefaultParseValue(text)
 
 
@@ -159,7 +165,8 @@ def load(overrides: dict[str, Any]) -> Config:
         given_value = "" if isinstance(value, dict) else f" {value}"
         source = given.get(name, "command line")
         message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{source}: --{name}{given_value}: {message}") from error
+        option = f"--{name}{given_value}: " if name else ""
+        raise UserError(f"{source}: {option}{message}") from error
 
 
 def kind_of(field: Any) -> str:

@@ -126,6 +126,22 @@ class Config(Section):
     def _compared(self) -> Config:
         if self.compare and self.stage != "all":
             raise ValueError("compare is for --stage all: leave it out, or run all stages")
+        if self.compare and self.finetune.start != "auto":
+            raise ValueError(
+                f"compare fine-tunes from all starts: leave out finetune.start"
+                f" {self.finetune.start}, or compare"
+            )
+        if self.finetune.weights is not None:
+            if self.stage == "all":
+                raise ValueError(
+                    "finetune.weights is where fine-tuning starts, and the stages before would be"
+                    " for nothing: take --stage finetune, or leave it out"
+                )
+            if self.finetune.start != "auto":
+                raise ValueError(
+                    f"finetune.weights and finetune.start {self.finetune.start} name two starts:"
+                    " leave out one"
+                )
         return self
 
     @model_validator(mode="after")
@@ -191,7 +207,7 @@ class Config(Section):
                 "--output is missing: name the run folder, such as --output runs/first; --help"
                 " lists all options"
             )
-        return Path(self.output)
+        return Path(self.output).expanduser()
 
     def check_warmups(self) -> None:
         """Refuses a warm-up that is as long as its stage, before the first of several is trained.

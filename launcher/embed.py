@@ -87,6 +87,8 @@ def embed(
         taken = projector and Path(projector).is_dir() and any(Path(projector).iterdir())
         if taken and not overwrite:
             raise UserError(f"{projector} holds files already: name another folder")
+        if projector and Path(projector).exists() and not Path(projector).is_dir():
+            raise UserError(f"{projector} is a file: name a folder for the projector")
         for beside in (vectors.ids_of(place), near):
             if beside.exists() and not overwrite:
                 raise UserError(f"{beside} is there: --overwrite replaces it, or name another OUT")
@@ -112,7 +114,7 @@ def embed(
             columns: tables.Columns = {"name": "text", "rank": "count", "neighbour": "text"}
             rows = vectors.nearest(array, names, nearest)
             tables.write(near, columns | {"cosine": "number"}, [rows])
-            lines.append(f"{near}: the {nearest} nearest of each")
+            lines.append(f"{near}: the {min(nearest, given.samples - 1)} nearest of each")
         if projector:
             shown = vectors.project(Path(projector), array, names, places, given, loaded)
             lines.append(f"{projector}: {shown} points: tensorboard --logdir {projector}")

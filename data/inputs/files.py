@@ -169,5 +169,5 @@ def _left_out(others: Counter[str]) -> list[str]:
 def _digest(names: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for name in names:
-        digest.update(name.encode() + b"\0")
+        digest.update(name.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()

@@ -58,7 +58,8 @@ def contrast(vectors: Tensor, labels: Tensor, temperature: float) -> Tensor:
         labels: int64 [n].
         temperature: T.
     """
-    products = vectors.float() @ vectors.float().T / temperature
+    with torch.autocast(vectors.device.type, enabled=False):  # which would round the products
+        products = vectors.float() @ vectors.float().T / temperature
     itself = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
     logs = products - products.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
     same = (labels[:, None] == labels[None]) & ~itself

@@ -123,6 +123,8 @@ class Distill(Probed):
             return whole
         assert shape is not None
         parts = f", {self.samples} windows" if self.windows else ""
+        if self.windows and config.text.overlap:
+            parts += f" that overlap by {config.text.overlap} tokens"
         key = {
             "manifest": self.train.hash,
             "teacher": weights.sha256,

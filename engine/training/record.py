@@ -28,7 +28,7 @@ def record_of(
         run: The launch.
         section: pretrain | distill | finetune.
         plan: Its settings.
-        samples: Number of those that it learns from.
+        samples: Number of those in an epoch.
         extra: Hashes of the weights it starts from, settings of its view.
         seed: Of order, head and dropout.
     """

@@ -87,7 +87,7 @@ class Stage:
         if self.windows is not None:
             overlap = run.config.text.overlap
             record = record | {"text.windows": self.samples, "text.overlap": overlap}
-        self.record = record_of(run, self.section, self.plan, self.samples, record, seed)
+        self.record = record_of(run, self.section, self.plan, self.epoch, record, seed)
 
     def check(self) -> None:
         """Refuses data that the model cannot read, and a warm-up that is too long."""

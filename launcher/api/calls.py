@@ -49,8 +49,9 @@ def pack(source: Place, out: Place, **options: Any) -> Path:
     """
     from selfdistill.data import pack as command
 
-    _call(command.pack, place_of(source, "source"), out, **options)
-    return Path(out)
+    place = os.path.expanduser(out)
+    _call(command.pack, place_of(source, "source"), place, **options)
+    return Path(place)
 
 
 @told

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from selfdistill.data import records
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints.results import RESULT, read_result
 from selfdistill.launcher import compare
+from selfdistill.launcher.api.inputs import place_of
 from selfdistill.launcher.api.mistakes import told
 from selfdistill.launcher.api.tables import table
 
@@ -38,7 +38,7 @@ class Run:
 
     @told
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(place_of(folder, "folder")).expanduser()
         if not self.folder.is_dir():
             raise UserError(f"{self.folder}: no such folder: name the output of a training")
         if not (self.folder / _CONFIG).is_file() and not any(self.folder.glob(f"*/{RESULT}")):
@@ -105,7 +105,8 @@ class Run:
         """The methods side by side, as `launcher.compare` prints them.
 
         Args:
-            metric: a key of `metrics`; by default that by which the set is scored, on test.
+            metric: a key of `metrics`, or several with commas; by default that by which the set is
+                scored, on test.
 
         Returns:
             Columns method, metric, mean, std, n and seconds; shares in 0..1.
@@ -113,8 +114,9 @@ class Run:
         Raises:
             UserError: there is no complete fine-tuning, or it lacks the metric.
         """
-        names = [field.name for field in dataclasses.fields(compare.Row)]
-        rows = compare.rows(self.folder, metric)
+        names = ["method", "metric", "mean", "std", "n", "seconds"]
+        keys = [None] if metric is None else compare.chosen(self.folder, metric)
+        rows = [row for key in keys for row in compare.rows(self.folder, key)]
         return table([{name: getattr(row, name) for name in names} for row in rows], names)
 
 

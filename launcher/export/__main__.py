@@ -34,6 +34,10 @@ def main(
 
     if (onnx is None) == (push is None):
         raise UserError("give --onnx FILE or --push OWNER/NAME, one of the two")
+    if onnx is not None and (dry_run or not private):
+        raise UserError("--dry_run and --private are for --push: leave them out, or --onnx")
+    if push is not None and overwrite:
+        raise UserError("--overwrite is for --onnx: a push adds a commit, and replaces nothing")
     place = locate(model)
     for note in place.notes:
         print(printable(note))

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from selfdistill.data.shards.manifest import is_remote
+from selfdistill.engine.config.schema import Config
 from selfdistill.engine.runtime import zero
 from selfdistill.engine.training import teacher
 from selfdistill.launcher.plan import memory
@@ -28,6 +29,27 @@ SCALE = (scaling_sheet, traffic_sheet, feed_sheet, limits_sheet)
 
 #: ZeRO settings that are set side by side; the one that is asked for comes in addition.
 SETTINGS = ("zero0", "zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload")
+
+
+def _uncounted(config: Config) -> list[str]:
+    """A note on what a launch needs beside the memory that is planned."""
+    more = {
+        "--finetune.regularizer r3f (a second pass)": config.finetune.regularizer == "r3f",
+        "--finetune.regularizer recadam (one more copy of the weights)": (
+            config.finetune.regularizer == "recadam"
+        ),
+        "--finetune.regularizer mars (the weights that it started from)": (
+            config.finetune.regularizer == "mars"
+        ),
+        f"--pretrain.objective {config.pretrain.objective} (whole views, none of them masked)": (
+            config.pretrain.objective != "mae"
+        ),
+        f"--distill.match {config.distill.match} (another model's weights)": (
+            config.distill.match != "feature"
+        ),
+    }
+    told = [name for name, asked in more.items() if asked]
+    return [f"not counted: {'; '.join(told)}"] if told else []
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -51,6 +73,7 @@ def show(plan: Plan, console: Console) -> None:
     sheets[-1].notes += [
         "* as asked for",
         *memory.notes(plan.size, plan.product, options.devices),
+        *_uncounted(plan.config),
     ]
     scaled = rows(plan)
     sheets += [disk_sheet(plan), time_sheet(plan), input_sheet(plan)]

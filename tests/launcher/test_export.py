@@ -56,6 +56,11 @@ def test_a_picture_classifier(
     assert "m.onnx: opset " in said
     assert "pixel_values [batch, 3, 16, 16] -> logits; largest difference" in said
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["m.onnx"]
+    with pytest.raises(UserError, match="are for --push"):
+        main(str(folder), onnx=str(tmp_path / "out" / "n.onnx"), dry_run=True)
+    assert not (tmp_path / "out" / "n.onnx").exists()
+    with pytest.raises(UserError, match="--overwrite is for --onnx"):
+        main(str(folder), push="me/mine", dry_run=True, overwrite=True)
     run = session(tmp_path / "out" / "m.onnx")
     told = run.get_modelmeta().custom_metadata_map
     assert json.loads(told["classes"]) == ["a", "Löwe", "c"]

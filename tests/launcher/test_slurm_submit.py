@@ -60,6 +60,7 @@ def test_a_chain_waits_stage_by_stage_and_fine_tunes_as_an_array(
     assert "--array=0-4" in found[3][1]
     assert found[3][0]["SEED"] == "7"
     assert "--seed" not in found[3][0]["ARGS"]  # each task gives its own
+    assert all(variables["ARGS"].endswith("--seed=7") for variables, _ in found[:3])
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,8 @@ def test_without_a_recipe_the_default_of_the_templates_is_not_taken(
         ([*GIVEN, "--data", "x"], "--data is given twice"),
         ([*GIVEN, "--stage", "distill"], "write --stages"),
         ([*GIVEN, "--stages", "distill,pretrain"], "in this order"),
+        ([*GIVEN, "--stages", "pretrain,distill", "--compare"], "compare is for --stage all"),
+        ([*GIVEN, "--finetune.keep", "best"], "--finetune.eval_every"),
         ([*GIVEN, "--seeds", "3"], "add --stages pretrain,distill,finetune"),
         (["submit", "--recipe", "vit_base", "--data", "d"], "--output is missing"),
         (["submit", "--recipe", "vit_base", "--output", "o"], "--data is missing"),

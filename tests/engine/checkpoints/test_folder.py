@@ -54,10 +54,21 @@ def test_a_complete_stage_is_skipped_only_if_it_is_the_same(tmp_path: Path) -> N
             | {"stage": "pretrain", "pretrain.warmup": 5, "overwrite": True}
             | {"expect_error": "pretrain.warmup 5: the stage has 5 steps"},
             same | {"stage": "pretrain", "kind": "text", "expect_error": "a recipe for texts"},
+            # What is wrong is seen after --overwrite has taken the stage away: it is put back.
+            *(
+                same | {"stage": "pretrain", "overwrite": True} | wrong
+                for wrong in (
+                    {"pretrain.accumulation": 7, "expect_error": "cannot be cut evenly"},
+                    {"zero": "zero9", "expect_error": "zero9"},
+                    {"adapt": "lora", "lora.rank": 4000, "expect_error": "rank"},
+                )
+            ),
         ],
         ranks=1,
     )
     assert printed.count("complete, skipped") >= 6
+    assert (run / "pretrain" / "export" / "model.safetensors").is_file()
+    assert not list(run.glob(".*overwritten"))
     # The run's config.toml tells how each stage was made, whatever failed since.
     left = tomllib.loads((run / "config.toml").read_text())
     assert left["pretrain"]["lr"] == 1.5e-4

@@ -59,3 +59,22 @@ def test_cuda_graphs_over_several_micro_batches_are_refused() -> None:
         load(asked)
     load(asked | {"compile_mode": "default"})
     load(asked | {"pretrain.accumulation": 1})
+
+
+@pytest.mark.parametrize(
+    "typed", ["run#2", "1.10", "2024_11_30", "1e3", "(run)", "5.", "a,b", "007"]
+)
+def test_a_path_stays_as_it_is_typed(typed: str) -> None:
+    config = load(parse(["--output", typed, "--data", typed, "--model", typed]))
+    assert config.output == config.data.path == config.model.path == typed
+
+
+def test_two_starts_of_one_fine_tuning_are_refused() -> None:
+    for asked, told in (
+        ({"stage": "all", "finetune.weights": "x"}, "take --stage finetune"),
+        ({"stage": "finetune", "finetune.weights": "x", "finetune.start": "model"}, "two starts"),
+        ({"stage": "all", "compare": True, "finetune.start": "pretrain"}, "from all starts"),
+    ):
+        with pytest.raises(UserError, match=told):
+            load(asked)
+    load({"stage": "finetune", "finetune.weights": "x"})

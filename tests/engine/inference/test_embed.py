@@ -156,6 +156,7 @@ def test_mistakes_are_one_line(world: Path, tmp_path: Path) -> None:
         ({"nearest": -1}, "--nearest -1"),
         ({"out": str(tmp_path / "f.csv")}, r"ends in none of \.npy, \.parquet"),
         ({"projector": images}, "holds files already"),
+        ({"projector": str(world / "base" / "config.json")}, "is a file: name a folder"),
         ({"inputs": str(world / "language")}, "has no pictures"),
         ({"model": str(world / "images")}, "holds no model"),
     ):

@@ -232,6 +232,9 @@ def test_supcon_is_its_formula() -> None:
             wanted -= math.log(share) / len(positives) / 8
     found = supcon.contrast(torch.tensor(vectors), torch.tensor(labels), 0.2)
     assert float(found) == pytest.approx(wanted, rel=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):  # in which a step in bf16 computes its losses
+        found = supcon.contrast(torch.tensor(vectors), torch.tensor(labels), 0.2)
+    assert float(found) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_diet_is_its_formula() -> None:

@@ -71,6 +71,9 @@ def test_a_run_holds_what_its_folder_holds(run: sd.Run, root: Path) -> None:
     assert table.loc["self-distillation", "std"] == result["std"]["test_accuracy"]
     assert (table["n"] == 2).all()
     assert list(run.compare("val_loss")["metric"].unique()) == ["val_loss"]
+    both = run.compare("val_loss,val_accuracy")
+    assert list(both["metric"].unique()) == ["val_loss", "val_accuracy"]
+    assert list(both.columns) == ["method", "metric", "mean", "std", "n", "seconds"]
     assert "finetune" in repr(run)
     assert sd.Run(root / "run").metrics == run.metrics
 

@@ -32,7 +32,7 @@ from selfdistill.data.errors import TryAgain, UserError, printable
 from selfdistill.engine.checkpoints import training_state
 from selfdistill.engine.checkpoints.files import fsync, remove, sha256, write_text
 from selfdistill.engine.checkpoints.results import numbered
-from selfdistill.engine.checkpoints.state import VERSION, State, Written, differing
+from selfdistill.engine.checkpoints.state import VERSION, State, Written, differing, in_words
 from selfdistill.engine.runtime.distributed import Ranks, broadcast, gather, main_only
 from selfdistill.engine.runtime.failures import refused
 
@@ -315,7 +315,7 @@ class Checkpoints:
         where, state = found
         cure = "give the same options, or --overwrite to start the stage again"
         for key, old, new in differing(state.config, config):
-            raise UserError(f"{where} was made with {key} = {old}, now it is {new}: {cure}")
+            raise UserError(f"{where} was {in_words(key, old, new)}: {cure}")
         if state.manifest != manifest:
             raise UserError(f"{where} was made on other data (its manifest's hash differs): {cure}")
         self.resumed(state.step)

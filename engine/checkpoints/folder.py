@@ -32,7 +32,7 @@ from selfdistill.engine.checkpoints import card
 from selfdistill.engine.checkpoints.files import write_text
 from selfdistill.engine.checkpoints.provenance import process
 from selfdistill.engine.checkpoints.results import RESULT, read_result
-from selfdistill.engine.checkpoints.state import differing
+from selfdistill.engine.checkpoints.state import differing, in_words
 from selfdistill.engine.config.schema import Config
 from selfdistill.engine.runtime import precision, terminal, zero
 from selfdistill.engine.runtime.distributed import Ranks, few_cores, main_only
@@ -291,9 +291,7 @@ def _check_complete(
             "give the same, take another --output, or do the stage again with --overwrite true"
             f" --stage {stage}"
         )
-        if isinstance(old, str) and len(old) == len(str(new)) == 64:
-            raise UserError(f"{folder} is complete, and was made with another {key}: {cure}")
-        raise UserError(f"{folder} is complete, made with {key} = {old}, now it is {new}: {cure}")
+        raise UserError(f"{folder} is complete, {in_words(key, old, new)}: {cure}")
 
 
 def open_stage(run: Run, stage: str, record: dict[str, Any], data: str) -> bool:

@@ -58,6 +58,13 @@ def differing(made: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple
             yield key, old, new
 
 
+def in_words(key: str, old: Any, new: Any) -> str:
+    """How two records differ: hashes say nothing to a reader."""
+    if isinstance(old, str) and len(old) == len(str(new)) == 64:
+        return f"made with another {key.replace('_', ' ')}"
+    return f"made with {key} = {old}, now it is {new}"
+
+
 @dataclass
 class State:
     """All that a resumed stage must know beside the engine's tensors. A plain record.

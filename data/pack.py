@@ -127,11 +127,12 @@ def _kind(
     metric: Metric | None,
     max_words: int,
     fit: fitting.Fit = "crop",
+    of_parts: bool = False,
 ) -> Kind:
     """How the samples are stored; refuses options of the other kind."""
     if found.kind == "image":
         _refuse("texts", "images", metric=metric is not None, max_words=max_words != MAX_WORDS)
-        return ImageModality(size, keep_original, span, chosen, how=fit)
+        return ImageModality(size, keep_original, span, chosen, how=fit, of_parts=of_parts)
     _refuse(
         "images", "texts", size=size is not None, keep_original=keep_original, fit=fit != "crop"
     )
@@ -349,6 +350,7 @@ def pack(
             metric,
             max_words,
             fit,
+            part is not None,
         )
         whole = Whole(
             out_dir,

@@ -239,6 +239,9 @@ def pack(
     images.allow(max_pixels)
     wanted, chosen = depth.parse(range), parse_channels(channels)
     console = Console(stderr=True)
+    for word, place in (("SOURCE", source), ("OUT", out), ("--unlabelled", unlabelled)):
+        if place == "":
+            raise UserError(f"{word} is empty, as of a variable that is not set: give a path")
     for place in (source, unlabelled):
         away.refuse(str(place), "packing reads")
     out_dir, root = Path(out), Path(source)

@@ -283,8 +283,9 @@ def read(
 
 
 def fit(image: Image.Image, size: Size, how: Fit = "crop") -> Image.Image:
-    """An image of mode L or RGB in that size, see `fitting.fitted`."""
-    return fitted(image, *sides(size), how)
+    """An image of mode L or RGB in that size, see `fitting.fitted`; errors are ValueErrors."""
+    with one_line(b""):
+        return fitted(image, *sides(size), how)
 
 
 def prepare(

@@ -198,7 +198,7 @@ def _taken(content: bytes, chosen: channels.Channels | None) -> tuple[channels.C
     """Pages to read, and whether `chosen` are channels of a page instead."""
     if not content.startswith(channels.TIFF):
         return (1,), False
-    image = opened(content)
+    image = page_of(content, 1)
     if channels.pages(lambda: opened(content), BROKEN):
         if chosen is None:
             raise channels.ask("several pages")

@@ -127,12 +127,24 @@ def _number(value: object) -> int:
 
 
 def page_of(content: bytes, page: int) -> ImageFile.ImageFile:
-    """A page of a file, numbered from 1; see `opened`."""
+    """A page of a file, numbered from 1 among those that count; see `opened`.
+
+    Where none counts, or none that can be read, the first page is the picture.
+    """
     image = opened(content)
-    if page > 1:
-        try:
-            image.seek(page - 1)
-        except EOFError:
-            raise channels.Ambiguous(f"it has no page {page}, which --channels asks for") from None
-        _check_size(image)
+    left, frame = page - channels.counts(image), 0
+    try:
+        while left:
+            frame += 1
+            if frame >= channels.LOOKED_AT * page:
+                raise EOFError
+            image.seek(frame)
+            left -= channels.counts(image)
+    except BROKEN as error:
+        if page == 1:
+            return opened(content)
+        if not isinstance(error, EOFError):
+            raise
+        raise channels.Ambiguous(f"it has no page {page}, which --channels asks for") from None
+    _check_size(image)
     return image

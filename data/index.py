@@ -158,6 +158,8 @@ def index(
         UserError: Names shard, sample and cure.
     """
     wanted = depth.parse(range)
+    if workers < 1:
+        raise UserError(f"workers is {workers}: give 1 or more")
     if label_field is not None and (unlabelled or label == FOLDER):
         raise UserError("--label_field is for labels in JSON: leave the other option out")
     if any(map(manifest.is_remote, places)) and (len(places) > 1 or places[0].endswith(".tar")):
@@ -222,7 +224,7 @@ def _each(
 ) -> Iterator[Scanned]:
     """Reads tars side by side, and gives them in order, with a bar."""
     console = Console(stderr=True)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         try:
             yield from track(
                 pool.map(read, todo),

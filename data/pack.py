@@ -127,11 +127,12 @@ def _kind(
     metric: Metric | None,
     max_words: int,
     fit: fitting.Fit = "crop",
+    of_parts: bool = False,
 ) -> Kind:
     """How the samples are stored; refuses options of the other kind."""
     if found.kind == "image":
         _refuse("texts", "images", metric=metric is not None, max_words=max_words != MAX_WORDS)
-        return ImageModality(size, keep_original, span, chosen, how=fit)
+        return ImageModality(size, keep_original, span, chosen, how=fit, of_parts=of_parts)
     _refuse(
         "images", "texts", size=size is not None, keep_original=keep_original, fit=fit != "crop"
     )
@@ -238,6 +239,9 @@ def pack(
     images.allow(max_pixels)
     wanted, chosen = depth.parse(range), parse_channels(channels)
     console = Console(stderr=True)
+    for word, place in (("SOURCE", source), ("OUT", out), ("--unlabelled", unlabelled)):
+        if place == "":
+            raise UserError(f"{word} is empty, as of a variable that is not set: give a path")
     for place in (source, unlabelled):
         away.refuse(str(place), "packing reads")
     out_dir, root = Path(out), Path(source)
@@ -349,6 +353,7 @@ def pack(
             metric,
             max_words,
             fit,
+            part is not None,
         )
         whole = Whole(
             out_dir,

@@ -135,6 +135,8 @@ def verify(
         UserError: There are problems; each has been printed as a line of its own.
     """
     images.allow(max_pixels)
+    if workers < 1:
+        raise UserError(f"workers is {workers}: give 1 or more")
     files, problems = _manifests(data, cache_dir)
     for problem in problems:
         print(printable(problem), flush=True)
@@ -158,7 +160,7 @@ def verify(
             redirect_stdout=tty,
             disable=not console.is_terminal,
         ) as progress,
-        ThreadPoolExecutor(max(1, workers)) as pool,
+        ThreadPoolExecutor(workers) as pool,
     ):
         task = progress.add_task("verifying", total=total)
 

@@ -18,7 +18,8 @@ Channels = tuple[int, ...]
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _SUBFILE, _EXTRA = 254, 338
 _REDUCED, _MASK = 1, 4
-_LOOKED_AT = 64  # pages, of which most may be reduced ones
+#: Pages of a file, of which most may be reduced ones.
+LOOKED_AT = 64
 
 
 class Ambiguous(ValueError):
@@ -57,19 +58,29 @@ def extra(image: ImageFile.ImageFile) -> int:
     return sum(kind == 0 for kind in kinds)
 
 
+def counts(image: ImageFile.ImageFile) -> bool:
+    """Whether a page is a picture of its own, neither a reduced one nor a mask.
+
+    Args:
+        image: As Pillow opened it, at that page.
+    """
+    kind = getattr(image, "tag_v2", {}).get(_SUBFILE, 0)
+    return not (isinstance(kind, int) and kind & (_REDUCED | _MASK))
+
+
 def pages(reopen: Callable[[], ImageFile.ImageFile], broken: tuple[type[Exception], ...]) -> bool:
-    """Whether a TIFF has more pages than one.
+    """Whether a TIFF has more pages than one that count.
 
     Args:
         reopen: Opens it.
         broken: What Pillow raises at a page that it cannot read, which is none.
     """
-    image = reopen()
+    image, found = reopen(), 0
     try:
-        for page in range(1, _LOOKED_AT):
+        for page in range(LOOKED_AT):
             image.seek(page)
-            kind = getattr(image, "tag_v2", {}).get(_SUBFILE, 0)
-            if not (isinstance(kind, int) and kind & (_REDUCED | _MASK)):
+            found += counts(image)
+            if found > 1:
                 return True
     except broken:
         return False

@@ -28,8 +28,13 @@ _LARGEST = 1e30  # beyond, differences of floats of 32 bits are none
 ROWS = 2**22
 # First bytes of kinds that have 8 bits, or that Pillow reads as such.
 _SHALLOW = (b"\xff\xd8", b"GIF8", b"BM", b"RIFF")
+_COLOURS = ("RGB", "RGBA")
 # Pillow's names of 16-bit colours in a file: the half of a value that it takes, and the other.
-_OTHER = {"RGB;16B": "RGB;16L", "RGB;16L": "RGB;16B", "RGB;16N": "RGB;16B"}
+_OTHER = {
+    f"{colours};16{order}": f"{colours};16{other}"
+    for colours in ("RGB", "RGBA", "RGBX")
+    for order, other in (("B", "L"), ("L", "B"), ("N", "B"))
+}
 
 
 def check(span: Range, cure: str) -> Range:
@@ -84,6 +89,17 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
+def _kinds(image: ImageFile.ImageFile) -> set[str]:
+    """Pillow's names of what a file has; its pixels are not read yet."""
+    kinds = [args if isinstance(args, tuple) else (args,) for args in (t.args for t in image.tile)]
+    return {str(args[0]) for args in kinds if args}
+
+
+def is_halved(image: ImageFile.ImageFile) -> bool:
+    """Whether Pillow takes the upper halves of 16-bit values alone; see `other_half`."""
+    return not is_deep(image) and any(";16" in name for name in _kinds(image))
+
+
 def other_half(image: ImageFile.ImageFile) -> str:
     """How Pillow calls the half of 16-bit colours that it leaves out.
 
@@ -91,11 +107,10 @@ def other_half(image: ImageFile.ImageFile) -> str:
         image: Opened, its pixels not read yet.
 
     Returns:
-        For `with_half`; "" where nothing is left out.
+        For `with_half`; "" where nothing is left out, or Pillow has no name for it.
     """
-    kinds = [args if isinstance(args, tuple) else (args,) for args in (t.args for t in image.tile)]
-    names = {str(args[0]) for args in kinds if args}
-    return _OTHER.get(names.pop(), "") if len(names) == 1 and image.mode == "RGB" else ""
+    names = _kinds(image)
+    return _OTHER.get(names.pop(), "") if len(names) == 1 and image.mode in _COLOURS else ""
 
 
 def with_half(image: ImageFile.ImageFile, name: str) -> Image.Image:
@@ -118,10 +133,11 @@ def bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
 def _values(
     image: Image.Image, low: Image.Image | None, box: tuple[int, int, int, int]
 ) -> NDArray[np.int64] | NDArray[np.float64]:
-    """Values of a part of a picture, [h, w] or [h, w, 3]."""
+    """Values of a part of a picture, [h, w] or [h, w, 3]; of transparency none."""
     values = np.asarray(image.crop(box))
     if low is not None:
-        return values.astype(np.int64) * 256 + np.asarray(low.crop(box), np.int64)
+        lower = np.asarray(low.crop(box), np.int64)
+        return values[..., :3].astype(np.int64) * 256 + lower[..., :3]
     if values.dtype.kind != "f":
         return values.astype(np.int64)
     if not np.isfinite(values).all():
@@ -151,8 +167,8 @@ def seen(image: Image.Image, low: Image.Image | None = None) -> Seen:
     """The values of one picture.
 
     Args:
-        image: A deep one, or RGB of the upper halves of its values.
-        low: RGB of their lower halves.
+        image: A deep one, or RGB or RGBA of the upper halves of its values.
+        low: That of their lower halves.
 
     Raises:
         ValueError: It has values that are no numbers.
@@ -162,6 +178,14 @@ def seen(image: Image.Image, low: Image.Image | None = None) -> Seen:
         values = _values(image, low, box)
         found.append(Seen(float(values.min()), float(values.max()), image.mode != "F"))
     return joined(found)._replace(pictures=1)
+
+
+def seen_halved(image: Image.Image) -> Seen:
+    """The values of a picture of which the upper halves alone are known, of colours and grey."""
+    colours = 3 if image.mode == "RGBA" else len(image.getbands())
+    shown = [image.getchannel(number).getextrema() for number in range(colours)]
+    lows, highs = zip(*shown, strict=True)
+    return Seen(256.0 * min(lows), 256.0 * max(highs) + 255)
 
 
 def joined(found: Iterable[Seen]) -> Seen:

@@ -5,6 +5,8 @@ from typing import Any, Literal, get_args
 
 from PIL import Image
 
+from selfdistill.data.formats.opening import MOST_PIXELS
+
 #: crop: scaled until it covers the size, and cut; pad: until it lies in it, with borders; squash:
 #: each side for itself.
 Fit = Literal["crop", "pad", "squash"]
@@ -37,6 +39,9 @@ def fitted(image: Image.Image, high: int, wide: int, how: Fit = "crop") -> Image
 
     Returns:
         The image of that size; RGB where borders were added.
+
+    Raises:
+        ValueError: Before it is cut it would have more pixels than are allowed.
     """
     if image.size == (wide, high):
         return image
@@ -52,6 +57,12 @@ def fitted(image: Image.Image, high: int, wide: int, how: Fit = "crop") -> Image
         ratio = min(image.height / high, image.width / wide)
         width, height = round(image.width / ratio), round(image.height / ratio)
         left, top = round((width - wide) / 2), round((height - high) / 2)
+    most = max(Image.MAX_IMAGE_PIXELS or 0, MOST_PIXELS)
+    if width * height > most:
+        raise ValueError(
+            f"it is too long and thin: scaled to cover {wide} x {high} it has more than {most:,}"
+            " pixels: cut a part out of it, or give all images borders (--fit pad)"
+        )
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return resized.crop((left, top, left + wide, top + high))
 

@@ -104,6 +104,17 @@ def _over_white(image: Image.Image) -> Image.Image:
     return laid
 
 
+def _upright(image: Image.Image, on_unreadable: OnUnreadable = None) -> Image.Image:
+    image.load()
+    if image.mode not in ("L", "RGB") or "exif" in image.info or "xmp" in image.info:
+        try:
+            return ImageOps.exif_transpose(image)
+        except BROKEN:
+            if on_unreadable is not None:
+                on_unreadable()
+    return image
+
+
 def to_rgb(
     image: Image.Image, on_unreadable: OnUnreadable = None, span: depth.Range | None = None
 ) -> Image.Image:
@@ -120,13 +131,7 @@ def to_rgb(
     Raises:
         ValueError: Its mode has no fixed range.
     """
-    image.load()
-    if image.mode not in ("L", "RGB") or "exif" in image.info or "xmp" in image.info:
-        try:
-            image = ImageOps.exif_transpose(image)
-        except BROKEN:
-            if on_unreadable is not None:
-                on_unreadable()
+    image = _upright(image, on_unreadable)
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image
     if depth.is_deep(image):
@@ -198,7 +203,7 @@ def _taken(content: bytes, chosen: channels.Channels | None) -> tuple[channels.C
     """Pages to read, and whether `chosen` are channels of a page instead."""
     if not content.startswith(channels.TIFF):
         return (1,), False
-    image = opened(content)
+    image = page_of(content, 1)
     if channels.pages(lambda: opened(content), BROKEN):
         if chosen is None:
             raise channels.ask("several pages")
@@ -232,11 +237,21 @@ def _shown(
     if size is not None:
         least = size + size // 2
         image.draft(None, (least, least))  # of JPEGs; others have no such way
+    if span in (None, depth.FULL) or not depth.is_halved(image):
+        return to_rgb(image, on_unreadable, span)
     half = depth.other_half(image)
-    found = to_rgb(image, on_unreadable, span)
-    if not half or span in (None, depth.FULL) or "transparency" in image.info:
+    if not half or "transparency" in image.info:
+        raise ValueError(
+            "of its 16-bit values the upper halves alone are read here, too few for the set's"
+            " range: convert it to grey, RGB or RGBA, or give all values (--range 0,65535)"
+        )
+    upper = _upright(image, on_unreadable)
+    lower = _upright(depth.with_half(page_of(content, page), half))
+    found = depth.scaled(upper, span, lower)
+    if upper.mode != "RGBA":
         return found
-    return depth.scaled(found, span, to_rgb(depth.with_half(page_of(content, page), half)))
+    found.putalpha(upper.getchannel("A"))
+    return _over_white(found)
 
 
 def values(content: bytes, chosen: channels.Channels | None = None) -> depth.Seen | None:
@@ -251,6 +266,8 @@ def values(content: bytes, chosen: channels.Channels | None = None) -> depth.See
             if half or depth.is_deep(image):
                 low = depth.with_half(page_of(content, page), half) if half else None
                 found.append(depth.seen(image, low))
+            elif depth.is_halved(image):
+                found.append(depth.seen_halved(image))
         return depth.joined(found)._replace(pictures=1) if found else None
     return None
 
@@ -283,8 +300,9 @@ def read(
 
 
 def fit(image: Image.Image, size: Size, how: Fit = "crop") -> Image.Image:
-    """An image of mode L or RGB in that size, see `fitting.fitted`."""
-    return fitted(image, *sides(size), how)
+    """An image of mode L or RGB in that size, see `fitting.fitted`; errors are ValueErrors."""
+    with one_line(b""):
+        return fitted(image, *sides(size), how)
 
 
 def prepare(

@@ -22,6 +22,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA
 _HEIC = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"mif1", b"msf1", b"heim", b"hevc"))
 
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
+_BITS, _PHOTOMETRIC, _SAMPLES, _PLANAR = 258, 262, 277, 284
 _LONG_COMMENT = re.compile(rb"P[1-7fF](?:\s|#[^\n\r]{0,4096}[\n\r])*#[^\n\r]{4096}")
 
 #: Pillow's plug-ins raise almost anything on broken files.
@@ -112,14 +113,28 @@ def opened(content: bytes) -> ImageFile.ImageFile:
     elif content.startswith(b"\xff\xd8"):
         formats = ("JPEG",)
     image = Image.open(io.BytesIO(content), formats=formats)
-    _check_size(image)
+    _check(image)
     return image
 
 
-def _check_size(image: ImageFile.ImageFile) -> None:
+def _check(image: ImageFile.ImageFile) -> None:
     limit(image.size)
     tags = getattr(image, "tag_v2", {})  # of a TIFF, whose tiles may be larger than it is
     limit((_number(tags.get(_TILE_WIDTH)), _number(tags.get(_TILE_LENGTH))))
+    bits = tags.get(_BITS)
+    if max(map(_number, bits if isinstance(bits, tuple) else (bits,)), default=0) <= 8:
+        return
+    # Pillow takes their bytes for something else, without a word.
+    if tags.get(_PLANAR) == 2 and tags.get(_SAMPLES) != 1:
+        raise ValueError(
+            "its channels of more than 8 bits lie one after the other (planar TIFF), which is not"
+            " read here: convert it to grey or RGB with interleaved channels"
+        )
+    if tags.get(_PHOTOMETRIC) == 0:
+        raise ValueError(
+            "in this TIFF of more than 8 bits 0 is white, which is not read here: convert it to one"
+            " where 0 is black"
+        )
 
 
 def _number(value: object) -> int:
@@ -127,12 +142,24 @@ def _number(value: object) -> int:
 
 
 def page_of(content: bytes, page: int) -> ImageFile.ImageFile:
-    """A page of a file, numbered from 1; see `opened`."""
+    """A page of a file, numbered from 1 among those that count; see `opened`.
+
+    Where none counts, or none that can be read, the first page is the picture.
+    """
     image = opened(content)
-    if page > 1:
-        try:
-            image.seek(page - 1)
-        except EOFError:
-            raise channels.Ambiguous(f"it has no page {page}, which --channels asks for") from None
-        _check_size(image)
+    left, frame = page - channels.counts(image), 0
+    try:
+        while left:
+            frame += 1
+            if frame >= channels.LOOKED_AT * page:
+                raise EOFError
+            image.seek(frame)
+            left -= channels.counts(image)
+    except BROKEN as error:
+        if page == 1:
+            return opened(content)
+        if not isinstance(error, EOFError):
+            raise
+        raise channels.Ambiguous(f"it has no page {page}, which --channels asks for") from None
+    _check(image)
     return image

@@ -54,7 +54,7 @@ class Table(Inputs):
         column, option = self.wanted.text, "--text_column"
         if self.kind == "image":
             column, option = self.wanted.path, "--path_column"
-            if column not in names and column == Wanted().path and len(pictures) == 1:
+            if column == Wanted().path and len(pictures) == 1:  # as packing takes it
                 column = pictures[0]
         if column not in names:
             there = ", ".join(map(printable, names[:8]))

@@ -125,6 +125,7 @@ class ImageModality:
         chosen: Pages or channels of TIFFs that have several.
         unreadable: Those of which something beside the picture could not be read.
         how: How they are fitted.
+        of_parts: Several launches pack them, so that none has looked for the set's range.
     """
 
     size: images.Size | None = DEFAULT_SIZE
@@ -133,6 +134,7 @@ class ImageModality:
     chosen: channels.Channels | None = None
     unreadable: list[str] = field(default_factory=list, compare=False)
     how: fitting.Fit = "crop"
+    of_parts: bool = False
     name: ClassVar[Literal["image", "text"]] = "image"
     slow: ClassVar[bool] = True
 
@@ -143,6 +145,13 @@ class ImageModality:
     def encode(self, sample: Sample) -> tuple[str, bytes]:
         """See `Kind`; a PNG, or the file as it is."""
         content = content_of(sample)
+        if self.of_parts and self.span is None and depth.may_be_deep(content[: depth.HEAD]):
+            seen = images.values(content, self.chosen)
+            if seen is not None and not seen.windows:
+                raise UserError(
+                    f"{sample.name} has more than 8 bits, as other pictures may, and no part sees"
+                    " the values of all: give --range LOW,HIGH (0,65535 for the whole range)"
+                )
 
         def on_unreadable() -> None:
             self.unreadable.append(sample.name)

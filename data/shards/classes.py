@@ -50,7 +50,7 @@ def settle(
 def _listed(path: str) -> list[str]:
     """The names in a file of them."""
     try:
-        text = files.read(Path(path), "give a text file").decode()
+        text = files.read(Path(path), "give a text file").decode("utf-8-sig")
     except (FileNotFoundError, UnicodeDecodeError):
         raise UserError(
             f"--classes {path}: no text file there: give one with a class name a line, in the order"

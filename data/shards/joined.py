@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfdistill.data.errors import UserError
+from selfdistill.data.formats import fitting
 from selfdistill.data.formats.images import sides, typed
 from selfdistill.data.shards.manifest import Manifest
 
@@ -64,7 +65,7 @@ class Joined(Manifest):
         sizes: Shards of each set.
 
     Raises:
-        UserError: They are of different kinds or sizes; a set comes twice.
+        UserError: They are of different kinds, sizes or fits; a set comes twice.
     """
 
     def __init__(self, manifests: Sequence[Manifest], shares: Sequence[float]) -> None:
@@ -153,7 +154,9 @@ def _stored(manifest: Manifest) -> str:
     """What must be the same for all, in words."""
     if manifest.kind == "text":
         return "pairs of texts" if manifest.text.get("pairs") else "texts"
-    size = "of their own sizes" if manifest.size is None else f"of {typed(sides(manifest.size))}"
+    # Without a size all are fitted as they are read, in the target's way.
+    own = f"of their own sizes, fit {fitting.of(manifest.image)}"
+    size = own if manifest.size is None else f"of {typed(sides(manifest.size))}"
     span = manifest.span
     return f"images {size}" + (f", range {span[0]:g} to {span[1]:g}" if span else "")
 

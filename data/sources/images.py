@@ -1,6 +1,7 @@
 """Where images come from: class folders, split folders, CSV files."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -10,8 +11,11 @@ from selfdistill.data.errors import UserError, counted
 from selfdistill.data.formats.images import SUFFIXES
 from selfdistill.data.formats.strays import is_stray
 from selfdistill.data.sources import several, tables
-from selfdistill.data.sources.samples import Columns, Row, Sample, Splits, grouped
+from selfdistill.data.sources.samples import Columns, Row, Sample, Splits, grouped, names_of
 from selfdistill.data.splits import ALIASES, DIVIDED
+
+# Whole numbers below 0, which hubs write where there is no label.
+_NEGATIVE = re.compile(r"-\d+(\.0*)?")
 
 
 class _Walk:
@@ -248,6 +252,12 @@ def from_csv(
             label = several.separated(row[columns.label], columns.separator, where)
         if label == "":
             raise UserError(f"{where}: {given} has no label: {cure}, or pack with --unlabelled")
+        none = next((one for one in names_of(label) if _NEGATIVE.fullmatch(one)), None)
+        if none is not None:
+            raise UserError(
+                f"{where}: its label {none} stands for none: correct it, or pack without labels"
+                " (--unlabelled)"
+            )
         split = tables.split_of(row, where)
         within = os.path.relpath(image, path.parent)
         if within.startswith(".."):

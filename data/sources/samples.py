@@ -139,7 +139,7 @@ class Row(NamedTuple):
     group: str | None = None
 
 
-def _names(label: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def names_of(label: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The names of a row's classes."""
     return label if isinstance(label, tuple) else () if label is None else (label,)
 
@@ -159,12 +159,12 @@ def grouped(rows: list[Row]) -> Splits:
                 f"{row.where}: group {row.group!r} is in split {row.split}, and in"
                 f" {first.split} ({first.where}): put it into one, or take --group_column out"
             )
-    classes = class_order(name for row in rows for name in _names(row.label))
+    classes = class_order(name for row in rows for name in names_of(row.label))
     number = {name: i for i, name in enumerate(classes)}
     divided = any(row.split == "train" for row in rows)
-    taught = {name for row in rows if row.split == "train" for name in _names(row.label)}
+    taught = {name for row in rows if row.split == "train" for name in names_of(row.label)}
     for row in rows:
-        new = [name for name in _names(row.label) if divided and name not in taught]
+        new = [name for name in names_of(row.label) if divided and name not in taught]
         if new:
             raise UserError(
                 f"{row.where}: class {new[0]!r} has no row in split train: add some, correct"
@@ -207,7 +207,7 @@ def parse_shares(text: str | None) -> tuple[float, ...]:
         not 1 <= len(shares) <= 3
         or min(shares) < 0
         or shares[0] == 0
-        or abs(sum(shares) - 1) > 1e-6
+        or not abs(sum(shares) - 1) <= 1e-6  # nor is nan
     ):
         raise UserError(
             f"--splits {text}: give shares of train, val and test that add up to 1,"

@@ -78,6 +78,24 @@ def test_reduced_pages_and_masks_are_no_pictures() -> None:
         shown(pages(GREY[0], GREY[1][:2]))
 
 
+def test_reduced_pages_and_masks_are_not_counted() -> None:
+    """A thumbnail in front, or between, takes no picture's number, nor its place."""
+    deep = bits(12, (6, 6)) + 4096
+    content = pages(GREY[0][:2], GREY[1], GREY[2], deep, kinds=(1, 0, 4, 0))
+    with pytest.raises(ValueError, match="several pages"):
+        shown(content)
+    assert np.array_equal(shown(content, 1), GREY[1])
+    assert shown(content, 2).shape == deep.shape
+    found = images.values(content, (2,))
+    assert found is not None
+    assert (found.low, found.high) == (deep.min(), deep.max())
+    with pytest.raises(ValueError, match="no page 3"):
+        shown(content, 3)
+    assert np.array_equal(shown(pages(GREY[0][:2], GREY[1], kinds=(1, 0))), GREY[1])
+    assert np.array_equal(shown(pages(GREY[0], kinds=(1,))), GREY[0])
+    assert np.array_equal(shown(pages(GREY[0], GREY[1][:2], kinds=(1, 1))), GREY[0])
+
+
 def test_the_way_round_broken_metadata_is_no_way_to_the_first_page() -> None:
     content = pages(*GREY)
     assert images.metadata.without(content) is not None

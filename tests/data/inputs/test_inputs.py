@@ -104,6 +104,9 @@ def test_tars_parquet_and_patterns(tmp_path: Path) -> None:
         (f"{i}.png", png(i)) for i in range(5)
     ]
     assert found[5].error == "it has no bytes"
+    beside = pa.table({"path": ["x.png"], "image": [png(7)], "label": [1]})
+    pq.write_table(beside, tmp_path / "b.parquet")
+    assert everything(find(str(tmp_path / "b.parquet"), "image")) == [Input("0", png(7))]
     for name in ("b.png", "a.png", "c.txt"):
         (tmp_path / name).write_bytes(png())
     given = find(str(tmp_path / "*.png"), "image")

@@ -16,9 +16,10 @@ from selfdistill.data.loading.loader import Loader
 from selfdistill.data.loading.mixture import Mixture
 from selfdistill.data.loading.order import Order
 from selfdistill.data.loading.reader import Reader
+from selfdistill.data.pack import pack
 from selfdistill.data.shards.joined import Joined, parse
 from selfdistill.data.shards.manifest import Manifest
-from tests.kit.shards import number_of, uneven
+from tests.kit.shards import class_folders, number_of, uneven
 
 SHARES = st.lists(st.floats(0.01, 1), min_size=2, max_size=4)
 
@@ -142,6 +143,19 @@ def test_the_joined_split(sets: list[Manifest], tmp_path: Path) -> None:
         Joined([*sets, sets[1]], [0.1, 0.1])
     with pytest.raises(UserError, match=r"holds images of 8x8, .*target images of 4x4: pack both"):
         Joined([sets[0], uneven(tmp_path / "big", [3], size=8)], [0.1])
+
+
+def test_kept_originals_are_fitted_alike(tmp_path: Path) -> None:
+    """All are fitted as they are read, in the target's way."""
+    class_folders(tmp_path / "in", {"ant": 3, "bee": 3})
+    found = []
+    for fit in ("crop", "pad", "pad"):
+        out = tmp_path / f"{len(found)}"
+        pack(str(tmp_path / "in"), str(out), keep_original=True, fit=fit, splits="1", name=out.name)
+        found.append(Manifest.load_split(str(out), "train"))
+    with pytest.raises(UserError, match=r"own sizes, fit crop, .*own sizes, fit pad: pack both"):
+        Joined([found[1], found[0]], [0.1])
+    assert Joined(found[1:], [0.1]).samples == 12
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,9 @@ def tree(*files: str) -> Callable[[Path], str]:
         (tree("a/1.txt"), ["--split", "tset"], "there is no split 'tset'"),
         (folders(a=2), ["--splits", "0.5,0.6"], "add up to 1"),
         (folders(a=2), ["--splits", "half"], "add up to 1"),
+        (folders(a=2), ["--splits", "0.8,0.2,nan"], "add up to 1"),
+        (lambda tmp: "", [], "SOURCE is empty, as of a variable that is not set: give a path"),
+        (folders(a=2), ["--unlabelled", ""], "--unlabelled is empty"),
         (folders(a=2), ["--splits", "1", "--split", "val"], "give one of them"),
         (tree("train/a/1.png"), ["--splits", "1"], "has splits of its own"),
         (folders(a=2), ["--size", "0"], "give sides of 1 to 32768 pixels, not .0."),
@@ -73,6 +76,11 @@ def tree(*files: str) -> Callable[[Path], str]:
         (csv_with("path,label\nx/a/p9.png,a"), [], "line 2: there is no image"),
         (csv_with("path,label\nx/a/p0.png,a\nx/a/p1.png,"), [], "line 3: .* has no label"),
         (csv_with("path,label\nx/a/p0.png,a\nx/a/p0.png,b"), [], "stands in line 2 too"),
+        (
+            csv_with("path,label\nx/a/p0.png,1\nx/a/p1.png,-1"),
+            [],
+            "3: its label -1 stands for none",
+        ),
         (csv_with("path,label\nx/a/p0.png"), [], "not as many fields"),
         (csv_with("path,label\nx/a/p0.png,a,b"), [], "not as many fields"),
         (csv_with("path,label\n,a"), [], "line 2 has no path"),
@@ -154,3 +162,9 @@ def test_full_disk(
     assert caught.value.code == 2
     assert "No space left on device: free some space" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_empty_place_is_not_the_current_folder(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images", {"a": 2})
+    with pytest.raises(UserError, match="OUT is empty, as of a variable that is not set"):
+        pack(str(tmp_path / "images"), "")

@@ -229,3 +229,23 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [source, tmp_path / "torn", "--part", "1/1"]
     assert call(pack, *words) == 2
     assert "torn.png: the image cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_no_part_sees_the_range_of_deep_pictures(
+    keep: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twelve bits packed as sixteen would be nearly black."""
+    for number in range(4):
+        place = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(png(Image.new("I;16", (4, 4), 1000 + number)))
+    source, out = tmp_path / "images", tmp_path / "parts" / "set"
+    words = ["--splits", "1", "--keep_original", keep, "--skip_broken"]
+    assert call(pack, source, out, *words, "--part", "1/1") == 2
+    said = capsys.readouterr().err
+    assert "no part sees the values of all: give --range LOW,HIGH (0,65535 for the whole" in said
+    words, ranged = [*words, "--range", "0,4095"], out.with_name("ranged")
+    assert call(pack, source, tmp_path / "one" / "set", *words) == 0
+    assert call(pack, source, ranged, *words, "--name", "set", "--part", "1/1") == 0
+    assert files(ranged) == files(tmp_path / "one" / "set")

@@ -160,7 +160,7 @@ def test_splits_names_and_order_of_classes(
     for split, counts in (("train", [1, 0, 0]), ("test", [0, 0, 1])):
         file = Manifest.load_split(str(tmp_path), split)
         assert (file.classes, file.class_counts) == (["0", "1", "2"], counts)
-    (tmp_path / "names.txt").write_text("ant\nbee\ncow\ndog\n")
+    (tmp_path / "names.txt").write_text("ant\nbee\ncow\ndog\n", encoding="utf-8-sig")
     assert call(index, tmp_path, "--classes", tmp_path / "names.txt", "--overwrite") == 0
     assert Manifest.load_split(str(tmp_path), "test").classes == ["ant", "bee", "cow", "dog"]
     assert call(verify, tmp_path) == 0
@@ -237,6 +237,7 @@ MISTAKES: list[tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ...]]] 
     (holding(*sample("a")), ("--classes", "nowhere.txt"), ("nowhere.txt", "a class name a line")),
     (holding(*sample("a")), ("--split", "vall"), ("Did you mean val?",)),
     (holding(*sample("a")), ("--worker", "2"), ("Did you mean --workers?",)),
+    (holding(*sample("a")), ("--workers", "-3"), ("workers is -3: give 1 or more",)),
     (holding(), (), ("no samples",)),
     (lambda folder: (folder / "x.tar.gz").touch(), (), ("x.tar.gz is compressed", "> x.tar)")),
 ]

@@ -247,3 +247,5 @@ def test_no_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "pack it first" in capsys.readouterr().err
     assert call(verify, tmp_path) == 2
     assert "no manifest.json" in capsys.readouterr().err
+    assert call(verify, tmp_path, "--workers", "-4") == 2
+    assert "workers is -4: give 1 or more" in capsys.readouterr().err

@@ -257,6 +257,21 @@ def test_bombs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         images.decode(WHOLE, None)
 
 
+@pytest.mark.parametrize("length", [3_000_000, 10_000_001])
+def test_a_long_thin_picture_is_no_bomb(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it is cut it would have 150 GB, or more pixels than Pillow can count."""
+    thin = png(Image.new("L", (length, 1)))
+    for size in (224, (224, 448)):
+        with pytest.raises(ValueError, match=r"too long and thin: scaled to cover .*--fit pad"):
+            images.prepare(thin, size)
+        with pytest.raises(BrokenData, match="too long and thin"):
+            images.decode(thin, size)
+    assert images.decode(thin, 8, how="pad").shape == (3, 8, 8)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**15)
+    with pytest.raises(ValueError, match=r"^.+$"):
+        images.prepare(thin, 2**15)
+
+
 def chunk(kind: bytes, content: bytes) -> bytes:
     body = kind + content
     return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))

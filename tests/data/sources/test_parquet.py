@@ -122,6 +122,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"image": [b"1"], "class": [0]}, "has no column 'label' (it has path, class)"),
     ({"image": [b"junk"] * 9, "label": [0, 1, 2] * 3}, "no image of a known kind"),
     ({"image": [b"junk"] * 2, "label": [0, None]}, "has no label"),
+    ({"image": [b"junk"] * 2, "label": [0, -1]}, "its label -1 stands for none"),
 ]
 
 

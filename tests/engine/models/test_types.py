@@ -284,6 +284,10 @@ def test_names_of_meta(tmp_path: Path, name: str) -> None:
     found = load_pretrained(str(tmp_path / "x.pth"))
     assert found.decoder is None
     assert all(torch.equal(found.encoder[k], v) for k, v in base.encoder.items())
+    if "dinov3" in name:
+        assert found.shape == base.shape
+        torch.save(state | {"rope_embed.periods": torch.ones(3)}, tmp_path / "odd.pth")
+        assert "no whole number of heads" in refusal(tmp_path / "odd.pth")
     if "dinov2" in name:  # positions are resized as those of transformers' folder are
         a, b = (
             load_pretrained(str(tmp_path / x), 16).encoder["pos_embed"] for x in ("in", "x.pth")

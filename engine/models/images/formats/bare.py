@@ -72,6 +72,10 @@ def read(tensors: dict[str, Tensor], args: dict[str, Any], origin: str) -> Found
     else:
         heads = max(1, width // 64)
         notes.append(f"the file does not tell its heads: took {heads} of width 64")
+    notes.append(
+        "the file does not tell how images are normalised: took ImageNet's mean and standard"
+        " deviation"
+    )
     sizes: dict[str, Any] = {}
     if decoder.keys() >= {"mask_token", "blocks.0.mlp.fc1.weight"}:
         decoder_width = decoder["mask_token"].shape[2]

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from selfdistill.data import records
 from selfdistill.data.errors import UserError
+from selfdistill.data.formats.images import Size
 from selfdistill.engine.models.images.formats.bare import drop_head, join_positions
 from selfdistill.engine.models.images.formats.hugging_face import decoder_of
-from selfdistill.engine.models.images.found import Found, normalise, shape_of
+from selfdistill.engine.models.images.found import Found, normalise, shape_of, whole
 from selfdistill.engine.models.images.types.base import IMAGENET_MEAN, IMAGENET_STD, Tensors
 from selfdistill.engine.models.images.types.deit import DeiT
 from selfdistill.engine.models.source import read_folder, read_safetensors
@@ -61,10 +62,15 @@ def read(folder: Path, config: dict[str, Any], origin: str, decoder: Path | None
     block = model.blocks[0]
     gated = not isinstance(block.mlp, Mlp)
     registers = model.num_prefix_tokens - int(model.cls_token is not None)
+    size: Size = tuple(model.patch_embed.img_size)
+    patch = model.patch_embed.patch_size[0]
+    notes: list[str] = []
+    if not rotary:
+        size, notes = whole(size, patch, model.patch_embed.num_patches)
     shape = shape_of(
         origin,
-        image_size=tuple(model.patch_embed.img_size),
-        patch_size=model.patch_embed.patch_size[0],
+        image_size=size,
+        patch_size=patch,
         width=model.embed_dim,
         depth=len(model.blocks),
         heads=block.attn.num_heads,
@@ -87,7 +93,8 @@ def read(folder: Path, config: dict[str, Any], origin: str, decoder: Path | None
     elif isinstance(model, VisionTransformerDistilled):
         renamed = {k.replace("dist_token", "reg_token"): v for k, v in tensors.items()}
         tensors = DeiT().incoming(renamed, origin)
-    found = Found(shape, tensors, {} if decoder is None else read_safetensors(decoder), origin)
+    decoders = {} if decoder is None else read_safetensors(decoder)
+    found = Found(shape, tensors, decoders, origin, notes=notes)
     join_positions(found)
     told = model.pretrained_cfg
     normalise(found, told.get("mean", IMAGENET_MEAN), told.get("std", IMAGENET_STD), origin)

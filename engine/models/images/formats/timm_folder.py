@@ -25,6 +25,9 @@ from selfdistill.engine.models.images.types.base import IMAGENET_MEAN, IMAGENET_
 from selfdistill.engine.models.images.types.deit import DeiT
 from selfdistill.engine.models.source import read_folder, read_safetensors
 
+#: In an export for timm that pools without it, a SigLIP's attention that pools.
+POOLING = "attn_pool.safetensors"
+
 
 def read(folder: Path, config: dict[str, Any], origin: str, decoder: Path | None = None) -> Found:
     """A folder as timm's hub saves it: the shape is asked of the model that timm builds from it.
@@ -53,7 +56,8 @@ def read(folder: Path, config: dict[str, Any], origin: str, decoder: Path | None
             "config.json, or update timm"
         ) from error
     rotary = isinstance(model, Eva)
-    if not (_is_dinov3(model) if rotary else _is_plain(model)):
+    pooling = read_safetensors(folder / POOLING) if (folder / POOLING).is_file() else {}
+    if not (_is_dinov3(model) if rotary else _is_plain(model, bool(pooling))):
         raise UserError(
             f"{origin} is timm's {name}, which is not a plain ViT as MAE's is: take one with a "
             "class token or attention pooling, learnt, fixed or DINOv3's positions and a final"
@@ -87,7 +91,7 @@ def read(folder: Path, config: dict[str, Any], origin: str, decoder: Path | None
         rope=model.rope.temperature if rotary else 0.0,
         **({} if decoder is None else decoder_of(config, origin)),
     )
-    tensors = read_folder(folder)
+    tensors = read_folder(folder) | pooling
     if rotary:
         tensors = from_eva(tensors)
     elif isinstance(model, VisionTransformerDistilled):
@@ -159,8 +163,11 @@ def _activation(layer: nn.Module) -> str:
     return known.get(type(layer), type(layer).__name__)
 
 
-def _is_plain(model: Any) -> bool:
-    """Whether our encoder computes what timm's ViT does: no other norms, pooling, or positions."""
+def _is_plain(model: Any, pooling: bool) -> bool:
+    """Whether our encoder computes what timm's ViT does: no other norms, pooling, or positions.
+
+    ``pooling``: attention that pools lies beside it.
+    """
     distilled = isinstance(model, VisionTransformerDistilled)
     return (
         type(model) in (VisionTransformer, VisionTransformerDistilled)
@@ -170,7 +177,7 @@ def _is_plain(model: Any) -> bool:
         and type(block.mlp) in (Mlp, GluMlp)
         and (type(block.mlp) is Mlp or isinstance(block.mlp.act, nn.SiLU))
         and block.attn.qkv.bias is not None
-        and (model.has_class_token or type(model.attn_pool) is AttentionPoolLatent)
+        and (model.has_class_token or pooling or type(model.attn_pool) is AttentionPoolLatent)
         and (not model.has_class_token or model.attn_pool is None)
         and (distilled or model.no_embed_class == (model.num_prefix_tokens > 1))
         and model.pos_embed is not None

@@ -18,7 +18,7 @@ from selfdistill.engine.checkpoints import processors
 from selfdistill.engine.checkpoints.processors import Pixels
 from selfdistill.engine.models.images import types
 from selfdistill.engine.models.images.formats.hugging_face import DECODER
-from selfdistill.engine.models.images.formats.timm_folder import to_eva
+from selfdistill.engine.models.images.formats.timm_folder import POOLING, to_eva
 from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.models.images.types.vit import ViT, decoder_config, masked
 
@@ -128,6 +128,9 @@ def export_classifier(
         _write_timm(target / "timm", shape, tensors, classes, pool, pixels, problem)
         if not (target / "config.json").exists():
             _wrap(target, shape, pixels)
+            pooling = {k: v for k, v in encoder.items() if k.startswith("attn_pool.")}
+            if pooling and pool == "mean":  # the wrapped model has none: it is for us alone
+                _write_tensors(target / POOLING, pooling)
 
     _replace(Path(folder), write)
 

@@ -16,8 +16,9 @@ from selfdistill.data.formats.channels import Channels
 from selfdistill.data.formats.images import Size, sides, typed
 from selfdistill.data.loading.codec import Images, Pictures
 from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints.export import PROBLEM
 from selfdistill.engine.inference.found import Told
-from selfdistill.engine.inference.network import Network, Pool
+from selfdistill.engine.inference.network import Network, Pool, check_classes
 from selfdistill.engine.models.images.networks import ImageEncoder, Normalize
 from selfdistill.engine.models.images.vit_mae import ViTEncoder
 from selfdistill.engine.models.images.weights import fingerprint, load_pretrained
@@ -150,7 +151,7 @@ def open_images(
         # timm's copy of a classifier has the head of every way to pool; transformers' has not.
         inner = folder / "timm"
         config = records.read_object(inner / "config.json")
-        head = _timm_head(inner, config, path)
+        head = None if _without_attention(config) else _timm_head(inner, config, path)
         if head is not None:
             return ImageNetwork(str(inner), head, told, span, channels, size)
     head = None
@@ -159,6 +160,12 @@ def open_images(
         read = _timm_head if "architecture" in config else _head
         head = read(folder, config, path)
     return ImageNetwork(path, head, told, span, channels, size)
+
+
+def _without_attention(config: dict[str, Any]) -> bool:
+    """Whether timm's copy of a SigLIP pools by the mean: it lacks what the folder above has."""
+    arguments = config.get("model_args") or {}
+    return arguments.get("global_pool") == "avg" and arguments.get("class_token") is False
 
 
 def _span(told: Told, path: str) -> depth.Range | None:
@@ -200,6 +207,7 @@ def _timm_head(folder: Path, config: dict[str, Any], origin: str) -> _Head | Non
     if "head.weight" not in tensors or "head_dist.weight" in tensors:
         return None
     weight, bias = _checked(folder, tensors, "head")
+    check_classes(len(bias), config.get("problem_type"), origin)
     pool = (config.get("model_args") or {}).get("global_pool") or config.get("global_pool")
     if pool is None:
         pool = "map" if any(name.startswith("attn_pool.") for name in tensors) else "token"
@@ -209,7 +217,7 @@ def _timm_head(folder: Path, config: dict[str, Any], origin: str) -> _Head | Non
             f" that pools by one of {', '.join(_POOLS)}"
         )
     names = config.get("label_names") or inner.get("label_names")
-    several = config.get("problem_type") == "multi_label_classification"
+    several = config.get("problem_type") == PROBLEM
     return _Head(weight, bias, _POOLS[pool], _names(names, len(bias)), several)
 
 
@@ -220,6 +228,7 @@ def _head(folder: Path, config: dict[str, Any], origin: str) -> _Head | None:
     if pool is None:
         return None
     weight, bias = _checked(folder, read_folder(folder), "classifier")
+    check_classes(len(bias), config.get("problem_type"), origin)
     if pool == "both":
         halves = weight.chunk(2, dim=1)
         if not halves[1].any():
@@ -228,5 +237,5 @@ def _head(folder: Path, config: dict[str, Any], origin: str) -> _Head | None:
             weight, pool = halves[1].contiguous(), "mean"
     named = config.get("id2label")
     names = [named.get(str(i)) for i in range(len(bias))] if isinstance(named, dict) else None
-    several = config.get("problem_type") == "multi_label_classification"
+    several = config.get("problem_type") == PROBLEM
     return _Head(weight, bias, pool, _names(names, len(bias)), several)

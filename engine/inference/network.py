@@ -8,8 +8,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from selfdistill.data.errors import UserError
 from selfdistill.data.loading.codec import Codec
 from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints.export import PROBLEM
 from selfdistill.engine.training.objectives import Feature
 
 #: What a head reads: the CLS token, the mean of the others (of texts, of all), both in a row.
@@ -60,3 +62,21 @@ class Network(nn.Module, ABC):
         Raises:
             UserError: they are of a size that the model does not take.
         """
+
+
+def check_classes(number: int, problem: object, origin: str) -> None:
+    """Refuses a head whose outputs are no classes': softmax of one number is always 1.
+
+    Args:
+        number: of its outputs.
+        problem: `problem_type` of its configuration.
+        origin: the model's name.
+
+    Raises:
+        UserError: it is a regression, or has one output.
+    """
+    if problem == "regression" or (number < 2 and problem != PROBLEM):
+        raise UserError(
+            f"{origin} gives {'a score' if number == 1 else 'scores'} (a regression or a reranker),"
+            " and no classes' probabilities: take a classifier of two classes or more"
+        )

@@ -15,9 +15,10 @@ from selfdistill.data import records
 from selfdistill.data.errors import BrokenData, UserError
 from selfdistill.data.formats import texts
 from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints.export import PROBLEM
 from selfdistill.engine.config.sections import TextSection
 from selfdistill.engine.inference.found import Told
-from selfdistill.engine.inference.network import Network
+from selfdistill.engine.inference.network import Network, check_classes
 from selfdistill.engine.models.images.weights import fingerprint
 from selfdistill.engine.models.source import read_safetensors
 from selfdistill.engine.models.texts import sentences
@@ -66,11 +67,12 @@ class TextNetwork(Network):
         else:
             encoder = classifier.encoder
             config = classifier.network.config
+            check_classes(config.num_labels, config.problem_type, path)
             own = OWN_POOLING.get(config.model_type)
             mean = classifier.mean or (own and config.classifier_pooling == own["mean"])
             self.pool = "mean" if mean else "cls"
             self.classes = [str(config.id2label[i]) for i in range(config.num_labels)]
-            self.several = config.problem_type == "multi_label_classification"
+            self.several = config.problem_type == PROBLEM
             state = classifier.network.state_dict()
             self.sha256 = fingerprint({k: v for k, v in state.items() if v.is_floating_point()}, {})
         self.encoder = TextEncoder(encoder, base.config)

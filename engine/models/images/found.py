@@ -11,6 +11,7 @@ from torch import Tensor
 
 from selfdistill.data import records
 from selfdistill.data.errors import UserError
+from selfdistill.data.formats.images import Size, sides, typed
 from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.models.images.types.base import IMAGENET_MEAN, IMAGENET_STD, Tensors
 
@@ -42,6 +43,29 @@ def shape_of(origin: str, **values: Any) -> Shape:
         return Shape(**values)
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
+
+
+def whole(size: Size, patch: int, rows: int) -> tuple[Size, list[str]]:
+    """An image's size in whole patches, as its table has rows; and what to say of a border.
+
+    SigLIP's so400m of 384 pixels has patches of 14, and leaves out the last 6.
+
+    Args:
+        size: in pixels.
+        patch: side of a patch, in pixels.
+        rows: of the table of positions, those of patches.
+
+    Returns:
+        The sides rounded down, where the table has just so many rows, else as they are.
+    """
+    pair = sides(size)
+    height, width = (side // patch * patch for side in pair)
+    if (height // patch) * (width // patch) != rows or (height, width) == pair:
+        return size, []
+    taken: Size = height if pair[0] == pair[1] else (height, width)
+    own = typed(pair[0] if pair[0] == pair[1] else pair)
+    note = f"{own} pixels are no whole patches of {patch}: images are {typed(taken)}"
+    return taken, [f"{note}, for which it has positions"]
 
 
 def normalise(found: Found, mean: Any, std: Any, place: object) -> None:

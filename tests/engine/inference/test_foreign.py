@@ -108,6 +108,38 @@ def test_classifiers_of_texts(tmp_path: Path) -> None:
     assert ours.classes == list(NAMES.values())
 
 
+@pytest.mark.parametrize("problem", [None, "regression", "multi_label_classification"])
+@pytest.mark.parametrize("kind", ["vit", "timm", "roberta"])
+def test_one_number_is_no_class(kind: str, problem: str | None, tmp_path: Path) -> None:
+    """A reranker's or a regression's; of samples that may have several classes one is enough."""
+    told = {"num_labels": 1, "problem_type": problem}
+    if kind == "vit":
+        ViTForImageClassification(ViTConfig(**SIZES, **told)).save_pretrained(tmp_path)
+    elif kind == "timm":
+        sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+        model = timm.create_model("vit_base_patch16_224", **sizes, num_classes=1)
+        save_for_hf(model, tmp_path, model_config={"problem_type": problem}, model_args=sizes)
+    else:
+        tokenizer = text_kit.make_tokenizer()
+        config = text_kit.config_of("roberta", len(tokenizer))
+        config.num_labels, config.problem_type = 1, problem
+        RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+    if problem == "multi_label_classification":
+        assert len(load(tmp_path).classes) == 1
+        return
+    with pytest.raises(UserError, match="gives a score") as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_regression_of_several_numbers_is_no_classifier(tmp_path: Path) -> None:
+    config = ViTConfig(**SIZES, num_labels=3, problem_type="regression")
+    ViTForImageClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="gives scores"):
+        load(tmp_path)
+
+
 def stage(folder: Path, **result: object) -> Path:
     """A stage as a launch leaves it; without a result it is not complete."""
     folder.mkdir(parents=True, exist_ok=True)

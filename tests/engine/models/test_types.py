@@ -211,8 +211,6 @@ def test_classifiers(tmp_path: Path, name: str, pool: str, size: Size) -> None:
     assert not (wrapped and (name, pool) in POOLED and (size == 32 or name in ("vit", "deit")))
     # Of the wrapped ones the files cannot say the norms' epsilon.
     assert torch.allclose(theirs.eval()(images).logits, wanted, atol=1e-3 if wrapped else 1e-5)
-    if wrapped and "siglip" in name:  # without the attention that pools it is no whole encoder
-        return
     again = load_pretrained(str(out))
     assert again.shape == base.shape
     if wrapped:  # with registers the class token has taken its position with it
@@ -284,6 +282,10 @@ def test_names_of_meta(tmp_path: Path, name: str) -> None:
     found = load_pretrained(str(tmp_path / "x.pth"))
     assert found.decoder is None
     assert all(torch.equal(found.encoder[k], v) for k, v in base.encoder.items())
+    if "dinov3" in name:
+        assert found.shape == base.shape
+        torch.save(state | {"rope_embed.periods": torch.ones(3)}, tmp_path / "odd.pth")
+        assert "no whole number of heads" in refusal(tmp_path / "odd.pth")
     if "dinov2" in name:  # positions are resized as those of transformers' folder are
         a, b = (
             load_pretrained(str(tmp_path / x), 16).encoder["pos_embed"] for x in ("in", "x.pth")
@@ -316,6 +318,9 @@ def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
         ("dinov2", {"model_type": "detr"}, "is a detr, none of the image encoders known here"),
         ("dinov2", {"model_type": "resnet"}, ", ".join(one.title for one in TYPES)),
         ("vit", {"hidden_act": "relu"}, "activation is 'relu'"),
+        ("siglip", {"hidden_act": "silu"}, "activation is 'silu'"),
+        ("dinov3", {"hidden_act": "silu"}, "activation is 'silu'"),
+        ("dinov3_gated", {"hidden_act": "gelu"}, "use_gated_mlp with hidden_act 'gelu'"),
         ("vit", {"qkv_bias": False}, "only models with biases"),
         ("dinov3", {"key_bias": True}, "key_bias True, as no published DINOv3"),
         ("dinov3", {"rope_theta": "x"}, "rope_theta"),

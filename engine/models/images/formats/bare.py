@@ -24,7 +24,8 @@ _EXTRA = ("head.", "head_dist.")
 def read(tensors: dict[str, Tensor], args: dict[str, Any], origin: str) -> Found:
     """A file of tensors alone under FAIR's or timm's names; the shape is read off the tensors."""
     encoder, decoder = from_fair(tensors)
-    rotary, encoder = _dinov3(encoder), _with_gates(encoder)
+    periods, encoder = _dinov3(encoder), _with_gates(encoder)
+    rotary = periods is not None
     if "register_tokens" in encoder:
         encoder["reg_token"] = encoder.pop("register_tokens")
     if decoder.keys() == {"mask_token"}:  # DINOv2's own, of its training
@@ -59,9 +60,22 @@ def read(tensors: dict[str, Tensor], args: dict[str, Any], origin: str) -> Found
     mlp_width = encoder["blocks.0.mlp.fc1.weight"].shape[0]
     taken = encoder.get("blocks.0.mlp.fc2.weight")
     gated = taken is not None and taken.ndim == 2 and 2 * taken.shape[1] == mlp_width
-    heads = _FAIR_HEADS.get(width) or max(1, width // 64)
-    if width not in _FAIR_HEADS:
+    if periods is not None:  # of one head, which has four numbers of each
+        heads = width // (4 * periods) if periods else 0
+        if not heads or width % (4 * periods):
+            raise UserError(
+                f"{origin}: rope_embed.periods has {periods} entries, of which width {width} gives"
+                " no whole number of heads: fetch the file again"
+            )
+    elif (known := _FAIR_HEADS.get(width)) is not None:
+        heads = known
+    else:
+        heads = max(1, width // 64)
         notes.append(f"the file does not tell its heads: took {heads} of width 64")
+    notes.append(
+        "the file does not tell how images are normalised: took ImageNet's mean and standard"
+        " deviation"
+    )
     sizes: dict[str, Any] = {}
     if decoder.keys() >= {"mask_token", "blocks.0.mlp.fc1.weight"}:
         decoder_width = decoder["mask_token"].shape[2]
@@ -124,10 +138,11 @@ def _with_gates(encoder: Tensors) -> Tensors:
     return {k.replace(".mlp.w3.", ".mlp.fc2."): v for k, v in ours.items()}
 
 
-def _dinov3(encoder: Tensors) -> bool:
-    """Whether it is a DINOv3 of its makers; gives its tensors our names then."""
+def _dinov3(encoder: Tensors) -> int | None:
+    """The rotary periods of a DINOv3 of its makers, None of others; gives its tensors our names."""
     if "rope_embed.periods" not in encoder or "storage_tokens" not in encoder:
-        return False
+        return None
+    periods = encoder["rope_embed.periods"].numel()
     encoder["reg_token"] = encoder.pop("storage_tokens")
     for name in [k for k in encoder if k in ("rope_embed.periods", "mask_token")]:
         del encoder[name]
@@ -137,7 +152,7 @@ def _dinov3(encoder: Tensors) -> bool:
         own, mask = name.removesuffix("_mask"), encoder.pop(name)
         if own in encoder and mask.shape == encoder[own].shape:  # NaN where none is wanted
             encoder[own] = torch.where(mask.nan_to_num() > 0, encoder[own], 0.0)
-    return True
+    return periods
 
 
 def from_fair(tensors: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:

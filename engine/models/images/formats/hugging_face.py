@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from selfdistill.data import records
 from selfdistill.data.errors import UserError
+from selfdistill.data.formats.images import sides
 from selfdistill.engine.models.images import types
-from selfdistill.engine.models.images.found import Found, normalise, shape_of
+from selfdistill.engine.models.images.found import Found, normalise, shape_of, whole
+from selfdistill.engine.models.images.shape import ACTIVATIONS
 from selfdistill.engine.models.images.types.base import ModelType, our_activation
 from selfdistill.engine.models.images.types.vit import split_decoder
 from selfdistill.engine.models.source import read_folder, read_safetensors
@@ -57,24 +61,40 @@ def read(folder: Path, config: dict[str, Any], origin: str) -> Found:
         )
     own = kind.settings(values, origin)
     normalized = values.get("norm_pix_loss", values["model_type"] != "vit_mae")
+    size, patch = _size(values, "image_size", 224, origin), _size(values, "patch_size", 16, origin)
+    notes: list[str] = []
+    tensors: dict[str, Tensor] | None = None
+    if patch > 0 and any(side % patch for side in sides(size)):
+        tensors = read_folder(folder)
+        size, notes = whole(size, patch, _rows(kind, tensors))
     shape = shape_of(
         origin,
-        image_size=_size(values, "image_size", 224, origin),
-        patch_size=_size(values, "patch_size", 16, origin),
+        image_size=size,
+        patch_size=patch,
         normalize_pixels=records.checked(bool, normalized, f"{origin}: norm_pix_loss"),
-        activation=our_activation(values),
+        # DINOv2's gated MLP has SiLU whatever its configuration says; DINOv3's is checked.
+        activation=ACTIVATIONS[0] if own.get("gated") else our_activation(values),
         **_numbers(values, origin),
         **own,
     )
-    decoder, rest = split_decoder(read_folder(folder))
+    decoder, rest = split_decoder(tensors or read_folder(folder))
     encoder, unknown = kind.names.ours(rest)
     if (folder / DECODER).exists():  # beside an encoder whose class has none
         decoder = read_safetensors(folder / DECODER)
-    found = Found(shape, kind.incoming(encoder, origin), decoder, origin)
+    found = Found(shape, kind.incoming(encoder, origin), decoder, origin, notes=notes)
     found.mean, found.std = kind.mean, kind.std
     _leave_out(found, kind, unknown, values["model_type"])
     _read_processor(folder, found, kind)
     return found
+
+
+def _rows(kind: ModelType, tensors: Mapping[str, Tensor]) -> int:
+    """Rows of the table of positions that are patches'; 0 where there is none."""
+    encoder = kind.incoming(kind.names.ours(tensors)[0], "")
+    table = encoder.get("pos_embed")
+    if table is None or table.ndim != 3:
+        return 0
+    return table.shape[1] - ("cls_token" in encoder)
 
 
 def decoder_of(config: Mapping[str, Any], origin: str) -> dict[str, Any]:

@@ -17,12 +17,16 @@ from torch import Tensor, nn
 
 from selfdistill.data import records
 from selfdistill.data.errors import UserError
+from selfdistill.data.formats.images import Size
 from selfdistill.engine.models.images.formats.bare import drop_head, join_positions
 from selfdistill.engine.models.images.formats.hugging_face import decoder_of
-from selfdistill.engine.models.images.found import Found, normalise, shape_of
+from selfdistill.engine.models.images.found import Found, normalise, shape_of, whole
 from selfdistill.engine.models.images.types.base import IMAGENET_MEAN, IMAGENET_STD, Tensors
 from selfdistill.engine.models.images.types.deit import DeiT
 from selfdistill.engine.models.source import read_folder, read_safetensors
+
+#: In an export for timm that pools without it, a SigLIP's attention that pools.
+POOLING = "attn_pool.safetensors"
 
 
 def read(folder: Path, config: dict[str, Any], origin: str, decoder: Path | None = None) -> Found:
@@ -52,7 +56,8 @@ def read(folder: Path, config: dict[str, Any], origin: str, decoder: Path | None
             "config.json, or update timm"
         ) from error
     rotary = isinstance(model, Eva)
-    if not (_is_dinov3(model) if rotary else _is_plain(model)):
+    pooling = read_safetensors(folder / POOLING) if (folder / POOLING).is_file() else {}
+    if not (_is_dinov3(model) if rotary else _is_plain(model, bool(pooling))):
         raise UserError(
             f"{origin} is timm's {name}, which is not a plain ViT as MAE's is: take one with a "
             "class token or attention pooling, learnt, fixed or DINOv3's positions and a final"
@@ -61,10 +66,15 @@ def read(folder: Path, config: dict[str, Any], origin: str, decoder: Path | None
     block = model.blocks[0]
     gated = not isinstance(block.mlp, Mlp)
     registers = model.num_prefix_tokens - int(model.cls_token is not None)
+    size: Size = tuple(model.patch_embed.img_size)
+    patch = model.patch_embed.patch_size[0]
+    notes: list[str] = []
+    if not rotary:
+        size, notes = whole(size, patch, model.patch_embed.num_patches)
     shape = shape_of(
         origin,
-        image_size=tuple(model.patch_embed.img_size),
-        patch_size=model.patch_embed.patch_size[0],
+        image_size=size,
+        patch_size=patch,
         width=model.embed_dim,
         depth=len(model.blocks),
         heads=block.attn.num_heads,
@@ -81,13 +91,14 @@ def read(folder: Path, config: dict[str, Any], origin: str, decoder: Path | None
         rope=model.rope.temperature if rotary else 0.0,
         **({} if decoder is None else decoder_of(config, origin)),
     )
-    tensors = read_folder(folder)
+    tensors = read_folder(folder) | pooling
     if rotary:
         tensors = from_eva(tensors)
     elif isinstance(model, VisionTransformerDistilled):
         renamed = {k.replace("dist_token", "reg_token"): v for k, v in tensors.items()}
         tensors = DeiT().incoming(renamed, origin)
-    found = Found(shape, tensors, {} if decoder is None else read_safetensors(decoder), origin)
+    decoders = {} if decoder is None else read_safetensors(decoder)
+    found = Found(shape, tensors, decoders, origin, notes=notes)
     join_positions(found)
     told = model.pretrained_cfg
     normalise(found, told.get("mean", IMAGENET_MEAN), told.get("std", IMAGENET_STD), origin)
@@ -152,8 +163,11 @@ def _activation(layer: nn.Module) -> str:
     return known.get(type(layer), type(layer).__name__)
 
 
-def _is_plain(model: Any) -> bool:
-    """Whether our encoder computes what timm's ViT does: no other norms, pooling, or positions."""
+def _is_plain(model: Any, pooling: bool) -> bool:
+    """Whether our encoder computes what timm's ViT does: no other norms, pooling, or positions.
+
+    ``pooling``: attention that pools lies beside it.
+    """
     distilled = isinstance(model, VisionTransformerDistilled)
     return (
         type(model) in (VisionTransformer, VisionTransformerDistilled)
@@ -163,7 +177,7 @@ def _is_plain(model: Any) -> bool:
         and type(block.mlp) in (Mlp, GluMlp)
         and (type(block.mlp) is Mlp or isinstance(block.mlp.act, nn.SiLU))
         and block.attn.qkv.bias is not None
-        and (model.has_class_token or type(model.attn_pool) is AttentionPoolLatent)
+        and (model.has_class_token or pooling or type(model.attn_pool) is AttentionPoolLatent)
         and (not model.has_class_token or model.attn_pool is None)
         and (distilled or model.no_embed_class == (model.num_prefix_tokens > 1))
         and model.pos_embed is not None

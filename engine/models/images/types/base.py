@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from selfdistill.engine.models.images.shape import ACTIVATIONS, Shape
+from selfdistill.engine.models.images.shape import Shape
 
 Tensors = dict[str, Tensor]
 
@@ -242,4 +242,4 @@ def activation_of(shape: Shape) -> str:
 def our_activation(config: Mapping[str, Any]) -> str:
     """Timm's name of a configuration's; unknown ones as they are, for `Shape` to refuse."""
     name = str(config.get("hidden_act", "gelu"))
-    return _ACTIVATIONS.get(name, ACTIVATIONS[0] if name == "silu" else name)
+    return _ACTIVATIONS.get(name, name)

@@ -75,6 +75,12 @@ class DINOv3(ModelType):
             raise UserError(
                 f"{origin}: rope_theta is {theta!r} in config.json: fetch the file again"
             )
+        if config.get("use_gated_mlp") and config["hidden_act"] != "silu":
+            raise UserError(
+                f"{origin} has use_gated_mlp with hidden_act {str(config['hidden_act'])[:40]!r}:"
+                " only silu is known here behind a gate, as published DINOv3 have it: take one of"
+                " these"
+            )
         return {
             "layer_scale": True,
             "gated": bool(config.get("use_gated_mlp")),

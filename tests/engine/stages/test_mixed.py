@@ -71,8 +71,12 @@ def test_two_sets(tmp_path: Path) -> None:
         "output": str(root / "runs/three"),
         "expect_error": "pack both in the same way",
     }
+    # An epoch is one of the target, and what is mixed in comes on top.
+    whole = {"pretrain.steps": None, "pretrain.epochs": 1, "output": str(root / "runs/four")}
     pack.pack(str(root / "more"), str(root / "big"), size=32)
-    printed = run_cases(root / "second", [two, other, big])
+    printed = run_cases(root / "second", [two, other, big, case | {"stage": "pretrain"} | whole])
+    done = json.loads((root / "runs/four/pretrain/result.json").read_text())
+    assert done["record"]["pretrain.steps"] == done["steps"]
     assert "resumed at step 5 of 12, saved by 1 ranks" in printed
     assert samples(stage) == found
     for a, b in zip(metrics(stage), metrics(root / "runs/one/pretrain"), strict=True):

@@ -18,7 +18,8 @@ from selfdistill.data.loading.loader import Sequential
 from selfdistill.data.pack import pack, write_split
 from selfdistill.data.packing.encoding import ImageModality
 from selfdistill.data.shards.manifest import Manifest
-from selfdistill.data.sources.samples import Sample, divide
+from selfdistill.data.sources.division import divide
+from selfdistill.data.sources.samples import Sample
 from tests.kit.shards import class_folders, number_of, numbered, png
 
 COUNTS = {"ant": 5, "bee": 3, "cow": 7}
@@ -127,6 +128,21 @@ def test_csv(tmp_path: Path) -> None:
     assert manifest.classes == ["9", "10"]  # as numbers
     assert contents(tmp_path / "out", "train") == {0: 1, 1: 0, 2: 1, 3: 1}
     assert contents(tmp_path / "out", "val") == {4: 0, 5: 1}
+
+
+def test_a_split_that_got_nothing_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class_folders(tmp_path / "images", {"ant": 5, "bee": 5})
+    pack(str(tmp_path / "images"), str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "val").exists()
+    said = "note: val gets no sample (0.1 of each class is less than one): add samples, or give"
+    assert f"{said} other --splits, or folders" in capsys.readouterr().err
+    pack(str(tmp_path / "images"), str(tmp_path / "two"), splits="0.5,0,0.5")
+    assert "gets no sample" not in capsys.readouterr().err
+    class_folders(tmp_path / "divided" / "train", {"ant": 5, "bee": 5})
+    pack(str(tmp_path / "divided"), str(tmp_path / "three"), val_fraction=0.05)
+    assert "val gets no sample (0.05 of each class" in capsys.readouterr().err
 
 
 def test_unlabelled(splits: Path, tmp_path: Path) -> None:

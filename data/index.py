@@ -10,6 +10,7 @@ for fine-tuning, a class: its number in .cls, .txt or .json ({"label": 3}), what
 another name in .json (--label_field), or the folder that it lies in (--label folder).
 """
 
+import contextlib
 import itertools
 import re
 import shlex
@@ -31,6 +32,7 @@ from selfdistill.data.packing.span import beside
 from selfdistill.data.shards import away, manifest, store, tars
 from selfdistill.data.shards.away import Mirror
 from selfdistill.data.shards.classes import settle
+from selfdistill.data.shards.manifest import Manifest
 from selfdistill.data.shards.scan import FOLDER, Scanned, compressed, keep, kept, scan
 from selfdistill.data.splits import SPLITS, UNLABELLED
 
@@ -152,7 +154,8 @@ def index(
         workers: Tars that are read at the same time.
         part: Read only the tars of this launch, of several that share the work: 3/64 is the third
             of 64. The last one writes the manifests; an interrupted one, launched again, goes on.
-        overwrite: Replace a manifest that is there.
+        overwrite: Replace a manifest that is there. Where data.pack wrote it, its names of classes
+            and what it noted of the images stay.
 
     Raises:
         UserError: Names shard, sample and cure.
@@ -248,13 +251,36 @@ def _write_all(
 ) -> None:
     """The manifests of all splits, from their tars in order."""
     root = manifest.as_typed(next(iter(groups.values()))[0]).parent.parent
-    names, scanned = settle(classes, scanned, root, set(groups))
-    span = _span(groups, scanned, wanted)
+    packed = _packed(groups)
+    names, scanned = settle(classes, scanned, root, set(groups), list(packed.values()))
+    spans = {name: one.span for name, one in packed.items() if wanted is None and one.span}
+    span = None if len(spans) == len(groups) else _span(groups, scanned, wanted)
     at = 0
     for name, paths in groups.items():
         part, at = scanned[at : at + len(paths)], at + len(paths)
+        entry = dict(packed[name].image) if name in packed else {"size": None}
+        entry.pop("range", None)
+        entry |= depth.entry(spans.get(name, span))
         # Labels of train's tars, which may be linked there, mean nothing in this split.
-        _write(name, paths[0].parent, part, [] if name == UNLABELLED else names, span, mirror)
+        _write(name, paths[0].parent, part, [] if name == UNLABELLED else names, entry, mirror)
+    if packed:
+        same = any(one.classes == names for one in packed.values() if names)
+        kept = "names of classes, size, fit and range" if same else "size, fit and range"
+        print(
+            f"note: {kept} are those that data.pack noted (others: --classes FILE, --range"
+            " LOW,HIGH; or pack anew)"
+        )
+
+
+def _packed(groups: dict[str, list[Path]]) -> dict[str, Manifest]:
+    """The manifests of data.pack that are replaced, by split; broken ones tell nothing."""
+    found = {}
+    for name, paths in groups.items():
+        with contextlib.suppress(UserError):
+            before = Manifest.load(str(paths[0].parent))
+            if "stored" in before.image:
+                found[name] = before
+    return found
 
 
 def _span(
@@ -277,7 +303,7 @@ def _write(
     folder: Path,
     scanned: Sequence[Scanned],
     names: list[str],
-    span: depth.Range | None,
+    entry: dict[str, Any],
     mirror: Mirror,
 ) -> None:
     """One split's manifest, and a line about it."""
@@ -301,7 +327,7 @@ def _write(
         class_counts=counts,
         shards=[s.shard for s in scanned],
         members=np.concatenate([s.rows for s in scanned]),
-        image={"size": None} | depth.entry(span),
+        image=entry,
     )
     mirror.publish(folder)
     kind = "no labels" if unlabelled else f"{len(names)} classes"

@@ -42,9 +42,8 @@ from selfdistill.data.packing.whole import Whole, write_whole
 from selfdistill.data.packing.writer import Packed, check_replaceable, write_split
 from selfdistill.data.shards import away, duplicates, manifest, store
 from selfdistill.data.shards.classes import renumbered
+from selfdistill.data.sources import division, label_checks, layouts, parquet
 from selfdistill.data.sources import images as image_sources
-from selfdistill.data.sources import label_checks, layouts, parquet
-from selfdistill.data.sources import samples as sources
 from selfdistill.data.sources import texts as text_sources
 from selfdistill.data.sources.samples import Columns, Sample, Samples, Splits
 from selfdistill.data.splits import DIVIDED, SPLITS, UNLABELLED, Metric
@@ -299,7 +298,9 @@ def pack(
                 f"{out} lies in the source {source}, which would take it for a class the next time:"
                 " give a folder outside of it"
             )
-        divided = sources.settle(found.splits, root, splits, split, seed, val_fraction)
+        divided = division.settle(
+            found.splits, root, splits, split, seed, val_fraction, found.notes
+        )
         if split is not None:
             divided = renumbered(divided, split, out_dir)
         if group_column is not None and not any(
@@ -346,14 +347,7 @@ def pack(
             console.print(printable(note), highlight=False, markup=False, soft_wrap=True)
         kind = _kind(
             found._replace(splits=divided),
-            size,
-            keep_original,
-            span,
-            chosen,
-            metric,
-            max_words,
-            fit,
-            part is not None,
+            *(size, keep_original, span, chosen, metric, max_words, fit, part is not None),
         )
         whole = Whole(
             out_dir,

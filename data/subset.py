@@ -22,7 +22,8 @@ from selfdistill.data.packing.encoding import suffix
 from selfdistill.data.packing.writer import check_replaceable, replace, write_split
 from selfdistill.data.shards import away, manifest, tars
 from selfdistill.data.shards.manifest import Manifest
-from selfdistill.data.sources.samples import Sample, strata
+from selfdistill.data.sources.division import strata
+from selfdistill.data.sources.samples import Sample
 from selfdistill.data.splits import DIVIDED, UNLABELLED
 
 

@@ -17,7 +17,11 @@ from selfdistill.data.splits import DIVIDED
 
 
 def settle(
-    path: str | None, scanned: Sequence[Scanned], folder: Path, indexed: set[str]
+    path: str | None,
+    scanned: Sequence[Scanned],
+    folder: Path,
+    indexed: set[str],
+    packed: Sequence[Manifest] = (),
 ) -> tuple[list[str], Sequence[Scanned]]:
     """Names of the classes, and the tars with labels that are numbers of these.
 
@@ -26,6 +30,7 @@ def settle(
         scanned: All tars that are indexed.
         folder: The data set's, where other splits may lie.
         indexed: The splits that are indexed now.
+        packed: What data.pack wrote of them before: its names stay where the labels fit.
 
     Raises:
         UserError: A label is none of the classes.
@@ -34,6 +39,10 @@ def settle(
     if any(s.names for s in scanned):
         return _by_name(path, listed, scanned, folder, indexed)
     greatest = max((int(s.labels.max()) for s in scanned if len(s.labels)), default=-1)
+    before = [one.classes for one in packed if one.classes]
+    fits = bool(before) and 0 <= greatest < len(before[0])
+    if listed is None and fits and all(names == before[0] for names in before):
+        return before[0], scanned
     if listed is None:
         return [str(number) for number in range(greatest + 1)], scanned
     if greatest >= len(listed):

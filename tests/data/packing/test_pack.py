@@ -13,12 +13,15 @@ from PIL import Image
 
 from selfdistill.data.cli import run
 from selfdistill.data.errors import UserError
+from selfdistill.data.index import index
 from selfdistill.data.loading.codec import Images
 from selfdistill.data.loading.loader import Sequential
 from selfdistill.data.pack import pack, write_split
 from selfdistill.data.packing.encoding import ImageModality
 from selfdistill.data.shards.manifest import Manifest
-from selfdistill.data.sources.samples import Sample, divide
+from selfdistill.data.sources.division import divide
+from selfdistill.data.sources.samples import Sample
+from tests.kit.command import call
 from tests.kit.shards import class_folders, number_of, numbered, png
 
 COUNTS = {"ant": 5, "bee": 3, "cow": 7}
@@ -127,6 +130,50 @@ def test_csv(tmp_path: Path) -> None:
     assert manifest.classes == ["9", "10"]  # as numbers
     assert contents(tmp_path / "out", "train") == {0: 1, 1: 0, 2: 1, 3: 1}
     assert contents(tmp_path / "out", "val") == {4: 0, 5: 1}
+
+
+def test_a_split_that_got_nothing_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class_folders(tmp_path / "images", {"ant": 5, "bee": 5})
+    pack(str(tmp_path / "images"), str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "val").exists()
+    said = "note: val gets no sample (0.1 of each class is less than one): add samples, or give"
+    assert f"{said} other --splits, or folders" in capsys.readouterr().err
+    pack(str(tmp_path / "images"), str(tmp_path / "two"), splits="0.5,0,0.5")
+    assert "gets no sample" not in capsys.readouterr().err
+    class_folders(tmp_path / "divided" / "train", {"ant": 5, "bee": 5})
+    pack(str(tmp_path / "divided"), str(tmp_path / "three"), val_fraction=0.05)
+    assert "val gets no sample (0.05 of each class" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_an_index_made_anew_keeps_what_packing_noted(
+    keep: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names, size, fit and range are not in the tars; what is asked for is taken."""
+    for number in range(8):
+        place = tmp_path / "in" / ("ant", "bee")[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(png(Image.new("I;16", (4, 4), 100 * number)))
+    out = tmp_path / "out"
+    words = ["--splits", "0.5,0.5", "--fit", "pad", "--keep_original", keep]
+    assert call(pack, tmp_path / "in", out, *words) == 0
+    before = {split: (out / split / "manifest.json").read_bytes() for split in ("train", "val")}
+    assert call(index, out, "--overwrite") == 0
+    assert "note: names of classes, size, fit and range are those" in capsys.readouterr().out
+    assert {split: (out / split / "manifest.json").read_bytes() for split in before} == before
+    assert call(index, out / "val", "--overwrite", "--unlabelled") == 0
+    assert Manifest.load_split(str(out), "val").classes == []
+    (tmp_path / "names.txt").write_text("cat\ndog\neel\n")
+    words = ["--classes", tmp_path / "names.txt", "--range", "0,4095"]
+    assert call(index, out, "--overwrite", *words) == 0
+    file = Manifest.load_split(str(out), "train")
+    assert (file.classes, file.span) == (["cat", "dog", "eel"], (0, 4095))
+    assert file.image["fit"] == "pad"
+    (out / "train" / "manifest.json").write_text("{")
+    assert call(index, out / "train", "--overwrite") == 0
+    assert Manifest.load_split(str(out), "train").classes == ["0", "1"]
 
 
 def test_unlabelled(splits: Path, tmp_path: Path) -> None:

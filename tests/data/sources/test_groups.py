@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from selfdistill.data.pack import pack
-from selfdistill.data.sources.samples import Sample, divide
+from selfdistill.data.sources.division import divide
+from selfdistill.data.sources.samples import Sample
 from tests.kit.command import call
 from tests.kit.shards import numbered, png
 
@@ -60,6 +61,33 @@ def test_patients_of_a_csv(tmp_path: Path) -> None:
     }
     assert sum(counts.values()) == 120
     assert all(counts.values())
+
+
+@pytest.mark.parametrize("shares", [(0.8, 0.1, 0.1), (0.9, 0.1), (0.98, 0.01, 0.01), (0.5, 0, 0.5)])
+@pytest.mark.parametrize("classes", [1, 2, 30])
+@pytest.mark.parametrize("count", [3, 4, 5, 7, 30])
+def test_no_split_stays_empty(shares: tuple[float, ...], classes: int, count: int) -> None:
+    """Where there are as many groups as splits; 30 classes leave most with one sample."""
+    for seed in range(5):
+        samples = [
+            Sample(str(i), b"", i % classes, None, f"g{i % count}") for i in range(count * 2)
+        ]
+        parts = divide(samples, shares, seed)
+        wanted = [s for s, share in zip(("train", "val", "test"), shares, strict=False) if share]
+        assert list(parts) == wanted
+        assert sorted(s.key for part in parts.values() for s in part) == sorted(
+            s.key for s in samples
+        )
+        homes = {(s.group, split) for split, part in parts.items() for s in part}
+        assert len(homes) == count
+
+
+def test_one_patient_goes_to_train(tmp_path: Path) -> None:
+    one = patients(tmp_path, count=1)
+    assert call(pack, one, tmp_path / "out", "--group_column", "patient", "--splits", 1) == 0
+    assert divide([Sample("a", b"", 0, None, "g")], (1.0,), 0) == {
+        "train": [Sample("a", b"", 0, None, "g")]
+    }
 
 
 def test_authors_of_texts(tmp_path: Path) -> None:

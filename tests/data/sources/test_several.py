@@ -17,7 +17,8 @@ from selfdistill.data.loading.reader import Reader
 from selfdistill.data.pack import pack
 from selfdistill.data.shards import manifest
 from selfdistill.data.shards.manifest import Manifest
-from selfdistill.data.sources.samples import Sample, divide
+from selfdistill.data.sources.division import divide
+from selfdistill.data.sources.samples import Sample
 from selfdistill.data.subset import subset
 from selfdistill.data.verify import verify
 from tests.kit.command import call

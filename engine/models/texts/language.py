@@ -34,6 +34,16 @@ def _electra_head(lm: Any, hidden: Tensor) -> Tensor:
     return logits
 
 
+def _deberta_head(lm: Any, hidden: Tensor) -> Tensor:
+    """The head of "legacy": false multiplies by the embeddings, which it is given."""
+    logits: Tensor = (
+        lm.cls(hidden)
+        if lm.legacy
+        else lm.lm_predictions(hidden, lm.base_model.get_input_embeddings())
+    )
+    return logits
+
+
 def _modernbert_head(lm: Any, hidden: Tensor) -> Tensor:
     logits: Tensor = lm.decoder(lm.head(hidden))
     return logits
@@ -50,7 +60,7 @@ HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "camembert": _attribute("lm_head"),
     "mpnet": _attribute("lm_head"),
     "bert": _attribute("cls"),
-    "deberta-v2": _attribute("cls"),
+    "deberta-v2": _deberta_head,
     "distilbert": _distilbert_head,
     "electra": _electra_head,
     "modernbert": _modernbert_head,

@@ -35,7 +35,9 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.jso
 
 #: Models that number positions from pad_token_id + 1.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
-
+#: Models that had relative positions in transformers 4 (`position_embedding_type`): 5 passes the
+#: entry over, and computes absolute ones.
+_ABSOLUTE_POSITIONS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
 #: Of a configuration, what changes nothing of the encoder: names, versions, the last head.
 _APART = (
@@ -165,7 +167,7 @@ def load_language(source: str, max_length: int | None = None) -> Language:
 
 
 def _check_settings(settings: dict[str, Any], source: str) -> None:
-    """Refuses weights that are no plain numbers, and sizes that no model has.
+    """Refuses weights that are no plain numbers, other positions, and sizes that no model has.
 
     Raises:
         UserError: names the entry of config.json.
@@ -174,6 +176,13 @@ def _check_settings(settings: dict[str, Any], source: str) -> None:
         raise UserError(
             f"{source} is quantised (quantization_config in config.json), and is to be trained:"
             " take the weights that it was made from"
+        )
+    positions = settings.get("position_embedding_type")
+    absolute = positions in (None, "absolute")
+    if settings.get("model_type") in _ABSOLUTE_POSITIONS and not absolute:
+        raise UserError(
+            f"{source} has position_embedding_type {str(positions)[:40]!r}, which transformers 5"
+            " does not compute any more: take a model of absolute positions"
         )
     for name, value in settings.items():
         most = 2**10 if "layers" in name or "heads" in name else 2**26
@@ -288,7 +297,10 @@ def _fit(config: PreTrainedConfig, tokenizer: Any, origin: str) -> None:
             f"the tokenizer of {origin} has ids up to {largest}, the model {config.vocab_size}"
             " embeddings: take the tokenizer that the model was trained with"
         )
-    if config.pad_token_id is not None and tokenizer.pad_token_id != config.pad_token_id:
+    # Elsewhere the mask hides padding, whatever its id: encoders of BERT's kind with XLM-R's
+    # tokenizer are published so. Their configuration's id keeps what transformers makes of it.
+    counted = config.model_type in _OFFSET_POSITIONS and config.pad_token_id is not None
+    if counted and tokenizer.pad_token_id != config.pad_token_id:
         raise UserError(
             f"the tokenizer of {origin} pads with id {tokenizer.pad_token_id}, the model with"
             f" {config.pad_token_id}: take the tokenizer that the model was trained with"

@@ -83,6 +83,13 @@ class ImageModality(Modality):
                 )
             for note in loaded.notes:
                 self.run.info_once(f"{path}: {note}")
+            own = loaded.shape.normalize_pixels
+            if loaded.decoder is not None and own != config.mae.normalize_pixels:
+                was, now = ("normalised", "plain") if own else ("plain", "normalised")
+                self.run.info_once(
+                    f"{path}: its decoder was trained to give {was} pixels, and {now} ones are"
+                    f" asked for: --mae.normalize_pixels {str(own).lower()} stays with the former"
+                )
             return replace(loaded, shape=self._masked(loaded.shape))
         sizes = config.model.shape
         shape = Shape(

@@ -13,6 +13,7 @@ from selfdistill.engine.models.images.types.base import IMAGENET_MEAN
 from selfdistill.engine.models.images.vit_mae import MAEDecoder
 from selfdistill.engine.models.images.weights import load_pretrained
 from tests.engine.models.test_types import SIZES, TIMM, WIDE, made, ours
+from tests.engine.models.test_unfit import modality
 from tests.engine.models.test_weights import refusal
 from tests.kit import models as kit
 
@@ -93,3 +94,26 @@ def test_what_images_are_normalised_by(tmp_path: Path) -> None:
     alone = load_pretrained(str(tmp_path / "file.pth"))
     assert alone.mean == IMAGENET_MEAN
     assert any("took ImageNet's mean and standard deviation" in note for note in alone.notes)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_decoder_of_another_target_is_told(
+    tmp_path: Path, normalized: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """facebook/vit-mae-base says norm_pix_loss false, where true is the default here."""
+    kit.hf_mae(norm_pix_loss=normalized).save_pretrained(tmp_path)
+    for asked in (False, True):
+        kind = modality(**{"model": str(tmp_path), "mae.normalize_pixels": asked})
+        assert kind.load().shape.normalize_pixels is asked
+        kind.load()
+        said = capsys.readouterr().out
+        wanted = f"--mae.normalize_pixels {str(normalized).lower()} stays with the former"
+        assert said.count(wanted) == (asked is not normalized)
+
+
+def test_without_a_decoder_nothing_is_told_of_its_target(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made(tmp_path, "vit")
+    modality(**{"model": str(tmp_path), "mae.normalize_pixels": False}).load()
+    assert "normalize_pixels" not in capsys.readouterr().out

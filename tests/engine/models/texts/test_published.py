@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
+from selfdistill.data.formats.texts import pack_rows
 from selfdistill.engine.checkpoints.export import export_transformers
 from selfdistill.engine.models.texts.language import HEADS
 from selfdistill.engine.models.texts.weights import load_language
@@ -69,6 +70,22 @@ def test_the_tokenizers_padding_is_taken(name: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token_id == 1
     assert load_language(str(tmp_path / "out")).config.pad_token_id == 0
+
+
+@torch.no_grad()
+def test_another_padding_in_rows_of_several_texts(tmp_path: Path) -> None:
+    folder = padded(tmp_path, "bert")
+    kind = kind_of(folder)
+    encoder = kind.encoder(kind.load()).eval()
+    texts = [*text_kit.SENTENCES, "a", "of it", "in the"]
+    batch = batch_of(AutoTokenizer.from_pretrained(folder), texts)
+    there = batch["attention_mask"].bool()
+    lengths, width = batch["attention_mask"].sum(1).tolist(), batch["input_ids"].shape[1]
+    at, to = map(torch.from_numpy, pack_rows(lengths, width))
+    assert len(at) < len(texts)
+    alone = encoder.encode(**batch)[0]
+    together = encoder.encode(**batch, packed_at=at, packed_to=to)[0]
+    assert torch.allclose(alone[there], together[there], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OFFSET)

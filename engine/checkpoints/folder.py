@@ -10,7 +10,8 @@ import shutil
 import socket
 import time
 import tomllib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -298,8 +299,7 @@ def open_stage(run: Run, stage: str, record: dict[str, Any], data: str) -> bool:
     """Prepares the folder of a stage; says whether there is work to do.
 
     A complete stage is left alone. An incomplete one with checkpoints is continued under
-    `--resume auto`. `--overwrite` puts it aside first; `finish_overwrite` deletes it, or puts it
-    back.
+    `--resume auto`. `--overwrite` puts it aside first, see `replacing`.
 
     Args:
         run: The launch.
@@ -355,19 +355,22 @@ def _aside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.overwritten")
 
 
-def finish_overwrite(run: Run, stage: str, *, begun: bool) -> None:
-    """Deletes what `open_stage` put aside, or puts it back where the stage could not begin.
+@contextmanager
+def replacing(run: Run, stage: str) -> Iterator[None]:
+    """Within, a stage begins: what `open_stage` put aside is then deleted, or else put back.
 
     Rank 0 does it, alone: the others may have failed.
     """
-    folder = run.folder / stage
-    if run.ranks.main and _aside(folder).exists():
-        if begun:
-            shutil.rmtree(_aside(folder), ignore_errors=True)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(_aside(folder), folder)
-            terminal.say(f"{stage}: put back, since nothing could begin in its place")
+    folder, begun = run.folder / stage, False
+    try:
+        yield
+        begun = True
+    finally:
+        if run.ranks.main and _aside(folder).exists():
+            shutil.rmtree(_aside(folder) if begun else folder, ignore_errors=True)
+            if not begun:
+                os.replace(_aside(folder), folder)
+                terminal.say(f"{stage}: put back, since nothing could begin in its place")
 
 
 def _joined(path: Path, config: Config, stage: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selfdistill.data import rng
 from selfdistill.data.loading.loader import Loader
-from selfdistill.engine.checkpoints.folder import finish_overwrite, open_stage, write_result
+from selfdistill.engine.checkpoints.folder import open_stage, replacing, write_result
 from selfdistill.engine.config.stages import StageSection
 from selfdistill.engine.monitoring import flops as flop_counts
 from selfdistill.engine.monitoring.audit import SampleLog
@@ -39,14 +39,10 @@ def run_stage(stage: Stage) -> None:
     run, name = stage.run, stage.name
     if not open_stage(run, name, stage.record, stage.train.hash):
         return
-    begun = False
-    try:
+    with replacing(run, name):
         check_shards(run, stage.manifests, labels=stage.labelled)
         stage.check()
         trainer = Trainer(stage)
-        begun = True
-    finally:
-        finish_overwrite(run, name, begun=begun)
     try:
         trainer.train()
         with trainer.keeper.left():

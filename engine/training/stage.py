@@ -83,7 +83,7 @@ class Stage:
         self.samples = (self.windows or train).samples
         self.epoch = train.epoch((self.windows or train).counts)
         self.steps = self.plan.length(self.epoch)
-        record = record | modality.told(base)
+        record = record | base.told
         if self.windows is not None:
             overlap = run.config.text.overlap
             record = record | {"text.windows": self.samples, "text.overlap": overlap}

@@ -62,6 +62,11 @@ class Pretrained:
         content = json.dumps([told, self.mean, self.std], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a record says of it beside the tensors' hash."""
+        return {"model_settings": self.settings}
+
     @classmethod
     def fresh(cls, model: ViTMAE) -> Pretrained:
         """A model's own weights, copied; ImageNet's mean and standard deviation."""

@@ -89,6 +89,11 @@ class Language:
         )
         return hashlib.sha256(content.encode()).hexdigest()
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a record says of it beside the tensors' hash."""
+        return {"model_settings": self.settings, "text.max_length": self.max_length}
+
 
 def read_network(auto: Any, folder: Path, config: PreTrainedConfig) -> tuple[Any, dict[str, Any]]:
     """A model of transformers in fp32 from a folder, which runs none of the folder's code.

@@ -30,8 +30,8 @@ class Modality(Protocol):
 
     Weights have `encoder` and `decoder` (name -> fp32 tensor of f_theta and g_phi; the
     decoder None where the source has none), `origin` (what the user named), `sha256` (of all
-    tensors' names, shapes and values) and `settings` (the hash of what the encoder computes with
-    beside them).
+    tensors' names, shapes and values), `settings` (the hash of what the encoder computes with
+    beside them) and `told` (what of them must be equal at resume).
 
     Attributes:
         samples: what a sample is called, in the plural.
@@ -137,10 +137,6 @@ class Modality(Protocol):
 
     def record(self) -> dict[str, Any]:
         """Settings of the masked view, which must be equal at resume."""
-        ...
-
-    def told(self, base: Any) -> dict[str, Any]:
-        """What a model is beside its tensors' hash, which must be equal at resume."""
         ...
 
     def count(self, batch: Batch) -> int | None:

@@ -228,10 +228,6 @@ class ImageModality(Modality):
         """See `Modality`."""
         return {"mae": self.config.mae.model_dump()}
 
-    def told(self, base: Pretrained) -> dict[str, Any]:
-        """See `Modality`."""
-        return {"model_settings": base.settings}
-
     def count(self, batch: Batch) -> None:
         """See `Modality`: every image has as many masked patches."""
         return

@@ -295,10 +295,6 @@ class TextModality(Modality):
             **words,
         }
 
-    def told(self, base: Language) -> dict[str, Any]:
-        """See `Modality`."""
-        return {"model_settings": base.settings, "text.max_length": base.max_length}
-
     def count(self, batch: Batch) -> int:
         """See `Modality`."""
         return len(batch["masked_at"])

@@ -35,9 +35,8 @@ def submit(root: Path, plan: Plan) -> list[str]:
             f"{root}: arrays {', '.join(left)} of an earlier call are still queued or running:"
             f" wait for them, or scancel {' '.join(left)}"
         )
-    levels = [
-        [job.name for job in level if state.status(root, job) != "done"] for level in plan.levels()
-    ]
+    names = {job.name for job in state.wanted(root, plan)}
+    levels = [[job.name for job in level if job.name in names] for level in plan.levels()]
     levels = [level for level in levels if level]
     if not levels:
         print("everything is complete")

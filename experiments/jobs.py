@@ -158,6 +158,12 @@ class Job:
             return None
         return found if self.stage != "finetune" or (found.get("n") or 1) >= self.seeds else None
 
+    def usable(self, root: Path) -> bool:
+        """Whether it is complete, and what others start from is there: a record has no weights."""
+        if self.result(root) is None:
+            return False
+        return self.stage == "finetune" or (root / self.leaves / "export").exists()
+
     def told(self, root: Path) -> dict[str, Any]:
         """What it, or its first seed that is complete, tells of what it learnt from; {} if none."""
         leaves = root / self.leaves

@@ -87,10 +87,11 @@ class Local:
                 worker.close()
 
     def _run(self, jobs: list[Job]) -> int:
+        remaining = state.wanted(self.root, self.plan)
+        open_ones = {job.name for job in remaining}
         ends: dict[str, state.Status] = {
-            job.name: "done" for job in jobs if state.status(self.root, job) == "done"
+            job.name: "done" for job in jobs if job.name not in open_ones
         }
-        remaining = [job for job in jobs if job.name not in ends]
         self.console.print(f"{len(jobs)} jobs, {len(ends)} of them complete")
         while remaining or self.running:
             self._collect(ends, remaining, len(jobs))
@@ -135,7 +136,7 @@ class Local:
     def _start(self, job: Job, ends: dict[str, state.Status]) -> None:
         try:
             words = job.command(self.root, self.plan.data_root)
-            state.begin(self.root, job, words, self.plan.data_root)
+            words = state.begin(self.root, job, words, self.plan.data_root)
         except UserError as error:
             self.console.print(f"{job.name}: failed: {error}", style="red")
             ends[job.name] = "failed"

@@ -64,12 +64,15 @@ _CHECKS: dict[str, Callable[[Config, int], None]] = {
 
 def show(root: Path, plan: Plan, console: Console) -> None:
     """Prints the jobs, where they stand, and what they wait for."""
+    names = {job.name for job in state.wanted(root, plan)}
     for job in plan.ordered():
+        stands = state.status(root, job)
+        stands = "open" if stands == "done" and job.name in names else stands
         waits = [one.name for one in job.before]
         after = (
             f"  (after {waits[0] if len(waits) == 1 else f'{len(waits)} others'})" if waits else ""
         )
-        console.print(f"{state.status(root, job):8s}{job.name}{after}", soft_wrap=True)
+        console.print(f"{stands:8s}{job.name}{after}", soft_wrap=True)
     for line in costs(plan):
         console.print(line, soft_wrap=True)
 
@@ -159,6 +162,7 @@ def main(
     jobs: int = 0,
     hours: float = 0.0,
     halving: int = 0,
+    search: bool = True,
     in_process: bool = False,
     slurm: bool = False,
     dry_run: bool = False,
@@ -175,7 +179,7 @@ def main(
         specs: folder with methods/, datasets/, tables/, profiles/ or claims/ of your own.
         datasets: in place of the tables' own, such as flowers_64,scierc.
         only: data sets, methods, or DATASET/METHOD, between commas; the rest is left for later.
-        seeds: fine-tunings of each cell, in place of the tables' own.
+        seeds: fine-tunings of each cell, in place of the tables' own; 1 with several pipelines.
         pipelines: stages 1 and 2 of each cell, with seeds of their own, and so many fine-tunings
             from each; in place of the tables' own, 1.
         ranks: processes of one job.
@@ -183,6 +187,7 @@ def main(
         hours: after which nothing new is started.
         halving: try a search's candidates at a part of their length first: one in so many goes on
             to so many times the length; 0 tries all at the whole length.
+        search: false takes the options of profile and methods as they are, and tries no others.
         in_process: do jobs one after another in one process, of --jobs such: no start for each.
         slurm: submit arrays of SLURM jobs instead; options of sbatch come from SBATCH_ variables,
             so ranks, jobs, hours and in_process may not be given.
@@ -196,10 +201,17 @@ def main(
     for name, value, least in (("ranks", ranks, 1), ("jobs", jobs, 0), ("hours", hours, 0)):
         if value < least:
             raise UserError(f"--{name} {value}: give {least} or more")
+    if halving and not search:
+        raise UserError(
+            f"--halving {halving} with --search false: there is no search to halve: leave one out"
+        )
     if halving < 0 or halving == 1:
         raise UserError(f"--halving {halving}: give 0, for none, or 2 or more, such as 3")
-    if seeds is not None and seeds < 2:
-        raise UserError(f"--seeds {seeds}: give 2 or more; a cell has a spread over its seeds")
+    if seeds is not None and seeds < (1 if pipelines is not None and pipelines > 1 else 2):
+        raise UserError(
+            f"--seeds {seeds}: give 2 or more, or 1 with --pipelines 2 or more: a cell has a spread"
+            " over its seeds"
+        )
     if pipelines is not None and not 1 <= pipelines < SEARCH_SEED // PIPELINE:
         raise UserError(f"--pipelines {pipelines}: give 1 to {SEARCH_SEED // PIPELINE - 1}")
     if seeds is not None and seeds > PIPELINE:
@@ -234,11 +246,16 @@ def main(
                 f"{root} holds searches of --halving {sweep.halving}, not {halving}: give the same,"
                 " or take another --output"
             )
+        if sweep.search != search:
+            made = "with a search" if sweep.search else "without a search (--search false)"
+            raise UserError(
+                f"{root} holds experiments {made}: give the same, or take another --output"
+            )
         sweep.data_root = Path(data_root).resolve()
         sweep.specs = Path(specs).resolve() if specs else sweep.specs
     else:
         own = Path(specs).resolve() if specs else None
-        sweep = Sweep(root, profile, Path(data_root).resolve(), own, [], halving)
+        sweep = Sweep(root, profile, Path(data_root).resolve(), own, [], halving, search=search)
     sweep.models = Path(models).resolve() if models else sweep.models
     asked = [Asked(t, _listed(datasets), _listed(only), seeds, pipelines) for t in tables]
     plan = sweep.plan(asked)

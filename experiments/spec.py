@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -34,6 +34,10 @@ class Spec(BaseModel):
     name: str = Field(description="the file's name, without .toml")
     title: str = Field(description="as reports print it")
     note: str = Field("", description="what a reader of the report should know")
+
+    def unsearched(self) -> Self:
+        """The same with the options that it says, and nothing to choose."""
+        return self
 
 
 def _known_options(value: dict[str, Any]) -> dict[str, Any]:
@@ -109,6 +113,10 @@ class Method(Spec):
     def of(self, kind: str) -> Options:
         """Its options for a kind of data."""
         return self.options | (self.image if kind == "image" else self.text)
+
+    def unsearched(self) -> Self:
+        """See `Spec`."""
+        return self.model_copy(update={"search": {}})
 
 
 class Dataset(Spec):
@@ -208,6 +216,11 @@ class Scale(BaseModel):
         """What a method needs at this size."""
         return self.methods.get(method, Tuning())
 
+    def unsearched(self) -> Self:
+        """See `Spec`."""
+        methods = {k: v.model_copy(update={"search": {}}) for k, v in self.methods.items()}
+        return self.model_copy(update={"search": {}, "methods": methods})
+
 
 class Profile(Spec):
     """The size at which experiments are run."""
@@ -218,6 +231,12 @@ class Profile(Spec):
     def of(self, kind: str) -> Scale:
         """For a kind of data."""
         return self.image if kind == "image" else self.text
+
+    def unsearched(self) -> Self:
+        """See `Spec`."""
+        return self.model_copy(
+            update={"image": self.image.unsearched(), "text": self.text.unsearched()}
+        )
 
 
 class Contrast(BaseModel):
@@ -273,9 +292,11 @@ class Specs:
     Args:
         more: a folder with methods/, datasets/, tables/, profiles/ or claims/ of one's own; its
             files come before ours of the same name.
+        searched: whether profiles and methods come with what is chosen by validation.
     """
 
-    def __init__(self, more: Path | None = None) -> None:
+    def __init__(self, more: Path | None = None, *, searched: bool = True) -> None:
+        self.searched = searched
         self.folders = [HERE] if more is None else [more, HERE]
         if more is not None and not any((more / part).is_dir() for part in PARTS.values()):
             raise UserError(f"--specs {more}: it holds none of {', '.join(PARTS.values())}")
@@ -300,12 +321,13 @@ class Specs:
             raise UserError(f"no {part[:-1]} {name!r}: there are {', '.join(known)}{hint}")
         try:
             content = records.read_toml(path, "correct it")
-            return kind(**{"name": name} | content)
+            made = kind(**{"name": name} | content)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(p) for p in first["loc"]) or "the file"
             message = first["msg"].removeprefix("Value error, ")
             raise UserError(f"{path}: {place}: {message}") from error
+        return made if self.searched else made.unsearched()
 
     def table(self, name: str) -> Table:
         """A table, with the methods that name it in files of their own as its last rows.

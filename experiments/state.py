@@ -50,6 +50,7 @@ class _Written(records.Record):
     asked: list[_Asked]
     halving: records.Count = 0
     models: str | None = None
+    search: bool = True
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Sweep:
         asked: the tables, in order.
         halving: see `Plan`.
         models: see `Plan`.
+        search: whether validation chooses options, as profile and methods say.
     """
 
     root: Path
@@ -73,6 +75,7 @@ class Sweep:
     asked: list[Asked]
     halving: int = 0
     models: Path | None = None
+    search: bool = True
 
     @classmethod
     def open(cls, root: Path) -> Sweep:
@@ -99,7 +102,10 @@ class Sweep:
         specs = None if written.specs is None else Path(written.specs)
         models = None if written.models is None else Path(written.models)
         data_root = Path(written.data_root)
-        return cls(root, written.profile, data_root, specs, asked, written.halving, models)
+        return cls(
+            *(root, written.profile, data_root, specs, asked),
+            *(written.halving, models, written.search),
+        )
 
     def save(self) -> None:
         """Writes it."""
@@ -111,6 +117,7 @@ class Sweep:
             "asked": [vars(one) for one in self.asked],
             "halving": self.halving,
             "models": None if self.models is None else str(self.models.resolve()),
+            "search": self.search,
         }
         write_text(self.root / SWEEP, json.dumps(content, indent=1) + "\n")
 
@@ -153,7 +160,7 @@ class Sweep:
         Raises:
             UserError: a spec is missing or wrong.
         """
-        specs = Specs(self.specs)
+        specs = Specs(self.specs, searched=self.search)
         done = self.root if results else None
         profile = specs.load(Profile, self.profile)
         made = Plan(specs, profile, self.data_root, done, self.halving, self.models)
@@ -229,8 +236,11 @@ def _told(words: list[str], root: str | None) -> dict[str, str]:
     return kept if root is None else {k: v.removeprefix(f"{root}/") for k, v in kept.items()}
 
 
-def begin(root: Path, job: Job, command: list[str], data_root: Path) -> None:
-    """Notes that a job starts.
+def begin(root: Path, job: Job, command: list[str], data_root: Path) -> list[str]:
+    """Notes that a job starts; returns the words to launch it with.
+
+    A stage whose result is there and whose weights are not, as in a record that was copied from
+    elsewhere, is done again.
 
     Raises:
         UserError: another command made what is there.
@@ -243,6 +253,8 @@ def begin(root: Path, job: Job, command: list[str], data_root: Path) -> None:
     content = {"command": command, "root": str(root), "began": began or time.time()}
     content |= {"started": time.time(), "status": "running"}
     write_text(path, json.dumps(content, indent=1) + "\n")
+    again = job.result(root) is not None and not job.usable(root)
+    return [*command, "--overwrite", "true"] if again else command
 
 
 def end(root: Path, job: Job, code: int, message: str) -> None:
@@ -269,6 +281,28 @@ def status(root: Path, job: Job) -> Status:
     if any(status(root, one) in ("failed", "blocked") for one in job.before):
         return "blocked"
     return "open"
+
+
+def wanted(root: Path, plan: Plan) -> list[Job]:
+    """Jobs to be done, each after those that it waits for.
+
+    What complete fine-tunings started from is not asked for again.
+    """
+    found: dict[str, Job] = {}
+
+    def visit(job: Job, *, started_from: bool) -> None:
+        there = job.usable(root) if started_from else status(root, job) == "done"
+        if there or job.name in found:
+            return
+        needs = {one.name for one in job.needs}
+        for one in job.before:
+            visit(one, started_from=one.name in needs)
+        found[job.name] = job
+
+    for cell in plan.cells:
+        for job in cell.jobs:
+            visit(job, started_from=False)
+    return list(found.values())
 
 
 #: What a log's part of one launch begins with.

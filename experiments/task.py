@@ -59,7 +59,7 @@ def main(
     if act == "end":
         state.end(root, job, code, state.error_of(Path(log), code) if code and log else "")
         return
-    if job.result(root) is not None:
+    if job.usable(root):
         print("COMPLETE=1")
         return
     waits = [one.name for one in job.before if one.result(root) is None and not one.lost(root)]
@@ -70,7 +70,7 @@ def main(
         return
     try:
         words = job.command(root, found.data_root)
-        state.begin(root, job, words, found.data_root)
+        words = state.begin(root, job, words, found.data_root)
     except UserError as error:
         state.end(root, job, 2, str(error))
         raise

@@ -136,6 +136,7 @@ class Contents:
             "seeds": asked.seeds,
             "pipelines": asked.pipelines,
             "halving": self.sweep.halving or None,
+            "search": None if self.sweep.search else "false",
         }
         words = [w for k, v in entry.items() if v is not None for w in (f"--{k}", str(v))]
         return shlex.join(["python", "-m", "experiments.run", asked.table, *words])
@@ -153,7 +154,7 @@ def read(root: Path, data_root: Path | None = None) -> Contents:
     """
     sweep = Sweep.open(root)
     sweep.data_root = data_root or sweep.data_root
-    specs = Specs(sweep.specs)
+    specs = Specs(sweep.specs, searched=sweep.search)
     found = Contents(sweep, specs, specs.load(Profile, sweep.profile))
     known: dict[tuple[str, int, int], Outcome] = {}
     for asked in sweep.asked:

@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,6 +77,27 @@ def test_pipelines_have_seeds_of_their_own(deep: Path) -> None:
         assert needs[0].choices == jobs["colours/distill"].choices
     assert all(len(cell.jobs) == 3 and cell.seeds == 9 for cell in plan.cells)
     assert not [n for n, job in jobs.items() if "/search/" in n and job.words["seed"] != 1000]
+
+
+def test_without_a_search_options_are_as_they_are_said(deep: Path) -> None:
+    places: dict[str, Any] = {"data_root": str(deep / "shards"), "specs": str(deep / "my")}
+    places |= {"profile": "deep", "pipelines": 2, "seeds": 1, "output": str(deep / "plain")}
+    asked = Asked("one", (), (), 1, 2)
+    sweep = Sweep(deep / "s", "deep", deep / "shards", deep / "my", [], search=False)
+    jobs = jobs_of(sweep.plan([asked]))
+    assert len(jobs) == 6
+    assert not any(job.choices or job.seeds > 1 for job in jobs.values())
+    searched = jobs_of(planned(deep, asked))
+    assert all(jobs[name].words == searched[name].words for name in jobs)
+    assert len(searched) > len(jobs)
+    experiments_run.main("one", search=False, dry_run=True, **places)
+    with pytest.raises(UserError, match="--halving 2 with --search false"):
+        experiments_run.main("one", search=False, halving=2, **places)
+    with pytest.raises(UserError, match="--seeds 1: give 2 or more, or 1 with --pipelines 2"):
+        experiments_run.main("one", search=False, **places | {"pipelines": 1})
+    Sweep(deep / "plain", "deep", deep / "shards", None, [], search=False).save()
+    with pytest.raises(UserError, match=r"holds experiments without a search \(--search false\)"):
+        experiments_run.main("one", **places)
 
 
 def test_a_mean_of_pipelines_varies_as_their_means_do() -> None:

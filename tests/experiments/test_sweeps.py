@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -200,6 +201,35 @@ def test_a_killed_sweep_goes_on_and_a_failed_cell_stops_only_itself(root: Path) 
 
 
 @pytest.mark.multi
+def test_a_record_goes_on_without_its_weights(tmp_path: Path) -> None:
+    """Another machine has the JSON files alone: it trains again what a new row starts from."""
+    my, sweep = make_specs(tmp_path), tmp_path / "sweep"
+    make_table(my, "kept", ["further_pretraining"], ["colours"])
+    assert run(tmp_path, "kept").returncode == 0
+    sweep.rename(tmp_path / "first")
+    for path in (tmp_path / "first").rglob("*.json"):
+        if path.name in ("result.json", "job.json", "sweep.json"):
+            kept = sweep / path.relative_to(tmp_path / "first")
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, kept)
+    before = finished(sweep)
+    done = run(tmp_path, "kept")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 jobs, 2 of them complete" in done.stdout
+    assert finished(sweep) == before, "nothing needs the weights that are gone"
+    make_table(my, "kept", ["further_pretraining", "self_distillation"], ["colours"])
+    done = run(tmp_path, "kept")
+    assert done.returncode == 0, done.stdout + done.stderr
+    after, anew = finished(sweep), "colours/pretrain/pretrain/result.json"
+    assert {name for name in before if before[name] != after[name]} == {anew}
+    assert (sweep / anew).with_name("export").is_dir()
+    assert "colours/self_distillation/finetune/result.json" in after
+    again = run(tmp_path, "kept")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "4 jobs, 4 of them complete" in again.stdout
+
+
+@pytest.mark.multi
 def test_the_documents_example_runs(tmp_path: Path) -> None:
     """docs/experiments.md: a data set, a method and a table of one's own, a file each."""
     my = make_specs(tmp_path, ("leaves",))
@@ -237,7 +267,7 @@ def test_a_job_that_is_being_started_is_told_to_stop(
         local._stop(signal.SIGTERM, None)  # it comes before the process is known
         return SimpleNamespace(send_signal=told.append)
 
-    monkeypatch.setattr(state, "begin", lambda *_: None)
+    monkeypatch.setattr(state, "begin", lambda *_: ["--stage", "all"])
     monkeypatch.setattr(local, "_process", start)
     job: Any = SimpleNamespace(name="x", command=lambda *_: ["--stage", "all"])
     local._start(job, {})

@@ -200,7 +200,7 @@ def pack(
         channels: Of TIFFs with several pages, or more channels than colours: the number of the one
             to take, or of three for red, green and blue, such as 3,2,1.
         splits: Shares of train, val and test where the source has no splits; default 0.8,0.1,0.1,
-            taken class by class at random.
+            taken class by class at random, and 1,0,0 without labels.
         unlabelled: Without a value, take all without labels, whatever folders images lie in.
             With a path, pack the source as ever, and beside it a split `unlabelled`, which the
             first two stages train on, of the inputs of train and the images or texts of that path.
@@ -298,6 +298,8 @@ def pack(
                 f"{out} lies in the source {source}, which would take it for a class the next time:"
                 " give a folder outside of it"
             )
+        if unlabelled is True and splits is None and split is None and "" in found.splits:
+            splits = "1,0,0"  # stages 1 and 2 read train alone, and nothing is scored
         divided = division.settle(
             found.splits, root, splits, split, seed, val_fraction, found.notes
         )

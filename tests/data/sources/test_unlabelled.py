@@ -89,6 +89,22 @@ def test_without_a_path_everything_loses_its_labels(
     assert not (tmp_path / "zoo" / "unlabelled").exists()
 
 
+def test_without_labels_all_is_to_train_on(tmp_path: Path) -> None:
+    """Stages 1 and 2 read train alone: a share set aside would be lost to them."""
+    (tmp_path / "photos").mkdir()
+    for i in range(10):
+        (tmp_path / "photos" / f"{i}.png").write_bytes(png(numbered(i, 4)))
+    out = tmp_path / "photos-packed"
+    assert call(pack, tmp_path / "photos", out, "--unlabelled") == 0
+    assert len(numbers(out, "train")) == 10
+    assert [p.name for p in out.iterdir()] == ["train"]
+    assert (
+        call(pack, tmp_path / "photos", out, "--unlabelled", "--splits", "0.5,0.5", "--overwrite")
+        == 0
+    )
+    assert sorted(p.name for p in out.iterdir()) == ["train", "val"]
+
+
 def test_replacing_the_data_set(source: Path, tmp_path: Path) -> None:
     out, more = tmp_path / "zoo", ("--unlabelled", tmp_path / "more")
     assert call(pack, source, out, *more) == 0

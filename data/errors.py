@@ -1,11 +1,15 @@
 """The errors that a user can mend, and how their text is made fit to be shown."""
 
+import errno
 import os
 import re
 
 _ADDRESS = re.compile(r"""([A-Za-z][A-Za-z0-9+.-]*://)([^\s/]*@)?(\S*)""")
 #: Variable that says how the package's command is typed; the ranks that it starts have it, too.
 TYPED = "SELFDISTILL_TYPED"
+
+#: Refusals of a file system or network that may be over at the next launch.
+PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTUNREACH)
 
 _LONG = re.compile(
     r"(?<![\w./-])(?<!selfdistill )(?:python -m )?(?:data|launcher|experiments)\."

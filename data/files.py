@@ -11,7 +11,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
-from selfdistill.data.errors import UserError, printable
+from selfdistill.data.errors import PASSING, TryAgain, UserError, printable
 
 #: Bytes of a file that is read whole, such as a manifest: a hundred times one of 10^5 shards.
 LARGEST = 2**30
@@ -61,7 +61,8 @@ def read(path: Path, cure: str, most: int = LARGEST) -> bytes:
 
     Raises:
         FileNotFoundError: There is none.
-        UserError: It is a folder, a device or a named pipe, too large, or cannot be read.
+        UserError: It is a folder, a device or a named pipe, too large, or cannot be read; TryAgain
+            where the file system fails.
     """
     with opened(path, cure) as file:
         size = os.fstat(file.fileno()).st_size
@@ -70,7 +71,7 @@ def read(path: Path, cure: str, most: int = LARGEST) -> bytes:
         try:
             return file.read()
         except OSError as error:
-            raise UserError(f"{printable(str(path))} cannot be read ({error}): {cure}") from None
+            raise _unreadable(printable(str(path)), error, cure) from None
 
 
 def opened(path: Path, cure: str) -> BufferedReader:
@@ -82,7 +83,8 @@ def opened(path: Path, cure: str) -> BufferedReader:
 
     Raises:
         FileNotFoundError: There is none.
-        UserError: It is a folder, a device or a named pipe, or cannot be read.
+        UserError: It is a folder, a device or a named pipe, or cannot be read; TryAgain where the
+            file system fails.
     """
     place = printable(str(path))
     try:
@@ -97,8 +99,15 @@ def opened(path: Path, cure: str) -> BufferedReader:
     except ValueError:  # a NUL, or what cannot be a name here
         raise UserError(f"{place} can be no file's name: {cure}") from None
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise UserError(f"{place} cannot be read ({reason}): {cure}") from None
+        raise _unreadable(place, error, cure) from None
+
+
+def _unreadable(place: str, error: OSError, cure: str) -> UserError:
+    """What the system says of a file; of what passes the file itself is not to blame."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno in PASSING:
+        return TryAgain(f"{place} cannot be read ({reason}): launch again")
+    return UserError(f"{place} cannot be read ({reason}): {cure}")
 
 
 def nofollow(path: str, flags: int) -> int:

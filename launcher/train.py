@@ -93,7 +93,11 @@ class Launch:
         with suppress(psutil.Error):
             started = psutil.Process(self.process.pid)
             whole = [started, *started.children(recursive=True)]
-            local = [one for one in whole if "deepspeed.launcher.launch" in one.cmdline()]
+            local: list[psutil.Process] = []
+            for one in whole:
+                with suppress(psutil.Error):  # of a process that has just ended
+                    if "deepspeed.launcher.launch" in one.cmdline():
+                        local.append(one)
             ranks = [rank for one in local for rank in one.children()]
             for one in ranks or whole[::-1]:
                 with suppress(psutil.Error):
@@ -106,7 +110,9 @@ class Launch:
         def forward(number: int, _: FrameType | None) -> None:
             self.signal(number)
 
-        before = {number: signal.signal(number, forward) for number in _SIGNALS}
+        kept = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup: a terminal may go
+        numbers = [one for one in _SIGNALS if one != signal.SIGHUP or not kept]
+        before = {number: signal.signal(number, forward) for number in numbers}
         try:
             yield
         finally:

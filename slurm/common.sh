@@ -112,7 +112,7 @@ counted() {
     local value=${!1:-$2}
     case $value in
     *[!0-9]* | 0 | ??????*) ;;
-    *) [ "$value" -gt "$2" ] || { echo "$value" && return; } ;;
+    *) [ "$value" -gt "$2" ] || { echo "$((10#$value))" && return; } ;;
     esac
     echo "error: $1=$value: give a number of nodes from 1 to $2" >&2
     return 2
@@ -153,6 +153,12 @@ print(*(f"{word}\0" for word in shlex.split(os.environ["ARGS"])), sep="", end=""
         echo "error: OUTPUT=$OUTPUT cannot be written: choose another folder" >&2
         exit 2
     fi
+    case ${MAX_RESTARTS:-20} in
+    *[!0-9]* | ??????*)
+        echo "error: MAX_RESTARTS=$MAX_RESTARTS: give a number" >&2
+        exit 2
+        ;;
+    esac
     if [ -n "${USED_NODES:-}" ]; then
         mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
         count=$(counted USED_NODES "${#nodes[@]}") && least=$(counted MIN_NODES "$count") || exit 2
@@ -184,6 +190,7 @@ print(*(f"{word}\0" for word in shlex.split(os.environ["ARGS"])), sep="", end=""
             break
         fi
         echo "going on with $count of them" >&2
+        export SELFDISTILL_AGAIN=1 # what this job began is its own, whatever --overwrite says
         again=--overlap # with what is left of the step before, which a lost node never ends
     done
     # 75: interrupted, or another rank is gone. Above 128: killed by a signal. Again will do.

@@ -32,7 +32,7 @@ if [ ${#sets[@]} = 0 ]; then
     echo "error: DATASETS is not set: name packed data sets, or take RECIPE=quickstart" >&2
     exit 2
 fi
-same=$(printf '%s\n' "${sets[@]##*/}" | sort | uniq -d | head -1)
+same=$(for one in "${sets[@]}"; do basename "$one"; done | sort | uniq -d | head -1)
 if [ -n "$same" ]; then
     echo "error: two of DATASETS end in $same, which names their run folders: rename one, or link to it" >&2
     exit 2

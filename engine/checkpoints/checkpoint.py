@@ -79,6 +79,7 @@ def read_state(path: Path, name: str) -> tuple[State | None, str]:
 
     Raises:
         UserError: it is of another format.
+        TryAgain: the file system fails.
     """
     try:
         content = records.read_object(path)
@@ -86,6 +87,8 @@ def read_state(path: Path, name: str) -> tuple[State | None, str]:
             records.checked(Written, content, path)
     except FileNotFoundError:
         return None, f"{path.name} is missing"
+    except TryAgain:
+        raise
     except UserError as error:
         return None, format_error(error).removeprefix(f"{path.parent}/")
     if content.get("version") != VERSION:
@@ -238,9 +241,11 @@ class Checkpoints:
                     fault = f"{file} is not what was written"
             except FileNotFoundError:
                 fault = f"{file} is missing"
+            except TryAgain as error:  # of the file system, not of the checkpoint
+                failure = str(error).removesuffix(": launch again")
             except UserError:
                 fault = f"{file} is no regular file"
-            except OSError as error:  # of the file system, not of the checkpoint
+            except OSError as error:  # as above, of stat and read
                 failure = f"{path}: {error.strerror}"
             self.beat()
         found = gather((fault, failure))

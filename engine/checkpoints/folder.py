@@ -169,9 +169,22 @@ class Run:
             return None
 
 
+#: Set where launches begin again in the same job: by SLURM, slurm/common.sh, torchrun.
+_AGAIN = ("SLURM_RESTART_COUNT", "SELFDISTILL_AGAIN", "TORCHELASTIC_RESTART_COUNT")
+
+
 def _restarted() -> bool:
-    """Whether SLURM has put this job back into the queue."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    """Whether this launch goes on with what the same job began."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in _AGAIN)
+
+
+def _job() -> str:
+    """What launches of the same job have in common; "" where nothing starts them again."""
+    if "SLURM_JOB_ID" in os.environ:
+        return os.environ["SLURM_JOB_ID"]
+    # torchrun's agent starts the ranks again, and stays.
+    again = "TORCHELASTIC_RESTART_COUNT" in os.environ
+    return f"{socket.gethostname()}-{os.getppid()}" if again else ""
 
 
 def open_run(config: Config, ranks: Ranks) -> Run:
@@ -313,7 +326,7 @@ def open_stage(run: Run, stage: str, record: dict[str, Any], data: str) -> bool:
     """
     folder, config = run.folder / stage, run.config
 
-    mark, job = folder / ".job", os.environ.get("SLURM_JOB_ID", "")
+    mark, job = folder / ".job", _job()
 
     def prepare() -> bool:
         # What this job began before it was put back into the queue is its own to go on with.

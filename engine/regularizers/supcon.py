@@ -118,6 +118,11 @@ def check(config: Config, train: Manifest) -> None:
             f"{name} contrasts classes, and samples of {train.root} have several: take"
             " --pretrain.objective mae"
         )
+    if config.data.mix:
+        raise UserError(
+            f"{name} contrasts the classes of {train.root}, and other sets mixed in (--data.mix)"
+            " have others: leave them out, or take --pretrain.objective mae"
+        )
     if config.pretrain.accumulation > 1:
         raise UserError(
             f"{name} contrasts all samples of a batch, which --pretrain.accumulation"

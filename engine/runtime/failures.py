@@ -11,10 +11,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from selfdistill.data.cli import format_error
-from selfdistill.data.errors import PeerLost, TryAgain, UserError
-
-#: Refusals of a file system or network that may be over at the next launch.
-PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTUNREACH)
+from selfdistill.data.errors import PASSING, PeerLost, TryAgain, UserError
 
 _MEMORY = (
     "the GPU's memory is full: take a smaller batch, more --STAGE.accumulation, --precision bf16,"

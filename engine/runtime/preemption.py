@@ -1,9 +1,9 @@
 """Leaving early, in three pieces: a signal sets a flag, the ranks agree on it, the loop saves.
 
 SLURM sends the signal of `--signal=USR2@180` some minutes before the time limit, and SIGTERM when
-it preempts, requeues or cancels a job. A terminal's Ctrl-C asks for the same; a second one leaves
-at once. Whatever asked, the run ends with exit code `AGAIN`, which the sbatch scripts turn into a
-requeue; launching again continues.
+it preempts, requeues or cancels a job. A terminal's Ctrl-C, or its end, asks for the same; a second
+Ctrl-C leaves at once. Whatever asked, the run ends with exit code `AGAIN`, which the sbatch scripts
+turn into a requeue; launching again continues.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 #: Exit code "interrupted, launch again and it goes on": EX_TEMPFAIL of sysexits.h.
 AGAIN = os.EX_TEMPFAIL
 
-_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _asked: list[int] = []
 
 
@@ -31,7 +31,8 @@ def listen() -> None:
     before.
     """
     for number in _SIGNALS:
-        signal.signal(number, _note)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _note)
 
 
 def _note(number: int, _: FrameType | None) -> None:

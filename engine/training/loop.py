@@ -254,7 +254,7 @@ class Trainer:
 
     def seconds(self) -> float:
         """What the stage took so far, over all launches."""
-        return self.seconds_before + time.time() - self.stage.began
+        return self.seconds_before + time.monotonic() - self.stage.began
 
     def log_final(self, outputs: dict[str, Any]) -> None:
         """Logs what `Stage.finish` found, and takes its `scores` out of it."""

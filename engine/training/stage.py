@@ -68,7 +68,7 @@ class Stage:
         seed: int,
         record: dict[str, Any],
     ) -> None:
-        self.began = time.time()
+        self.began = time.monotonic()
         self.run, self.config, self.ranks = run, run.config, run.ranks
         self.name, self.train, self.modality, self.base, self.seed = (
             name,

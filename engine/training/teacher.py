@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from selfdistill.data import records
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import TryAgain, UserError
 from selfdistill.data.files import fresh
 from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.loader import Sequential
@@ -267,6 +267,8 @@ def _read_key(path: Path) -> dict[str, Any] | None:
         return records.read_object(path)
     except FileNotFoundError:
         return None
+    except TryAgain:
+        raise
     except UserError:
         return {"unreadable": True}
 

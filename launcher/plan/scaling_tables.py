@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from selfdistill.engine.runtime import preemption, zero
 from selfdistill.launcher.plan import memory, scaling
 from selfdistill.launcher.plan.forecast import Job, Plan
 from selfdistill.launcher.plan.sheet import Sheet, duration
+from selfdistill.launcher.plan.workload import ImageWork
 
 #: Numbers of devices that are set beside the one that is asked for.
 DEVICES = (8, 64, 1024)
@@ -259,14 +261,14 @@ def limits_sheet(plan: Plan, shown: list[Row]) -> Sheet:
     """What bounds the devices that are asked for: what goes on side by side, for one step each."""
     options, every = plan.options, plan.config.save_every
     read_gbs = options.read_gbs or options.storage_gbs
-    images = plan.work.samples == "images"
     names = ("compute", "ranks wait", "storage reads", "cores decode", "storage writes", "limit")
     sheet = Sheet(f"what limits a step on {options.devices:,} device(s), ms", ("stage", *names))
     spent = 0.0
     for row in (row for row in shown if row.devices == options.devices):
         stored = row.job.sample_bytes
         cores = options.cores * links(plan).nodes(row.devices)
-        pixels = plan.work.input_bytes() / 3 if images else 0
+        images = isinstance(plan.work, ImageWork)
+        pixels = math.prod(plan.work.shape.sides) if isinstance(plan.work, ImageWork) else 0
         beside = {
             "storage reads": None if stored is None else row.batch * stored / (read_gbs * 1e9),
             "cores decode": row.batch * pixels * DECODE / cores if images else None,

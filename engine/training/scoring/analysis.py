@@ -66,7 +66,7 @@ def analyse(
     for split in asked:
         features = None
         if split == asked[-1]:
-            features = Features(run, modality, initial, engine.module.model.encoder, splits[split])
+            features = Features(run, modality, initial, engine.module, splits[split])
         try:
             scores[split] = evaluate(
                 run, engine, modality, weights, splits[split], seen=features or (lambda _: None)
@@ -122,7 +122,7 @@ class Features:
     """
 
     def __init__(
-        self, run: Run, modality: Modality, initial: Any, encoder: nn.Module, manifest: Manifest
+        self, run: Run, modality: Modality, initial: Any, objective: Any, manifest: Manifest
     ) -> None:
         self.run, self.modality = run, modality
         self.initial = frozen(modality.encoder(initial), run.ranks.device, run.dtype)
@@ -131,7 +131,10 @@ class Features:
         self.chosen = torch.from_numpy(np.unique(chosen))
         self.sums = torch.zeros(3, dtype=torch.float64, device=run.ranks.device)
         self.tokens: Tensor | None = None
-        self.hook = encoder.register_forward_hook(self._keep)
+        self.hook = objective.model.encoder.register_forward_hook(self._keep)
+        # A step that was compiled before the hook was there would pass it by.
+        self.objective, self.compiled = objective, objective._compiled_call_impl
+        objective._compiled_call_impl = None
 
     def _keep(self, _: nn.Module, __: Any, output: Any) -> None:
         tokens = output if isinstance(output, Tensor) else output.last_hidden_state
@@ -157,8 +160,9 @@ class Features:
         self.sums += torch.stack([square, cosine, torch.full_like(cosine, len(rows))])
 
     def close(self) -> None:
-        """Leaves the encoder alone."""
+        """Leaves the objective as it was."""
         self.hook.remove()
+        self.objective._compiled_call_impl = self.compiled
 
     def compared(self) -> dict[str, float]:
         """The means over all ranks' samples. Every rank calls it."""

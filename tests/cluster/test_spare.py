@@ -88,6 +88,7 @@ def test_below_the_least_it_goes_back_to_the_queue(cluster: Cluster, root: Path)
     [
         ({"USED_NODES": "4"}, "error: USED_NODES=4: give a number of nodes from 1 to 3"),
         ({"USED_NODES": "x"}, "error: USED_NODES=x: give a number of nodes from 1 to 3"),
+        ({"MAX_RESTARTS": "2O"}, "error: MAX_RESTARTS=2O: give a number"),
         (
             {"USED_NODES": "2", "MIN_NODES": "3"},
             "error: MIN_NODES=3: give a number of nodes from 1 to 2",

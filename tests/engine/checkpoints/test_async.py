@@ -1,12 +1,14 @@
 """Checkpoints that are written while the steps go on."""
 
+import errno
+import os
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import TryAgain, UserError
 from selfdistill.engine.checkpoints import checkpoint
 from selfdistill.engine.checkpoints.checkpoint import Checkpoints
 from selfdistill.engine.runtime.distributed import Ranks
@@ -68,3 +70,30 @@ def test_a_disk_that_refuses(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.M
         saved.settle()
     assert training.resumed(tmp_path) == 1
     assert not list(tmp_path.glob(".draft-*"))
+
+
+@pytest.mark.parametrize("name", ["state.json", "*.safetensors"])
+def test_a_file_system_that_fails_breaks_no_checkpoint(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What a client of NFS says after a requeue: another launch finds the newest one whole."""
+    training = Training(tmp_path, ranks)
+    saved = Checkpoints(tmp_path, ranks, keep=2)
+    for _ in range(2):
+        training.step()
+        saved.save(training.engine, training.state)
+    newest = next((tmp_path / "step-00000002").glob(name))
+    opens = os.open
+
+    def stale(path: Any, *words: Any, **more: Any) -> int:
+        if Path(path) == newest:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return opens(path, *words, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", stale)
+        with pytest.raises(TryAgain, match=r"Stale file handle.*launch again"):
+            saved.newest()
+    found = saved.newest()
+    assert found is not None
+    assert found[1].step == 2

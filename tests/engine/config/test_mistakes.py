@@ -240,6 +240,11 @@ def table(root: Path) -> list[tuple[str, tuple[str, list[str]], str]]:
             "--data.split unlabelled has no labels",
         ),
         (
+            "contrasts of several sets",
+            engine(r, **(supcon | {"data.mix": f"{r / 'shards'}:0.3"})),
+            "other sets mixed in (--data.mix)",
+        ),
+        (
             "contrasts in parts",
             engine(r, **(supcon | {"pretrain.accumulation": 2})),
             "cuts into parts: take 1",

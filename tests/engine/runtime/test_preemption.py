@@ -126,7 +126,7 @@ def start(
     return process, folder / "pretrain"
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_ends_with_the_code_that_asks_for_another_launch(
     root: Path, number: signal.Signals
 ) -> None:
@@ -144,22 +144,33 @@ def test_a_signal_saves_and_ends_with_the_code_that_asks_for_another_launch(
     assert int(saved.name.removeprefix("step-")) == int(at[1])
 
 
-def test_a_requeued_job_does_not_overwrite_what_it_began(root: Path) -> None:
-    job = {"SLURM_JOB_ID": "7"}
-    process, stage = start(root, "again", job, overwrite=True)
+@pytest.mark.parametrize(
+    ("job", "again"),
+    [
+        ({"SLURM_JOB_ID": "7"}, "SLURM_RESTART_COUNT"),
+        ({"SLURM_JOB_ID": "7"}, "SELFDISTILL_AGAIN"),  # spare nodes, slurm/common.sh
+        ({"TORCHELASTIC_RESTART_COUNT": "0"}, "TORCHELASTIC_RESTART_COUNT"),
+    ],
+)
+def test_a_job_that_begins_again_does_not_overwrite_what_it_began(
+    root: Path, job: dict[str, str], again: str
+) -> None:
+    process, stage = start(root, again, job, overwrite=True)
     process.send_signal(signal.SIGUSR2)
     out, _ = process.communicate(timeout=100)
     assert "(launch without --overwrite)" in out
     seen = len(metrics(stage))
-    restarted = job | {"SLURM_RESTART_COUNT": "1"}
-    process, _ = start(root, "again", restarted, overwrite=True)
+    restarted = job | {again: "1"}
+    process, _ = start(root, again, restarted, overwrite=True)
     process.send_signal(signal.SIGUSR2)
     out, _ = process.communicate(timeout=100)
     assert "resumed at step" in out
     assert "deleting" not in out
     assert len(metrics(stage)) >= seen
+    if again != "SLURM_RESTART_COUNT":
+        return
     other = restarted | {"SLURM_JOB_ID": "8"}  # another job means what it says
-    process, _ = start(root, "again", other, overwrite=True)
+    process, _ = start(root, again, other, overwrite=True)
     process.kill()
     out, _ = process.communicate(timeout=100)
     assert "deleting" in out

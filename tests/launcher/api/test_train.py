@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from selfdistill.engine.runtime.preemption import AGAIN
+from selfdistill.launcher.train import Launch
 from tests.kit.launches import COMMON, ROOT, environment, make_world, metrics
 
 TRAIN = (sys.executable, "-m", "selfdistill", "train")
@@ -102,3 +105,47 @@ def test_ctrl_c_reaches_the_ranks_which_save(root: Path) -> None:
     last = out.splitlines()[-1]
     assert re.match(r"interrupted \(SIGINT\) at pretrain, step \d+ of 4000: launch again", last)
     assert list((stage / "checkpoints").glob("step-*"))
+
+
+#: A launcher with one rank, and with a child that has ended and that nobody has waited for.
+TREE = """
+import subprocess, sys, time
+gone = subprocess.Popen(["true"])
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+print("up", flush=True)
+rank.wait()
+sys.exit(rank.returncode)
+"""
+RANK = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+def test_an_ended_process_among_them_hides_no_rank_from_a_signal() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", TREE, RANK, "deepspeed.launcher.launch"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert [process.stdout.readline(), process.stdout.readline()] == ["up\n", "up\n"]
+    launch = Launch(process)
+    launch.signal(signal.SIGTERM)
+    assert launch.code() == AGAIN
+
+
+def test_a_terminal_may_go_under_nohup(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    process: Any = SimpleNamespace(pid=0)
+    try:
+        for handler in (signal.SIG_IGN, signal.SIG_DFL):
+            signal.signal(signal.SIGHUP, handler)
+            with Launch(process).forwarding():
+                forwarded = signal.getsignal(signal.SIGHUP) not in (signal.SIG_IGN, signal.SIG_DFL)
+                assert forwarded == (handler == signal.SIG_DFL)
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)

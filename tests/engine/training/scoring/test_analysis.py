@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn import functional as F
 from transformers import ViTForImageClassification, ViTMAEForPreTraining
 
 from selfdistill.engine.runtime.distributed import Ranks
-from selfdistill.engine.training.scoring.analysis import spread
+from selfdistill.engine.training.objectives import ClassifyObjective
+from selfdistill.engine.training.scoring.analysis import Features, spread
 from tests.kit.launches import make_world, metrics, run_cases
 
 pytestmark = pytest.mark.multi
@@ -165,3 +168,40 @@ def test_spread_samples_do_not_depend_on_the_ranks(samples: int, most: int) -> N
     assert wanted[-1] >= samples * (1 - 1 / min(most, 40)) - 1
     for world, batch in ((2, 16), (3, 4), (7, 1)):
         assert ids(world, batch)[0] == wanted
+
+
+class Tiny(nn.Module):
+    """A classifier of an encoder's first token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def classify(self, tokens: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(self.encoder(tokens)[:, 0])
+        return found
+
+
+@torch.no_grad()
+def test_a_step_that_was_compiled_before_is_looked_into() -> None:
+    """Dynamo looks at no hooks when it takes a compiled step again: train was scored before."""
+    objective: Any = ClassifyObjective(Tiny())
+    batch = {"labels": torch.zeros(2, dtype=torch.int64), "tokens": torch.randn(2, 5, 4)}
+    objective.compile(backend="eager")
+    scored = objective(**batch)["logits"]
+    compiled = objective._compiled_call_impl
+    assert compiled is not None
+    run: Any = SimpleNamespace(
+        ranks=SimpleNamespace(device=torch.device("cpu")), dtype=torch.float32
+    )
+    modality: Any = SimpleNamespace(encoder=lambda _: nn.Identity())
+    features = Features(run, modality, None, objective, SimpleNamespace(samples=2))  # type: ignore[arg-type]
+    again = objective(**batch)["logits"]
+    assert features.tokens is not None
+    assert torch.equal(features.tokens, objective.model.encoder(batch["tokens"]))
+    assert torch.equal(again, scored)
+    features.close()
+    assert objective._compiled_call_impl is compiled
+    features.tokens = None
+    objective(**batch)
+    assert features.tokens is None

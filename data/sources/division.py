@@ -216,6 +216,9 @@ def settle(
     """
     if shares is not None and split is not None:
         raise UserError("--splits divides, --split packs everything as one: give one of them")
+    if "" in found and len(found) > 1:
+        lost = next(iter(found[""][0])).name
+        raise UserError(f"{lost} has no split, as others have: give it one, or take all theirs out")
     parsed = parse_shares(shares)
     if shares is not None and "" not in found:
         has = ", ".join(found)

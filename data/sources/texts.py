@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from selfdistill.data.cli import nearest
 from selfdistill.data.errors import UserError, counted
 from selfdistill.data.formats.strays import is_stray
@@ -30,6 +32,9 @@ SUFFIXES = (*JSONL, ".csv", ".tsv", ".txt")
 
 #: Files by which `datasets.save_to_disk` is known.
 _SAVED = ("dataset_dict.json", "state.json")
+
+# What a row may belong to, "" where it does not say.
+_OWNERS = (*DIVIDED, "")
 
 
 class _Field(NamedTuple):
@@ -165,22 +170,28 @@ def _split_files(root: Path) -> dict[str, Path]:
 
 
 def _streams(files: dict[str, Path], columns: Columns) -> Splits:
-    """Texts without labels, read anew at each pass."""
+    """Texts without labels, read anew at each pass; of a file that is divided a stream a split."""
 
     def sample(number: int, field: _Field) -> Sample:
         return Sample(_key(field, columns, number), _text(field, columns), None, field.where)
 
-    def pass_over(path: Path, split: str) -> Iterator[Callable[[], Sample]]:
+    def pass_over(
+        path: Path, split: str, owners: bytearray | None = None
+    ) -> Iterator[Callable[[], Sample]]:
         for number, field in enumerate(_fields(path, split, columns)):
+            if owners is not None:
+                owners.append(_OWNERS.index(field.split))
             yield partial(sample, number, field)
 
     found: Splits = {}
     for split, path in files.items():
-        makers = partial(pass_over, path, split)
-        length, listing = listed(make() for make in makers())
+        makers, owners = partial(pass_over, path, split), bytearray()
+        length, listing = listed(make() for make in makers(owners))
         if not length:
             raise UserError(f"{path} has no texts: add some")
-        found[split] = Stream(makers, length, listing), []
+        of = np.frombuffer(owners, np.uint8)
+        for number in np.unique(of).tolist():
+            found[_OWNERS[number]] = Stream(makers, length, listing, of == number), []
     return found
 
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +10,11 @@ import numpy as np
 
 from selfdistill.data.cli import nearest
 from selfdistill.data.errors import UserError, counted
+from selfdistill.data.formats.images import SUFFIXES as IMAGES
 from selfdistill.data.formats.strays import is_stray
 from selfdistill.data.formats.texts import Text
 from selfdistill.data.sources import several, tables
+from selfdistill.data.sources.images import files_below
 from selfdistill.data.sources.samples import (
     Columns,
     Row,
@@ -53,13 +54,16 @@ def recognise(root: Path, columns: Columns) -> bool:
         columns: Names of the columns.
     """
     if root.is_dir():
-        return _is_saved(root) or bool(_split_files(root))
+        if _is_saved(root):
+            return True
+        files = _split_files(root).values()
+        # Sets of images come with train.txt and test.txt, the names of their files.
+        lists = all(path.suffix.lower() == ".txt" for path in files)
+        return bool(files) and not (lists and files_below(root, IMAGES)[0])
     suffix = root.suffix.lower()
     if suffix == ".csv" and root.is_file():
         header, _ = tables.read(root)
-        return columns.text in header and (
-            columns.path not in header or replace(columns, group=None, separator=None) != Columns()
-        )
+        return columns.text in header and (columns.path not in header or columns.names_text)
     return suffix in SUFFIXES and suffix != ".csv" and root.is_file()
 
 

@@ -330,11 +330,11 @@ def pack(
         if found.kind == "text":
             _refuse("images", "texts", range=wanted is not None, channels=chosen is not None)
         elif part is not None:
-            span = beside(out_dir, set(divided), wanted)
+            span = beside(out_dir, set(replaced), wanted)
             span = wanted if span is None and isinstance(wanted, tuple) else span
         elif wanted is not None or not found.known:  # known data sets have 8 bits
             with Progress(*_BARS, console=console, transient=True) as progress:
-                span, note = find_span(divided, out_dir, wanted, chosen, progress)
+                span, note = find_span(divided, out_dir, set(replaced), wanted, chosen, progress)
             found.notes.extend([note] if note else [])
         if found.kind == "image" and not keep_original and size is None:
             size = choose_size(own, span, chosen)
@@ -372,7 +372,7 @@ def pack(
             if one_of is None:
                 done = write_whole(whole, replaced, seen, progress)
             else:
-                done = parts.write_part(whole, one_of, seen, progress, mirror)
+                done = parts.write_part(whole, one_of, replaced, seen, progress, mirror)
     if isinstance(done, str):
         print(printable(mirror.told(done if part is None else f"part {part}: {done}")))
         return

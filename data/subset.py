@@ -24,7 +24,7 @@ from selfdistill.data.shards import away, manifest, tars
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.data.sources.division import strata
 from selfdistill.data.sources.samples import Sample
-from selfdistill.data.splits import DIVIDED, UNLABELLED
+from selfdistill.data.splits import DIVIDED, SPLITS, UNLABELLED
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def subset(shards: str, out: str, samples: int, seed: int = 0, overwrite: bool =
         )
     if target.resolve() == source.resolve():
         raise UserError(f"{out} is the source itself: give another folder")
-    for split in DIVIDED:
+    for split in SPLITS:
         check_replaceable(target / split, overwrite)
     reader = Reader(train)
     found = [label_of(reader, number) for number in range(train.samples)]
@@ -137,9 +137,11 @@ def subset(shards: str, out: str, samples: int, seed: int = 0, overwrite: bool =
             if (source / split / manifest.FILE).exists():
                 shutil.copytree(source / split, staging / split)
         target.mkdir(parents=True, exist_ok=True)
-        for split in DIVIDED:
+        for split in SPLITS:
             if (staging / split).exists():
                 replace(staging / split, target / split)
+            elif (target / split).exists():  # of the data set that is being replaced
+                shutil.rmtree(target / split)
     finally:
         reader.close()
         shutil.rmtree(staging, ignore_errors=True)

@@ -29,24 +29,10 @@ from selfdistill.data.formats.opening import allow as allow
 
 SUFFIXES = frozenset(
     f".{kind}"
-    for kind in [
-        "png",
-        "jpg",
-        "jpeg",
-        "webp",
-        "bmp",
-        "gif",
-        "tif",
-        "tiff",
-        "ppm",
-        "pgm",
-        "pbm",
-        "pnm",
-        "jp2",
-        "tga",
-        "avif",
-        "dcm",
-    ]
+    for kind in (
+        *("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"),
+        *("jp2", "tga", "avif", "dcm"),
+    )
 )
 
 
@@ -93,6 +79,9 @@ def typed(size: Size) -> str:
 #: Called once for an image of which something beside the picture could not be read.
 OnUnreadable = Callable[[], object] | None
 
+# Where Pillow finds the orientation; the last is how ImageMagick writes it into a PNG.
+_TURNING = {"exif", "xmp", "Raw profile type exif"}
+
 
 def _over_white(image: Image.Image) -> Image.Image:
     """An image with transparency as RGB."""
@@ -106,7 +95,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 def _upright(image: Image.Image, on_unreadable: OnUnreadable = None) -> Image.Image:
     image.load()
-    if image.mode not in ("L", "RGB") or "exif" in image.info or "xmp" in image.info:
+    if image.mode not in ("L", "RGB") or _TURNING & image.info.keys():
         try:
             return ImageOps.exif_transpose(image)
         except BROKEN:
@@ -136,11 +125,9 @@ def to_rgb(
         return image
     if depth.is_deep(image):
         return depth.scaled(image, span)
-    if image.mode == "1":
-        return image.convert("L")
     if image.has_transparency_data:
         return _over_white(image)
-    return image.convert("RGB")
+    return image.convert("L" if image.mode == "1" else "RGB")
 
 
 def _read(
@@ -237,10 +224,15 @@ def _shown(
     if size is not None:
         least = size + size // 2
         image.draft(None, (least, least))  # of JPEGs; others have no such way
+    if "transparency" in image.info and depth.is_halved(image):
+        raise ValueError(
+            "one of its 16-bit colours stands for transparency, and their upper halves alone would"
+            " be compared with it: convert it to RGBA, or to RGB of 8 bits"
+        )
     if span in (None, depth.FULL) or not depth.is_halved(image):
         return to_rgb(image, on_unreadable, span)
     half = depth.other_half(image)
-    if not half or "transparency" in image.info:
+    if not half:
         raise ValueError(
             "of its 16-bit values the upper halves alone are read here, too few for the set's"
             " range: convert it to grey, RGB or RGBA, or give all values (--range 0,65535)"

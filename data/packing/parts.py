@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,13 +46,19 @@ def check_options(*, overwrite: bool, span: depth.Range | str | None) -> None:
 
 
 def write_part(
-    whole: Whole, part: Part, seen: duplicates.Inputs, progress: Progress, mirror: Mirror
+    whole: Whole,
+    part: Part,
+    replaced: Iterable[str],
+    seen: duplicates.Inputs,
+    progress: Progress,
+    mirror: Mirror,
 ) -> list[Packed] | str:
     """Writes the shards of a part that are not written yet, and joins the set if it was the last.
 
     Args:
         whole: What all parts have in common.
         part: Which one this is.
+        replaced: Splits of which OUT may hold none of another set.
         seen: Told of every input of the set, if this part joins it.
         progress: Where to show how far it is.
         mirror: Of OUT.
@@ -67,7 +73,7 @@ def write_part(
     place = whole.out.parent / f".{whole.out.name}.{'-'.join(whole.splits)}.parts"
     store = mirror.store(place, empty=list(whole.splits))
     mirror.refresh()  # the source may have taken long to list
-    if _is_complete(whole):
+    if _is_complete(whole, replaced):
         return f"{whole.out} is complete: nothing is left to do"
     if joining := store.joining():
         return joining
@@ -99,16 +105,17 @@ def _first(whole: Whole, shard: int) -> int:
     return shard * whole.samples_per_shard
 
 
-def _is_complete(whole: Whole) -> bool:
+def _is_complete(whole: Whole, replaced: Iterable[str]) -> bool:
     """Whether the set stands in OUT.
 
     Raises:
-        UserError: Another one does.
+        UserError: Another one does, or a split that this one does not have.
     """
-    there = [whole.out / split for split in whole.splits if (whole.out / split).exists()]
+    there = [whole.out / split for split in replaced if (whole.out / split).exists()]
     for folder in there:
         with contextlib.suppress(FileNotFoundError, UserError):
-            if records.read_object(folder / SETTINGS) == whole.settings:
+            told = records.read_object(folder / SETTINGS)
+            if folder.name in whole.splits and told == whole.settings:
                 continue
         raise UserError(f"{folder} exists: give another folder, or remove it")
     return len(there) == len(whole.splits)

@@ -71,6 +71,7 @@ def same_fit(folder: Path, packed: set[str], how: fitting.Fit) -> None:
 def find(
     splits: Splits,
     folder: Path,
+    replaced: set[str],
     wanted: depth.Range | str | None,
     chosen: channels.Channels | None,
     progress: Progress,
@@ -80,6 +81,7 @@ def find(
     Args:
         splits: What is packed.
         folder: The data set's, where other splits may lie.
+        replaced: Those that do not stay there.
         wanted: From `depth.parse`.
         chosen: From `channels.parse`.
         progress: Where to show how far it is.
@@ -87,7 +89,7 @@ def find(
     Raises:
         UserError: The pictures are blank, or another range is asked for than the other splits have.
     """
-    span = beside(folder, set(splits), wanted)
+    span = beside(folder, replaced, wanted)
     if span is not None:
         return span, f"range {span[0]:.10g} to {span[1]:.10g}, that of the other splits"
     if isinstance(wanted, tuple):

@@ -169,6 +169,7 @@ class Store:
     def link(self, name: str, source: str, target: str) -> None:
         """The same file in another group; a copy where the file system has no second names."""
         paths = [self.folder / group / name for group in (source, target)]
+        paths[1].unlink(missing_ok=True)  # of a launch that was stopped here
         try:
             os.link(*paths)
         except OSError:

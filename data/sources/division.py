@@ -105,16 +105,18 @@ def _divide_groups(
 ) -> dict[str, Samples]:
     """`divide` for samples in groups: folds of whole groups with about equal classes, joined.
 
-    Each split that has a share gets one fold at least.
+    Each split that has a share gets one fold at least. Where classes are too small for folds that
+    meet the shares, single groups are what is joined.
 
     Raises:
         UserError: there are fewer groups than splits.
     """
     from sklearn.model_selection import StratifiedGroupKFold  # a second to import
 
-    groups = np.array([f"{s.group}" if s.group else f"\0{i}" for i, s in enumerate(samples)])
+    names = [f"{s.group}" if s.group else f"\0{i}" for i, s in enumerate(samples)]
+    groups = np.unique(names, return_inverse=True)[1]
     labels = strata([s.label for s in samples])
-    count, wanted = len(np.unique(groups)), sum(share > 0 for share in shares)
+    count, wanted = int(groups.max()) + 1, sum(share > 0 for share in shares)
     if count < wanted:
         raise UserError(
             f"--group_column: {count} groups cannot fill {wanted} splits: add some, or give fewer"
@@ -124,14 +126,13 @@ def _divide_groups(
         return {DIVIDED[0]: samples}
     most = int(np.unique(labels, return_counts=True)[1].max())  # more folds than that it refuses
     parts = []
-    if most > 1:
-        folds = StratifiedGroupKFold(min(_FOLDS, count, most), shuffle=True, random_state=seed)
+    if most >= min(_FOLDS, count) > 1:
+        folds = StratifiedGroupKFold(min(_FOLDS, count), shuffle=True, random_state=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of classes with fewer samples than folds
             parts = [rows for _, rows in folds.split(labels, labels, groups) if len(rows)]
     if len(parts) < wanted:  # then no class is in all of them
-        order = np.unique(groups)[rng.permutation(seed, "groups", 0, count)]
-        parts = [np.flatnonzero(groups == one) for one in order]
+        parts = _in_line(groups, labels, seed)
     sizes = np.diff(np.rint(np.cumsum(shares) * len(parts)).astype(int), prepend=0)
     for empty in np.flatnonzero((sizes == 0) & (np.array(shares) > 0)):
         sizes[np.argmax(sizes)] -= 1
@@ -141,6 +142,24 @@ def _divide_groups(
         if rows := [row for part in parts[end - size : end] for row in part.tolist()]:
             found[split] = [samples[row] for row in sorted(rows)]
     return found
+
+
+def _in_line(
+    groups: NDArray[np.int64], labels: NDArray[np.int64], seed: int
+) -> list[NDArray[np.int64]]:
+    """The rows of each group, at random, but so that any stretch has its share of each class.
+
+    Of each class one group comes before all others. A group counts for the class of its first row.
+    """
+    rows = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
+    order = rng.permutation(seed, "groups", 0, len(rows))
+    classes = labels[[rows[one][0] for one in order]]
+    place = np.empty(len(rows))
+    for one in np.unique(classes):
+        mine = np.flatnonzero(classes == one)
+        place[mine] = (np.arange(len(mine)) + 0.5) / len(mine)
+        place[mine[0]] = 0
+    return [rows[one] for one in order[np.argsort(place, kind="stable")]]
 
 
 def _left_empty(
@@ -216,6 +235,9 @@ def settle(
     """
     if shares is not None and split is not None:
         raise UserError("--splits divides, --split packs everything as one: give one of them")
+    if "" in found and len(found) > 1:
+        lost = next(iter(found[""][0])).name
+        raise UserError(f"{lost} has no split, as others have: give it one, or take all theirs out")
     parsed = parse_shares(shares)
     if shares is not None and "" not in found:
         has = ", ".join(found)

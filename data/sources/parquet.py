@@ -9,6 +9,7 @@ the file tells them (`datasets` writes them into the schema).
 
 import csv
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -46,8 +47,18 @@ def _saved(root: Path) -> list[Path]:
     """The files of a folder that `datasets.save_to_disk` wrote; texts it reads itself."""
     if not any((root / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return []
-    found = sorted(p for place in ("*.arrow", "*/*.arrow") for p in root.glob(place) if p.is_file())
-    return [path for path in found if not is_stray(path.relative_to(root))]
+    found, cure = [], "save the data set again"
+    for state in sorted((*root.glob("state.json"), *root.glob("*/state.json"))):
+        if is_stray(state.relative_to(root)):
+            continue
+        # What else lies there is none of it: map() leaves cache-*.arrow, with the samples again.
+        named = records.read_object(state, cure).get("_data_files", [])
+        for one in records.checked(list[dict[str, Any]], named, state, cure):
+            path = state.parent / Path(str(one.get("filename"))).name
+            if not path.is_file():
+                raise UserError(f"{path} is missing, which {state} names: {cure}")
+            found.append(path)
+    return found
 
 
 def _files(root: Path) -> list[Path]:
@@ -165,6 +176,8 @@ def _unpack(files: list[Path], splits: list[str], folder: Path, columns: Columns
                     raise UserError(f"{path} has other columns than {files[0]}: remove one of them")
                 rows = _Rows(path, schema, batches, split)
                 number = _write(rows, image, number, folder, out, columns)
+    if not number:
+        raise UserError(f"{files[0]} has no rows: add some")
     return target
 
 
@@ -187,6 +200,8 @@ def _image(path: Path, schema: "pyarrow.Schema", columns: Columns) -> str | None
     Raises:
         UserError: There are several, or neither.
     """
+    if columns.names_text and columns.text in schema.names:
+        return None
     found = _binary(schema)
     if columns.path in found:
         return columns.path
@@ -245,9 +260,11 @@ def _plain_columns(schema: "pyarrow.Schema", label: str) -> list[str]:
 
 
 def _plain(path: Path, row: int, value: Any, names: list[str] | None) -> Any:
-    """A value as text or a whole number; classes by name; None for what is neither."""
+    """A value as text or a number; classes by name; None for what is neither, nor is NaN one."""
     if isinstance(value, list):
         return [_plain(path, row, one, names) for one in value]
+    if isinstance(value, float) and math.isnan(value):  # how pandas writes that there is none
+        return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if names is None or not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -277,8 +294,6 @@ def _write(
     own = {image, columns.path if image else None, "split" if split else None}
     plain = [one for one in plain if one not in own]
     writer, row = csv.writer(out), 0
-    if image is not None and number == 0:
-        writer.writerow([columns.path, *plain, *(["split"] if split else [])])
     for batch in batches([*([image] if image else []), *plain]):
         for values in batch.to_pylist():
             shown = {key: _plain(path, row, values[key], names.get(key)) for key in plain}
@@ -294,6 +309,8 @@ def _write(
                         f"{path} row {row} has no bytes of its image, perhaps only a path: write"
                         " the images into the table, or list them in a CSV"
                     )
+                if number == 0:  # an empty file before may know no types, and so not these columns
+                    writer.writerow([columns.path, *plain, *(["split"] if split else [])])
                 name = f"{number:08d}.{images.kind_of(content) or 'img'}"
                 (folder / name).write_bytes(content)
                 cells = [_cell(value) for value in shown.values()]

@@ -39,6 +39,12 @@ class Columns:
     group: str | None = None
     separator: str | None = None
 
+    @property
+    def names_text(self) -> bool:
+        """Whether, of a table that has images too, the texts were asked for by their column."""
+        named = (self.text, self.pair) != (Columns.text, Columns.pair)
+        return named and self.path == Columns.path
+
 
 class Sample(NamedTuple):
     """One sample to pack: key, what it is, its class number or numbers (None: unlabelled).

@@ -2,16 +2,19 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from selfdistill.data.cli import nearest
 from selfdistill.data.errors import UserError, counted
+from selfdistill.data.formats.images import SUFFIXES as IMAGES
 from selfdistill.data.formats.strays import is_stray
 from selfdistill.data.formats.texts import Text
 from selfdistill.data.sources import several, tables
+from selfdistill.data.sources.images import files_below
 from selfdistill.data.sources.samples import (
     Columns,
     Row,
@@ -31,6 +34,9 @@ SUFFIXES = (*JSONL, ".csv", ".tsv", ".txt")
 #: Files by which `datasets.save_to_disk` is known.
 _SAVED = ("dataset_dict.json", "state.json")
 
+# What a row may belong to, "" where it does not say.
+_OWNERS = (*DIVIDED, "")
+
 
 class _Field(NamedTuple):
     """A row as it was read: where it stands, its values by column, the split of its file."""
@@ -48,13 +54,16 @@ def recognise(root: Path, columns: Columns) -> bool:
         columns: Names of the columns.
     """
     if root.is_dir():
-        return _is_saved(root) or bool(_split_files(root))
+        if _is_saved(root):
+            return True
+        files = _split_files(root).values()
+        # Sets of images come with train.txt and test.txt, the names of their files.
+        lists = all(path.suffix.lower() == ".txt" for path in files)
+        return bool(files) and not (lists and files_below(root, IMAGES)[0])
     suffix = root.suffix.lower()
     if suffix == ".csv" and root.is_file():
         header, _ = tables.read(root)
-        return columns.text in header and (
-            columns.path not in header or replace(columns, group=None, separator=None) != Columns()
-        )
+        return columns.text in header and (columns.path not in header or columns.names_text)
     return suffix in SUFFIXES and suffix != ".csv" and root.is_file()
 
 
@@ -165,22 +174,28 @@ def _split_files(root: Path) -> dict[str, Path]:
 
 
 def _streams(files: dict[str, Path], columns: Columns) -> Splits:
-    """Texts without labels, read anew at each pass."""
+    """Texts without labels, read anew at each pass; of a file that is divided a stream a split."""
 
     def sample(number: int, field: _Field) -> Sample:
         return Sample(_key(field, columns, number), _text(field, columns), None, field.where)
 
-    def pass_over(path: Path, split: str) -> Iterator[Callable[[], Sample]]:
+    def pass_over(
+        path: Path, split: str, owners: bytearray | None = None
+    ) -> Iterator[Callable[[], Sample]]:
         for number, field in enumerate(_fields(path, split, columns)):
+            if owners is not None:
+                owners.append(_OWNERS.index(field.split))
             yield partial(sample, number, field)
 
     found: Splits = {}
     for split, path in files.items():
-        makers = partial(pass_over, path, split)
-        length, listing = listed(make() for make in makers())
+        makers, owners = partial(pass_over, path, split), bytearray()
+        length, listing = listed(make() for make in makers(owners))
         if not length:
             raise UserError(f"{path} has no texts: add some")
-        found[split] = Stream(makers, length, listing), []
+        of = np.frombuffer(owners, np.uint8)
+        for number in np.unique(of).tolist():
+            found[_OWNERS[number]] = Stream(makers, length, listing, of == number), []
     return found
 
 

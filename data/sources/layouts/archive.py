@@ -16,7 +16,7 @@ from pathlib import Path
 
 from selfdistill.data.errors import UserError
 from selfdistill.data.formats.strays import is_stray
-from selfdistill.data.splits import DIVIDED
+from selfdistill.data.splits import ALIASES
 
 _ZSTD = (".tar.zst", ".tzst")
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", *_ZSTD, ".zip")
@@ -63,7 +63,7 @@ def _innermost(folder: Path) -> Path:
     """The folder that an archive wraps everything in, if it does; but never a split's."""
     while True:
         inside = [path for path in folder.iterdir() if not is_stray(path.name)]
-        if len(inside) != 1 or not inside[0].is_dir() or inside[0].name.lower() in DIVIDED:
+        if len(inside) != 1 or not inside[0].is_dir() or inside[0].name.lower() in ALIASES:
             return folder
         folder = inside[0]
 

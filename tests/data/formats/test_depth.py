@@ -179,6 +179,18 @@ def test_later_splits_have_the_range_of_the_others(
     assert max(picture.max() for picture in stored(out, "test")) <= 33
 
 
+def test_replaced_splits_have_no_say(tmp_path: Path) -> None:
+    """A set of train and test becomes one of train alone, with values of its own."""
+    out, words = tmp_path / "out", ("--splits", "0.5,0.5")
+    first, other = [bits(12) for _ in range(8)], [bits(9) for _ in range(8)]
+    assert call(pack, folders(tmp_path / "in", *first), out, *words) == 0
+    more = folders(tmp_path / "more", *other)
+    assert call(pack, more, out, "--splits", 1, "--overwrite") == 0
+    assert [path.name for path in out.iterdir()] == ["train"]
+    span = Manifest.load_split(str(out), "train").span
+    assert span == (min(p.min() for p in other), max(p.max() for p in other))
+
+
 def test_tars_from_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = [bits(12) for _ in range(3)]
     for split, part in (("train", pictures[:2]), ("test", pictures[2:])):

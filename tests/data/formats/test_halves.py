@@ -16,8 +16,8 @@ from tests.kit.command import call
 SPAN = (0.0, 4095.0)
 
 
-def alpha_png(values: np.ndarray) -> bytes:
-    """16-bit grey or RGB with alpha, by hand after the PNG specification."""
+def alpha_png(values: np.ndarray, key: bytes = b"") -> bytes:
+    """16-bit grey or RGB with alpha, or RGB with a key, by hand after the PNG specification."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         size, check = struct.pack(">I", len(data)), struct.pack(">I", zlib.crc32(kind + data))
@@ -25,8 +25,9 @@ def alpha_png(values: np.ndarray) -> bytes:
 
     height, width, count = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 4: 6}[count], 0, 0, 0)
-    chunks = (b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[count], 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks[1:1] = [(b"tRNS", key)] if key else []
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks)
 
 
@@ -93,6 +94,14 @@ def test_grey_with_transparency_is_seen_and_refused_at_a_range() -> None:
     with pytest.raises(ValueError, match=r"upper halves alone .* \(--range 0,65535\)$"):
         images.read(content, span=SPAN)
     assert images.read(content, span=depth.FULL).mode == "RGB"
+
+
+@pytest.mark.parametrize("span", [None, depth.FULL, SPAN])
+def test_a_colour_that_stands_for_transparency_is_refused(span: depth.Range | None) -> None:
+    """Pillow compares the upper halves of the pixels with the whole of the key."""
+    values = bits(12, (6, 6, 3))
+    with pytest.raises(ValueError, match=r"colours stands for transparency.*convert it to RGBA"):
+        images.read(alpha_png(values, values[0, 0].astype(">u2").tobytes()), span=span)
 
 
 def test_planes_of_more_than_8_bits_are_refused() -> None:

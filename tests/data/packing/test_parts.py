@@ -155,6 +155,18 @@ def test_a_join_that_was_killed(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert files(out) == files(tmp_path / "one" / "set")
 
 
+def test_a_join_that_was_killed_at_the_shared_shards(tmp_path: Path) -> None:
+    place, options = joined(tmp_path)
+    pack(str(place), str(tmp_path / "one" / "set"), **options)
+    out = tmp_path / "parts" / "set"
+    pack(str(place), str(out), part="1/2", **options)
+    (waiting,) = out.parent.glob(".set.*.parts")
+    first = next((waiting / "train").glob("*.tar"))
+    (waiting / "unlabelled" / first.name).hardlink_to(first)
+    pack(str(place), str(out), part="2/2", **options)
+    assert files(out) == files(tmp_path / "one" / "set")
+
+
 def tars(folder: Path) -> Path:
     """Seven tars of pictures, some of 16 bits, with their classes by name; one has no picture."""
     (folder / "train").mkdir(parents=True)
@@ -223,6 +235,12 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in (2, 1):  # another number of parts is no matter
         pack(source, out, part=f"{number}/2", size=4, samples_per_shard=6)
     refused(r"set/train exists: give another folder, or remove it", size=8)
+    foreign = Path(out) / "unlabelled"
+    shutil.copytree(Path(out) / "val", foreign)
+    refused(
+        r"set/unlabelled exists: give another folder, or remove it", size=4, samples_per_shard=6
+    )
+    shutil.rmtree(foreign)
     told = json.loads((Path(out) / "train" / "parts.json").read_text())
     assert told["source"]["train"]["samples"] == 32
     (tmp_path / "images" / "ant" / "torn.png").write_bytes(b"no image")

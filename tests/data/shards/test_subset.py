@@ -1,5 +1,6 @@
 """Smaller training sets: class shares, nesting, and the same bytes in the shards."""
 
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -80,3 +81,16 @@ def test_what_is_there_is_not_replaced(shards: Path, tmp_path: Path) -> None:
     subset(str(shards), str(tmp_path / "few"), 15, overwrite=True)
     with pytest.raises(UserError, match="the source itself"):
         subset(str(shards), str(shards), 15, overwrite=True)
+
+
+def test_splits_of_what_was_there_do_not_stay(shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "less")
+    shutil.rmtree(tmp_path / "less" / "test")
+    shutil.copytree(shards, tmp_path / "few")
+    shutil.copytree(shards / "test", tmp_path / "few" / "unlabelled")
+    subset(str(tmp_path / "less"), str(tmp_path / "few"), 12, overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "few").iterdir()) == ["train", "val"]
+    (tmp_path / "few" / "unlabelled").mkdir()
+    (tmp_path / "few" / "unlabelled" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="something other than shards"):
+        subset(str(tmp_path / "less"), str(tmp_path / "few"), 12, overwrite=True)

@@ -201,10 +201,31 @@ def test_names_of_splits_are_no_classes(tmp_path: Path, capsys: pytest.CaptureFi
     assert "extra with images, too" in capsys.readouterr().err
     (root / "extra/a/3.png").rename(root / "extra/a/readme.txt")
     assert call(pack, root, tmp_path / "two") == 0
+    # Nor are train and val less than train and test.
+    tree(tmp_path / "more", "train/a/1.png", "train/b/2.png", "val/a/3.png", "extra/5.png")
+    assert call(pack, tmp_path / "more", tmp_path / "three") == 2
+    assert "extra with images, too" in capsys.readouterr().err
     # A class may be called test.
     tree(tmp_path / "classes", "pass/1.png", "test/2.png")
     assert call(pack, tmp_path / "classes", tmp_path / "three", "--splits", "1") == 0
     assert [name for _, name in packed(tmp_path / "three")] == ["pass", "test"]
+
+
+def test_lists_beside_images_are_no_texts(tmp_path: Path) -> None:
+    root = tree(tmp_path / "images", *(f"{c}/{i}.png" for c in "ab" for i in range(4)))
+    for split in ("train", "test"):
+        (root / f"{split}.txt").write_text("a/1\nb/2\n")
+    assert call(pack, root, tmp_path / "out", "--splits", "1") == 0
+    assert [name for _, name in packed(tmp_path / "out")] == ["a"] * 4 + ["b"] * 4
+
+
+def test_a_table_of_images_with_captions(tmp_path: Path) -> None:
+    class_folders(tmp_path / "all", {"x": 4})
+    rows = [f"all/x/p{i}.png,picture {i},{'ab'[i % 2]}" for i in range(4)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,text,kind", *rows]))
+    words = ("--label_column", "kind", "--splits", "1")
+    assert call(pack, tmp_path / "list.csv", tmp_path / "out", *words) == 0
+    assert packed(tmp_path / "out") == [(i, "ab"[i % 2]) for i in range(4)]
 
 
 def test_images_beside_class_folders_and_links_in_a_circle(

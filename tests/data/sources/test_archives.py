@@ -17,7 +17,7 @@ from selfdistill.data.pack import pack
 from tests.data.sources.test_layouts import EXPECTED, MAKE, packed
 from tests.kit.command import call
 from tests.kit.launches import ROOT
-from tests.kit.shards import numbered
+from tests.kit.shards import numbered, png
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".zip"])
@@ -48,6 +48,16 @@ def test_an_archive_of_class_folders(tmp_path: Path) -> None:
             target.writestr(f"birds/{name}/{number}.png", content.getvalue())
     found = packed(tmp_path / "birds.zip", tmp_path / "out", "--splits", 1)
     assert found == {"train": {1: "bee", 2: "ant", 3: "bee", 4: "ant"}}
+
+
+def test_an_archive_of_one_split_by_another_name(tmp_path: Path) -> None:
+    """As the folder that it extracts to: it is not divided."""
+    with zipfile.ZipFile(tmp_path / "birds.zip", "w") as target:
+        for number in range(20):
+            name = ("ant", "bee")[number % 2]
+            target.writestr(f"Training/{name}/{number}.png", png(numbered(number, 8)))
+    found = packed(tmp_path / "birds.zip", tmp_path / "out")
+    assert found == {"train": {n: ("ant", "bee")[n % 2] for n in range(20)}}
 
 
 def test_an_archive_that_leads_outside_or_is_cut(

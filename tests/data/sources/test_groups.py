@@ -82,6 +82,24 @@ def test_no_split_stays_empty(shares: tuple[float, ...], classes: int, count: in
         assert len(homes) == count
 
 
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("classes", "each"), [(50, 3), (50, 12), (300, 1), (10, 18)])
+def test_small_classes_keep_the_shares(classes: int, each: int, size: int) -> None:
+    """No class fills twenty folds; groups are of `size` samples of a class, or less."""
+    samples = [
+        Sample(f"{label}-{i}", b"", label, None, f"{label}-{i // size}")
+        for label in range(classes)
+        for i in range(each)
+    ]
+    for seed in range(3):
+        parts = divide(samples, (0.8, 0.1, 0.1), seed)
+        for split, share in (("train", 0.8), ("val", 0.1), ("test", 0.1)):
+            assert len(parts[split]) / len(samples) == pytest.approx(share, abs=0.035)
+        assert {s.label for s in parts["train"]} == set(range(classes)) or each == 1
+        homes = {(s.group, split) for split, part in parts.items() for s in part}
+        assert len(homes) == len({s.group for s in samples})
+
+
 def test_one_patient_goes_to_train(tmp_path: Path) -> None:
     one = patients(tmp_path, count=1)
     assert call(pack, one, tmp_path / "out", "--group_column", "patient", "--splits", 1) == 0

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from sklearn.datasets import load_sample_image
 
 from selfdistill.data.errors import BrokenData
@@ -65,6 +66,8 @@ def test_transparency_is_laid_over_white() -> None:
     assert pixels(saved(image, "PNG", transparency=0)).tolist() == [[[255]]] * 3
     keyed = saved(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG", transparency=(1, 2, 3))
     assert pixels(keyed).tolist() == [[[255]]] * 3
+    bits = Image.fromarray(np.array([[False, True]]))
+    assert pixels(saved(bits, "PNG", transparency=0)).tolist() == [[[255, 255]]] * 3
 
 
 def test_cmyk() -> None:
@@ -82,6 +85,17 @@ def test_orientation_of_the_camera(kind: str) -> None:
     found = pixels(saved(wide, kind, exif=exif)).astype(int)
     assert found.shape == (3, 16, 8)
     assert found[2, 2, 4] > 200 > 50 > found[2, 13, 4]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_orientation_as_imagemagick_writes_it(mode: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = exif.tobytes()
+    lines = "\n".join(content.hex()[i : i + 72] for i in range(0, 2 * len(content), 72))
+    notes = PngInfo()
+    notes.add_text("Raw profile type exif", f"\nexif\n{len(content):8d}\n{lines}\n", zip=True)
+    assert pixels(saved(Image.new(mode, (16, 8)), "PNG", pnginfo=notes)).shape == (3, 16, 8)
 
 
 def test_first_frame_of_an_animation() -> None:

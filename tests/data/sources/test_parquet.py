@@ -1,6 +1,7 @@
 """Parquet files as `datasets` and pandas write them: images and texts, splits, names of classes."""
 
 import io
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from selfdistill.data.pack import pack
+from selfdistill.data.shards.manifest import Manifest
 from tests.data.sources.test_layouts import packed
 from tests.data.sources.test_text_sources import read, single
 from tests.kit.command import call
@@ -81,6 +83,49 @@ def test_images_that_datasets_saved(tmp_path: Path) -> None:
     }
 
 
+def test_what_map_left_beside_is_none_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)}
+    )
+    datasets.Dataset.from_dict(table(range(6)), features=features).save_to_disk(tmp_path / "set")
+    loaded = datasets.load_from_disk(tmp_path / "set")
+    loaded.map(lambda row: row, load_from_cache_file=False)
+    assert len(list((tmp_path / "set").glob("cache-*.arrow"))) == 1
+    wanted = {"train": {n: NAMES[n % 3] for n in range(6)}}
+    assert packed(tmp_path / "set", tmp_path / "out", "--splits", 1) == wanted
+    assert Manifest.load_split(str(tmp_path / "out"), "train").samples == 6
+    next((tmp_path / "set").glob("data-*.arrow")).unlink()
+    assert call(pack, tmp_path / "set", tmp_path / "two") == 2
+    assert "data-00000-of-00001.arrow is missing, which" in capsys.readouterr().err
+
+
+def test_images_with_captions(tmp_path: Path) -> None:
+    """They are images, but where the texts are asked for by name."""
+    captions = [f"picture {n}" for n in range(4)]
+    pictures = [png(numbered(n, 8)) for n in range(4)]
+    kinds = ["a", "b"] * 2
+    path = plain(tmp_path / "x.parquet", image=pictures, text=captions, note=captions, kind=kinds)
+    words = ("--label_column", "kind", "--splits", 1)
+    wanted = {"train": dict(enumerate(kinds))}
+    assert packed(path, tmp_path / "o1", *words) == wanted
+    assert packed(path, tmp_path / "o2", *words, "--path_column", "image") == wanted
+    assert call(pack, path, tmp_path / "o3", *words, "--text_column", "note") == 0
+    assert read(tmp_path / "o3")["train"] == single(**dict(zip(captions, kinds, strict=True)))
+
+
+def test_an_empty_file_comes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part, pictures in enumerate([[], [png(numbered(n, 8)) for n in range(4)]]):
+        kinds = pyarrow.array(["a", "b"] * (len(pictures) // 2), pyarrow.string())
+        images = pyarrow.array(pictures, pyarrow.binary())
+        plain(tmp_path / "set" / f"train-{part}-of-2.parquet", image=images, label=kinds)
+    wanted = {"train": {0: "a", 1: "b", 2: "a", 3: "b"}}
+    assert packed(tmp_path / "set", tmp_path / "out") == wanted
+    assert call(pack, tmp_path / "set" / "train-0-of-2.parquet", tmp_path / "two") == 2
+    assert "train-0-of-2.parquet has no rows: add some" in capsys.readouterr().err
+
+
 def test_one_file_of_patients(tmp_path: Path) -> None:
     """The other columns are there as in a CSV."""
     patients = [f"p{n // 4}" for n in range(40)]
@@ -122,6 +167,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"image": [b"1"], "class": [0]}, "has no column 'label' (it has path, class)"),
     ({"image": [b"junk"] * 9, "label": [0, 1, 2] * 3}, "no image of a known kind"),
     ({"image": [b"junk"] * 2, "label": [0, None]}, "has no label"),
+    ({"image": [b"junk"] * 3, "label": [1.0, math.nan, 0.0]}, "has no label"),
     ({"image": [b"junk"] * 2, "label": [0, -1]}, "its label -1 stands for none"),
 ]
 

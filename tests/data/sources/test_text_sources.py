@@ -109,6 +109,26 @@ def test_forms(source: Callable[[Path], Path], tmp_path: Path) -> None:
     assert call(verify, tmp_path / "out", "--decode") == 0
 
 
+@pytest.mark.parametrize("source", [one_jsonl, csv, saved])
+def test_the_splits_of_one_file_stand_without_labels(
+    source: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    assert call(pack, source(tmp_path / "source"), tmp_path / "out", "--unlabelled", "true") == 0
+    assert read(tmp_path / "out") == {
+        split: [(text, None) for text, _ in texts_of] for split, texts_of in THREE.items()
+    }
+
+
+@pytest.mark.parametrize("words", [[], ["--unlabelled", "true"], ["--split", "train"]])
+def test_some_rows_without_a_split(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"text": "one", "label": "a", "split": "train"}
+    path = objects(tmp_path / "all.jsonl", given, {"text": "two", "label": "a"})
+    assert call(pack, path, tmp_path / "out", *words) == 2
+    assert "all.jsonl line 2 has no split, as others have" in capsys.readouterr().err
+
+
 def test_texts_are_stored_as_they_are(tmp_path: Path) -> None:
     odd = ' "quoted"\t\u2028 naïve 😀  two  spaces '
     objects(tmp_path / "train.jsonl", {"text": odd, "label": 0}, {"text": "x", "label": 10})

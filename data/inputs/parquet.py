@@ -1,6 +1,7 @@
 """Parquet files as inputs: a column of texts, of pictures' bytes, or of their paths."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,8 +106,10 @@ class Table(Inputs):
         return Files(self.root, [self.path.parent / name], [name]).read(0)
 
     def digest(self) -> str:
-        """See `Inputs`: of the file's size and rows."""
-        told = (self.path.stat().st_size, self.starts.tolist(), self.columns)
+        """See `Inputs`: of where the file lies, its time, size and rows."""
+        now = self.path.stat()
+        place = (os.path.abspath(self.path), now.st_mtime_ns, now.st_size)
+        told = (*place, self.starts.tolist(), self.columns)
         return hashlib.sha256(repr(told).encode()).hexdigest()
 
 

@@ -115,6 +115,30 @@ def test_tars_parquet_and_patterns(tmp_path: Path) -> None:
     assert find(str(tmp_path / "a.png"), "image").digest() != given.digest()
 
 
+def test_a_hash_tells_apart_inputs_of_equal_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of an interrupted launch are gone on with where it is the same."""
+    names, hashes = ("list.csv", "list.txt", "t.parquet", "p.tar", "t.jsonl"), []
+    for folder, text in (("a", "one"), ("b", "two")):
+        root = tmp_path / folder
+        root.mkdir()
+        (root / "list.csv").write_text("path\nx.png\n")
+        (root / "list.txt").write_text("x.png\n")
+        (root / "t.jsonl").write_text(json.dumps({"text": text}))
+        pq.write_table(pa.table({"path": ["x.png"]}), root / "t.parquet")
+        with tarfile.open(root / "p.tar", "w") as tar:
+            tar.addfile(tarfile.TarInfo("x.png"), io.BytesIO())
+        monkeypatch.chdir(root)
+        kinds: list[Kind] = ["image", "image", "image", "image", "text"]
+        hashes.append([find(n, k).digest() for n, k in zip(names, kinds, strict=True)])
+        assert hashes[-1][:1] == [find(str(root / "list.csv"), "image").digest()]
+    assert not set(hashes[0]) & set(hashes[1])
+    # What Python writes into a folder of its own goes on: the texts are the same.
+    (tmp_path / "b" / "t.jsonl").write_text(json.dumps({"text": "one"}))
+    assert find("t.jsonl", "text").digest() == hashes[0][4]
+
+
 BAD: list[tuple[str, Kind, dict[str, Any], str]] = [
     ("p.zip", "image", {}, "is an archive: extract it"),
     ("p.tgz", "image", {}, "is compressed"),

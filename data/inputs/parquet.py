@@ -52,11 +52,16 @@ class Table(Inputs):
         self.columns = [self.main, *(name for name in more if name in schema.names)]
 
     def _main(self, names: list[str], pictures: list[str]) -> str:
-        column, option = self.wanted.text, "--text_column"
         if self.kind == "image":
-            column, option = self.wanted.path, "--path_column"
+            column = self.wanted.path
             if column == Wanted().path and len(pictures) == 1:  # as packing takes it
                 column = pictures[0]
+            return self._required(column, "--path_column", names)
+        if self.wanted.pair != Wanted().pair:  # by its usual name it need not be there
+            self._required(self.wanted.pair, "--pair_column", names)
+        return self._required(self.wanted.text, "--text_column", names)
+
+    def _required(self, column: str, option: str, names: list[str]) -> str:
         if column not in names:
             there = ", ".join(map(printable, names[:8]))
             hint = nearest(column, names, prefix="")

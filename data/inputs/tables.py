@@ -190,6 +190,8 @@ class TextRows(Inputs):
         if not self.samples:
             raise UserError(f"{path} has no texts: add some")
         self.rows.require(wanted.text, "--text_column")
+        if wanted.pair != Wanted().pair:  # by its usual name it need not be there
+            self.rows.require(wanted.pair, "--pair_column")
 
     def read(self, place: int) -> Input:
         """See `Inputs`."""

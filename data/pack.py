@@ -177,7 +177,7 @@ def pack(
     seed: int = 0,
     skip_broken: bool = False,
     overwrite: bool = False,
-) -> None:
+) -> list[Packed]:
     """Packs images or texts into WebDataset shards with an index.
 
     Args:
@@ -375,7 +375,7 @@ def pack(
                 done = parts.write_part(whole, one_of, replaced, seen, progress, mirror)
     if isinstance(done, str):
         print(printable(mirror.told(done if part is None else f"part {part}: {done}")))
-        return
+        return []
     for p in done:
         skipped = f", {p.skipped} unreadable {kind.name}s left out" if p.skipped else ""
         print(
@@ -388,6 +388,7 @@ def pack(
             print(f"note: and {p.skipped - _NAMED} more")
     for note in (*kind.notes(), *seen.notes()):
         print(printable(note))
+    return done
 
 
 if __name__ == "__main__":

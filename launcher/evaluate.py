@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from selfdistill.data import pack
 from selfdistill.data.errors import UserError, printable
 from selfdistill.data.formats import images
+from selfdistill.data.formats.strays import is_stray
 from selfdistill.data.inputs import packed
 from selfdistill.data.inputs.packed import Packed
 from selfdistill.data.shards.manifest import FILE as MANIFEST
 from selfdistill.data.shards.manifest import is_remote
+from selfdistill.data.sources import scored
 from selfdistill.data.splits import ALIASES, DIVIDED
 from selfdistill.engine.checkpoints.results import RESULT, read_result
 from selfdistill.engine.inference import evaluation, found, tables, work
@@ -87,6 +90,7 @@ def evaluate(
         overwrite: Replace the files in OUT.
     """
     images.allow(max_pixels)
+    out = None if out is None else os.path.expanduser(out)
     ranks = work.join()
     loaded = opened(model, precision, None, channels, ranks)
     if not loaded.classes:
@@ -103,7 +107,9 @@ def evaluate(
         "max_pixels": max_pixels,
         "skip_broken": skip_broken,
     }
-    with _opened(data, split, loaded, ranks, columns) as given:
+    if not is_remote(data):
+        data = os.path.expanduser(data)
+    with _opened(data, split, loaded, ranks, columns) as (given, left_out):
         class_numbers(loaded, given.manifest, data)
         say(list(loaded.notes), ranks.main)
         size, shares = _as_scored(model, loaded, ranks)
@@ -121,6 +127,7 @@ def evaluate(
                 seen=seen,
             )
         if came is not None:
+            came = replace(came, skipped=came.skipped + left_out)
             _tell(came, loaded, given, data, out)
     return came
 
@@ -170,8 +177,8 @@ def _writable(folder: Path, overwrite: bool) -> None:
 @contextlib.contextmanager
 def _opened(
     data: str, split: str | None, model: Loaded, ranks: Ranks, columns: dict[str, Any]
-) -> Iterator[Packed]:
-    """The labelled samples, packed now where they are not.
+) -> Iterator[tuple[Packed, int]]:
+    """The labelled samples, packed now where they are not; how many of them packing left out.
 
     Raises:
         UserError: there are none, or they are of another kind.
@@ -182,7 +189,7 @@ def _opened(
     several = not is_remote(data) and any((folder / s / MANIFEST).is_file() for s in DIVIDED)
     given = packed.find(data, split or ("test" if several else None))
     if given is not None:
-        yield given
+        yield given, 0
         return
     if ranks.world > 1:
         raise UserError(f"{data} is no packed set, which several processes need: pack it first")
@@ -192,14 +199,14 @@ def _opened(
     with tempfile.TemporaryDirectory(prefix="evaluate-") as scratch:
         if source.exists():
             say([f"packing {source} for the time of this evaluation"], ranks.main)
-        with contextlib.redirect_stdout(io.StringIO()) as told:
-            pack.pack(str(source), f"{scratch}/data", split=name, **columns)
+        with contextlib.redirect_stdout(io.StringIO()) as told, scored.by(model.classes):
+            done = pack.pack(str(source), f"{scratch}/data", split=name, **columns)
         # Nobody will find the folder.
         lines = told.getvalue().replace(f"{scratch}/data/{name}: ", "").splitlines()
         say(lines, ranks.main)
         given = packed.find(f"{scratch}/data", name)
         assert given is not None
-        yield given
+        yield given, sum(one.skipped for one in done)
 
 
 def _split_folder(folder: Path, split: str) -> Path:
@@ -210,7 +217,8 @@ def _split_folder(folder: Path, split: str) -> Path:
     """
     if not folder.is_dir():
         return folder
-    inside = {path: ALIASES.get(path.name.lower()) for path in folder.iterdir() if path.is_dir()}
+    folders = [p for p in folder.iterdir() if p.is_dir() and not is_stray(p.name)]
+    inside = {path: ALIASES.get(path.name.lower()) for path in folders}
     if not inside or None in inside.values():
         return folder
     for path, name in inside.items():

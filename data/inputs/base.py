@@ -49,4 +49,4 @@ class Inputs(ABC):
 
     @abstractmethod
     def digest(self) -> str:
-        """A hash of the list: of the names in their order, not of all contents."""
+        """A hash of the list: of the names in their order and their place, not of all contents."""

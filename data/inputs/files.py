@@ -75,7 +75,7 @@ class Files(Inputs):
 
     def digest(self) -> str:
         """See `Inputs`."""
-        return _digest(self.names)
+        return _digest(self.names, self.paths)
 
 
 class Tarred(Inputs):
@@ -123,7 +123,7 @@ class Tarred(Inputs):
 
     def digest(self) -> str:
         """See `Inputs`."""
-        return _digest(self.names)
+        return _digest(self.names, self.paths)
 
 
 def folder(root: Path, kind: Literal["image", "text"]) -> Files:
@@ -166,8 +166,9 @@ def _left_out(others: Counter[str]) -> list[str]:
     return [f"note: left out: {count} of other kinds ({listed})"]
 
 
-def _digest(names: Sequence[str]) -> str:
+def _digest(names: Sequence[str], paths: Sequence[Path]) -> str:
+    """A hash of names and of where their files lie: tables of two folders may have equal names."""
     digest = hashlib.sha256()
-    for name in names:
+    for name in (*names, *map(os.path.abspath, paths)):
         digest.update(name.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()

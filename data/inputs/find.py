@@ -80,7 +80,7 @@ def _named(source: str, kind: Kind, wanted: Wanted, split: str | None, stdin: St
         return _checked(found, kind)
     path = Path(source).expanduser()
     if not path.exists():
-        return _pattern(source, kind)
+        return _pattern(source, kind, wanted)
     if path.is_dir():
         tarred = kind == "image" and tars.beside(path)
         return files.tarred(path) if tarred else _folder(path, kind, wanted)
@@ -117,12 +117,25 @@ def _folder(path: Path, kind: Kind, wanted: Wanted) -> Inputs:
     return files.folder(path, kind)
 
 
-def _pattern(source: str, kind: Kind) -> Inputs:
-    """The files that a pattern names."""
+def _pattern(source: str, kind: Kind, wanted: Wanted) -> Inputs:
+    """The files that a pattern names; a table by itself is read as one that is named.
+
+    Raises:
+        UserError: there are none, or several tables.
+    """
+    source = os.path.expanduser(source)
     there = (
         sorted(Path(p) for p in glob.glob(source, recursive=True)) if glob.has_magic(source) else []
     )
     there = [path for path in there if path.is_file()]
+    tables = [p for p in there if p.suffix.lower() in (*JSONL, ".csv", ".tsv", ".parquet")]
+    if tables and len(there) == 1:
+        return _file(there[0], kind, wanted)
+    if tables and (kind == "text" or tables == there):
+        names = ", ".join(p.name for p in tables[:4])
+        raise UserError(
+            f"{source} names {len(there)} files with tables ({names}): give one of them"
+        )
     if there:
         return files.Files(source, there, kind=kind)
     path = Path(source)

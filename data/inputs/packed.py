@@ -1,6 +1,7 @@
 """A packed set as inputs: the samples of a split, in the order of their ids."""
 
 import functools
+import os
 from pathlib import Path
 
 from selfdistill.data.errors import BrokenData, UserError
@@ -53,6 +54,7 @@ def find(root: str, split: str | None) -> Packed | None:
     """
     if is_remote(root):
         return Packed(Manifest.load_split(root, split) if split else Manifest.load(root))
+    root = os.path.expanduser(root)
     folder = Path(root)
     if (folder / FILE).is_file():
         one = Manifest.load(root)

@@ -1,6 +1,7 @@
 """Parquet files as inputs: a column of texts, of pictures' bytes, or of their paths."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,11 +52,16 @@ class Table(Inputs):
         self.columns = [self.main, *(name for name in more if name in schema.names)]
 
     def _main(self, names: list[str], pictures: list[str]) -> str:
-        column, option = self.wanted.text, "--text_column"
         if self.kind == "image":
-            column, option = self.wanted.path, "--path_column"
+            column = self.wanted.path
             if column == Wanted().path and len(pictures) == 1:  # as packing takes it
                 column = pictures[0]
+            return self._required(column, "--path_column", names)
+        if self.wanted.pair != Wanted().pair:  # by its usual name it need not be there
+            self._required(self.wanted.pair, "--pair_column", names)
+        return self._required(self.wanted.text, "--text_column", names)
+
+    def _required(self, column: str, option: str, names: list[str]) -> str:
         if column not in names:
             there = ", ".join(map(printable, names[:8]))
             hint = nearest(column, names, prefix="")
@@ -105,8 +111,10 @@ class Table(Inputs):
         return Files(self.root, [self.path.parent / name], [name]).read(0)
 
     def digest(self) -> str:
-        """See `Inputs`: of the file's size and rows."""
-        told = (self.path.stat().st_size, self.starts.tolist(), self.columns)
+        """See `Inputs`: of where the file lies, its time, size and rows."""
+        now = self.path.stat()
+        place = (os.path.abspath(self.path), now.st_mtime_ns, now.st_size)
+        told = (*place, self.starts.tolist(), self.columns)
         return hashlib.sha256(repr(told).encode()).hexdigest()
 
 

@@ -190,6 +190,8 @@ class TextRows(Inputs):
         if not self.samples:
             raise UserError(f"{path} has no texts: add some")
         self.rows.require(wanted.text, "--text_column")
+        if wanted.pair != Wanted().pair:  # by its usual name it need not be there
+            self.rows.require(wanted.pair, "--pair_column")
 
     def read(self, place: int) -> Input:
         """See `Inputs`."""
@@ -214,9 +216,13 @@ class TextRows(Inputs):
         return Text(text, pair)
 
     def digest(self) -> str:
-        """See `Inputs`: of where the rows begin, and of their columns."""
-        digest = hashlib.sha256(self.rows.begins.tobytes())
-        digest.update(repr((tuple(self.wanted), self.rows.path.stat().st_size)).encode())
+        """See `Inputs`: of the file, which was read as a whole to find its rows, and its columns.
+
+        Not of its path: tables of equal size are told apart, and one written anew goes on.
+        """
+        with opened(self.rows.path, _CURE) as file:
+            digest = hashlib.file_digest(file, "sha256")
+        digest.update(repr(tuple(self.wanted)).encode())
         return digest.hexdigest()
 
 

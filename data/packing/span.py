@@ -15,6 +15,7 @@ from selfdistill.data.errors import UserError
 from selfdistill.data.formats import channels, depth, fitting
 from selfdistill.data.packing.encoding import values_of
 from selfdistill.data.shards import manifest
+from selfdistill.data.sources import scored
 from selfdistill.data.sources.samples import Splits
 from selfdistill.data.splits import SPLITS
 
@@ -94,6 +95,8 @@ def find(
         return span, f"range {span[0]:.10g} to {span[1]:.10g}, that of the other splits"
     if isinstance(wanted, tuple):
         return wanted, ""
+    if scored.classes() is not None:  # each file by itself, as launcher.predict shows it
+        return None, ""
     values = functools.partial(values_of, chosen=chosen)
     samples = list(itertools.chain.from_iterable(part for part, _ in splits.values()))
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:

@@ -5,6 +5,7 @@ from collections import Counter
 
 from selfdistill.data.errors import UserError, counted
 from selfdistill.data.formats.labels import numbers
+from selfdistill.data.sources import scored
 from selfdistill.data.sources.samples import Splits
 from selfdistill.data.splits import DIVIDED, UNLABELLED
 
@@ -94,6 +95,21 @@ def refuse(classes: list[str], samples: int, *, several: bool = False) -> None:
                 " rename it"
             ) from None
     cure = "give each sample the name of its class, or pack without labels (--unlabelled)"
+    own = scored.classes()
+    if own is None:
+        _refuse_few_or_many(classes, samples, cure, several=several)
+    known = set(classes)
+    for name in classes:
+        parts = [part for part in _BETWEEN.split(name) if part]
+        if len(parts) > 1 and known.issuperset(parts) and name not in (own or ()):
+            raise UserError(
+                f"the label {name!r} is of several classes ({', '.join(parts)}): where samples may"
+                f" have several, say so (--label_separator {_mark(name)!r}); else {cure}"
+            )
+
+
+def _refuse_few_or_many(classes: list[str], samples: int, cure: str, *, several: bool) -> None:
+    """Refuses one class alone, measured values, and about as many classes as samples."""
     if samples >= _FEW and len(classes) == 1 and not several:
         raise UserError(
             f"all samples are of one class, {classes[0]!r}: there is nothing to tell apart: {cure}"
@@ -109,14 +125,6 @@ def refuse(classes: list[str], samples: int, *, several: bool = False) -> None:
             f"{samples} samples have {len(classes)} different labels, such as {classes[0]!r}:"
             f" these are hardly classes: {cure}"
         )
-    known = set(classes)
-    for name in classes:
-        parts = [part for part in _BETWEEN.split(name) if part]
-        if len(parts) > 1 and known.issuperset(parts):
-            raise UserError(
-                f"the label {name!r} is of several classes ({', '.join(parts)}): where samples may"
-                f" have several, say so (--label_separator {_mark(name)!r}); else {cure}"
-            )
 
 
 def _folded(name: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from selfdistill.data.errors import UserError
+from selfdistill.data.sources import scored
 from selfdistill.data.sources.samples import Row
 
 #: Before each name of a list that `data.sources.parquet` writes into a CSV, and alone before none.
@@ -71,7 +72,8 @@ def check(rows: Sequence[Row], separator: str | None, place: object) -> None:
             " make lists of all ([] for no class)"
         )
     lists = [row.label for row in rows if isinstance(row.label, tuple) and row.label]
-    if separator is not None and all(len(names) == 1 for names in lists):
+    once = all(len(names) == 1 for names in lists)
+    if separator is not None and once and scored.classes() is None:
         shown = lists[0][0] if lists else ""
         raise UserError(
             f"--label_separator {separator!r}: no label of {place} has it, such as {shown!r}: leave"

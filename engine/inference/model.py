@@ -22,6 +22,7 @@ from selfdistill.data.formats.images import Size, typed
 from selfdistill.data.formats.texts import Text, store
 from selfdistill.data.loading.codec import Codec
 from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints.export import TOLD
 from selfdistill.engine.inference import found
 from selfdistill.engine.inference.network import Network, Pool
 from selfdistill.engine.runtime import devices, precision, rendezvous
@@ -33,6 +34,9 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 #: Inputs of a batch of those that are given as a list.
 TOGETHER = 64
+
+#: Files of an export on the hub beside its weights: what it says of itself, and its heads.
+_OF_HUB = (TOLD, "timm/*", "2_Dense/model.safetensors", "attn_pool.safetensors")
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -235,7 +239,7 @@ def load(
         UserError: There is none, it is not complete, broken, or of an unknown type.
     """
     place = found.locate(str(path))
-    own = Path(place.path).expanduser()
+    own = _here(place.path)
     if device is None:
         device = devices.take(rendezvous.resolve())
     told = found.told(own) if own.is_dir() else found.Told()
@@ -246,11 +250,11 @@ def load(
 
         if size is not None:
             raise UserError(f"--size {typed(size)} is of pictures, and {path} takes texts")
-        network = open_texts(place.path, told)
+        network = open_texts(str(own), told)
     else:
         from selfdistill.engine.inference.images import open_images
 
-        network = open_images(place.path, told, span, channels, size)
+        network = open_images(str(own), told, span, channels, size)
     settings = f"{network.settings} {dtype}"
     return Loaded(
         kind=network.kind,
@@ -263,7 +267,7 @@ def load(
         sha256=hashlib.sha256(f"{network.sha256} {settings}".encode()).hexdigest(),
         precision=dtype,
         device=device,
-        notes=(*place.notes, *network.notes, *note),
+        notes=(*place.notes, *(n.replace(str(own), place.path) for n in network.notes), *note),
         network=network.to(device).eval().requires_grad_(False),
         normalizes=network.normalizes,
     )
@@ -275,7 +279,7 @@ def kind_of(path: str | Path) -> Literal["image", "text"]:
     Raises:
         UserError: there is no model.
     """
-    return _kind(Path(found.locate(str(path)).path).expanduser(), str(path))
+    return _kind(_here(found.locate(str(path)).path), str(path))
 
 
 def _precision(asked: str, trained: str | None, device: torch.device) -> tuple[str, list[str]]:
@@ -306,11 +310,7 @@ def _kind(own: Path, source: str) -> Literal["image", "text"]:
                 kind = str(config.get("model_type"))
                 return "text" if "architecture" not in config and _is_text(kind) else "image"
         raise found.no_model(source)
-    if own.exists() or own.suffix:
-        if not own.exists():
-            raise found.no_model(source)
-        return "image"  # a file of weights
-    return _of_hub(source)
+    return "image"  # a file of weights
 
 
 def _is_text(model_type: str) -> bool:
@@ -319,14 +319,22 @@ def _is_text(model_type: str) -> bool:
     return not any(model_type in one.model_types for one in TYPES)
 
 
-def _of_hub(source: str) -> Literal["image", "text"]:
-    """The kind of a model that a hub's name means.
+def _here(source: str) -> Path:
+    """The folder or file that a model lies in; what a hub's name means is fetched, whole.
 
     Raises:
         UserError: it is no such name, or cannot be fetched.
     """
+    own = Path(source).expanduser()
+    if own.exists():
+        return own
     from selfdistill.engine.models import source as sources
+    from selfdistill.engine.models.texts import sentences
+    from selfdistill.engine.models.texts.weights import TOKENIZER_FILES
 
-    if Path(source).is_absolute() or source.startswith(("./", "../", "~")) or "/" not in source:
+    local = own.is_absolute() or source.startswith(("./", "../", "~"))
+    file = own.name.endswith((*sources.TORCH_FILES, ".safetensors"))
+    if local or file or "/" not in source:
         raise found.no_model(source)
-    return _kind(sources.locate(source, bare=True), source)
+    wanted = (*_OF_HUB, *TOKENIZER_FILES, *sentences.FILES)
+    return sources.locate(source, patterns=wanted, bare=True)

@@ -71,7 +71,10 @@ class Parts:
                     f" {' and another '.join(others) or 'version'}: launch that again, or"
                     " --overwrite begins anew"
                 )
-            shutil.rmtree(self.folder)
+            self.remove()
+        if not before:  # of blocks alone nobody knows what made them
+            for path in self.folder.glob(f"{'[0-9]' * 8}.*"):
+                path.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(told, json.dumps({"sha256": digest, **self.made_by}, indent=1) + "\n")
         return self.done()
@@ -126,5 +129,8 @@ class Parts:
                 yield np.load(path, allow_pickle=False)
 
     def remove(self) -> None:
-        """Removes them, once they are joined."""
-        shutil.rmtree(self.folder)
+        """Removes them, once they are joined: aside first, since a removal may be cut short."""
+        aside = self.folder.with_name(f".{self.folder.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
+        self.folder.replace(aside)
+        shutil.rmtree(aside)

@@ -244,7 +244,7 @@ def _places(
             given = Path(folder) / "inputs.jsonl"
             listed.write(given, options)
         inside = re.compile(rf"{re.escape(folder)}/(inputs)\.jsonl|{re.escape(folder)}/[\w.]+: ")
-        written = Path(folder) / name if out is None else Path(out)
+        written = Path(folder) / name if out is None else Path(out).expanduser()
         try:
             with contextlib.redirect_stdout(_Without(inside)):
                 yield given, written, listed

@@ -95,6 +95,8 @@ class Listed:
     def _columns(self, table: Any, options: Mapping[str, Any]) -> list[Any]:
         """Those of a DataFrame that the model takes."""
         pair = options.get("pair_column", "text_pair")
+        if self.kind == "text" and "pair_column" in options and pair not in table.columns:
+            raise UserError(f"inputs is a DataFrame without a column {pair}: correct pair_column")
         if self.kind == "text" and pair in table.columns:
             self.pairs = list(table[pair])
         return list(table[_column(table, self.kind, options)])

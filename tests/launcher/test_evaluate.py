@@ -21,6 +21,7 @@ from selfdistill.data.packing.encoding import ImageModality
 from selfdistill.data.packing.writer import write_split
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.data.sources.samples import Sample
+from selfdistill.engine.inference.model import load
 from selfdistill.engine.runtime.distributed import Ranks
 from selfdistill.launcher.evaluate import evaluate
 from tests.engine.inference.test_model import trained
@@ -260,8 +261,37 @@ def test_several_labels_a_sample(world: World, tmp_path: Path, ranks: Ranks) -> 
     assert told(tmp_path / "table")["metrics"] == {
         k: pytest.approx(v) for k, v in found["metrics"].items()
     }
+    # Each has one label here, and still the model gives several.
+    light = [row for row in test if not row.partition(",")[2].startswith(("warm", ","))]
+    (tmp_path / "light.csv").write_text("\n".join(light))
+    came = evaluate(str(run), str(tmp_path / "light.csv"), label_separator=";")
+    assert came is not None
+    assert came.n == came.by_class[came.classes.index("light")].support == len(light) - 1
     with pytest.raises(UserError, match=r"has one class a sample, .* gives several classes a"):
         evaluate(str(run), str(world.shards))
+
+
+def test_sets_that_are_no_training(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one class, of deep pictures that predict shows too, among strays, in part broken."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for split in ("train", "test"):
+        (tmp_path / "set" / split / "red").mkdir(parents=True)
+    (tmp_path / "set" / ".ipynb_checkpoints").mkdir()
+    files = []
+    for number, file in enumerate(sorted(world.images.glob("*/red/*.png"))[:24]):
+        values = np.array(Image.open(file).convert("L")).astype(np.uint16)
+        files.append(tmp_path / "set" / "test" / "red" / f"{number:03d}.png")
+        Image.fromarray(values * 16).save(files[-1])  # of 12 bits
+    (tmp_path / "set" / "test" / "red" / "broken.png").write_text("")
+    came = evaluate(str(world.run), "~/set", out="~/out", skip_broken=True)
+    assert came is not None
+    assert (came.n, came.skipped) == (24, 1)
+    assert told(tmp_path / "out")["skipped"] == 1
+    assert "1 broken samples were left out" in (tmp_path / "out" / "evaluation.html").read_text()
+    shares = load(world.run)(map(str, files))[:, CLASSES.index("red")]
+    assert came.figures["loss"] == pytest.approx(-np.log(shares).mean(), rel=1e-5)
 
 
 def test_bad_input_is_one_line(
@@ -294,9 +324,6 @@ def test_bad_input_is_one_line(
     assert came is not None
     assert "auroc" not in came.figures
     assert "all samples are of one class" in capsys.readouterr().out
-    for file in (world.images / "train" / "red").iterdir():
-        shutil.copy(file, tmp_path / "single" / "red" / f"more {file.name}")
-    refused("all samples are of one class, 'red'", run, tmp_path / "single")
     inputs = (run, shards)
     (tmp_path / "file").write_text("")
     refused("file is a file: give a folder", run, shards, out=str(tmp_path / "file"))

@@ -169,11 +169,14 @@ def by_class_of_sets(labels: np.ndarray, probabilities: np.ndarray) -> list[OfCl
     """The same for bool labels [n, C] and each class's probability, at `THRESHOLD`."""
     from sklearn.metrics import precision_recall_fscore_support
 
-    predicted = probabilities >= THRESHOLD
+    labels, predicted = np.asarray(labels, bool), probabilities >= THRESHOLD
+    counts, only = predicted.sum(0), None
+    if len(counts) == 1:  # of one column scikit-learn makes two classes, yes and no
+        labels, predicted, only = labels.ravel(), predicted.ravel(), [True]
     columns = precision_recall_fscore_support(
-        np.asarray(labels, bool), predicted, average=None, zero_division=np.nan
+        labels, predicted, labels=only, average=None, zero_division=np.nan
     )
-    return _classes(columns, predicted.sum(0))
+    return _classes(columns, counts)
 
 
 def _classes(columns: tuple[np.ndarray, ...], predicted: np.ndarray) -> list[OfClass]:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from selfdistill.data import pack
 from selfdistill.data.errors import UserError
 from selfdistill.data.formats.texts import Text
 from selfdistill.data.inputs.base import Input, Inputs
@@ -115,6 +116,43 @@ def test_tars_parquet_and_patterns(tmp_path: Path) -> None:
     assert find(str(tmp_path / "a.png"), "image").digest() != given.digest()
 
 
+def test_a_hash_tells_apart_inputs_of_equal_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of an interrupted launch are gone on with where it is the same."""
+    names, hashes = ("list.csv", "list.txt", "t.parquet", "p.tar", "t.jsonl"), []
+    for folder, text in (("a", "one"), ("b", "two")):
+        root = tmp_path / folder
+        root.mkdir()
+        (root / "list.csv").write_text("path\nx.png\n")
+        (root / "list.txt").write_text("x.png\n")
+        (root / "t.jsonl").write_text(json.dumps({"text": text}))
+        pq.write_table(pa.table({"path": ["x.png"]}), root / "t.parquet")
+        with tarfile.open(root / "p.tar", "w") as tar:
+            tar.addfile(tarfile.TarInfo("x.png"), io.BytesIO())
+        monkeypatch.chdir(root)
+        kinds: list[Kind] = ["image", "image", "image", "image", "text"]
+        hashes.append([find(n, k).digest() for n, k in zip(names, kinds, strict=True)])
+        assert hashes[-1][:1] == [find(str(root / "list.csv"), "image").digest()]
+    assert not set(hashes[0]) & set(hashes[1])
+    # What Python writes into a folder of its own goes on: the texts are the same.
+    (tmp_path / "b" / "t.jsonl").write_text(json.dumps({"text": "one"}))
+    assert find("t.jsonl", "text").digest() == hashes[0][4]
+
+
+def test_a_pattern_of_one_table_and_the_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "q1.csv").write_text("text,id\na,x\nb,y\n")
+    wanted = [Input("x", Text("a", None)), Input("y", Text("b", None))]
+    for source in (f"{tmp_path}/q*.csv", "~/q*.csv", "~/q1.csv"):
+        assert everything(find(source, "text")) == wanted
+    pack.pack(str(tmp_path / "q1.csv"), str(tmp_path / "set"), unlabelled=True)
+    assert find("~/set", "text").samples == find("~/set/train", "text").samples == 2
+
+
+PAIR = {"wanted": Wanted(text="texts", pair="text2")}
 BAD: list[tuple[str, Kind, dict[str, Any], str]] = [
     ("p.zip", "image", {}, "is an archive: extract it"),
     ("p.tgz", "image", {}, "is compressed"),
@@ -129,6 +167,10 @@ BAD: list[tuple[str, Kind, dict[str, Any], str]] = [
     ("bad.csv", "text", {}, "bad.csv: .*: correct the file"),
     ("latin.csv", "text", {}, "not text in UTF-8"),
     ("t.parquet", "text", {}, "cannot be read"),
+    ("t.csv", "text", PAIR, r"no column 'text2' \(it has texts, n\)\..* with --pair_column"),
+    ("p.parquet", "text", PAIR, r"no column 'text2' .* with --pair_column"),
+    ("two/*.csv", "text", {}, r"names 2 files with tables \(a\.csv, b\.csv\): give one"),
+    ("two/*.csv", "image", {}, r"names 2 files with tables \(a\.csv, b\.csv\): give one"),
 ]
 
 
@@ -146,6 +188,7 @@ def test_mistakes_are_one_line(
     (tmp_path / "bad.csv").write_text('text,n\n"a"b,1\n')
     (tmp_path / "latin.csv").write_bytes(b"text\n\xe4\n")
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    pq.write_table(pa.table({"texts": ["a"]}), tmp_path / "p.parquet")
     (tmp_path / "two").mkdir()
     for one in ("a.csv", "b.csv"):
         (tmp_path / "two" / one).write_text("text\na\n")

@@ -16,10 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from selfdistill.data.errors import UserError
 from selfdistill.data.formats import images
 from selfdistill.data.loading.reader import Reader
 from selfdistill.data.pack import pack
 from selfdistill.data.shards.manifest import Manifest
+from selfdistill.data.sources import scored
 from selfdistill.data.splits import SPLITS
 from tests.kit.command import call
 from tests.kit.shards import class_folders, number_of, numbered, png
@@ -187,6 +189,24 @@ def test_labels_that_can_hardly_be_meant(
         if labels[0] == "1.0":
             file = Manifest.load_split(str(tmp_path / "out"), "train")
             assert file.classes == ["1.0", "2.0", "10.0"]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [["cat"] * 20, [f"{i / 7:.3f}" for i in range(1, 21)], ["cat", "dog", "cat|dog"]],
+    ids=["one", "many", "joined"],
+)
+def test_labels_of_a_model_are_meant(labels: list[str], tmp_path: Path) -> None:
+    listing = table(tmp_path, labels)
+    with pytest.raises(UserError):
+        pack(str(listing), str(tmp_path / "out"), split="test")
+    with scored.by(labels):
+        pack(str(listing), str(tmp_path / "out"), split="test")
+    assert packed(tmp_path / "out") == list(enumerate(labels))
+    with scored.by(["cat", "dog"]):
+        if "dog" in labels:  # what the model does not know may be several
+            with pytest.raises(UserError, match="is of several classes"):
+                pack(str(listing), str(tmp_path / "again"), split="test")
 
 
 def test_names_of_splits_are_no_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

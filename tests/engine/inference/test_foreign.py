@@ -1,12 +1,14 @@
 """Models from elsewhere: logits and features are those of the library that saved them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from timm.models import save_for_hf
 from transformers import (
     Dinov2Config,
@@ -22,6 +24,7 @@ from transformers import (
 from selfdistill.data.errors import UserError
 from selfdistill.data.formats.texts import Text
 from selfdistill.engine.inference.model import load
+from selfdistill.engine.models.texts import sentences
 from tests.kit import texts as text_kit
 from tests.kit.launches import make_base
 
@@ -138,6 +141,46 @@ def test_a_regression_of_several_numbers_is_no_classifier(tmp_path: Path) -> Non
     ViTForImageClassification(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="gives scores"):
         load(tmp_path)
+
+
+def on_hub(folder: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> str:
+    """The name of a folder that lies on a hub, of which a snapshot has what is asked for alone."""
+
+    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
+        files = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (cache / name / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / file, cache / name / file)
+        return str(cache / name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return "me/vit_model.v1"
+
+
+@pytest.mark.parametrize("kind", ["vit", "siglip", "mean"])
+def test_a_classifier_on_the_hub_is_what_its_folder_is(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "export"
+    told: dict[str, object] = {"image": {"fit": "pad", "range": [0, 4095]}}
+    if kind == "mean":
+        told = {"bucket": 16}
+        text_kit.make_language(folder)
+        config = json.loads((folder / "config.json").read_text()) | {"id2label": NAMES}
+        (folder / "config.json").write_text(json.dumps(config))
+        head = {"weight": torch.randn(3, config["hidden_size"]), "bias": torch.randn(3)}
+        sentences.write(folder, sentences.Sentences(), config["hidden_size"], head)
+    else:
+        made(kind).save_pretrained(folder)
+    (folder / "selfdistill.json").write_text(json.dumps(told))
+    monkeypatch.chdir(tmp_path)
+    ours, theirs = load(folder), load(on_hub(folder, monkeypatch, tmp_path / "cache"))
+    assert theirs.classes == ours.classes == list(NAMES.values())
+    assert theirs.sha256 == ours.sha256
+    assert (theirs.kind, theirs.pool) == (ours.kind, ours.pool)
+    if kind != "mean":
+        assert (theirs.codec.how, theirs.codec.span) == ("pad", (0, 4095))
+    assert [note.replace(theirs.origin, ours.origin) for note in theirs.notes] == [*ours.notes]
 
 
 def stage(folder: Path, **result: object) -> Path:

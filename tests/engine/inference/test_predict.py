@@ -316,3 +316,30 @@ def test_one_rank_says_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     second = Ranks(1, 0, 2, torch.device("cpu"))
     work.through(nothing, nothing, parts, nothing, ranks=second, batch=BLOCK, workers=0)
     assert [places[0] for places in asked] == [BLOCK]
+
+
+def test_parts_without_their_record_are_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = Parts(tmp_path / "labels.csv", {"inputs": "a"}, 2 * BLOCK)
+    parts.prepare(overwrite=False)
+    parts.write(0, [], np.zeros(1))
+    assert parts.prepare(overwrite=False) == 1
+    (parts.folder / "made-by.json").unlink()
+    (parts.folder / "notes.txt").touch()  # none of ours
+    assert Parts(parts.out, {"inputs": "b"}, 2 * BLOCK).prepare(overwrite=False) == 0
+    assert sorted(p.name for p in parts.folder.iterdir()) == ["made-by.json", "notes.txt"]
+
+    def killed(folder: Path, **options: Any) -> None:
+        if folder.exists():
+            raise KeyboardInterrupt
+
+    parts.write(0, [])
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            parts.remove()
+    assert not parts.folder.exists()
+    assert Parts(parts.out, {"inputs": "b"}, 2 * BLOCK).prepare(overwrite=False) == 0
+    parts.remove()
+    assert not list(tmp_path.iterdir())

@@ -69,7 +69,9 @@ def test_texts_of_a_table_may_be_pairs(root: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(root)
     language = make_language(root / "language")
     texts = [*SENTENCES, "images"]  # a text, though a folder is called so
-    alone = sd.embed(language, texts).vectors
+    monkeypatch.setenv("HOME", str(root))
+    alone = sd.embed(language, texts, "~/alone.npy").vectors
+    assert (root / "alone.npy").is_file()
     assert sd.load(language)(texts) == pytest.approx(alone, abs=1e-6)
     table = pandas.DataFrame({"text": texts, "text_pair": [None, "a pair", None, "another", None]})
     ids, vectors = sd.embed(language, table)
@@ -79,6 +81,8 @@ def test_texts_of_a_table_may_be_pairs(root: Path, monkeypatch: pytest.MonkeyPat
     near = sd.embed(language, table[["text"]], nearest=1).nearest
     assert near is not None
     assert set(near["name"]) == set(ids["id"])
+    with pytest.raises(sd.UserError, match="a DataFrame without a column text2: correct pair"):
+        sd.embed(language, table, pair_column="text2")
     with pytest.raises(sd.UserError, match="a DataFrame without a column text: give"):
         sd.embed(language, table[["text_pair"]])
 

@@ -119,6 +119,10 @@ def test_classes_that_do_not_occur_lower_no_f1() -> None:
     assert intervals.of_sets(labels, labels.astype(float)).of["macro_f1"][1] == 1
     alone = metrics.of_sets(labels[:, [0, 2]], np.array([[1.0, 0], [0, 0], [0, 0]]))
     assert alone["macro_f1"] == alone["micro_f1"] == pytest.approx(2 / 3)
+    row = metrics.by_class_of_sets(labels[:, :1], np.array([[1.0], [1], [0]]))
+    assert row == [metrics.OfClass(0.5, 0.5, 0.5, support=2, predicted=2)]
+    none = metrics.by_class_of_sets(labels[:, 2:], np.zeros((3, 1)))
+    assert none == [metrics.OfClass(None, None, None, support=0, predicted=0)]
     # One that is predicted and never there counts.
     false = labels + np.array([0.0, 0, 1])
     assert metrics.of_sets(labels, false)["macro_f1"] == pytest.approx(2 / 3)

@@ -37,7 +37,7 @@ from selfdistill.engine.checkpoints.state import differing, in_words
 from selfdistill.engine.config.schema import Config
 from selfdistill.engine.runtime import precision, terminal, zero
 from selfdistill.engine.runtime.distributed import Ranks, few_cores, main_only
-from selfdistill.engine.runtime.preemption import Agreement, Preempted, asked
+from selfdistill.engine.runtime.preemption import Agreement, Preempted, asked, job_of, restarted
 from selfdistill.engine.runtime.watchdog import Watchdog
 
 CONFIG = "config.toml"
@@ -169,24 +169,6 @@ class Run:
             return None
 
 
-#: Set where launches begin again in the same job: by SLURM, slurm/common.sh, torchrun.
-_AGAIN = ("SLURM_RESTART_COUNT", "SELFDISTILL_AGAIN", "TORCHELASTIC_RESTART_COUNT")
-
-
-def _restarted() -> bool:
-    """Whether this launch goes on with what the same job began."""
-    return any(int(os.environ.get(name) or 0) > 0 for name in _AGAIN)
-
-
-def _job() -> str:
-    """What launches of the same job have in common; "" where nothing starts them again."""
-    if "SLURM_JOB_ID" in os.environ:
-        return os.environ["SLURM_JOB_ID"]
-    # torchrun's agent starts the ranks again, and stays.
-    again = "TORCHELASTIC_RESTART_COUNT" in os.environ
-    return f"{socket.gethostname()}-{os.getppid()}" if again else ""
-
-
 def open_run(config: Config, ranks: Ranks) -> Run:
     """Makes or enters a run folder and locks it against a second launch.
 
@@ -230,7 +212,7 @@ def _patience(watchdog: float) -> float:
     A job that SLURM put back after a host was cut off may start while that host's ranks still wait
     for the others, until their watchdog ends them.
     """
-    return min(watchdog + 120, 1500) if _restarted() else 0  # the other ranks wait 30 minutes
+    return min(watchdog + 120, 1500) if restarted() else 0  # the other ranks wait 30 minutes
 
 
 def _lock(path: Path, patience: float) -> IO[str]:
@@ -326,11 +308,11 @@ def open_stage(run: Run, stage: str, record: dict[str, Any], data: str) -> bool:
     """
     folder, config = run.folder / stage, run.config
 
-    mark, job = folder / ".job", _job()
+    mark, job = folder / ".job", job_of()
 
     def prepare() -> bool:
         # What this job began before it was put back into the queue is its own to go on with.
-        own = bool(job) and _restarted() and mark.exists() and mark.read_text() == job
+        own = bool(job) and restarted() and mark.exists() and mark.read_text() == job
         overwrite, resume = config.overwrite and not own, "auto" if own else config.resume
         if overwrite and folder.exists():
             terminal.say(f"{stage}: deleting {folder} (--overwrite)")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from types import FrameType
 from typing import Any
 
@@ -44,6 +45,24 @@ def _note(number: int, _: FrameType | None) -> None:
 def asked() -> str | None:
     """The name of the first signal that asked this process to leave."""
     return signal.Signals(_asked[0]).name if _asked else None
+
+
+#: Set where launches begin again in the same job: by SLURM, slurm/common.sh, torchrun.
+_RESTARTS = ("SLURM_RESTART_COUNT", "SELFDISTILL_AGAIN", "TORCHELASTIC_RESTART_COUNT")
+
+
+def restarted() -> bool:
+    """Whether this launch goes on with what the same job began."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in _RESTARTS)
+
+
+def job_of() -> str:
+    """What launches of the same job have in common; "" where nothing starts them again."""
+    if "SLURM_JOB_ID" in os.environ:
+        return os.environ["SLURM_JOB_ID"]
+    # torchrun's agent starts the ranks again, and stays.
+    again = "TORCHELASTIC_RESTART_COUNT" in os.environ
+    return f"{socket.gethostname()}-{os.getppid()}" if again else ""
 
 
 #: Seconds of a hop over TCP, assumed.

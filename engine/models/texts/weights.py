@@ -31,7 +31,10 @@ from selfdistill.engine.models.texts.sentences import Pooling, Sentences
 from selfdistill.engine.models.texts.tokenizer import foreign, load_tokenizer, tokenizer_hash
 
 #: Files that a model's folder on the hub may have beside its weights.
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
+TOKENIZER_FILES = (
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model"),
+    *("bpe.codes", "added_tokens.json"),  # PhoBERT's and BERTweet's
+)
 
 #: Models that number positions from pad_token_id + 1.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")

@@ -183,9 +183,9 @@ def _read_processor(folder: Path, found: Found, kind: ModelType) -> None:
     processor: _Processor = records.checked(_Processor, told, path)
     name = processor.image_processor_type or processor.feature_extractor_type or kind.title
     own = [values for names, values in _CONSTANTS.items() if name.startswith(names)]
-    mean, std = own[0] if own else (0.5, 0.5)
-    mean = mean if processor.image_mean is None else processor.image_mean
-    std = std if processor.image_std is None else processor.image_std
+    default: tuple[Any, Any] = own[0] if own else (0.5, 0.5)
+    mean = default[0] if processor.image_mean is None else processor.image_mean
+    std = default[1] if processor.image_std is None else processor.image_std
     if not processor.do_normalize:
         mean, std = 0.0, 1.0
     # Its numbers are of levels times this, ours of levels / 255.

@@ -288,8 +288,11 @@ def _timm_config(shape: Shape, classes: Sequence[str], pool: str, pixels: Pixels
             **({"pre_norm": True} if shape.pre_norm else {}),
             **({} if shape.class_token else {"class_token": False}),
         }
-        if shape.gated:  # an argument that JSON cannot tell: the architecture has it
+        # Arguments that JSON cannot tell, the gate and the norms' epsilon: the architecture has it.
+        if shape.gated:
             architecture = "vit_giant_patch14_dinov2"
+        elif shape.pre_norm:
+            architecture = "vit_base_patch16_clip_224"
     return {
         "architecture": architecture,
         "num_classes": len(classes),
@@ -298,8 +301,9 @@ def _timm_config(shape: Shape, classes: Sequence[str], pool: str, pixels: Pixels
         "model_args": arguments,
         "pretrained_cfg": processors.timm(shape, pixels, len(classes)),
         "norm_eps": shape.norm_eps,
-        "norm_eps_note": "timm's LayerNorm takes 1e-6 unless told: for the exact outputs give "
-        f"create_model norm_layer=functools.partial(torch.nn.LayerNorm, eps={shape.norm_eps})",
+        "norm_eps_note": "timm's LayerNorm has its architecture's epsilon unless told: for the"
+        " exact outputs give create_model"
+        f" norm_layer=functools.partial(torch.nn.LayerNorm, eps={shape.norm_eps})",
     }
 
 

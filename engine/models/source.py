@@ -35,7 +35,7 @@ _TIED = 4
 #: Weights of other libraries, and of downloads that did not end.
 _FOREIGN = (".h5", ".msgpack", ".onnx", ".gguf", ".incomplete", ".part", ".crdownload")
 #: The card tells the licence.
-_CONFIGS = ["config.json", "preprocessor_config.json", "README.md"]
+_CONFIGS = ["config.json", "preprocessor_config.json", "processor_config.json", "README.md"]
 
 
 def locate(

@@ -24,7 +24,8 @@ _DECODER_GROWTH = 4
 class Found:
     """What a checkpoint holds, under our names, not yet checked for completeness.
 
-    `antialias`: how its makers resize positions; DINOv2's do it without.
+    `antialias`: how its makers resize positions; DINOv2's do it without. `target`: whether the
+    file tells what pixels its decoder gives.
     """
 
     shape: Shape
@@ -35,6 +36,7 @@ class Found:
     std: tuple[float, ...] = IMAGENET_STD
     notes: list[str] = field(default_factory=list)
     antialias: bool = True
+    target: bool = True
 
 
 def shape_of(origin: str, **values: Any) -> Shape:

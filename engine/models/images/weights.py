@@ -39,6 +39,7 @@ class Pretrained:
         origin: what the user named.
         sha256: of the tensors' names, shapes and fp32 bytes, whatever file they came in.
         notes: what the user should be told of it, a line each, without its name.
+        target: whether its shape's `normalize_pixels` is what the decoder was trained for.
     """
 
     shape: Shape
@@ -49,6 +50,7 @@ class Pretrained:
     origin: str
     sha256: str
     notes: tuple[str, ...] = ()
+    target: bool = True
 
     @property
     def settings(self) -> str:
@@ -113,6 +115,7 @@ def load_pretrained(source: str, image_size: Size | None = None) -> Pretrained:
         origin=source,
         sha256=fingerprint(encoder, decoder, "" if "pos_embed" in encoder else str(shape.sides)),
         notes=tuple(notes),
+        target=found.target,
     )
 
 

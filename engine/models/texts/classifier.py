@@ -19,6 +19,8 @@ OWN_POOLING: dict[str, dict[Pooling, str]] = {
     "modernbert": {"cls": "cls", "mean": "mean"},
     "eurobert": {"cls": "bos", "mean": "mean"},
 }
+#: Names of the rate before a classifier, the first that is told; DistilBERT's is the second.
+_DROPOUTS = ("classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob")
 
 
 class MeanNetwork(nn.Module):
@@ -35,10 +37,8 @@ class MeanNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.base_model: Any = build(AutoModelForMaskedLM, config).base_model
-        rate = getattr(config, "classifier_dropout", None)
-        self.dropout = nn.Dropout(
-            getattr(config, "hidden_dropout_prob", 0.0) if rate is None else rate
-        )
+        rates = [getattr(config, name, None) for name in _DROPOUTS]
+        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.0))
         self.classifier = nn.Linear(int(config.hidden_size), int(config.num_labels))
         nn.init.normal_(
             self.classifier.weight, std=float(getattr(config, "initializer_range", 0.02))

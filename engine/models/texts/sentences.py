@@ -22,7 +22,7 @@ Pooling = Literal["cls", "mean"]
 
 _LENGTH = "sentence_bert_config.json"
 #: Files to fetch beside weights and tokenizer.
-FILES = ("modules.json", "*_Pooling/config.json", _LENGTH)
+FILES = ("modules.json", "*_Pooling/config.json", _LENGTH, "0_Transformer/*")
 _MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
 _LIBRARY = "sentence_transformers.models."
 
@@ -31,6 +31,7 @@ class _Length(records.Record):
     """What is used of sentence_bert_config.json."""
 
     max_seq_length: Annotated[int, pydantic.Field(ge=3, lt=2**20)] | None = None
+    do_lower_case: bool | None = None
 
 
 class _Module(records.Record):
@@ -58,12 +59,14 @@ class Sentences:
         pooling: of a text's tokens.
         normalizes: whether the pooled vector gets length 1.
         longest: tokens that are read of a text, if it is said.
+        lowers: whether a text's letters are made small before its tokens are.
         notes: what the user should be told, a line each.
     """
 
     pooling: Pooling = "mean"
     normalizes: bool = False
     longest: int | None = None
+    lowers: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -80,12 +83,12 @@ def read(folder: Path) -> Sentences | None:
     pooling, note = _pooling(folder, modules[kinds.index("Pooling")].path)
     left = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
     more = f"left out {', '.join(left)[:80]}: vectors are those before it" if left else ""
-    longest = None
-    if (folder / _LENGTH).is_file():
-        told = records.checked(_Length, records.read_object(folder / _LENGTH), folder / _LENGTH)
-        longest = told.max_seq_length
+    told, places = _Length(), [one / _LENGTH for one in (transformer(folder), folder)]
+    if path := next((one for one in places if one.is_file()), None):
+        told = records.checked(_Length, records.read_object(path), path)
     notes = tuple(line for line in (note, more) if line)
-    return Sentences(pooling, "Normalize" in kinds and not left, longest, notes)
+    unit = "Normalize" in kinds and not left
+    return Sentences(pooling, unit, told.max_seq_length, bool(told.do_lower_case), notes)
 
 
 def _pooling(folder: Path, place: str) -> tuple[Pooling, str]:
@@ -140,8 +143,8 @@ def write(
         save_file(named, folder / "2_Dense" / "model.safetensors", metadata={"format": "pt"})
     elif told.normalizes:
         modules.append(("2_Normalize", "Normalize"))
-    if told.longest is not None:
-        _write(folder / _LENGTH, {"max_seq_length": told.longest, "do_lower_case": False})
+    if told.longest is not None or told.lowers:
+        _write(folder / _LENGTH, {"max_seq_length": told.longest, "do_lower_case": told.lowers})
     listed = [
         {"idx": i, "name": str(i), "path": path, "type": f"{_LIBRARY}{kind}"}
         for i, (path, kind) in enumerate(modules)

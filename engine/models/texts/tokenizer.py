@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from tokenizers import normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from selfdistill.data.cli import format_error
 from selfdistill.data.errors import UserError
@@ -89,6 +90,27 @@ def load_tokenizer(folder: str, source: str) -> Any:
     if longest < 3:
         raise UserError(f"the tokenizer of {source} takes {longest} tokens: correct its config")
     return tokenizer
+
+
+def lowered(tokenizer: Any) -> Any:
+    """A tokenizer that makes letters small first, as sentence-transformers does by itself.
+
+    In the tokenizer, so that all that is exported with it reads texts alike. transformers makes
+    tokenizers of its own classes anew when it loads them, without what was added: a plain one it
+    takes as it is.
+    """
+    backend = tokenizer.backend_tokenizer
+    old, first = backend.normalizer, normalizers.Lowercase()
+    text = "A B" if old is None else old.normalize_str("A B")
+    if text == text.lower():
+        return tokenizer
+    backend.normalizer = first if old is None else normalizers.Sequence([first, old])
+    names = ("model_max_length", "model_input_names", "padding_side", "truncation_side")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **{name: getattr(tokenizer, name) for name in names},
+        **tokenizer.special_tokens_map,
+    )
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -28,10 +28,18 @@ from selfdistill.engine.models.texts import sentences
 from selfdistill.engine.models.texts.fresh import fresh_roberta
 from selfdistill.engine.models.texts.language import HEADS
 from selfdistill.engine.models.texts.sentences import Pooling, Sentences
-from selfdistill.engine.models.texts.tokenizer import foreign, load_tokenizer, tokenizer_hash
+from selfdistill.engine.models.texts.tokenizer import (
+    foreign,
+    load_tokenizer,
+    lowered,
+    tokenizer_hash,
+)
 
 #: Files that a model's folder on the hub may have beside its weights.
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
+TOKENIZER_FILES = (
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model"),
+    *("bpe.codes", "added_tokens.json"),  # PhoBERT's and BERTweet's
+)
 
 #: Models that number positions from pad_token_id + 1.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
@@ -151,6 +159,12 @@ def load_language(source: str, max_length: int | None = None) -> Language:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _check_numbers(config, source)
     tokenizer = load_tokenizer(str(folder), source)
+    if told is not None and told.lowers:
+        if tokenizer.is_fast:
+            tokenizer = lowered(tokenizer)
+        else:
+            line = "do_lower_case is left out: its tokenizer is no fast one; lower texts yourself"
+            told = replace(told, notes=(*told.notes, line))
     with foreign(f"{source} cannot be loaded", "fetch the model again"):
         if config.pad_token_id is None:  # by which positions are counted, and embeddings left out
             config.pad_token_id = tokenizer.pad_token_id

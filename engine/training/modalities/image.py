@@ -83,8 +83,8 @@ class ImageModality(Modality):
                 )
             for note in loaded.notes:
                 self.run.info_once(f"{path}: {note}")
-            own = loaded.shape.normalize_pixels
-            if loaded.decoder is not None and own != config.mae.normalize_pixels:
+            own, told = loaded.shape.normalize_pixels, loaded.decoder is not None and loaded.target
+            if told and own != config.mae.normalize_pixels:
                 was, now = ("normalised", "plain") if own else ("plain", "normalised")
                 self.run.info_once(
                     f"{path}: its decoder was trained to give {was} pixels, and {now} ones are"

@@ -253,6 +253,9 @@ class TextModality(Modality):
         config.num_labels = len(classes)
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
+        # transformers' own word, by which its loss and pipelines take sigmoids; never the base's.
+        several = self.manifest and self.manifest.several
+        config.problem_type = PROBLEM if several else None
         model = TextClassifier(config, self.config.finetune.settled)
         load_encoder(model.encoder, base.encoder, base.origin)
         return model
@@ -373,10 +376,6 @@ class TextModality(Modality):
 
         One that pools by the mean is for sentence-transformers, whose ``encode`` gives the logits.
         """
-        if (
-            self.manifest and self.manifest.several
-        ):  # transformers' own word, by which its loss and pipelines take sigmoids
-            model.network.config.problem_type = PROBLEM
         told = Sentences() if model.mean else None
         self._export(folder, model.network, base, base.max_length, told=told)
 

@@ -74,6 +74,8 @@ def test_sizes_are_compared_with_the_weights(
         ({"image_mean": [0.5]}, "is not one number for each of 3 channels"),
         ({"image_mean": [float("nan")] * 3}, "finite"),
         ({"do_normalize": "no"}, "do_normalize"),
+        ({"rescale_factor": 0}, "rescale_factor"),
+        ({"rescale_factor": 1e308}, "is not one positive number"),
         ([], "is no JSON object"),
     ],
 )

@@ -1,6 +1,9 @@
 """What files tell of an image encoder, and what they do not."""
 
+import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -10,8 +13,10 @@ from timm.models import save_for_hf
 
 from selfdistill.engine.checkpoints.export import export_mae
 from selfdistill.engine.models.images.types.base import IMAGENET_MEAN
+from selfdistill.engine.models.images.types.clip import CLIP
 from selfdistill.engine.models.images.vit_mae import MAEDecoder
 from selfdistill.engine.models.images.weights import load_pretrained
+from selfdistill.engine.models.source import _CONFIGS
 from tests.engine.models.test_types import SIZES, TIMM, WIDE, made, ours
 from tests.engine.models.test_unfit import modality
 from tests.engine.models.test_weights import refusal
@@ -117,3 +122,99 @@ def test_without_a_decoder_nothing_is_told_of_its_target(
     made(tmp_path, "vit")
     modality(**{"model": str(tmp_path), "mae.normalize_pixels": False}).load()
     assert "normalize_pixels" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ("ViT", {}),
+        ("ViT", {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [0.5] * 3}),
+        ("ViT", {"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [64.0] * 3}),
+        ("ViT", {"do_rescale": False, "do_normalize": False}),
+        ("ViT", {"rescale_factor": 0.01, "do_normalize": False}),
+        ("CLIP", {}),
+        ("Bit", {}),
+        ("Siglip", {}),
+        ("DeiT", {}),
+    ],
+)
+def test_images_are_normalised_as_transformers_does(
+    tmp_path: Path, named: str, told: dict[str, Any]
+) -> None:
+    """What a processor's file says, and where it is silent its class."""
+    made(tmp_path, "vit")
+    told = told | {"image_processor_type": f"{named}ImageProcessor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    processor = hf.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    pixels = torch.arange(3 * 8 * 8, dtype=torch.uint8).view(3, 8, 8)
+    plain = {"do_resize": False, "do_center_crop": False, "do_convert_rgb": False}
+    theirs = processor(pixels.numpy(), return_tensors="pt", **plain)["pixel_values"][0]
+    base = load_pretrained(str(tmp_path))
+    mean, std = (torch.tensor(one)[:, None, None] for one in (base.mean, base.std))
+    torch.testing.assert_close((pixels / 255 - mean) / std, theirs.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "mean"), [("clip", CLIP.mean), ("dinov2", CLIP.mean), ("dinov3", IMAGENET_MEAN)]
+)
+def test_a_processor_without_a_name_is_the_types_own(
+    tmp_path: Path, name: str, mean: tuple[float, ...]
+) -> None:
+    made(tmp_path, name)
+    for told in ("{}", '{"image_processor_type": "DINOv3ViTImageProcessorFast"}'):
+        (tmp_path / "preprocessor_config.json").write_text(told)
+        wanted = mean if told == "{}" else hf.DINOv3ViTImageProcessor().image_mean
+        assert load_pretrained(str(tmp_path)).mean == tuple(wanted)
+
+
+def test_processors_of_transformers_5(tmp_path: Path) -> None:
+    """A whole CLIP's lies in processor_config.json, before the other file."""
+    made(tmp_path, "clip_whole")
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.7, 0.7, 0.7]}')
+    path = tmp_path / "processor_config.json"
+    path.write_text('{"processor_class": "CLIPProcessor"}')  # as of transformers 4
+    assert load_pretrained(str(tmp_path)).mean == (0.7, 0.7, 0.7)
+    own = hf.CLIPImageProcessor(image_mean=[0.1, 0.2, 0.3]).to_dict()
+    path.write_text(json.dumps({"image_processor": own, "processor_class": "CLIPProcessor"}))
+    base = load_pretrained(str(tmp_path))
+    theirs = hf.AutoImageProcessor.from_pretrained(tmp_path)
+    assert (base.mean, base.std) == (tuple(theirs.image_mean), tuple(theirs.image_std))
+    path.write_text('{"image_processor": 3}')
+    assert "processor_config.json: image_processor" in refusal(tmp_path)
+    assert "processor_config.json" in _CONFIGS
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dinov2_with_registers", "dinov3_vit"])
+def test_no_registers(tmp_path: Path, name: str) -> None:
+    """transformers keeps an empty table of them."""
+    config = hf.AutoConfig.for_model(name, **WIDE, num_register_tokens=0)
+    model = hf.AutoModel.from_config(config).eval()
+    kit.randomise(model)
+    model.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    theirs = model(images).last_hidden_state
+    assert torch.allclose(ours(load_pretrained(str(tmp_path)))(images), theirs, atol=2e-5)
+
+
+def test_deits_other_decoder_is_left_out(tmp_path: Path) -> None:
+    model = hf.DeiTForMaskedImageModeling(hf.DeiTConfig(**WIDE, encoder_stride=4))
+    model.save_pretrained(tmp_path)
+    base = load_pretrained(str(tmp_path))
+    assert base.decoder is None
+    assert "left out decoder: only the encoder is used" in base.notes
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_file_may_not_tell_its_decoders_target(
+    tmp_path: Path, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FAIR's mae_visualize files give plain pixels, its others normalised ones."""
+    content: dict[str, Any] = {"model": kit.fair_state(kit.hf_mae())}
+    if told:
+        content["args"] = argparse.Namespace(norm_pix_loss=True)
+    torch.save(content, tmp_path / "mae.pth")
+    modality(**{"model": str(tmp_path / "mae.pth"), "mae.normalize_pixels": False}).load()
+    said = capsys.readouterr().out
+    assert ("was trained to give" in said) == told
+    assert ("does not tell what pixels" in said) != told

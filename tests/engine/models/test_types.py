@@ -209,8 +209,9 @@ def test_classifiers(tmp_path: Path, name: str, pool: str, size: Size) -> None:
     assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
     wrapped = type(theirs).__name__ == "TimmWrapperForImageClassification"
     assert not (wrapped and (name, pool) in POOLED and (size == 32 or name in ("vit", "deit")))
-    # Of the wrapped ones the files cannot say the norms' epsilon.
-    assert torch.allclose(theirs.eval()(images).logits, wanted, atol=1e-3 if wrapped else 1e-5)
+    # The files cannot say the norms' epsilon: the architecture of CLIP and DINOv3 has 1e-5.
+    near = wrapped and base.shape.norm_eps == 1e-12
+    assert torch.allclose(theirs.eval()(images).logits, wanted, atol=1e-3 if near else 1e-5)
     again = load_pretrained(str(out))
     assert again.shape == base.shape
     if wrapped:  # with registers the class token has taken its position with it

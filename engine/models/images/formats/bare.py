@@ -107,6 +107,12 @@ def read(tensors: dict[str, Tensor], args: dict[str, Any], origin: str) -> Found
         **sizes,
     )
     found = Found(shape, encoder, decoder, origin, notes=notes)
+    if sizes and "norm_pix_loss" not in args:
+        found.target = False
+        notes.append(
+            "the file does not tell what pixels its decoder gives: of FAIR's, mae_visualize_* gives"
+            " plain ones, *_full normalised ones (--mae.normalize_pixels)"
+        )
     join_positions(found)
     drop_head(found)
     return found

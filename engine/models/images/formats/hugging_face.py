@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 from torch import Tensor
 
 from selfdistill.data import records
@@ -14,7 +16,13 @@ from selfdistill.data.formats.images import sides
 from selfdistill.engine.models.images import types
 from selfdistill.engine.models.images.found import Found, normalise, shape_of, whole
 from selfdistill.engine.models.images.shape import ACTIVATIONS
-from selfdistill.engine.models.images.types.base import ModelType, our_activation
+from selfdistill.engine.models.images.types.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ModelType,
+    our_activation,
+)
+from selfdistill.engine.models.images.types.clip import CLIP
 from selfdistill.engine.models.images.types.vit import split_decoder
 from selfdistill.engine.models.source import read_folder, read_safetensors
 
@@ -36,9 +44,21 @@ _NUMBERS: dict[str, tuple[str, float]] = {
 DECODER = "decoder.safetensors"
 
 
+#: How names of processors begin whose own mean and standard deviation are not 0.5; a file that
+#: names none is of the type's own.
+_CONSTANTS = {
+    ("CLIP", "Bit", "DINOv2"): (CLIP.mean, CLIP.std),
+    ("DINOv3",): (IMAGENET_MEAN, IMAGENET_STD),
+}
+
+
 class _Processor(records.Record):
     """What is used of preprocessor_config.json."""
 
+    image_processor_type: str | None = None
+    feature_extractor_type: str | None = None
+    do_rescale: bool = True
+    rescale_factor: Annotated[records.Finite, pydantic.Field(gt=0)] = 1 / 255
     do_normalize: bool = True
     image_mean: list[records.Finite] | records.Finite | None = None
     image_std: list[records.Finite] | records.Finite | None = None
@@ -78,7 +98,8 @@ def read(folder: Path, config: dict[str, Any], origin: str) -> Found:
         **own,
     )
     decoder, rest = split_decoder(tensors or read_folder(folder))
-    encoder, unknown = kind.names.ours(rest)
+    # A model with 0 registers keeps an empty table of them.
+    encoder, unknown = kind.names.ours({k: v for k, v in rest.items() if v.numel()})
     if (folder / DECODER).exists():  # beside an encoder whose class has none
         decoder = read_safetensors(folder / DECODER)
     found = Found(shape, kind.incoming(encoder, origin), decoder, origin, notes=notes)
@@ -119,8 +140,8 @@ def _numbers(values: Mapping[str, Any], origin: str) -> dict[str, float]:
 
 def _leave_out(found: Found, kind: ModelType, unknown: list[str], model_type: str) -> None:
     """Notes what the checkpoint has beside the encoder; refuses what no such model has."""
-    # ViTForMaskedImageModeling's decoder, one convolution, is no MAE's.
-    known = (*kind.extra, "decoder.") if model_type == "vit" else kind.extra
+    # The decoder of ViT's and DeiT's ForMaskedImageModeling, one convolution, is no MAE's.
+    known = (*kind.extra, "decoder.") if model_type in ("vit", "deit") else kind.extra
     bare = {name: _bare(name, kind) for name in unknown if name not in kind.silent}
     strange = [name for name, own in bare.items() if not own.startswith(known)]
     if strange:
@@ -152,17 +173,39 @@ def _size(config: Mapping[str, Any], key: str, default: int, origin: str) -> Any
 
 def _read_processor(folder: Path, found: Found, kind: ModelType) -> None:
     """Mean and standard deviation, which the weights were trained with."""
-    path = folder / "preprocessor_config.json"
-    if not path.exists():
+    path, told = _processor(folder)
+    if told is None:
         found.notes.append(
             f"no preprocessor_config.json: images are normalised by {kind.normalised_by} mean and"
             " standard deviation"
         )
         return
-    processor: _Processor = records.checked(_Processor, records.read_object(path), path)
-    # ViTImageProcessor's own defaults are 0.5.
-    mean = 0.5 if processor.image_mean is None else processor.image_mean
-    std = 0.5 if processor.image_std is None else processor.image_std
+    processor: _Processor = records.checked(_Processor, told, path)
+    name = processor.image_processor_type or processor.feature_extractor_type or kind.title
+    own = [values for names, values in _CONSTANTS.items() if name.startswith(names)]
+    default: tuple[Any, Any] = own[0] if own else (0.5, 0.5)
+    mean = default[0] if processor.image_mean is None else processor.image_mean
+    std = default[1] if processor.image_std is None else processor.image_std
     if not processor.do_normalize:
         mean, std = 0.0, 1.0
+    # Its numbers are of levels times this, ours of levels / 255.
+    scale = 255 * (processor.rescale_factor if processor.do_rescale else 1.0)
+    if not math.isclose(scale, 1, rel_tol=1e-6):
+        mean, std = _divided(mean, scale), _divided(std, scale)
     normalise(found, mean, std, path)
+
+
+def _processor(folder: Path) -> tuple[Path, dict[str, Any] | None]:
+    """The file that tells of the processor, and its entries, as transformers chooses them."""
+    nested = folder / "processor_config.json"  # of transformers 5
+    if nested.exists():
+        told = records.read_object(nested).get("image_processor")
+        if told is not None:
+            place = f"{nested}: image_processor"
+            return nested, records.checked(dict[str, Any], told, place)
+    path = folder / "preprocessor_config.json"
+    return path, records.read_object(path) if path.exists() else None
+
+
+def _divided(values: Any, scale: float) -> Any:
+    return [v / scale for v in values] if isinstance(values, list | tuple) else values / scale

@@ -10,7 +10,8 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 from selfdistill.data.formats.texts import pack_rows
 from selfdistill.engine.checkpoints.export import export_transformers
 from selfdistill.engine.models.texts.language import HEADS
-from selfdistill.engine.models.texts.weights import load_language
+from selfdistill.engine.models.texts.sentences import Pooling
+from selfdistill.engine.models.texts.weights import TOKENIZER_FILES, load_language
 from tests.engine.models.texts.test_language import batch_of, kind_of, refusal
 from tests.kit import texts as text_kit
 
@@ -155,3 +156,35 @@ def test_a_tokenizer_of_other_special_tokens(tmp_path: Path) -> None:
     tokenizer.pad_token = None
     tokenizer.save_pretrained(folder)
     assert "has no pad token" in refusal(folder)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("task", ["regression", "multi_label_classification"])
+def test_a_classifiers_task_is_not_its_bases(task: str, pool: Pooling, tmp_path: Path) -> None:
+    """By it transformers chooses softmax or sigmoids, and `predict` refuses regressions."""
+    folder = text_kit.make_language(tmp_path / "in", kind="bert")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"problem_type": task}))
+    kind = kind_of(folder, finetune__pool=pool)
+    base = kind.load()
+    assert base.config.problem_type == task
+    model = kind.classifier(base, ["a", "b", "c"], seed=1)
+    state = dict(model.network.named_parameters())
+    export_transformers(tmp_path / "out", model.network, state, base.tokenizer, base.config)
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert told.get("problem_type") is None
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "electra"])
+def test_dropout_before_a_classifier_is_set(name: str, tmp_path: Path) -> None:
+    """Every rate of a model, whatever its configuration calls it, and the head's among them."""
+    folder = text_kit.make_language(tmp_path / name, kind=name)
+    for pool in ("cls", "mean"):
+        kind = kind_of(folder, finetune__pool=pool, finetune__dropout=0.3)
+        model = kind.classifier(kind.load(), ["a", "b", "c"], seed=1)
+        rates = [m.p for m in model.network.modules() if isinstance(m, torch.nn.Dropout)]
+        assert set(rates) == {0.3}
+
+
+def test_files_of_slow_tokenizers_are_fetched() -> None:
+    assert {"bpe.codes", "added_tokens.json"} <= set(TOKENIZER_FILES)

@@ -7,14 +7,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertTokenizer,
+)
 
 from selfdistill.data.errors import UserError
 from selfdistill.data.formats.texts import pack_rows
 from selfdistill.engine.checkpoints.export import export_transformers
 from selfdistill.engine.models.texts.classifier import OWN_POOLING
 from selfdistill.engine.models.texts.language import HEADS, cuts
-from selfdistill.engine.models.texts.sentences import Pooling, Sentences, read, transformer
+from selfdistill.engine.models.texts.sentences import FILES, Pooling, Sentences, read, transformer
 from selfdistill.engine.models.texts.weights import load_language
 from selfdistill.engine.training.modalities.base import settle_pooling
 from tests.engine.models.texts.test_language import batch_of, kind_of
@@ -169,3 +174,48 @@ def test_the_models_own_pooling_is_taken_unless_told(tmp_path: Path) -> None:
     line = settle_pooling(told.config, told, base)
     assert "--distill.feature cls, --finetune.pool cls (the model's own is mean)" in line
     assert told.classifier(base, ["a", "b"], seed=0).mean is False
+
+
+def test_what_lies_beside_the_transformer_counts_first(tmp_path: Path) -> None:
+    """As sentence-transformers reads it, in the folder of the transformer's own files."""
+    folder = make(tmp_path, {"pooling_mode": "mean"}, at="0_Transformer")
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 20}')
+    assert load_language(str(folder)).max_length == 20
+    own = folder / "0_Transformer" / "sentence_bert_config.json"
+    own.write_text('{"max_seq_length": 16}')
+    assert load_language(str(folder)).max_length == 16
+    assert "0_Transformer/*" in FILES
+
+
+@pytest.mark.parametrize("name", ["plain", "bert"])
+def test_letters_are_made_small_first(tmp_path: Path, name: str) -> None:
+    """do_lower_case, of a tokenizer that has both letters; every export then reads as here."""
+    folder = make(tmp_path / "in", {"pooling_mode": "mean"})
+    if name == "bert":  # of a class of its own, that transformers makes anew
+        words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "A", "the", "The"]
+        names = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>"}
+        names |= {"unk_token": "<unk>", "mask_token": "<mask>"}
+        vocabulary = {word: i for i, word in enumerate(words)}
+        tokenizer = BertTokenizer(vocabulary, do_lower_case=False, model_max_length=62, **names)
+        text_kit.make_language(folder, kind="bert", tokenizer=tokenizer)
+    path = folder / "sentence_bert_config.json"
+    path.write_text('{"max_seq_length": 16, "do_lower_case": true}')
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert theirs("The A")["input_ids"] != theirs("the a")["input_ids"]
+    kind = kind_of(folder)
+    base = kind.load()
+    assert base.sentences is not None
+    assert base.sentences.lowers
+    wanted = theirs("the a", "the")
+    assert dict(base.tokenizer("The A", "THE")) == dict(wanted)
+    assert base.tokenizer("<mask> A")["input_ids"] == theirs("<mask> a")["input_ids"]
+    for told in (base.sentences, None):
+        network = kind.autoencoder(base).network
+        tensors = {k: v.detach() for k, v in network.named_parameters()}
+        out = tmp_path / "out"
+        export_transformers(out, network, tensors, base.tokenizer, base.config, told)
+        again = AutoTokenizer.from_pretrained(out)
+        assert dict(again("The A", "THE")) == dict(wanted)
+        assert load_language(str(out)).settings == base.settings or told is None
+    export_transformers(out, network, tensors, base.tokenizer, base.config, base.sentences)
+    assert json.loads((out / "sentence_bert_config.json").read_text())["do_lower_case"] is True

@@ -195,7 +195,8 @@ def test_a_step_that_was_compiled_before_is_looked_into() -> None:
         ranks=SimpleNamespace(device=torch.device("cpu")), dtype=torch.float32
     )
     modality: Any = SimpleNamespace(encoder=lambda _: nn.Identity())
-    features = Features(run, modality, None, objective, SimpleNamespace(samples=2))  # type: ignore[arg-type]
+    manifest: Any = SimpleNamespace(samples=2)
+    features = Features(run, modality, None, objective, manifest)
     again = objective(**batch)["logits"]
     assert features.tokens is not None
     assert torch.equal(features.tokens, objective.model.encoder(batch["tokens"]))

@@ -136,7 +136,7 @@ class Local:
     def _start(self, job: Job, ends: dict[str, state.Status]) -> None:
         try:
             words = job.command(self.root, self.plan.data_root)
-            words = state.begin(self.root, job, words, self.plan.data_root)
+            words = state.begin(self.root, job, words, self.plan.data_root, self.plan.models)
         except UserError as error:
             self.console.print(f"{job.name}: failed: {error}", style="red")
             ends[job.name] = "failed"

@@ -90,7 +90,7 @@ class Plan:
         models: Path | None = None,
     ) -> None:
         self.specs, self.profile, self.data_root = specs, profile, data_root
-        self.done, self.halving = done, halving
+        self.done, self.halving, self.models = done, halving, models
         self.words = Words(profile, models, here=done is None)
         self.jobs: dict[str, Job] = {}
         self.cells: list[Cell] = []

@@ -24,7 +24,7 @@ from selfdistill.experiments.jobs import PIPELINE, SEARCH_SEED, Choice, Job, typ
 from selfdistill.experiments.local import Local
 from selfdistill.experiments.plan import Plan
 from selfdistill.experiments.spec import Specs, Table
-from selfdistill.experiments.state import Asked, Sweep
+from selfdistill.experiments.state import Asked, Precision, Sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,7 +52,8 @@ def check(root: Path, plan: Plan) -> None:
         tried = [one for choice in job.choices for _, one in choice.candidates]
         known = all(one.result(root) or one.lost(root) for one in tried)
         if job.result(root) is not None and known:
-            state.check(root, job, job.command(root, plan.data_root), plan.data_root)
+            words = job.command(root, plan.data_root)
+            state.check(root, job, words, plan.data_root, plan.models)
 
 
 #: What a regularizer refuses before it starts.
@@ -163,6 +164,7 @@ def main(
     hours: float = 0.0,
     halving: int = 0,
     search: bool = True,
+    precision: Precision | None = None,
     in_process: bool = False,
     slurm: bool = False,
     dry_run: bool = False,
@@ -188,6 +190,7 @@ def main(
         halving: try a search's candidates at a part of their length first: one in so many goes on
             to so many times the length; 0 tries all at the whole length.
         search: false takes the options of profile and methods as they are, and tries no others.
+        precision: in place of the profile's, such as fp32 where bf16 has no units of its own.
         in_process: do jobs one after another in one process, of --jobs such: no start for each.
         slurm: submit arrays of SLURM jobs instead; options of sbatch come from SBATCH_ variables,
             so ranks, jobs, hours and in_process may not be given.
@@ -251,11 +254,17 @@ def main(
             raise UserError(
                 f"{root} holds experiments {made}: give the same, or take another --output"
             )
+        if sweep.precision != precision:
+            made = f"of --precision {sweep.precision}" if sweep.precision else "without --precision"
+            raise UserError(
+                f"{root} holds experiments {made}: give the same, or take another --output"
+            )
         sweep.data_root = Path(data_root).resolve()
         sweep.specs = Path(specs).resolve() if specs else sweep.specs
     else:
         own = Path(specs).resolve() if specs else None
-        sweep = Sweep(root, profile, Path(data_root).resolve(), own, [], halving, search=search)
+        sweep = Sweep(root, profile, Path(data_root).resolve(), own, [], halving)
+        sweep.search, sweep.precision = search, precision
     sweep.models = Path(models).resolve() if models else sweep.models
     asked = [Asked(t, _listed(datasets), _listed(only), seeds, pipelines) for t in tables]
     plan = sweep.plan(asked)

@@ -232,6 +232,16 @@ class Profile(Spec):
         """For a kind of data."""
         return self.image if kind == "image" else self.text
 
+    def computed_in(self, precision: str) -> Self:
+        """The same in another precision, whatever its options say."""
+        said = {"precision": precision}
+        scales = {"image": self.image, "text": self.text}
+        return self.model_copy(
+            update={
+                k: s.model_copy(update={"options": s.options | said}) for k, s in scales.items()
+            }
+        )
+
     def unsearched(self) -> Self:
         """See `Spec`."""
         return self.model_copy(

@@ -20,6 +20,7 @@ from selfdistill.experiments.spec import Profile, Specs
 SWEEP = "sweep.json"
 
 Status = Literal["done", "failed", "blocked", "open"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class _Written(records.Record):
     halving: records.Count = 0
     models: str | None = None
     search: bool = True
+    precision: Precision | None = None
 
 
 @dataclass
@@ -66,6 +68,7 @@ class Sweep:
         halving: see `Plan`.
         models: see `Plan`.
         search: whether validation chooses options, as profile and methods say.
+        precision: in place of the profile's; None: as it says.
     """
 
     root: Path
@@ -76,6 +79,7 @@ class Sweep:
     halving: int = 0
     models: Path | None = None
     search: bool = True
+    precision: Precision | None = None
 
     @classmethod
     def open(cls, root: Path) -> Sweep:
@@ -104,7 +108,7 @@ class Sweep:
         data_root = Path(written.data_root)
         return cls(
             *(root, written.profile, data_root, specs, asked),
-            *(written.halving, models, written.search),
+            *(written.halving, models, written.search, written.precision),
         )
 
     def save(self) -> None:
@@ -118,6 +122,7 @@ class Sweep:
             "halving": self.halving,
             "models": None if self.models is None else str(self.models.resolve()),
             "search": self.search,
+            "precision": self.precision,
         }
         write_text(self.root / SWEEP, json.dumps(content, indent=1) + "\n")
 
@@ -150,6 +155,15 @@ class Sweep:
                 self.asked.remove(old)
             self.asked.append(joined)
 
+    def size(self, specs: Specs) -> Profile:
+        """Its profile, in its precision.
+
+        Raises:
+            UserError: the profile's file is wrong.
+        """
+        profile = specs.load(Profile, self.profile)
+        return profile if self.precision is None else profile.computed_in(self.precision)
+
     def plan(self, asked: list[Asked] | None = None, *, results: bool = False) -> Plan:
         """The jobs of its tables, or of some.
 
@@ -162,7 +176,7 @@ class Sweep:
         """
         specs = Specs(self.specs, searched=self.search)
         done = self.root if results else None
-        profile = specs.load(Profile, self.profile)
+        profile = self.size(specs)
         made = Plan(specs, profile, self.data_root, done, self.halving, self.models)
         for one in self.asked if asked is None else asked:
             table = specs.table(one.table)
@@ -189,8 +203,17 @@ def read(root: Path, job: Job) -> dict[str, Any]:
         return {}
 
 
-def check(root: Path, job: Job, command: list[str], data_root: Path) -> None:
+def check(
+    root: Path, job: Job, command: list[str], data_root: Path, models: Path | None = None
+) -> None:
     """Refuses to take what was made otherwise for what is asked for; the folders may have moved.
+
+    Args:
+        root: the sweep's folder.
+        job: which.
+        command: what it would be launched with.
+        data_root: folder of the packed data sets.
+        models: folder of models, by which those of `command` are named.
 
     Raises:
         UserError: names what differs: an option, the data, or what it started from.
@@ -204,7 +227,8 @@ def check(root: Path, job: Job, command: list[str], data_root: Path) -> None:
         return
     place = f"{root / job.folder}"
     cure = "move it away, or take another --output"
-    then, now = _told(before["command"], before.get("root")), _told(command, str(root))
+    then = _told(before["command"], before.get("root"), before.get("models"))
+    now = _told(command, str(root), None if models is None else str(models))
     for name in sorted(k for k in then | now if then.get(k) != now.get(k)):
         raise UserError(
             f"{place} was made with {name} {then.get(name)}, now it is {now.get(name)}: {cure}"
@@ -229,28 +253,33 @@ def check(root: Path, job: Job, command: list[str], data_root: Path) -> None:
             )
 
 
-def _told(words: list[str], root: str | None) -> dict[str, str]:
-    """Options of a command that say what is done; places below the sweep's folder from there."""
+def _told(words: list[str], root: str | None, models: str | None) -> dict[str, str]:
+    """Options of a command that say what is done; places below the two folders from there."""
     pairs = dict(zip(words[::2], words[1::2], strict=True))
     kept = {k: v for k, v in pairs.items() if k not in ("--data", "--output", "--finetune.seeds")}
-    return kept if root is None else {k: v.removeprefix(f"{root}/") for k, v in kept.items()}
+    for folder in sorted((one for one in (root, models) if one), key=len, reverse=True):
+        kept = {k: v.removeprefix(f"{folder}/") for k, v in kept.items()}
+    return kept
 
 
-def begin(root: Path, job: Job, command: list[str], data_root: Path) -> list[str]:
+def begin(
+    root: Path, job: Job, command: list[str], data_root: Path, models: Path | None = None
+) -> list[str]:
     """Notes that a job starts; returns the words to launch it with.
 
     A stage whose result is there and whose weights are not, as in a record that was copied from
-    elsewhere, is done again.
+    elsewhere, is done again. Arguments are those of `check`.
 
     Raises:
         UserError: another command made what is there.
     """
-    check(root, job, command, data_root)
+    check(root, job, command, data_root, models)
     path = record(root, job)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Going on with what it began, it began then.
     began = read(root, job).get("began") if (root / job.leaves).exists() else None
     content = {"command": command, "root": str(root), "began": began or time.time()}
+    content["models"] = None if models is None else str(models)
     content |= {"started": time.time(), "status": "running"}
     write_text(path, json.dumps(content, indent=1) + "\n")
     again = job.result(root) is not None and not job.usable(root)

@@ -70,7 +70,7 @@ def main(
         return
     try:
         words = job.command(root, found.data_root)
-        words = state.begin(root, job, words, found.data_root)
+        words = state.begin(root, job, words, found.data_root, found.models)
     except UserError as error:
         state.end(root, job, 2, str(error))
         raise

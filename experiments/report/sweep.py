@@ -137,6 +137,7 @@ class Contents:
             "pipelines": asked.pipelines,
             "halving": self.sweep.halving or None,
             "search": None if self.sweep.search else "false",
+            "precision": self.sweep.precision,
         }
         words = [w for k, v in entry.items() if v is not None for w in (f"--{k}", str(v))]
         return shlex.join(["python", "-m", "experiments.run", asked.table, *words])
@@ -155,7 +156,7 @@ def read(root: Path, data_root: Path | None = None) -> Contents:
     sweep = Sweep.open(root)
     sweep.data_root = data_root or sweep.data_root
     specs = Specs(sweep.specs, searched=sweep.search)
-    found = Contents(sweep, specs, specs.load(Profile, sweep.profile))
+    found = Contents(sweep, specs, sweep.size(specs))
     known: dict[tuple[str, int, int], Outcome] = {}
     for asked in sweep.asked:
         found.tables.append(_table(sweep, specs, asked, known))

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -12,6 +13,7 @@ from transformers import AutoModel
 from selfdistill.data.errors import UserError
 from selfdistill.engine.config import options as configuration
 from selfdistill.experiments import run as experiments_run
+from selfdistill.experiments import state
 from selfdistill.experiments.plan import Plan
 from selfdistill.experiments.report import __main__ as report
 from selfdistill.experiments.report import sweep as report_sweep
@@ -123,6 +125,39 @@ def test_a_folder_of_models_takes_the_hubs_place(root: Path, tmp_path: Path) -> 
         planned(root, Asked("both"), models=tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         experiments_run.main("both", data_root=str(root), models=str(tmp_path / "none"))
+
+
+def test_a_record_goes_on_where_the_models_lie_elsewhere(root: Path, tmp_path: Path) -> None:
+    shards, moved = root / "shards", tmp_path / "moved"
+    shutil.copytree(root / "models", moved)
+    (moved / "reader").rename(moved / "other")
+    shutil.copytree(root / "models" / "reader", moved / "reader")
+    asked = Asked("both", only=("words",))
+    job = planned(root, asked, models=root / "models").ordered()[0]
+    words = job.command(tmp_path, shards)
+    state.begin(tmp_path, job, words, shards, root / "models")
+    (tmp_path / job.leaves).mkdir(parents=True)
+    (tmp_path / job.leaves / "state.json").write_text("{}")
+    job = planned(root, asked, models=moved).ordered()[0]
+    there = job.command(tmp_path, shards)
+    assert there != words
+    state.check(tmp_path, job, there, shards, moved)
+    there[there.index("--model.path") + 1] = str(moved / "other")
+    with pytest.raises(UserError, match=r"made with --model\.path reader, now it is other"):
+        state.check(tmp_path, job, there, shards, moved)
+
+
+def test_the_precision_is_that_of_the_call(root: Path, tmp_path: Path) -> None:
+    places: dict[str, Any] = {"data_root": str(root / "shards"), "specs": str(root / "my")}
+    places |= {"profile": "bare", "models": str(root / "models"), "output": str(tmp_path / "s")}
+    sweep = Sweep(tmp_path / "s", "bare", root / "shards", root / "my", [], precision="bf16")
+    sweep.models = root / "models"
+    assert {j.words["precision"] for j in sweep.plan([Asked("both")]).ordered()} == {"bf16"}
+    sweep.save()
+    assert Sweep.open(sweep.root) == sweep
+    experiments_run.main("both", precision="bf16", dry_run=True, **places)
+    with pytest.raises(UserError, match="holds experiments of --precision bf16: give the same"):
+        experiments_run.main("both", precision="fp32", **places)
 
 
 # --- the shipped profile

@@ -33,6 +33,9 @@ _COLLECTIVE = ("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/comm/
 #: A rank that waits for its next batch gets so many times the limit.
 _DATA_PATIENCE = 3
 
+#: A rank whose sign of life has not changed for so many looks gives none any more.
+_LOOKS = 4
+
 
 class Watchdog:
     """Ends a rank that makes no progress.
@@ -58,6 +61,8 @@ class Watchdog:
         self.where = "starting"
         self.begun = 0  # units of work that every rank begins, steps and batches scored
         self._last = time.monotonic()
+        # Of each rank: what its clock said in its last sign, and what ours did when that was new.
+        self._heard: dict[int, tuple[float, float]] = {}
         self._main = threading.main_thread().ident
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -107,11 +112,13 @@ class Watchdog:
             # Data may come slowly, and be asked for again and again, before that is an error.
             limit = self.seconds * (_DATA_PATIENCE if _waits_for_data(frame) else 1)
             silent = time.monotonic() - self._last
-            if silent > limit:
-                pulses = self._pulses()
-                if not (self._waits(frame, pulses) and self._someone_works(pulses)):
-                    self._end(silent, frame)
-                    return
+            # Some looks before the limit, so that by then it is known whose sign still changes.
+            early = max(self.interval, limit - (_LOOKS + 1) * self.interval)
+            pulses = self._pulses() if silent > early else {}
+            waits = self._waits(frame, pulses) and self._someone_works(pulses)
+            if silent > limit and not waits:
+                self._end(silent, frame)
+                return
         pulsing.join(self.interval)  # or what it is about to write would stay after `stop`
 
     def _pulsing(self) -> None:
@@ -130,7 +137,15 @@ class Watchdog:
                     found[rank] = json.loads(self._pulse_file(rank).read_text(encoding="utf-8"))
 
         _bounded(look, self.interval)
-        return dict(found)
+        pulses, now = dict(found), time.monotonic()
+        for rank, pulse in pulses.items():
+            if self._heard.get(rank, (None, 0))[0] != pulse["time"]:
+                self._heard[rank] = pulse["time"], now
+        return pulses
+
+    def _age(self, rank: int) -> float:
+        """Seconds since a rank's sign of life was new; hosts' clocks may differ by minutes."""
+        return time.monotonic() - self._heard[rank][1]
 
     def _waits(self, frame: FrameType | None, pulses: dict[int, dict[str, Any]]) -> bool:
         """Whether this rank waits for others: in a collective, or since one is behind it."""
@@ -140,9 +155,9 @@ class Watchdog:
     def _someone_works(self, pulses: dict[int, dict[str, Any]]) -> bool:
         """Whether another rank makes progress, for which this one waits."""
         return any(
-            time.time() - pulse["time"] < 4 * self.interval
+            self._age(rank) < _LOOKS * self.interval
             and pulse["silent"] < self.seconds * (_DATA_PATIENCE if pulse.get("data") else 0.5)
-            for pulse in pulses.values()
+            for rank, pulse in pulses.items()
         )
 
     def _pulse(self, silent: float, frame: FrameType | None) -> None:
@@ -207,10 +222,10 @@ class Watchdog:
                 found.append(f"rank {rank} left no sign of life")
                 continue
             name = f"rank {rank} on {pulse['host']} (pid {pulse['pid']})"
-            age = time.time() - pulse["time"]
-            if age > 4 * self.interval:
+            age = self._age(rank)
+            if age > _LOOKS * self.interval:
                 found.append(
-                    f"{name} has given no sign of life for {age:.0f} s, in {pulse['where']}"
+                    f"{name} has given no sign of life for at least {age:.0f} s, in {pulse['where']}"
                 )
             elif pulse["begun"] < most if apart else not pulse["waits"]:
                 behind = f", {most - pulse['begun']} behind" if apart else ""

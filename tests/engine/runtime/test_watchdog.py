@@ -79,10 +79,14 @@ def test_zero_seconds_is_no_watch(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def pulse(folder: Path, rank: int, begun: int, silent: float, *, waits: bool = False) -> None:
-    """What another rank left."""
-    content = {"time": time.time(), "host": "node2", "pid": 7, "silent": silent, "begun": begun}
+def pulse(
+    folder: Path, rank: int, begun: int, silent: float, *, waits: bool = False, data: bool = False
+) -> None:
+    """What another rank left, of a host whose clock is an hour behind."""
+    content = {"time": time.time() - 3600, "host": "node2", "pid": 7, "silent": silent}
+    content["begun"] = begun
     content |= {"where": f"step {begun}", "at": "engine/training/loop.py:1 (train)", "waits": waits}
+    content["data"] = data
     (folder / ".pulse").mkdir(exist_ok=True)
     (folder / ".pulse" / f"rank-{rank:05d}.json").write_text(json.dumps(content))
 
@@ -140,6 +144,19 @@ def test_a_rank_that_waits_for_data_holds_the_others_no_longer_than_its_own_limi
 ) -> None:
     dog = Watchdog(tmp_path, 0, 2, 100.0)
     for silent, works in ((40, True), (250, True), (301, False)):
-        pulse = {"time": time.time(), "silent": silent, "data": True}
-        assert dog._someone_works({1: pulse}) is works
-    assert not dog._someone_works({1: {"time": time.time(), "silent": 60, "data": False}})
+        pulse(tmp_path, 1, 0, silent, data=True)
+        assert dog._someone_works(dog._pulses()) is works
+    pulse(tmp_path, 1, 0, 60.0)
+    assert not dog._someone_works(dog._pulses())
+
+
+def test_a_sign_of_life_that_does_not_change_is_none(tmp_path: Path) -> None:
+    dog = Watchdog(tmp_path, 0, 2, 0.5)
+    pulse(tmp_path, 1, 0, 0.1)
+    assert dog._someone_works(dog._pulses())
+    time.sleep(4.5 * dog.interval)
+    assert not dog._someone_works(dog._pulses())
+    *_, suspect = dog.suspects()
+    assert "rank 1 on node2 (pid 7) has given no sign of life for at least" in suspect
+    pulse(tmp_path, 1, 0, 0.1)
+    assert dog._someone_works(dog._pulses()), "it goes on"

@@ -224,9 +224,8 @@ class Watchdog:
             name = f"rank {rank} on {pulse['host']} (pid {pulse['pid']})"
             age = self._age(rank)
             if age > _LOOKS * self.interval:
-                found.append(
-                    f"{name} has given no sign of life for at least {age:.0f} s, in {pulse['where']}"
-                )
+                since = f"for at least {age:.0f} s, in {pulse['where']}"
+                found.append(f"{name} has given no sign of life {since}")
             elif pulse["begun"] < most if apart else not pulse["waits"]:
                 behind = f", {most - pulse['begun']} behind" if apart else ""
                 found.append(f"{name} is at {pulse['at']}, in {pulse['where']}{behind}")

@@ -297,7 +297,13 @@ def gathered(parameter: Tensor) -> Iterator[Tensor]:
         yield parameter.data
 
 
-def full_state(module: nn.Module, *, keep: bool, trained: bool = False) -> dict[str, Tensor]:
+def full_state(
+    module: nn.Module,
+    *,
+    keep: bool,
+    trained: bool = False,
+    frozen: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Whole fp32 tensors of a module's parameters, from the master weights where there are any.
 
     Every rank calls it (it gathers); only those with `keep` get the result.
@@ -306,6 +312,8 @@ def full_state(module: nn.Module, *, keep: bool, trained: bool = False) -> dict[
         module: the engine's module, or a part of it.
         keep: whether this rank wants the tensors (on the CPU).
         trained: those with a gradient alone.
+        frozen: what parameters without a gradient were loaded with, by name, the same on every
+            rank: fp16 has rounded them since, and has no masters of them.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -316,6 +324,8 @@ def full_state(module: nn.Module, *, keep: bool, trained: bool = False) -> dict[
             continue
         if parameter.requires_grad:
             value = safe_get_full_fp32_param(parameter)
+        elif frozen is not None:
+            value = frozen.get(name)
         if value is None:
             with gathered(parameter) as whole:
                 value = whole.detach().clone()

@@ -365,7 +365,9 @@ class TextModality(Modality):
 
         Of a sentence encoder it is one for sentence-transformers, too.
         """
-        self._export(folder, model.network, base, told=base.sentences)
+        network, decoder = model.network, base.decoder or {}
+        encoder = {f"{network.base_model_prefix}.{k}": v for k, v in base.encoder.items()}
+        self._export(folder, network, base, told=base.sentences, frozen=encoder | decoder)
 
     def export_classifier(
         self, folder: Path, model: TextClassifier, base: Language, classes: list[str]
@@ -385,10 +387,11 @@ class TextModality(Modality):
         max_length: int | None = None,
         *,
         told: Sentences | None,
+        frozen: dict[str, Tensor] | None = None,
     ) -> None:
-        state: dict[str, Tensor] = full_state(network, keep=self.run.ranks.main)
-        tensors = merged(state, self.config.lora)
-        if self.run.ranks.main:
+        main, lora = self.run.ranks.main, self.config.lora
+        tensors = merged(full_state(network, keep=main, frozen=frozen), lora)
+        if main:
             tokenizer = base.tokenizer
             if max_length is not None:
                 tokenizer = copy.deepcopy(tokenizer)

@@ -114,11 +114,10 @@ def _run(argv: list[str]) -> None:
 def run_stages(run: Run) -> None:
     """Runs what `--stage` names, in order; complete stages are skipped."""
     from selfdistill.engine.models import adapters
-    from selfdistill.engine.regularizers import matching
+    from selfdistill.engine.stages import ahead
     from selfdistill.engine.stages.decoder import train_decoder
     from selfdistill.engine.stages.distill import Distill
-    from selfdistill.engine.stages.finetune import check_judge, finetune
-    from selfdistill.engine.stages.labels import check_labels, check_pairs
+    from selfdistill.engine.stages.finetune import finetune
     from selfdistill.engine.stages.pretrain import pretraining
     from selfdistill.engine.stages.splits import labelled_splits
     from selfdistill.engine.training.loop import run_stage
@@ -127,12 +126,7 @@ def run_stages(run: Run) -> None:
     if config.stage in ("pretrain", "distill", "all"):
         adapters.check(config)
     if config.stage == "all":
-        matching.check(config)
-        splits = labelled_splits(run)
-        check_judge(config, splits)
-        # Before hours of the stages that need none.
-        check_labels(splits["train"], config)
-        check_pairs(config, run.ranks.world)
+        ahead.check(run, labelled_splits(run))
     if config.stage in ("decoder", "all"):
         run.boundary("decoder", wait=True)
         train_decoder(run)

@@ -220,17 +220,9 @@ def training_config(config: Config, plan: StageSection, world: int) -> dict[str,
         UserError: the batch cannot be cut evenly, or the device lacks the precision.
     """
     content = _UNTIMED | read(config.zero)
-    per_rank, rest = divmod(plan.batch, world)
-    if rest or per_rank % plan.accumulation:
-        unit = world * plan.accumulation
-        near = max(unit, round(plan.batch / unit) * unit)
-        raise UserError(
-            f"batch {plan.batch} cannot be cut evenly over {world} ranks x {plan.accumulation} "
-            f"micro-batches: take a multiple of {unit}, such as {near}"
-        )
     content |= {
         "train_batch_size": plan.batch,
-        "train_micro_batch_size_per_gpu": per_rank // plan.accumulation,
+        "train_micro_batch_size_per_gpu": micro_batch(plan, world),
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": plan.clip,
         "steps_per_print": 10**9,
@@ -247,6 +239,27 @@ def training_config(config: Config, plan: StageSection, world: int) -> dict[str,
             " the device some 250 times a step: take zero1, or --precision bf16"
         )
     return content | numbers(config.precision)
+
+
+def micro_batch(plan: StageSection, world: int, option: str = "batch") -> int:
+    """Samples of a rank's forward.
+
+    Args:
+        plan: of a stage.
+        world: number of ranks.
+        option: by which the batch is given.
+
+    Raises:
+        UserError: the batch cannot be cut evenly.
+    """
+    unit = world * plan.accumulation
+    if plan.batch % unit:
+        near = max(unit, round(plan.batch / unit) * unit)
+        raise UserError(
+            f"{option} {plan.batch} cannot be cut evenly over {world} ranks x {plan.accumulation} "
+            f"micro-batches: take a multiple of {unit}, such as {near}"
+        )
+    return plan.batch // unit
 
 
 def numbers(precision: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ if __name__ == "__main__":
 from selfdistill.data.cli import format_error
 from selfdistill.data.errors import PeerLost, TryAgain, UserError, commands_as_typed
 from selfdistill.engine.config import options as configuration
+from selfdistill.engine.config.idle import idle
 
 if TYPE_CHECKING:
     from selfdistill.engine.checkpoints.folder import Run
@@ -91,6 +92,8 @@ def _run(argv: list[str]) -> None:
         try:
             terminal.keep(run.folder if ranks.main else None)
             run.info(_resolved(run))
+            for line in idle(settings):
+                run.info(f"note: {line}")
             run_stages(run)
         finally:
             run.close()

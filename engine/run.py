@@ -26,6 +26,7 @@ if __name__ == "__main__":
 from selfdistill.data.cli import format_error
 from selfdistill.data.errors import PeerLost, TryAgain, UserError, commands_as_typed
 from selfdistill.engine.config import options as configuration
+from selfdistill.engine.config.idle import idle
 
 if TYPE_CHECKING:
     from selfdistill.engine.checkpoints.folder import Run
@@ -91,6 +92,8 @@ def _run(argv: list[str]) -> None:
         try:
             terminal.keep(run.folder if ranks.main else None)
             run.info(_resolved(run))
+            for line in idle(settings):
+                run.info(f"note: {line}")
             run_stages(run)
         finally:
             run.close()
@@ -114,11 +117,10 @@ def _run(argv: list[str]) -> None:
 def run_stages(run: Run) -> None:
     """Runs what `--stage` names, in order; complete stages are skipped."""
     from selfdistill.engine.models import adapters
-    from selfdistill.engine.regularizers import matching
+    from selfdistill.engine.stages import ahead
     from selfdistill.engine.stages.decoder import train_decoder
     from selfdistill.engine.stages.distill import Distill
-    from selfdistill.engine.stages.finetune import check_judge, finetune
-    from selfdistill.engine.stages.labels import check_labels, check_pairs
+    from selfdistill.engine.stages.finetune import finetune
     from selfdistill.engine.stages.pretrain import pretraining
     from selfdistill.engine.stages.splits import labelled_splits
     from selfdistill.engine.training.loop import run_stage
@@ -127,12 +129,7 @@ def run_stages(run: Run) -> None:
     if config.stage in ("pretrain", "distill", "all"):
         adapters.check(config)
     if config.stage == "all":
-        matching.check(config)
-        splits = labelled_splits(run)
-        check_judge(config, splits)
-        # Before hours of the stages that need none.
-        check_labels(splits["train"], config)
-        check_pairs(config, run.ranks.world)
+        ahead.check(run, labelled_splits(run))
     if config.stage in ("decoder", "all"):
         run.boundary("decoder", wait=True)
         train_decoder(run)

@@ -118,6 +118,11 @@ class Config(Section):
     local_rank: int = Field(-1, description="set by the launcher")
     _given: frozenset[str] = PrivateAttr(frozenset())
 
+    @property
+    def typed(self) -> frozenset[str]:
+        """The options that the command line gives, and not a recipe."""
+        return self._given
+
     def given(self, section: str) -> bool:
         """Whether the command line, and not a recipe, names a section's path (--model PATH)."""
         return bool({section, f"{section}.path"} & self._given)

@@ -18,7 +18,7 @@ class Drift:
     """Distance of a module's trained weights (fp32) from reference values.
 
     The references lie on the device, where they are compared: on rank 0 alone, or under ZeRO-3 on
-    each rank those of its own shards.
+    each rank those of its own shards. What is frozen goes nowhere, though fp16 rounds it.
 
     Args:
         engine: of the stage, as `deepspeed.initialize` returned it.
@@ -38,6 +38,8 @@ class Drift:
         for name, parameter in module.named_parameters():
             if name not in reference or not (self.sharded or self.masters or ranks.main):
                 continue
+            if not parameter.requires_grad:
+                continue
             whole, value = reference[name].float(), self._weight(parameter)
             if self.sharded:
                 flat = torch.zeros(value.numel() * ranks.world)
@@ -52,7 +54,7 @@ class Drift:
             # DeepSpeed hangs the shard onto the parameter, which its type does not know.
             shard: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
             return shard
-        if self.masters and parameter.requires_grad:
+        if self.masters:
             return self.masters.get(parameter, training_state.WEIGHT)
         return parameter.data
 

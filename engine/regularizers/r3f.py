@@ -21,36 +21,43 @@ class Noise:
     """A forward hook of an embedding layer, which adds noise while `keys` are set.
 
     A sample's noise comes from a generator of its own, so that it depends neither on the batch it
-    is in nor on the number of ranks.
+    is in nor on the number of ranks, nor on how texts lie in rows.
 
     Attributes:
         keys: seeds, int64 [B] on the CPU, or None for no noise.
         lengths: vectors of each sample that get noise, int64 [B] on the CPU; None for all. How far
             texts are padded depends on the batch.
+        places: of each sample's first vector in the flattened rows, int64 [B] on the CPU; None
+            where each sample has a row.
     """
 
     def __init__(self, settings: R3FSection) -> None:
         self.settings = settings
         self.keys: Tensor | None = None
         self.lengths: Tensor | None = None
+        self.places: Tensor | None = None
 
     def __call__(self, _: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-        """The embeddings [B, T, D] with noise."""
+        """The embeddings [R, T, D] with noise; R is B unless several samples share a row."""
         return None if self.keys is None else output + self.draw(output)
 
     @torch.no_grad()
     def draw(self, output: Tensor) -> Tensor:
-        """Noise for embeddings [B, T, D], drawn in fp32."""
+        """Noise for embeddings [R, T, D], drawn in fp32."""
         assert self.keys is not None
-        noise = torch.zeros(output.shape, device=output.device)
+        noise, width = torch.zeros(output.shape, device=output.device), output.shape[1]
+        vectors, keys = noise.flatten(0, 1), self.keys.tolist()
+        places = [n * width for n in range(len(noise))]
+        places = places if self.places is None else self.places.tolist()
+        lengths = [width] * len(keys) if self.lengths is None else self.lengths.tolist()
         generator = torch.Generator(output.device)
-        lengths = self.lengths.tolist() if self.lengths is not None else [None] * len(noise)
-        for row, key, length in zip(noise, self.keys.tolist(), lengths, strict=True):
+        for place, key, length in zip(places, keys, lengths, strict=True):
+            own = vectors[place : place + length]
             generator.manual_seed(key)
             if self.settings.noise == "normal":
-                row[:length].normal_(0, self.settings.eps, generator=generator)
+                own.normal_(0, self.settings.eps, generator=generator)
             else:
-                row[:length].uniform_(-self.settings.eps, self.settings.eps, generator=generator)
+                own.uniform_(-self.settings.eps, self.settings.eps, generator=generator)
         return noise.to(output.dtype)
 
 
@@ -79,6 +86,7 @@ class R3FObjective(nn.Module):
         labels: Tensor,
         noise_key: Tensor | None = None,
         noise_length: Tensor | None = None,
+        noise_at: Tensor | None = None,
         scale: Tensor | None = None,
         **batch: Tensor,
     ) -> dict[str, Tensor]:
@@ -88,6 +96,7 @@ class R3FObjective(nn.Module):
             labels: int64 [B].
             noise_key: int64 [B] on the CPU, seeds of the samples' noise.
             noise_length: int64 [B] on the CPU, tokens of each text.
+            noise_at: int64 [B] on the CPU, where each text begins in rows that texts share.
             scale: see `ClassLoss`.
             batch: the model's entries.
         """
@@ -96,7 +105,7 @@ class R3FObjective(nn.Module):
         out = {"loss": loss, "cross_entropy": loss.detach(), "logits": logits.detach()}
         if noise_key is None or not self.weight or not self.training:
             return out
-        self.noise.keys, self.noise.lengths = noise_key, noise_length
+        self.noise.keys, self.noise.lengths, self.noise.places = noise_key, noise_length, noise_at
         try:
             noised = self.model.classify(**batch).float()
         finally:
@@ -147,4 +156,5 @@ class R3F(Regularizer):
 
     def entries(self, batch: Batch) -> Batch:
         """See `Regularizer`: the seeds stay on the CPU, where generators take them from."""
-        return {k: batch[k] for k in ("noise_key", "noise_length") if k in batch}
+        names = ("noise_key", "noise_length", "noise_at")
+        return {name: batch[name] for name in names if name in batch}

@@ -220,17 +220,9 @@ def training_config(config: Config, plan: StageSection, world: int) -> dict[str,
         UserError: the batch cannot be cut evenly, or the device lacks the precision.
     """
     content = _UNTIMED | read(config.zero)
-    per_rank, rest = divmod(plan.batch, world)
-    if rest or per_rank % plan.accumulation:
-        unit = world * plan.accumulation
-        near = max(unit, round(plan.batch / unit) * unit)
-        raise UserError(
-            f"batch {plan.batch} cannot be cut evenly over {world} ranks x {plan.accumulation} "
-            f"micro-batches: take a multiple of {unit}, such as {near}"
-        )
     content |= {
         "train_batch_size": plan.batch,
-        "train_micro_batch_size_per_gpu": per_rank // plan.accumulation,
+        "train_micro_batch_size_per_gpu": micro_batch(plan, world),
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": plan.clip,
         "steps_per_print": 10**9,
@@ -247,6 +239,27 @@ def training_config(config: Config, plan: StageSection, world: int) -> dict[str,
             " the device some 250 times a step: take zero1, or --precision bf16"
         )
     return content | numbers(config.precision)
+
+
+def micro_batch(plan: StageSection, world: int, option: str = "batch") -> int:
+    """Samples of a rank's forward.
+
+    Args:
+        plan: of a stage.
+        world: number of ranks.
+        option: by which the batch is given.
+
+    Raises:
+        UserError: the batch cannot be cut evenly.
+    """
+    unit = world * plan.accumulation
+    if plan.batch % unit:
+        near = max(unit, round(plan.batch / unit) * unit)
+        raise UserError(
+            f"{option} {plan.batch} cannot be cut evenly over {world} ranks x {plan.accumulation} "
+            f"micro-batches: take a multiple of {unit}, such as {near}"
+        )
+    return plan.batch // unit
 
 
 def numbers(precision: str) -> dict[str, Any]:
@@ -297,7 +310,13 @@ def gathered(parameter: Tensor) -> Iterator[Tensor]:
         yield parameter.data
 
 
-def full_state(module: nn.Module, *, keep: bool, trained: bool = False) -> dict[str, Tensor]:
+def full_state(
+    module: nn.Module,
+    *,
+    keep: bool,
+    trained: bool = False,
+    frozen: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Whole fp32 tensors of a module's parameters, from the master weights where there are any.
 
     Every rank calls it (it gathers); only those with `keep` get the result.
@@ -306,6 +325,8 @@ def full_state(module: nn.Module, *, keep: bool, trained: bool = False) -> dict[
         module: the engine's module, or a part of it.
         keep: whether this rank wants the tensors (on the CPU).
         trained: those with a gradient alone.
+        frozen: what parameters without a gradient were loaded with, by name, the same on every
+            rank: fp16 has rounded them since, and has no masters of them.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -316,6 +337,8 @@ def full_state(module: nn.Module, *, keep: bool, trained: bool = False) -> dict[
             continue
         if parameter.requires_grad:
             value = safe_get_full_fp32_param(parameter)
+        elif frozen is not None:
+            value = frozen.get(name)
         if value is None:
             with gathered(parameter) as whole:
                 value = whole.detach().clone()

@@ -268,11 +268,31 @@ class Finetune(Stage):
     def build(self) -> nn.Module:
         """See `Stage`."""
         if self.config.model.path not in (None, "scratch"):
-            self.initial = self.modality.load()
+            self.initial = self._origin(self.modality.load())
         self.model = self.modality.classifier(self.base, self.train.classes, self.seed)
         smoothing = self.config.finetune.label_smoothing
         self.loss = ClassLoss(class_weights(self.train, self.config), smoothing)
         return self.regularizer.objective(self.model, self.loss)
+
+    def _origin(self, model: Any) -> Any:
+        """--model, if what is fine-tuned can come of it: a recipe may name any model."""
+        before = model.encoder
+        alike = all(
+            before[name].shape == value.shape
+            for name, value in self.base.encoder.items()
+            if name in before
+        )
+        try:
+            self.modality.same_architecture(self.base, model)
+        except UserError:
+            alike = False
+        if alike:
+            return model
+        self.run.info_once(
+            f"note: {self.base.origin} has another architecture than --model {model.origin}:"
+            " distances are from the first"
+        )
+        return self.base
 
     def optimizer(self, objective: nn.Module) -> Any | None:
         """See `Stage`."""

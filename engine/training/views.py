@@ -207,7 +207,8 @@ class NoiseKeys:
     """Seeds of noise that the device draws; `noise_key` int64 [b].
 
     Of texts also `noise_length` int64 [b], the tokens of each: how far they are padded depends on
-    the batch.
+    the batch. And where they share rows `noise_at` int64 [b], the place of each one's first token
+    in the flattened rows.
     """
 
     seed: int
@@ -218,6 +219,8 @@ class NoiseKeys:
         found = {"noise_key": np.array(raw, dtype=np.int64)}
         if "attention_mask" in batch:
             found["noise_length"] = batch["attention_mask"].sum(1).numpy()
+        if "packed_to" in batch:
+            found["noise_at"] = batch["packed_to"][:, 0].numpy()
         return found
 
 

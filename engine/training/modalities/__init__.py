@@ -5,6 +5,7 @@ from __future__ import annotations
 from selfdistill.data.errors import UserError
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.config.idle import of_other_kind
 from selfdistill.engine.training.modalities.base import Modality
 
 
@@ -20,6 +21,8 @@ def modality_of(run: Run, manifest: Manifest) -> Modality:
             f"{run.config.recipe or 'this configuration'} is a recipe for {asked}s,"
             f" {manifest.root} holds {manifest.kind}s: take another --recipe, or other --data"
         )
+    if line := of_other_kind(run.config, manifest.kind):
+        run.info_once(f"note: {line}")
     if manifest.kind == "text":
         from selfdistill.engine.training.modalities.text import TextModality
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -268,7 +269,8 @@ class ImageModality(Modality):
 
     def export_autoencoder(self, folder: Path, model: ImageAutoencoder, base: Pretrained) -> None:
         """See `Modality`: a folder for transformers' ViTMAE."""
-        encoder, decoder = (self._whole(m) for m in (model.mae.encoder, model.mae.decoder))
+        encoder = self._whole(model.mae.encoder, base.encoder)
+        decoder = self._whole(model.mae.decoder, base.decoder)
         if self.run.ranks.main:
             export_mae(folder, base.shape, encoder, decoder, base.mean, base.std, self._own())
 
@@ -290,5 +292,8 @@ class ImageModality(Modality):
         packed = {} if self.manifest is None else self.manifest.image
         return {"image": packed, "precision": self.config.precision}
 
-    def _whole(self, module: torch.nn.Module) -> dict[str, Tensor]:
-        return merged(full_state(module, keep=self.run.ranks.main), self.config.lora)
+    def _whole(
+        self, module: torch.nn.Module, frozen: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        state = full_state(module, keep=self.run.ranks.main, frozen=frozen)
+        return merged(state, self.config.lora)

@@ -216,17 +216,15 @@ class TextModality(Modality):
 
     def _packs(self, base: Language) -> bool:
         """Whether texts share rows: where padding costs, and the model can be told of it."""
-        asked, config = self.config.text.packed, self.config
-        possible = cuts(base.config) and config.finetune.regularizer != "r3f"
+        asked, possible = self.config.text.packed, cuts(base.config)
         if asked and not possible:
             raise UserError(
-                "--text.packed true: not with --finetune.regularizer r3f, whose noise is drawn for"
-                " padded rows, and of models not but with BERT, RoBERTa and their like: leave it"
-                " out"
+                f"--text.packed true: {base.origin} is a {base.config.model_type}, and BERT,"
+                " RoBERTa and their like alone know of texts that share rows: leave it out"
             )
         if asked is None:
             # Rows come in other numbers at every step, for which a compiled step compiles again.
-            return possible and self.run.ranks.device.type == "cuda" and not config.compile
+            return possible and self.run.ranks.device.type == "cuda" and not self.config.compile
         return asked
 
     def autoencoder(self, base: Language, dropout: float | None = None) -> MaskedLanguageModel:
@@ -367,7 +365,9 @@ class TextModality(Modality):
 
         Of a sentence encoder it is one for sentence-transformers, too.
         """
-        self._export(folder, model.network, base, told=base.sentences)
+        network, decoder = model.network, base.decoder or {}
+        encoder = {f"{network.base_model_prefix}.{k}": v for k, v in base.encoder.items()}
+        self._export(folder, network, base, told=base.sentences, frozen=encoder | decoder)
 
     def export_classifier(
         self, folder: Path, model: TextClassifier, base: Language, classes: list[str]
@@ -387,10 +387,11 @@ class TextModality(Modality):
         max_length: int | None = None,
         *,
         told: Sentences | None,
+        frozen: dict[str, Tensor] | None = None,
     ) -> None:
-        state: dict[str, Tensor] = full_state(network, keep=self.run.ranks.main)
-        tensors = merged(state, self.config.lora)
-        if self.run.ranks.main:
+        main, lora = self.run.ranks.main, self.config.lora
+        tensors = merged(full_state(network, keep=main, frozen=frozen), lora)
+        if main:
             tokenizer = base.tokenizer
             if max_length is not None:
                 tokenizer = copy.deepcopy(tokenizer)

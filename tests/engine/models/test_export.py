@@ -4,6 +4,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,11 +25,17 @@ from transformers import (
 
 from selfdistill.data.errors import UserError
 from selfdistill.engine.checkpoints.export import export_classifier, export_mae
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.config.schema import Config
 from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.models.images.types.vit import ViT
 from selfdistill.engine.models.images.vit_mae import ViTClassifier, ViTEncoder, ViTMAE
 from selfdistill.engine.models.images.weights import Pretrained, load_pretrained
+from selfdistill.engine.runtime.distributed import Ranks
+from selfdistill.engine.training.modalities.image import ImageModality
+from tests.engine.models.texts.test_language import kind_of
 from tests.kit import models as kit
+from tests.kit import texts as text_kit
 
 #: Uneven widths: int(60 * (123 / 60)), as timm reckons an MLP, is 122.
 SHAPE = Shape(16, 4, 60, 2, 3, 123, 36, 1, 3, 41, norm_eps=1e-6, mask_ratio=0.5)
@@ -234,6 +241,28 @@ def test_full_disk_is_one_line_and_leaves_the_old_export(
         )
     assert load_pretrained(str(tmp_path / "mae")).sha256 == before
     assert [p.name for p in tmp_path.iterdir()] == ["mae"]
+
+
+@pytest.mark.parametrize("name", ["images", "texts"])
+def test_what_is_frozen_is_exported_as_it_came_though_fp16_rounds_it(
+    name: str, tmp_path: Path
+) -> None:
+    """A module as stage 0 has it: DeepSpeed casts it whole, with masters of what is trained."""
+    kind: Any
+    if name == "images":
+        exported_mae(tmp_path / "base")
+        run = Run(Config(), Ranks(0, 0, 1, torch.device("cpu")), Path())
+        kind = ImageModality(run)
+    else:
+        kind = kind_of(text_kit.make_language(tmp_path / "base"))
+    base = kind.load(str(tmp_path / "base"))
+    model = kind.autoencoder(base)
+    model.encoder.requires_grad_(False)
+    model.half()
+    kind.export_autoencoder(tmp_path / "export", model, base)
+    after = kind.load(str(tmp_path / "export"))
+    assert all(torch.equal(after.encoder[k], value) for k, value in base.encoder.items())
+    assert not all(torch.equal(after.decoder[k], value) for k, value in base.decoder.items())
 
 
 def test_an_unknown_tensor_is_never_left_out_silently() -> None:

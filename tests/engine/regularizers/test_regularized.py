@@ -122,6 +122,7 @@ def one_rank(root: Path) -> list[dict[str, object]]:
         case(root, "cut-1", "image", **RECADAM),
         case(root, "noise-1", "image", **R3F),
         case(root, "text-noise-1", "text", **R3F),
+        case(root, "packed-noise-1", "text", **R3F, **{"text.packed": True}),
         case(root, "supcon-1", "image", **SUPCON, **{"supcon.dropout": 0.0}),
         case(root, "diet-1", "image", **DIET, leave_at="step 4"),
         case(root, "diet-1", "image", **DIET),
@@ -285,14 +286,19 @@ def test_mars_holds_after_every_step(root: Path) -> None:
 
 
 def test_noise_depends_neither_on_ranks_nor_on_padding(root: Path) -> None:
-    for name in ("noise", "text-noise"):
-        one, two = (logged(root, f"{name}-{n}", "loss/r3f") for n in (1, 2))
+    others = {
+        "noise-1": "noise-2",
+        "text-noise-1": "text-noise-2",
+        "packed-noise-1": "text-noise-2",
+    }
+    for name, other in others.items():
+        one, two = (logged(root, n, "loss/r3f") for n in (name, other))
         assert len(one) == STEPS
         assert one == pytest.approx(two, rel=1e-4), name
         assert min(one) > 1e-6
         # A mean over the batch: doubled noise on one half would show.
         parts = zip(
-            *(logged(root, f"{name}-1", f"loss/{k}") for k in ("loss", "cross_entropy", "r3f")),
+            *(logged(root, name, f"loss/{k}") for k in ("loss", "cross_entropy", "r3f")),
             strict=True,
         )
         for loss, clean, term in parts:

@@ -206,6 +206,12 @@ def test_r3f_is_its_formula(noise: str) -> None:
     again = hook.draw(model.embedding(longer).float())
     np.testing.assert_allclose(again[:, :5].flip(0).numpy(), np.stack(drawn), rtol=1e-6)
     assert (again[:, 5:] == 0).all()
+    # Nor that of the texts with which it shares a row.
+    hook.keys, hook.lengths, hook.places = keys, lengths, torch.tensor([0, 5, 15, 10])
+    rows = hook.draw(torch.zeros(2, 10, 6)).flatten(0, 1)
+    for place, length, wanted in zip(hook.places.tolist(), lengths.tolist(), drawn, strict=True):
+        np.testing.assert_allclose(rows[place : place + length], wanted[:length], rtol=1e-6)
+    assert (rows[7:10] == 0).all()
     assert set(objective.eval()(labels, keys, lengths, ids=ids)) == {
         "loss",
         "cross_entropy",

@@ -50,6 +50,7 @@ def test_the_terminal_has_this_programs_lines_and_the_log_the_others(root: Path)
     )
     own = re.compile(
         rf"pretrain |pretrain: |{root / 'base'}: no preprocessor|  |next:$"
+        r"|note: of no use to --stage pretrain: --distill.batch, --distill.steps, --finetune"
         r"|pretrain, step \d: rank \d on \S+ holds the others up: "  # so it may, beside other work
     )
     assert not [line for line in lines[1:] if not own.match(line)]

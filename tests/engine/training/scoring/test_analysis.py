@@ -18,7 +18,7 @@ from transformers import ViTForImageClassification, ViTMAEForPreTraining
 from selfdistill.engine.runtime.distributed import Ranks
 from selfdistill.engine.training.objectives import ClassifyObjective
 from selfdistill.engine.training.scoring.analysis import Features, spread
-from tests.kit.launches import make_world, metrics, run_cases
+from tests.kit.launches import make_base, make_world, metrics, run_cases
 
 pytestmark = pytest.mark.multi
 
@@ -37,15 +37,22 @@ def result(root: Path, stage: str) -> dict[str, Any]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_world(tmp_path_factory.mktemp("analysis"))
     (root / "zero3.json").write_text(ZERO3)
+    make_base(root / "wide", width=32)
+    make_base(root / "deep", depth=3)
     base = {"data": str(root / "shards"), "model": str(root / "base"), "finetune.lr": 1e-3}
     tune = {**base, "stage": "finetune", "finetune.start": "model"}
 
     def case(name: str, **more: object) -> dict[str, object]:
         return {**tune, "output": str(root / "runs" / name), **more}
 
-    run_cases(
+    others = {
+        name: {"finetune.start": "auto", "finetune.weights": str(root / name)}
+        for name in ("wide", "deep")
+    }
+    printed = run_cases(
         root / "cases",
         [
+            *(case(name, **more) for name, more in others.items()),
             case("zero3", zero=str(root / "zero3.json")),
             case("bf16", zero="zero2", precision="bf16"),
             case(
@@ -59,6 +66,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             | {"expect_error": "run --stage pretrain and --stage distill --rounds 3 first"},
         ],
     )
+    assert printed.count("another architecture than --model") == len(others)
     return root
 
 
@@ -72,10 +80,10 @@ def pictures(root: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     return (torch.stack(images).float() / 255 - MEAN) / STD, torch.tensor(labels)
 
 
-def oracle(root: Path, export: Path) -> dict[str, Any]:
+def oracle(root: Path, export: Path, start: str = "base") -> dict[str, Any]:
     """The figures from the exported classifier and the base, in transformers."""
     tuned = ViTForImageClassification.from_pretrained(export).eval()
-    base = ViTMAEForPreTraining.from_pretrained(root / "base").vit.eval()
+    base = ViTMAEForPreTraining.from_pretrained(root / start).vit.eval()
     base.config.mask_ratio = 0.0
     found: dict[str, Any] = {"per_class_accuracy": {}}
     with torch.no_grad():
@@ -97,7 +105,7 @@ def oracle(root: Path, export: Path) -> dict[str, Any]:
     found["feature_cosine"] = float(F.cosine_similarity(after, before).mean())
     weights = [
         {k.split(".", 1)[1]: v.double() for k, v in load_file(f / "model.safetensors").items()}
-        for f in (root / "base", export)
+        for f in (root / start, export)
     ]
     shared = [k for k in weights[0] if k in weights[1] and "decoder" not in k]
     shared = [k for k in shared if k.startswith(("embeddings", "encoder", "layern"))]
@@ -118,6 +126,22 @@ def test_every_figure_under_zero3_on_two_ranks(root: Path) -> None:
     assert {k for k in last if k.startswith("analysis/")} == {f"analysis/{k}" for k in wanted}
     assert last["step"] == 5
     assert last["analysis/gap"] == found["gap"]
+
+
+@pytest.mark.parametrize("name", ["wide", "deep"])
+def test_weights_of_another_architecture_are_their_own_start(root: Path, name: str) -> None:
+    """--model, which a recipe may name, is none of theirs: no distance from it means anything."""
+    stage = root / "runs" / name / "finetune"
+    found, wanted = (
+        result(root, f"{name}/finetune")["analysis"],
+        oracle(root, stage / "export", name),
+    )
+    for figure in ("distance_from_init", "feature_drift", "feature_cosine"):
+        assert found[figure] == pytest.approx(wanted[figure], rel=1e-4), figure
+    last = [line for line in metrics(stage) if "feature/distance_from_init" in line][-1]
+    assert last["feature/distance_from_init"] == pytest.approx(
+        found["distance_from_init"], rel=1e-3
+    )
 
 
 def test_distance_is_of_the_master_weights(root: Path) -> None:

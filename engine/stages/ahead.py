@@ -1,0 +1,51 @@
+"""What `--stage all` refuses before its first stage: else it would come after hours of others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from selfdistill.data.errors import UserError
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.regularizers import REGULARIZERS, matching
+from selfdistill.engine.runtime import zero
+from selfdistill.engine.stages.finetune import check_judge
+from selfdistill.engine.stages.labels import check_labels, check_pairs
+
+
+def check(run: Run, splits: Mapping[str, Manifest]) -> None:
+    """Refuses what a later stage would refuse. Every rank calls it.
+
+    Args:
+        run: of all stages.
+        splits: those of fine-tuning.
+
+    Raises:
+        UserError: says what, and the cure.
+    """
+    config, train = run.config, splits["train"]
+    plan = config.finetune
+    matching.check(config)
+    check_judge(config, splits)
+    check_labels(train, config)
+    check_pairs(config, run.ranks.world)
+    tuned = "finetune" if plan.start in ("auto", "distill") else f"finetune-{plan.start}"
+    stages = {
+        "pretrain": ["pretrain"],
+        "distill": [f"distill-{number}" for number in range(1, config.rounds + 1)],
+        "finetune": [tuned],
+    }
+    for section, names in stages.items():  # what is complete fits any number of ranks
+        if config.overwrite or any(run.shared_result(name) is None for name in names):
+            zero.micro_batch(getattr(config, section), run.ranks.world, f"--{section}.batch")
+    if run.shared_result(tuned) is not None and not config.overwrite:
+        return
+    steps = plan.length(train.epoch(train.counts))
+    plan.check_warmup("finetune", steps)
+    REGULARIZERS[plan.regularizer](run, None).check(steps)
+    _, _, number = plan.start.partition("distill-")
+    if number and int(number) > config.rounds and run.shared_result(plan.start) is None:
+        raise UserError(
+            f"--finetune.start {plan.start}: --stage all makes {config.rounds} round(s): give"
+            f" --rounds {number}, or an earlier start"
+        )

@@ -67,8 +67,10 @@ def embed(
         overwrite: Replace OUT, and parts of an interrupted launch with other settings.
     """
     images.allow(max_pixels)
-    place, near = Path(out), Path(f"{out}.nearest.csv")
-    if feature == "tokens" and (nearest or projector):
+    place = Path(out).expanduser()
+    near = place.with_name(f"{place.name}.nearest.csv")
+    points = None if projector is None else Path(projector).expanduser()
+    if feature == "tokens" and (nearest or points):
         raise UserError("--feature tokens has no one vector an input: take cls, mean or own")
     if nearest < 0:
         raise UserError(f"--nearest {nearest}: give 0 or more")
@@ -84,11 +86,10 @@ def embed(
     parts = Parts(place, made_by, given.samples)
 
     def prepare() -> int:
-        taken = projector and Path(projector).is_dir() and any(Path(projector).iterdir())
-        if taken and not overwrite:
-            raise UserError(f"{projector} holds files already: name another folder")
-        if projector and Path(projector).exists() and not Path(projector).is_dir():
-            raise UserError(f"{projector} is a file: name a folder for the projector")
+        if points and points.is_dir() and any(points.iterdir()) and not overwrite:
+            raise UserError(f"{points} holds files already: name another folder")
+        if points and points.exists() and not points.is_dir():
+            raise UserError(f"{points} is a file: name a folder for the projector")
         for beside in (vectors.ids_of(place), near):
             if beside.exists() and not overwrite:
                 raise UserError(f"{beside} is there: --overwrite replaces it, or name another OUT")
@@ -108,16 +109,16 @@ def embed(
     summary = work.summary(parts, rate)
     lines = [summary.line(place)]
     vectors.join(parts, given.column, nested=feature == "tokens")
-    if summary.unreadable < given.samples and (nearest or projector):
+    if summary.unreadable < given.samples and (nearest or points):
         array, names, places = vectors.whole(parts)
         if nearest:
             columns: tables.Columns = {"name": "text", "rank": "count", "neighbour": "text"}
             rows = vectors.nearest(array, names, nearest)
             tables.write(near, columns | {"cosine": "number"}, [rows])
             lines.append(f"{near}: the {min(nearest, given.samples - 1)} nearest of each")
-        if projector:
-            shown = vectors.project(Path(projector), array, names, places, given, loaded)
-            lines.append(f"{projector}: {shown} points: tensorboard --logdir {projector}")
+        if points:
+            shown = vectors.project(points, array, names, places, given, loaded)
+            lines.append(f"{points}: {shown} points: tensorboard --logdir {points}")
     parts.remove()
     for line in lines:
         print(printable(line))

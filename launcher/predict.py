@@ -63,7 +63,7 @@ def predict(
         overwrite: Replace OUT, and parts of an interrupted launch with other settings.
     """
     images.allow(max_pixels)
-    place = Path(out)
+    place = Path(out).expanduser()
     ranks = work.join()
     work.together(ranks, lambda: tables.check(place, overwrite=overwrite))
     loaded = opened(model, precision, range, channels, ranks)

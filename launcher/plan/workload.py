@@ -146,14 +146,15 @@ class Workload(ABC):
         return count(lambda: self.network(stage, classes)).all
 
     def _trained(self, stage: Stage, classes: int) -> nn.Module:
-        network: Any = self.network(stage, classes)
+        network = self.network(stage, classes)
+        model: Any = network  # which has an encoder
         if self.objective(stage) == "supcon":
             (width,) = self.feature("cls") or (0,)
-            return SupConObjective(network, width, self.config.supcon)
+            return SupConObjective(model, width, self.config.supcon)
         if self.objective(stage) == "diet":
             (width,) = self.feature(self.told) or (0,)
             smoothing = self.config.diet.smoothing
-            return DietObjective(network, self.told, width, self.rows, smoothing)
+            return DietObjective(model, self.told, width, self.rows, smoothing)
         return network
 
     def start(self, stage: Stage, classes: int) -> float:

@@ -19,7 +19,7 @@ from selfdistill.launcher.plan.tables import _uncounted, need
 from selfdistill.launcher.plan.workload import ImageWork
 from tests.launcher.plan.test_plan_memory import BATCH, SHAPE, peak, run_with
 
-WIDTH, DEPTH, PATCH = 96, 12, 16 * 16 * 3
+WIDTH, DEPTH, PATCH = 96, 12, 8 * 8 * 3
 
 
 def planned(**options: Any) -> Plan:
@@ -105,3 +105,20 @@ def test_r3f_computes_twice() -> None:
     none = planned(stage="finetune", finetune__regularizer="r3f", r3f__weight=0)
     assert none.work.flops("finetune", "cached", 10) == one
     assert not _uncounted(r3f.config)
+
+
+def test_texts() -> None:
+    """Of RoBERTa-base: a head beside the encoder; two whole views leave twice what one does."""
+
+    def made(objective: str) -> Plan:
+        asked = {"recipe": "roberta_base", "pretrain.objective": objective, "precision": "fp32"}
+        given = Options(samples=6000, tokens=60)
+        return prepare(given, load(asked | {"stage": "pretrain", "zero": "zero1"}))
+
+    mae, diet, supcon = made("mae"), made("diet"), made("supcon")
+    encoder = mae.work.teacher()
+    assert diet.work.parameters("pretrain", 10).trained == encoder + 6000 * 768
+    assert supcon.work.parameters("pretrain", 10).trained == encoder + 768 * 769 + 128 * 769
+    one, _ = supcon.work.viewed(4, supcon.config.supcon.dropout, True)
+    assert supcon.work.activations("pretrain", 4) == 2 * one
+    assert supcon.work.flops("pretrain", "cached", 10) == 6 * supcon.work.encode_flops()

@@ -191,7 +191,7 @@ class Roll:
         """That of this launch, and of this call in it."""
         if ranks.world == 1:
             return cls(None, 0, 1)
-        from torch.distributed import PrefixStore
+        from torch._C._distributed_c10d import PrefixStore
         from torch.distributed.distributed_c10d import _get_default_store
 
         store = PrefixStore(f"roll-{next(_CALLS)}", _get_default_store())
@@ -207,6 +207,12 @@ class Roll:
         if self.world > 1:
             with suppress(RuntimeError):  # the first rank, which keeps the store, is gone
                 self.store.add(f"{'ended' if kind is None else 'failed'}/{self.rank}", 1)
+                until = time.monotonic() + _BEAT
+                while self.rank == 0 and kind is None and time.monotonic() < until:
+                    # The store goes with this rank: the others say before that they have ended.
+                    if all(self.store.add(f"ended/{rank}", 0) for rank in range(1, self.world)):
+                        break
+                    time.sleep(0.02)
 
     def _tell(self) -> None:
         with suppress(RuntimeError):  # as above

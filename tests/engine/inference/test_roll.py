@@ -1,5 +1,6 @@
 """The first rank waits for the others only as long as they are at work."""
 
+import threading
 import time
 
 import pytest
@@ -32,6 +33,16 @@ def test_one_at_work_is_waited_for(rolls: tuple[Roll, Roll]) -> None:
         with other:
             look(first, 2.5)
         look(first, 2.5)  # it has ended its own, and a third may not have
+
+
+def test_the_first_leaves_last(rolls: tuple[Roll, Roll], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, other = rolls
+    monkeypatch.setattr(work, "_BEAT", 60.0)
+    threading.Timer(0.5, lambda: other.__exit__(None)).start()
+    began = time.monotonic()
+    with first:
+        pass
+    assert 0.4 < time.monotonic() - began < 30
 
 
 def test_one_that_fails_is_told_at_once(rolls: tuple[Roll, Roll], tmp_path: object) -> None:

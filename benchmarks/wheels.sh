@@ -10,7 +10,7 @@ if [ $# -eq 0 ]; then
 fi
 out=$1 version=${2:-3.12}
 # What torch's images have is left out: numpy, pillow, scikit-learn, timm, safetensors and so on.
-pure="deepspeed hjson fire termcolor webdataset braceexpand tomli-w"
+pure="deepspeed hjson fire termcolor webdataset braceexpand tomli-w httpx2 httpcore2 truststore idna"
 compiled="pydantic pydantic-core annotated-types typing-extensions typing-inspection"
 locked() {
     for name in $1; do

@@ -226,7 +226,7 @@ def main(run: str, metric: str | None = None) -> None:
             with commas between them; by default that by which the set is scored, on its test split,
             and macro F1 where it differs.
     """
-    show(Path(run), metric)
+    show(Path(run).expanduser(), metric)
 
 
 if __name__ == "__main__":

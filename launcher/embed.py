@@ -4,7 +4,7 @@ Several processes share the work, and an interrupted one goes on, as `launcher.p
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +13,14 @@ from selfdistill.data.errors import UserError, printable
 from selfdistill.data.formats import images
 from selfdistill.data.inputs.find import Stdin, find
 from selfdistill.data.inputs.tables import Wanted
-from selfdistill.engine.inference import tables, vectors, work
-from selfdistill.engine.inference.model import Asked, Loaded, Precision
+from selfdistill.engine.inference import Asked, Precision, tables
 from selfdistill.engine.inference.parts import Parts
 from selfdistill.launcher import ranked
 from selfdistill.launcher.predict import batch_of, opened, say
+
+if TYPE_CHECKING:
+    from selfdistill.engine.inference.model import Loaded
+    from selfdistill.engine.inference.work import Done
 
 
 def embed(
@@ -40,7 +43,7 @@ def embed(
     batch: int | None = None,
     workers: int | None = None,
     overwrite: bool = False,
-) -> work.Done:
+) -> "Done":
     """Writes each picture's or text's feature: what the model makes of it before any head.
 
     Args:
@@ -66,9 +69,14 @@ def embed(
         workers: See launcher.predict.
         overwrite: Replace OUT, and parts of an interrupted launch with other settings.
     """
+    # torch: seconds, for which neither --help nor a wrong option waits.
+    from selfdistill.engine.inference import vectors, work
+
     images.allow(max_pixels)
-    place, near = Path(out), Path(f"{out}.nearest.csv")
-    if feature == "tokens" and (nearest or projector):
+    place = Path(out).expanduser()
+    near = place.with_name(f"{place.name}.nearest.csv")
+    points = None if projector is None else Path(projector).expanduser()
+    if feature == "tokens" and (nearest or points):
         raise UserError("--feature tokens has no one vector an input: take cls, mean or own")
     if nearest < 0:
         raise UserError(f"--nearest {nearest}: give 0 or more")
@@ -84,11 +92,10 @@ def embed(
     parts = Parts(place, made_by, given.samples)
 
     def prepare() -> int:
-        taken = projector and Path(projector).is_dir() and any(Path(projector).iterdir())
-        if taken and not overwrite:
-            raise UserError(f"{projector} holds files already: name another folder")
-        if projector and Path(projector).exists() and not Path(projector).is_dir():
-            raise UserError(f"{projector} is a file: name a folder for the projector")
+        if points and points.is_dir() and any(points.iterdir()) and not overwrite:
+            raise UserError(f"{points} holds files already: name another folder")
+        if points and points.exists() and not points.is_dir():
+            raise UserError(f"{points} is a file: name a folder for the projector")
         for beside in (vectors.ids_of(place), near):
             if beside.exists() and not overwrite:
                 raise UserError(f"{beside} is there: --overwrite replaces it, or name another OUT")
@@ -108,16 +115,16 @@ def embed(
     summary = work.summary(parts, rate)
     lines = [summary.line(place)]
     vectors.join(parts, given.column, nested=feature == "tokens")
-    if summary.unreadable < given.samples and (nearest or projector):
+    if summary.unreadable < given.samples and (nearest or points):
         array, names, places = vectors.whole(parts)
         if nearest:
             columns: tables.Columns = {"name": "text", "rank": "count", "neighbour": "text"}
             rows = vectors.nearest(array, names, nearest)
             tables.write(near, columns | {"cosine": "number"}, [rows])
             lines.append(f"{near}: the {min(nearest, given.samples - 1)} nearest of each")
-        if projector:
-            shown = vectors.project(Path(projector), array, names, places, given, loaded)
-            lines.append(f"{projector}: {shown} points: tensorboard --logdir {projector}")
+        if points:
+            shown = vectors.project(points, array, names, places, given, loaded)
+            lines.append(f"{points}: {shown} points: tensorboard --logdir {points}")
     parts.remove()
     for line in lines:
         print(printable(line))
@@ -125,7 +132,7 @@ def embed(
 
 
 def features_of(
-    model: Loaded, found: dict[str, Any], count: int, feature: Asked
+    model: "Loaded", found: dict[str, Any], count: int, feature: Asked
 ) -> tuple[list[dict[str, Any]], NDArray[Any]]:
     """The features of a batch's readable inputs, and their rows.
 
@@ -139,12 +146,14 @@ def features_of(
         Rows, of texts' tokens with their number; fp32 [count, D], of images' tokens
         [count, T, D], of texts' [sum of T, D].
     """
+    from selfdistill.engine.inference.vectors import TOKENS
+
     if feature != "tokens":
         return [{} for _ in range(count)], model.encode(found, feature)[:count].cpu().numpy()
     each = [tokens.cpu().numpy() for tokens in model.tokens(found)[:count]]
     if model.kind == "image":
         return [{} for _ in each], np.stack(each)
-    return [{vectors.TOKENS: len(tokens)} for tokens in each], np.concatenate(each)
+    return [{TOKENS: len(tokens)} for tokens in each], np.concatenate(each)
 
 
 if __name__ == "__main__":

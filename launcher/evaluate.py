@@ -28,10 +28,10 @@ from selfdistill.data.shards.manifest import is_remote
 from selfdistill.data.sources import scored
 from selfdistill.data.splits import ALIASES, DIVIDED
 from selfdistill.engine.checkpoints.results import RESULT, read_result
-from selfdistill.engine.inference import evaluation, found, tables, work
+from selfdistill.engine.inference import Precision, evaluation, found, tables, work
 from selfdistill.engine.inference.batches import workers_of
 from selfdistill.engine.inference.evaluation import Evaluation, class_numbers
-from selfdistill.engine.inference.model import Loaded, Precision
+from selfdistill.engine.inference.model import Loaded
 from selfdistill.engine.runtime.distributed import Ranks, cores
 from selfdistill.launcher import ranked
 from selfdistill.launcher.predict import batch_of, opened, say

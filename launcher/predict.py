@@ -5,18 +5,20 @@ Several processes share the work: `deepspeed --module launcher.predict runs/mine
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from selfdistill.data.errors import UserError, printable
 from selfdistill.data.formats import depth, images
 from selfdistill.data.formats.channels import parse as parse_channels
 from selfdistill.data.inputs.find import Stdin, find
 from selfdistill.data.inputs.tables import Wanted
-from selfdistill.engine.inference import tables, work
-from selfdistill.engine.inference.found import no_classes
-from selfdistill.engine.inference.model import Loaded, Precision, load
+from selfdistill.engine.inference import Precision, tables
 from selfdistill.engine.inference.parts import Parts
 from selfdistill.launcher import ranked
+
+if TYPE_CHECKING:
+    from selfdistill.engine.inference.model import Loaded
+    from selfdistill.engine.inference.work import Done
 
 #: Above this a class of a model that gives several is named.
 OVER = 0.5
@@ -39,7 +41,7 @@ def predict(
     batch: int | None = None,
     workers: int | None = None,
     overwrite: bool = False,
-) -> work.Done:
+) -> "Done":
     """Says of each picture or text its class and how probable that is.
 
     Args:
@@ -62,8 +64,12 @@ def predict(
         workers: Processes that read and decode.
         overwrite: Replace OUT, and parts of an interrupted launch with other settings.
     """
+    # torch: seconds, for which neither --help nor a wrong option waits.
+    from selfdistill.engine.inference import work
+    from selfdistill.engine.inference.found import no_classes
+
     images.allow(max_pixels)
-    place = Path(out)
+    place = Path(out).expanduser()
     ranks = work.join()
     work.together(ranks, lambda: tables.check(place, overwrite=overwrite))
     loaded = opened(model, precision, range, channels, ranks)
@@ -109,8 +115,10 @@ def opened(
     channels: str | None,
     ranks: Any,
     size: images.Size | None = None,
-) -> Loaded:
+) -> "Loaded":
     """The model, with what is said of deep pictures on the command line."""
+    from selfdistill.engine.inference.model import load
+
     span = depth.parse(range)
     if isinstance(span, str):
         raise UserError("--range auto is for packing: give LOW,HIGH, such as 0,4095")
@@ -124,12 +132,14 @@ def opened(
     )
 
 
-def batch_of(asked: int | None, model: Loaded) -> int:
+def batch_of(asked: int | None, model: "Loaded") -> int:
     """Inputs of a batch.
 
     Raises:
         UserError: fewer than one.
     """
+    from selfdistill.engine.inference import work
+
     if asked is not None and asked < 1:
         raise UserError(f"--batch {asked}: give 1 or more")
     return asked or (work.ON_GPU if model.device.type == "cuda" else work.ON_CPU)
@@ -141,7 +151,7 @@ def say(lines: list[str], main: bool) -> None:
         print(printable(line), flush=True)
 
 
-def rows_of(model: Loaded, found: dict[str, Any], count: int, top: int) -> list[dict[str, Any]]:
+def rows_of(model: "Loaded", found: dict[str, Any], count: int, top: int) -> list[dict[str, Any]]:
     """What is said of each readable input of a batch.
 
     Args:

@@ -31,7 +31,7 @@ def main(
     """
     began = time.monotonic()
     chosen = example.EXAMPLES[kind]
-    folder = Path(output or ("runs/quickstart" + ("-text" if kind == "text" else "")))
+    folder = Path(output or ("runs/quickstart" + ("-text" if kind == "text" else ""))).expanduser()
     console = Console()
     shards = folder / "shards"
     example.main(kind, str(shards))

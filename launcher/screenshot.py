@@ -294,13 +294,13 @@ def screenshot(
         timeout: Seconds until it is given up.
         overwrite: Replace the PNG if it is there.
     """
-    target = Path(picture)
+    target = Path(picture).expanduser()
     if target.suffix != ".png":
         raise UserError(f"{picture}: the picture is a PNG: name a file that ends in .png")
     if target.exists() and not overwrite:
         raise UserError(f"{picture} is there already: name another, or add --overwrite")
     png, cards = take(
-        Path(folder),
+        Path(folder).expanduser(),
         tab,
         tags=tags,
         width=width,

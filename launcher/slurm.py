@@ -130,8 +130,10 @@ def plan(options: Options, engine: dict[str, cli.Typed]) -> list[Job]:
             arguments += option.words
             seedless += option.words if name != "seed" else []
     variables["ARGS"] = shlex.join(arguments)
+    # The templates' shell finds ~ in a variable, where it stands for nothing.
+    variables["OUTPUT"] = str(config.place())
     # sbatch reads %j and the like in a file's name.
-    logs = str(Path(config.output) / "slurm").replace("%", "%%")
+    logs = str(config.place() / "slurm").replace("%", "%%")
     asked = {
         "nodes": options.nodes,
         "ntasks-per-node": options.ranks or options.gpus,

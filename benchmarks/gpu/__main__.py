@@ -3,7 +3,7 @@
 Runs the parts one after the other (`benchmarks.gpu.parts`), each as a process with a limit. A part
 prints a line of JSON for each figure; it stands in OUT/results.jsonl the moment it is there, so
 that whatever ends the machine loses none. OUT/results.md is written last, and after SIGTERM, too;
-OUT/log.txt has all that the parts said. A first call, `--first true`, takes 75 seconds and tells
+OUT/log.txt has all that the parts said. A first call, `--first true`, takes 100 seconds and tells
 whether the machine is fit for the long one; `--tiny true` rehearses either on any machine.
 
 On a machine with torch but without the rest, and without a network, `benchmarks/gpu.sh` installs
@@ -67,8 +67,11 @@ class Results:
 def _listen(part: Part, stream: IO[str], results: Results) -> None:
     """Takes figures out of what a part says."""
     for line in stream:
-        if line.startswith(MARK):
-            record = json.loads(line[len(MARK) :])
+        try:
+            record = json.loads(line.removeprefix(MARK)) if line.startswith(MARK) else None
+        except ValueError:  # of a part that was ended amid the line
+            record = None
+        if record is not None:
             results.add({"part": part.name, **record})
             shown = {k: v for k, v in record.items() if k not in ("name", "unit")}
             print(f"  {record['name']}: {json.dumps(shown)} {record.get('unit', '')}", flush=True)

@@ -48,7 +48,7 @@ LONG = (
         "tests",
         "pytest -m gpu",
         95,
-        ("-m", "pytest", "-q", "-m", "gpu", GPU_TESTS),
+        ("-m", "pytest", "-v", "-m", "gpu", GPU_TESTS),
     ),
     Part("distill", "ViT-B/16 distillation", 90, *_both("steps", "--what=distill")),
     Part("deterministic", "ViT-B/16, deterministic", 20, *_both("steps", "--what=deterministic")),
@@ -58,22 +58,23 @@ LONG = (
     Part("compiled", "torch.compile", 60, *_both("steps", "--what=compiled")),
     Part("texts", "RoBERTa-base at mixed lengths", 35, *_both("texts")),
     Part("loader", "loader, and data wait of a run", 40, *_both("feeding")),
-    Part("checkpoint", "checkpoint save and load", 20, *_both("saving")),
+    Part("checkpoint", "checkpoint save and load", 20, *_both("saving", "--patience=8")),
 )
 
-#: Some 75 seconds: whether the long call is worth starting.
+#: Some 100 seconds: whether the long call is worth starting. A machine that has just been started
+#: reads torch and the others from its disk for the first time.
 FIRST = (
     Part("machine", "versions, bandwidth, ceiling", 20, *_both("machine")),
     Part("doctor", "launcher.doctor", 15, ("-m", "launcher.doctor")),
-    Part("one", "one bf16 step", 20, *_both("steps", "--what=one")),
+    Part("one", "one bf16 step", 35, *_both("steps", "--what=one")),
     Part(
         "tests",
         "two tests",
-        20,
+        30,
         (
             "-m",
             "pytest",
-            "-q",
+            "-v",
             "-m",
             "gpu",
             "-k",

@@ -38,6 +38,7 @@ def main(
     rounds: int = 3,
     threads: int = 0,
     place: str | None = None,
+    patience: float = 0.0,
 ) -> None:
     """Times it; rounds alternate between a step alone and steps with a checkpoint.
 
@@ -48,6 +49,7 @@ def main(
         rounds: of each measurement.
         threads: that compute on a CPU; 0: as many as it has cores.
         place: folder to write into, on the disk that is measured.
+        patience: seconds after which no further round begins, on a slow disk; 0: all are taken.
     """
     size = "tiny" if tiny else "vit_base"
     step, engine = ours.make(
@@ -69,7 +71,10 @@ def main(
         def save(number: int, *, wait: bool) -> Callable[[], None]:
             return lambda: kept.save(engine, State(number, 0, {}, "", 1), wait=wait)
 
+        began = time.perf_counter()
         for number in range(-1, rounds):  # the first does not count
+            if number > 0 and 0 < patience < time.perf_counter() - began:
+                break
             one = seconds(step)
             waited = seconds(save(2 * number + 3, wait=True), step)
             beside = seconds(save(2 * number + 4, wait=False), step, kept.settle)

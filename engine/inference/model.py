@@ -23,14 +23,9 @@ from selfdistill.data.formats.texts import Text, store
 from selfdistill.data.loading.codec import Codec
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.export import TOLD
-from selfdistill.engine.inference import found
+from selfdistill.engine.inference import Asked, Precision, found
 from selfdistill.engine.inference.network import Network, Pool
 from selfdistill.engine.runtime import devices, precision, rendezvous
-
-#: `own`: what the model's head reads, or of an encoder what its makers pool.
-Asked = Literal["own", "cls", "mean", "tokens"]
-#: `auto`: as it was scored when it was trained, where this device has units for that.
-Precision = Literal["auto", "fp32", "bf16"]
 
 #: Inputs of a batch of those that are given as a list.
 TOGETHER = 64

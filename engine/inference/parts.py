@@ -12,7 +12,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +107,14 @@ class Parts:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_text(self._path(block, "jsonl"), "".join(lines))
 
-    def wait(self) -> None:
-        """Waits until the other ranks have done their blocks; a launcher ends it if one fails.
+    def wait(self, look: Callable[[], None]) -> None:
+        """Waits until the other ranks have done their blocks.
 
-        srun does so under --kill-on-bad-exit=1 alone.
+        Args:
+            look: called again and again; raises where one of them never will.
         """
         while self.done() < self.blocks:
+            look()
             time.sleep(0.2)
 
     def rows(self) -> Iterator[list[Row]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from selfdistill.data.cli import machine_error
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import TryAgain, UserError
 from selfdistill.data.formats import images
 from selfdistill.data.inputs.base import Inputs
 from selfdistill.engine.inference.batches import ERRORS, NAMES, ListedBatches, workers_of
@@ -32,6 +34,10 @@ from selfdistill.engine.runtime.distributed import Ranks, cores, initialize, mai
 ON_CPU, ON_GPU = 64, 256
 #: Seconds between lines of progress where no terminal shows a bar.
 _BETWEEN = 30.0
+#: Seconds between two signs of life of a rank, and after which one without them is gone.
+_BEAT, _GONE = 5.0, 120.0
+#: Numbers of a launch's calls, the same on all ranks.
+_CALLS = itertools.count()
 
 #: From a batch and the number of its readable inputs: their rows, and their vectors if any.
 Compute = Callable[[dict[str, Any], int], tuple[list[Row], NDArray[Any] | None]]
@@ -140,7 +146,7 @@ def through(
     rows: list[Row] = []
     vectors: list[NDArray[Any]] = []
     began, before = time.monotonic(), parts.done()
-    with _Shown(parts, enabled=ranks.main) as shown, _kept(parts, ranks):
+    with _Shown(parts, enabled=ranks.main) as shown, _kept(parts, ranks), Roll.of(ranks) as roll:
         for number, found in enumerate(loader):
             block, places = order[number]
             names, errors = found.pop(NAMES), found.pop(ERRORS)
@@ -157,9 +163,85 @@ def through(
                 rows, vectors = [], []
             shown.advance(len(places), block_done=not rows)
         if ranks.main:
-            parts.wait()
+            parts.wait(roll.look)
     seconds = time.monotonic() - began
     return min((parts.done() - before) * BLOCK, parts.samples) / seconds if todo else 0.0
+
+
+class Roll:
+    """Which ranks are at work: each says so again and again, in the store of the launch.
+
+    deepspeed and torchrun end the others of a rank that fails. srun does so under
+    --kill-on-bad-exit=1 alone, and the first rank would wait without end for its blocks.
+
+    Args:
+        store: torch's, of all ranks; None: this one is alone.
+        rank: this one.
+        world: their number.
+    """
+
+    def __init__(self, store: Any, rank: int, world: int) -> None:
+        self.store, self.rank, self.world = store, rank, world
+        self.over = threading.Event()
+        self.seen: dict[int, tuple[int, float]] = {}
+        self.next = 0.0
+
+    @classmethod
+    def of(cls, ranks: Ranks) -> Roll:
+        """That of this launch, and of this call in it."""
+        if ranks.world == 1:
+            return cls(None, 0, 1)
+        from torch._C._distributed_c10d import PrefixStore
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        store = PrefixStore(f"roll-{next(_CALLS)}", _get_default_store())
+        return cls(store, ranks.rank, ranks.world)
+
+    def __enter__(self) -> Roll:
+        if self.world > 1:
+            threading.Thread(target=self._tell, name="roll", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.over.set()
+        if self.world > 1:
+            with suppress(RuntimeError):  # the first rank, which keeps the store, is gone
+                self.store.add(f"{'ended' if kind is None else 'failed'}/{self.rank}", 1)
+                until = time.monotonic() + _BEAT
+                while self.rank == 0 and kind is None and time.monotonic() < until:
+                    # The store goes with this rank: the others say before that they have ended.
+                    if all(self.store.add(f"ended/{rank}", 0) for rank in range(1, self.world)):
+                        break
+                    time.sleep(0.02)
+
+    def _tell(self) -> None:
+        with suppress(RuntimeError):  # as above
+            while not self.over.wait(_BEAT):
+                self.store.add(f"beat/{self.rank}", 1)
+
+    def look(self) -> None:
+        """Of the first rank: whether all others are at work, or have ended theirs.
+
+        Raises:
+            TryAgain: one has failed, or nothing was heard of it for too long.
+        """
+        now = time.monotonic()
+        if now < self.next:
+            return
+        self.next = now + _BEAT
+        for rank in range(1, self.world):
+            if self.store.add(f"ended/{rank}", 0):
+                continue
+            beat = self.store.add(f"beat/{rank}", 0)
+            before, since = self.seen.get(rank, (-1, now))
+            self.seen[rank] = (beat, now if beat != before else since)
+            failed = self.store.add(f"failed/{rank}", 0)
+            if failed or now - self.seen[rank][1] > _GONE:
+                why = "has failed" if failed else f"was not heard of for {_GONE:.0f} s"
+                raise TryAgain(
+                    f"rank {rank} of {self.world} {why}: launch again, which goes on with the parts"
+                    " that are left"
+                )
 
 
 @contextmanager

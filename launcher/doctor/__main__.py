@@ -115,7 +115,7 @@ def main(
     report = Report(me)
     report.tell(attempt("Python", checks.python))
     report.tell(attempt("packages", checks.packages))
-    run = Path(output) if output else None
+    run = Path(output).expanduser() if output else None
     if run:
         # Before they meet: afterwards another task may just be removing the folder.
         report.tell(attempt("run folder", lambda: storage.run_folder(run, weights, settings.keep)))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from selfdistill.data.errors import UserError
-from selfdistill.engine.monitoring.flops import peak_flops
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Device(NamedTuple):
@@ -73,6 +73,8 @@ def find(
     Raises:
         UserError: an unknown device, or one without units for the precision.
     """
+    from selfdistill.engine.monitoring.flops import peak_flops  # and torch: late, it takes seconds
+
     key = _key(name)
     if key not in DEVICES:
         if memory_gb is not None and tflops is not None:
@@ -96,6 +98,10 @@ def find(
 
 def best_precision(name: str) -> str:
     """What `--precision auto` takes on a device: fp32 where it is known to have no bf16 units."""
+    import torch
+
+    from selfdistill.engine.monitoring.flops import peak_flops
+
     known = DEVICES.get(_key(name))
     return "fp32" if known and peak_flops(known[0], torch.bfloat16) is None else "bf16"
 

@@ -65,7 +65,7 @@ def main(kind: Literal["images", "text"], out: str) -> None:
     Raises:
         UserError: something else is in the way.
     """
-    target = Path(out)
+    target = Path(out).expanduser()
     if complete(target):
         return
     taken = f"{target} is in the way: remove it, or name another folder"

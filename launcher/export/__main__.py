@@ -47,7 +47,7 @@ def main(
     if onnx is not None:
         from selfdistill.launcher.export.onnx_file import write
 
-        write(folder, Path(onnx), overwrite=overwrite)
+        write(folder, Path(onnx).expanduser(), overwrite=overwrite)
     elif push is not None:
         from selfdistill.launcher.export.hub import upload
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from selfdistill.data import cli
 from selfdistill.engine.config import options as configuration
 from selfdistill.launcher import options as command_line
-from selfdistill.launcher.plan.forecast import Options, prepare
+from selfdistill.launcher.plan import Options
 
 USAGE = "python -m launcher.plan --recipe NAME --data DIR --devices N --device NAME"
 
@@ -33,9 +33,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if {"--help", "-h"} & set(given):
             print(command_line.help_text(Options, USAGE))
             return
+        # Below, what imports torch: seconds, for which neither --help nor a wrong option waits.
         options, others = command_line.split(Options, given)
         words = [word for option in others.values() for word in option.words]
         config = configuration.load(configuration.parse(words))
+        from selfdistill.launcher.plan.forecast import prepare
+
         plan = prepare(options, config)
         import deepspeed  # noqa: F401  # takes seconds, and says something: before the tables
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pydantic
 import torch
 
 from selfdistill.data.errors import UserError
@@ -21,39 +20,10 @@ from selfdistill.engine.runtime import zero
 from selfdistill.engine.runtime.distributed import Ranks
 from selfdistill.engine.training import teacher
 from selfdistill.engine.training.modalities.base import settle_pooling
-from selfdistill.launcher.doctor.devices import DEVICES, Device, best_precision, find
+from selfdistill.launcher.doctor.devices import Device, best_precision, find
+from selfdistill.launcher.plan import Options
 from selfdistill.launcher.plan.known import IMAGES, TEXTS
 from selfdistill.launcher.plan.workload import ImageWork, Workload
-
-
-class Options(pydantic.BaseModel):
-    """Options of plan beside those of engine/run.py."""
-
-    model_config = pydantic.ConfigDict(extra="forbid")
-
-    devices: int = pydantic.Field(1, ge=1, description="ranks, one a GPU")
-    per_node: int = pydantic.Field(8, ge=1, description="GPUs of a node")
-    device: str = pydantic.Field("h100", description=f"one of {', '.join(DEVICES)}")
-    memory_gb: float | None = pydantic.Field(None, gt=0, description="memory of another device")
-    tflops: float | None = pydantic.Field(None, gt=0, description="dense peak of another device")
-    mfu: float = pydantic.Field(0.4, gt=0, le=1, description="share of the peak that is reached")
-    price: float | None = pydantic.Field(None, gt=0, description="of a device for an hour")
-    samples: int | None = pydantic.Field(None, ge=1, description="training samples, without --data")
-    tokens: float | None = pydantic.Field(None, ge=3, description="mean tokens of a text")
-    classes: int | None = pydantic.Field(None, ge=1, description="classes, without --data [10]")
-    link_gbs: float = pydantic.Field(
-        450, gt=0, description="GB/s that a GPU sends in its node: an H100's NVLink, one direction"
-    )
-    network_gbs: float = pydantic.Field(
-        400, gt=0, description="GB/s that a node sends to others: 8 cards of 400 Gb/s"
-    )
-    storage_gbs: float = pydantic.Field(
-        5, gt=0, description="GB/s that the shared storage writes, for all nodes together"
-    )
-    read_gbs: float | None = pydantic.Field(
-        None, gt=0, description="GB/s that it reads, for all nodes together [as it writes]"
-    )
-    cores: int = pydantic.Field(112, ge=1, description="processor cores of a node: a DGX H100's")
 
 
 @dataclass(frozen=True)
@@ -69,6 +39,7 @@ class Job:
         epoch: samples of a pass, fewer or more than these where sets are mixed.
         sample_bytes: mean bytes of a sample in the shards; None where there are none.
         micro: samples of a device's micro-batch.
+        anchored: whether RecAdam keeps the weights that it began with.
     """
 
     name: str
@@ -79,6 +50,7 @@ class Job:
     epoch: int
     sample_bytes: float | None
     micro: int
+    anchored: bool = False
 
     @property
     def steps(self) -> int:
@@ -91,6 +63,11 @@ class Job:
         averaged = isinstance(self.section, FinetuneSection) and self.section.ema > 0
         best = isinstance(self.section, KeptSection) and self.section.keep == "best"
         return averaged + best
+
+    @property
+    def saved(self) -> int:
+        """Copies of the weights in a checkpoint."""
+        return self.copies + self.anchored
 
     @property
     def times(self) -> str:
@@ -175,6 +152,7 @@ def prepare(options: Options, config: Config) -> Plan:
         _job(name, stage, repeats, options, config, manifests)
         for name, stage, repeats in _stages(config, work)
     ]
+    work.rows = next((job.samples for job in jobs if job.stage == "pretrain"), 0)
     if labelled and not classes:
         if config.stage == "finetune":
             raise UserError(
@@ -281,4 +259,6 @@ def _job(
     assert samples is not None
     epoch = manifest.epoch(manifest.counts) if manifest else samples
     micro = content["train_micro_batch_size_per_gpu"]
-    return Job(name, stage, section, repeats, samples, epoch, size, micro)
+    pulled = config.finetune.regularizer == "recadam" and config.recadam.c > 0
+    anchored = stage == "finetune" and pulled
+    return Job(name, stage, section, repeats, samples, epoch, size, micro, anchored)

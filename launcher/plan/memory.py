@@ -25,7 +25,8 @@ class Need:
     """Bytes on one device, and of host memory for its rank.
 
     Attributes:
-        weights: of the forward pass; under ZeRO-3 with what is gathered of the others'.
+        weights: of the forward pass; under ZeRO-3 with what is gathered of the others', under MARS
+            with those that it began with.
         gradients: at the end of a backward.
         optimizer: AdamW's two moments, the fp32 weights where DeepSpeed keeps them apart, and the
             weights' average where there is one.
@@ -69,6 +70,8 @@ def need(
     world: int,
     accumulation: int = 1,
     copies: int = 0,
+    anchored: bool = False,
+    start: float = 0.0,
     teacher: float = 0.0,
     activations: float = 0.0,
     node: int = 1,
@@ -83,6 +86,9 @@ def need(
         accumulation: micro-batches of a step.
         copies: of the weights, beside them: their average (`--finetune.ema`), the best of them
             (`--STAGE.keep best`).
+        anchored: whether the optimiser keeps the weights that it began with (RecAdam), and in its
+            step how far it is from them.
+        start: bytes of weights that each rank keeps whole (MARS).
         teacher: bytes of the frozen encoder.
         activations: bytes of a micro-batch, and of the weights' copies for bf16 products.
         node: ranks of a node, where hierarchical partitioning leaves them open.
@@ -91,6 +97,7 @@ def need(
     trained, weights = parameters.trained, size * parameters.all
     bucket, shard = size * zero.reduce_bucket_size, weights / world
     own, fp32 = size * trained / world, 4 * trained / world
+    copies += anchored
     masters = (12 + 4 * copies) * trained / world
     away, weights_away = offloaded(zero.offload_optimizer), offloaded(zero.offload_param)
     # ZeRO-3 keeps a parameter that is used again within max_reuse_distance: below a billion of
@@ -102,7 +109,8 @@ def need(
     # Between micro-batches ZeRO-1 keeps whole gradients.
     first = size * trained if accumulation > 1 else own
     flat = size * min(trained, ALL_REDUCE) if world > 1 else 0
-    sums, step = bucket * (2 if zero.overlap_comm else 1), 0 if away else fp32
+    flat = max(flat, 4 * trained) if anchored else flat
+    sums, step = bucket * (2 if zero.overlap_comm else 1), 0 if away else (1 + anchored) * fp32
     kept = 0 if away else masters
     found = {
         # stage: weights, gradients, optimiser, in the backward, in the step
@@ -112,7 +120,7 @@ def need(
         3: (held, 0 if away else own, kept, bucket, bucket + step),
     }[stage]
     host = (masters + own + fp32 if away else 0) + (shard if weights_away else 0)
-    return Need(*found, teacher, activations, host if stage else 0)
+    return Need(found[0] + start, *found[1:], teacher, activations, host if stage else 0)
 
 
 def settings(

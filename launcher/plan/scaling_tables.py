@@ -93,7 +93,7 @@ def stage_rows(plan: Plan, job: Job) -> list[Row]:
     # Seconds of a sample on a device; bytes of a checkpoint.
     one = plan.work.flops(job.stage, plan.mode, plan.classes) / (plan.device.peak * options.mfu)
     every = config.save_every
-    size = memory.checkpoint_bytes(parameters, job.copies) if every else 0.0
+    size = memory.checkpoint_bytes(parameters, job.saved) if every else 0.0
     written = size / (options.storage_gbs * 1e9)
     found = []
     for devices in sorted({*DEVICES, options.devices}):

@@ -34,16 +34,6 @@ SETTINGS = ("zero0", "zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload")
 def _uncounted(config: Config) -> list[str]:
     """A note on what a launch needs beside the memory that is planned."""
     more = {
-        "--finetune.regularizer r3f (a second pass)": config.finetune.regularizer == "r3f",
-        "--finetune.regularizer recadam (one more copy of the weights)": (
-            config.finetune.regularizer == "recadam"
-        ),
-        "--finetune.regularizer mars (the weights that it started from)": (
-            config.finetune.regularizer == "mars"
-        ),
-        f"--pretrain.objective {config.pretrain.objective} (whole views, none of them masked)": (
-            config.pretrain.objective != "mae"
-        ),
         f"--distill.match {config.distill.match} (another model's weights)": (
             config.distill.match != "feature"
         ),
@@ -86,8 +76,9 @@ def need(plan: Plan, job: Job, content: dict[str, Any]) -> memory.Need:
     """Memory of one device in a stage under a DeepSpeed configuration."""
     parameters, world = plan.work.parameters(job.stage, plan.classes), plan.options.devices
     teacher = _teacher(plan, content) if job.stage == "distill" else 0.0
-    # Autocast keeps no copies of what has no gradient.
-    copied = parameters.trained if job.stage == "decoder" else parameters.all
+    # Autocast keeps no copies of what has no gradient, or takes no part.
+    whole = job.stage != "decoder" and plan.work.reconstructs(job.stage)
+    copied = parameters.all if whole else parameters.trained
     copies = plan.product * copied if plan.product < plan.size else 0
     if copies and job.stage == "distill" and plan.config.adapt != "full":
         copies += plan.product * parameters.frozen  # autocast keeps copies of trained ones alone
@@ -98,6 +89,8 @@ def need(plan: Plan, job: Job, content: dict[str, Any]) -> memory.Need:
         world=world,
         accumulation=job.section.accumulation,
         copies=job.copies,
+        anchored=job.anchored,
+        start=plan.work.start(job.stage, plan.classes),
         teacher=teacher,
         activations=copies + job.micro * plan.work.activations(job.stage, plan.product),
         node=plan.options.per_node,
@@ -155,16 +148,17 @@ def disk_sheet(plan: Plan) -> Sheet:
     for job in plan.jobs:
         parameters = plan.work.parameters(job.stage, plan.classes)
         if config.save_every:
-            each = 12 + 4 * job.copies
+            each = 12 + 4 * job.saved
             one = f"({each} B x {parameters.trained:,} + 4 B x {parameters.frozen:,})"
             arithmetic = f"{one} x (keep {config.keep} + 1 being written)"
-            size = memory.checkpoint_bytes(parameters, job.copies)
+            size = memory.checkpoint_bytes(parameters, job.saved)
             size *= (config.keep + 1) * job.repeats
             sizes[f"{job.name}: checkpoints", arithmetic + job.times] = size
         images = plan.work.samples == "images"
         twice = images and job.stage == "finetune" and config.finetune.settled == "cls"
-        arithmetic = f"4 B x {parameters.all:,}{' x 2 (transformers, timm)' if twice else ''}"
-        size = 4 * parameters.all * (1 + twice) * job.repeats
+        written = plan.work.exported(job.stage, plan.classes)
+        arithmetic = f"4 B x {written:,}{' x 2 (transformers, timm)' if twice else ''}"
+        size = 4 * written * (1 + twice) * job.repeats
         sizes[f"{job.name}: export", arithmetic + job.times] = size
         shape = plan.work.feature(config.distill.settled)
         if job.stage == "distill" and plan.mode == "cached" and shape is not None:

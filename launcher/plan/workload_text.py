@@ -110,7 +110,7 @@ class TextWork(Workload):
         encoder: nn.Module = MaskedLanguageModel(self.base.config).encoder
         return encoder
 
-    def flops(self, stage: Stage, mode: TeacherMode, classes: int) -> float:
+    def plain_flops(self, stage: Stage, mode: TeacherMode, classes: int) -> float:
         """See `Workload`: of a text of mean length."""
         texts, length = 100, max(1, round(self.tokens))
         batch = {
@@ -123,19 +123,37 @@ class TextWork(Workload):
         """Masked tokens of a text; special ones never are."""
         return self.config.mlm.ratio * max(0.0, tokens - SPECIAL)
 
-    def activations(self, stage: Stage, size: int) -> float:
+    def classified(self, size: int) -> tuple[float, float]:
+        """See `Workload`: of a text of the greatest length."""
+        return self._whole(self.blocks, size, self.config.finetune.dropout, True)
+
+    def viewed(self, size: int, dropout: float | None, cls_only: bool) -> tuple[float, float]:
+        """See `Workload`: of a text of the greatest length."""
+        rate = self._dropout() if dropout is None else dropout
+        return self._whole(self._adapted(), size, rate, cls_only)
+
+    def _whole(self, blocks: Blocks, size: int, rate: float, first: bool) -> tuple[float, float]:
+        cut, mask = CLS_ROW if first and cuts(self.base.config) else None, int(rate > 0)
+        saved = whole_texts(blocks, self.longest, size, mask=mask, cut=cut)
+        return saved, peak(saved, [(blocks, self.longest)], size, mask=mask)
+
+    def _adapted(self) -> Blocks:
+        """The blocks as stages 1 and 2 train them."""
+        part = Part(self.config.adapt, self.config.lora.rank)
+        return self.blocks._replace(part=part, layers=6)
+
+    def _dropout(self) -> float:
+        """The encoder's in stages 1 and 2."""
+        config = self.base.config
+        own = float(getattr(config, "hidden_dropout_prob", getattr(config, "dropout", 0.1)))
+        return own if self.config.mlm.dropout is None else self.config.mlm.dropout
+
+    def plain_activations(self, stage: Stage, size: int) -> float:
         """See `Workload`: of a text of the greatest length."""
         config, length = self.base.config, self.longest
-        first, stacks = CLS_ROW if cuts(config) else None, [(self.blocks, length)]
-        own = float(getattr(config, "hidden_dropout_prob", getattr(config, "dropout", 0.1)))
         if stage == "finetune":
-            rate = self.config.finetune.dropout
-            saved = whole_texts(self.blocks, length, size, mask=int(rate > 0), cut=first)
-            return peak(saved, stacks, size, mask=int(rate > 0))
-        part = Part(self.config.adapt, self.config.lora.rank)
-        blocks = self.blocks._replace(part=part, layers=6)
-        stacks = [(blocks, length)]
-        rate = own if self.config.mlm.dropout is None else self.config.mlm.dropout
+            return self.classified(size)[1]
+        blocks, rate = self._adapted(), self._dropout()
         masked = masked_texts(
             blocks,
             length,
@@ -149,11 +167,9 @@ class TextWork(Workload):
         if stage == "decoder":
             return masked
         if stage == "pretrain":
-            return peak(masked, stacks, size, mask=int(rate > 0))
-        if self.config.distill.settled != "cls":
-            first = None
-        saved = whole_texts(blocks, length, size, mask=int(rate > 0), cut=first)
-        return masked + peak(saved, stacks, size, mask=int(rate > 0))  # whose backward comes first
+            return peak(masked, [(blocks, length)], size, mask=int(rate > 0))
+        # Whose backward comes first.
+        return masked + self._whole(blocks, size, rate, self.config.distill.settled == "cls")[1]
 
     def input_bytes(self) -> int:
         """See `Workload`: int64 ids and attention mask of a text of mean length."""

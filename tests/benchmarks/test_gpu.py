@@ -1,19 +1,31 @@
 """The script for a GPU that is there for ten minutes, at the tiny size on whatever is here."""
 
+import io
 import json
+import re
 import signal
 import subprocess
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
+from benchmarks.gpu import steps
+from benchmarks.gpu.__main__ import Results, _listen
 from benchmarks.gpu.parts import FIRST, LONG
+from benchmarks.gpu.say import MARK
 from benchmarks.gpu.table import table
 from tests.kit.launches import ROOT, environment
 
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
+
+#: What images made for torch have of what this project declares.
+THERE = {"torch", "torchvision", "transformers", "timm", "fsspec", "tensorboard", "jinja2"}
+THERE |= {"matplotlib", "rich", "scikit-learn", "scipy", "safetensors", "numpy", "psutil"}
+THERE |= {"packaging", "pillow", "ninja", "setuptools"}
 
 
 def call(*words: object) -> subprocess.CompletedProcess[str]:
@@ -33,7 +45,40 @@ def records(out: Path) -> list[dict[str, Any]]:
 
 def test_the_plan_fits_its_time() -> None:
     assert sum(part.seconds for part in LONG) <= 540
-    assert sum(part.seconds for part in FIRST) <= 75
+    assert sum(part.seconds for part in FIRST) <= 100
+
+
+def test_wheels_are_of_all_that_the_machine_lacks() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    script = (ROOT / "benchmarks" / "wheels.sh").read_text()
+    carried = {
+        n
+        for words in re.findall(r'^(?:pure|compiled)="(.*)"$', script, re.M)
+        for n in words.split()
+    }
+    assert {Requirement(one).name for one in project["dependencies"]} - THERE <= carried
+
+
+def test_a_figure_that_was_cut_off_ends_nothing(tmp_path: Path) -> None:
+    figure = {"name": "a", "unit": "s", "value": 1.0, "min": 1.0, "max": 1.0, "n": 1}
+    results = Results(tmp_path)
+    said = f'{MARK}{{"name": "b\n{MARK}{json.dumps(figure)}\n'
+    _listen(LONG[0], io.StringIO(said), results)
+    results.close(LONG)
+    assert [record["name"] for record in records(tmp_path)] == ["a"]
+    assert '"b' in (tmp_path / "log.txt").read_text()
+
+
+def test_a_variant_that_fails_in_any_way_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def one(title: str, *_: Any) -> None:
+        raise TypeError(title)
+
+    monkeypatch.setattr(steps, "_one", one)
+    steps.main("distill", tiny=True)
+    told = capsys.readouterr().out
+    assert told.count("TypeError") == len(steps.SHIPPED | steps.SWITCHES) + 1
 
 
 def test_parts_leave_figures_a_table_and_few_files(tmp_path: Path) -> None:

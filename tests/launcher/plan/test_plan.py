@@ -18,8 +18,8 @@ from selfdistill.engine.models.texts.language import MaskedLanguageModel, with_d
 from selfdistill.engine.runtime import zero
 from selfdistill.engine.runtime.precision import autocast
 from selfdistill.launcher.doctor.devices import find
+from selfdistill.launcher.plan import Options, memory
 from selfdistill.launcher.plan import __main__ as plan
-from selfdistill.launcher.plan import memory
 from selfdistill.launcher.plan.activations import (
     CLS_ROW,
     Blocks,
@@ -28,7 +28,7 @@ from selfdistill.launcher.plan.activations import (
     whole_images,
     whole_texts,
 )
-from selfdistill.launcher.plan.forecast import Options, Plan, prepare
+from selfdistill.launcher.plan.forecast import Plan, prepare
 from selfdistill.launcher.plan.workload import Parameters
 from tests.kit.launches import launch
 from tests.kit.shards import uneven

@@ -10,9 +10,9 @@ from benchmarks.scale import model as scale_model
 from selfdistill.data import pack
 from selfdistill.engine.config.options import load
 from selfdistill.engine.runtime import zero
+from selfdistill.launcher.plan import Options, scaling, scaling_tables
 from selfdistill.launcher.plan import __main__ as plan
-from selfdistill.launcher.plan import scaling, scaling_tables
-from selfdistill.launcher.plan.forecast import Options, Plan, prepare
+from selfdistill.launcher.plan.forecast import Plan, prepare
 from selfdistill.launcher.plan.scaling import Collective, Links, Step
 from selfdistill.launcher.plan.workload import Parameters
 from tests.kit.launches import make_images

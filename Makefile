@@ -57,7 +57,7 @@ test-browser: chromium ## the tests that open TensorBoard in headless Chromium
 	$(PY) -m pytest $(call marked,browser) -n 2 --dist loadfile -m browser $(ARGS)
 
 test-cluster: venv slurm ## the tests on a real SLURM cluster, made of namespaces; needs root
-	$(PY) -m pytest tests/cluster -m "cluster and not faults" $(ARGS)
+	$(PY) -m pytest tests/cluster -n 2 --dist loadfile -m "cluster and not faults" $(ARGS)
 
 test-stores: $(STORES)/.stamp ## sets in S3: moto's server on loopback, s3fs
 	PYTHONPATH=$(CURDIR)/$(STORES) $(PY) -m pytest $(call marked,stores) -m "stores and not faults" $(ARGS)

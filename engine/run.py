@@ -12,6 +12,7 @@ from pathlib import Path
 if not __package__:  # run as a script, sys.path[0] is engine/: the package lies one folder up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import gc
 import logging
 import time
 import traceback
@@ -91,6 +92,8 @@ def _run(argv: list[str]) -> None:
         try:
             terminal.keep(run.folder if ranks.main else None)
             run.info(_resolved(run))
+            # What was imported stays: each stage's end, which collects, need not look through it.
+            gc.freeze()
             run_stages(run)
         finally:
             run.close()

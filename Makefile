@@ -9,6 +9,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.lock-stamp
 STORES := .cache/stores
+# Test files that carry a marker: those of few files need not import all others, for half a minute.
+marked = $$(grep -rl --include='test_*.py' 'pytest\.mark\.$(1)' tests)
 CHROMIUM = $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
 # DeepSpeed compiles CPUAdam at first use; kept in the clone so that two clones never share a build.
@@ -52,13 +54,13 @@ test: venv ## all tests but the browser's, the cluster's and the stores' (ARGS="
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not browser and not cluster and not stores and not faults" $(ARGS)
 
 test-browser: chromium ## the tests that open TensorBoard in headless Chromium
-	$(PY) -m pytest -m browser $(ARGS)
+	$(PY) -m pytest $(call marked,browser) -n 2 --dist loadfile -m browser $(ARGS)
 
 test-cluster: venv slurm ## the tests on a real SLURM cluster, made of namespaces; needs root
-	$(PY) -m pytest tests/cluster -m "cluster and not faults" $(ARGS)
+	$(PY) -m pytest tests/cluster -n 2 --dist loadfile -m "cluster and not faults" $(ARGS)
 
 test-stores: $(STORES)/.stamp ## sets in S3: moto's server on loopback, s3fs
-	PYTHONPATH=$(CURDIR)/$(STORES) $(PY) -m pytest -m "stores and not faults" $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(STORES) $(PY) -m pytest $(call marked,stores) -m "stores and not faults" $(ARGS)
 
 # Beside .venv and not in it: botocore wants an older python-dateutil.
 $(STORES)/.stamp: tests/data/remote/stores.lock | venv

@@ -21,6 +21,7 @@ from selfdistill.experiments import state, worker
 from selfdistill.experiments.jobs import Job
 from selfdistill.experiments.plan import Plan
 from selfdistill.experiments.worker import Worker
+from selfdistill.launcher.train import GPUS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,6 +30,15 @@ IN_USE = "is in use by another launch"
 
 #: Launches of one job that ended with the code that asks for another.
 _AGAIN = 5
+
+
+def gpus() -> int:
+    """GPUs that torch finds on this machine; without any, torch is not imported, for seconds."""
+    if not any(map(os.path.exists, GPUS)):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 @dataclass
@@ -63,11 +73,9 @@ class Local:
         *,
         in_process: bool = False,
     ) -> None:
-        import torch
-
         self.root, self.plan, self.ranks, self.slots = root, plan, ranks, slots
         self.until = time.monotonic() + 3600 * hours if hours else float("inf")
-        self.devices = torch.cuda.device_count()
+        self.devices = gpus()
         self.in_process = in_process
         self.workers: dict[int, Worker] = {}
         self.running: list[Running] = []

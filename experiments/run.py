@@ -8,7 +8,7 @@ import contextlib
 import fcntl
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -18,10 +18,9 @@ from selfdistill.data.errors import UserError
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.config import options as configuration
 from selfdistill.engine.config.schema import Config
-from selfdistill.engine.regularizers import mars, recadam
 from selfdistill.experiments import state
 from selfdistill.experiments.jobs import PIPELINE, SEARCH_SEED, Choice, Job, typed
-from selfdistill.experiments.local import Local
+from selfdistill.experiments.local import Local, gpus
 from selfdistill.experiments.plan import Plan
 from selfdistill.experiments.spec import Specs, Table
 from selfdistill.experiments.state import Asked, Precision, Sweep
@@ -41,12 +40,12 @@ def check(root: Path, plan: Plan) -> None:
             for options in job.possible():
                 words = [word for k, v in options.items() for word in (f"--{k}", typed(v))]
                 config = configuration.load(configuration.parse([*words, "--stage", job.stage]))
-                if job.stage == "finetune" and config.finetune.regularizer in _CHECKS:
+                if job.stage == "finetune" and config.finetune.regularizer in ("recadam", "mars"):
                     place = str(plan.place(job.dataset))
                     if place not in lengths:
                         lengths[place] = Manifest.load_split(place, "train").samples
                     steps = config.finetune.length(lengths[place])
-                    _CHECKS[config.finetune.regularizer](config, steps)
+                    _check_regularizer(config, steps)
         except UserError as error:
             raise UserError(f"{job.name}: {error}") from error
         tried = [one for choice in job.choices for _, one in choice.candidates]
@@ -56,11 +55,15 @@ def check(root: Path, plan: Plan) -> None:
             state.check(root, job, words, plan.data_root, plan.models)
 
 
-#: What a regularizer refuses before it starts.
-_CHECKS: dict[str, Callable[[Config, int], None]] = {
-    "recadam": recadam.check,
-    "mars": lambda config, _: mars.check(config),
-}
+def _check_regularizer(config: Config, steps: int) -> None:
+    """Refuses what the regularizer would refuse before it starts."""
+    # Late, as they import torch and timm: seconds, for which most sweeps have no use.
+    from selfdistill.engine.regularizers import mars, recadam
+
+    if config.finetune.regularizer == "recadam":
+        recadam.check(config, steps)
+    else:
+        mars.check(config)
 
 
 def show(root: Path, plan: Plan, console: Console) -> None:
@@ -282,9 +285,7 @@ def main(
 
             arrays.submit(root, plan)
             return
-        import torch
-
-        devices = torch.cuda.device_count() or len(os.sched_getaffinity(0))
+        devices = gpus() or len(os.sched_getaffinity(0))
         slots = jobs or max(1, devices // ranks)
         local = Local(root, plan, ranks, slots, hours, in_process=in_process)
         failed = local.run(plan.ordered())

@@ -24,15 +24,15 @@ from selfdistill.engine.runtime import preemption
 
 if __name__ == "__main__":
     preemption.listen()  # before anything slow, as engine/run.py does
+    # For its jobs; the sweep, which knows `Worker` alone, is spared seconds.
+    import numpy as np
+    import torch
+    from torch.nn import functional
 
-import numpy as np
-import torch
-from torch.nn import functional
+    from selfdistill.engine import run as engine
 
 from selfdistill.data.errors import UserError
-from selfdistill.engine import run as engine
 from selfdistill.engine.config import options as configuration
-from selfdistill.engine.runtime import zero
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,6 +59,8 @@ def settings(words: list[str]) -> tuple[object, ...] | None:
     Args:
         words: of engine/run.py.
     """
+    from selfdistill.engine.runtime import zero  # late: it imports torch
+
     config = configuration.load(configuration.parse(words))
     try:
         content = zero.read(config.zero)

@@ -43,7 +43,7 @@ PACKAGE, HOME = "selfdistill", Path(__file__).resolve().parents[1]
 _SILENT = ("--log_level", "critical")
 
 #: Of a machine with GPUs: NVIDIA's, those of WSL, AMD's.
-_GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 #: Where the launcher looks for other machines by itself.
 _HOSTFILE = "/job/hostfile"
@@ -158,7 +158,7 @@ def start(options: Options, words: Sequence[str], **streams: Any) -> Launch:
         words: of engine/run.py.
         streams: of `subprocess.Popen`.
     """
-    gpus = any(map(os.path.exists, _GPUS))
+    gpus = any(map(os.path.exists, GPUS))
     process = subprocess.Popen(
         [*launcher(options, gpus), "--module", f"{PACKAGE}.engine.run", *words],
         env=environment(gpus),
@@ -185,7 +185,7 @@ def run(words: Sequence[str]) -> Path:
         SystemExit: the ranks ended otherwise; with their exit code, and they have said why.
     """
     options, config, rest = split(words)
-    if options.include and not any(map(os.path.exists, _GPUS)):
+    if options.include and not any(map(os.path.exists, GPUS)):
         print("note: no GPU here: the processes run on the CPU", file=sys.stderr)
     launch = start(options, rest)
     with launch.forwarding():

@@ -1,5 +1,6 @@
 """What every test shares: the order of files, and gpu tests left out where there is no device."""
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +26,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=gpu)
     items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     config.stash[_LEFT_OUT] = len(gpu)
+
+
+def pytest_collection_finish() -> None:
+    # What is there stays: each end of a stage, which collects, would look through all of it.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries complain of what is left at the end of a process
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # Under xdist it is the workers that collect, and the main process that has the last word.
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(_LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    # Each worker collects all. One that was lost says nothing.
+    count = getattr(node, "workeroutput", {}).get("left_out", 0)
+    node.config.stash[_LEFT_OUT] = max(count, node.config.stash.get(_LEFT_OUT, 0))
 
 
 def pytest_terminal_summary(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from selfdistill.data import records
 from selfdistill.data.errors import UserError, printable
@@ -15,6 +16,9 @@ from selfdistill.engine.checkpoints import snippets
 from selfdistill.engine.checkpoints.export import TOLD
 from selfdistill.engine.checkpoints.files import write_text
 from selfdistill.engine.checkpoints.results import RESULT, read_result
+
+if TYPE_CHECKING:
+    import jinja2
 
 FILE = "README.md"
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -44,8 +48,6 @@ def write(folder: Path, result: Mapping[str, Any], train: Manifest) -> None:
 
 def text(folder: Path, result: Mapping[str, Any], train: Manifest) -> str:
     """The card of an export, see `write`."""
-    import jinja2
-
     found = snippets.look(folder)
     model = result.get("model") or {}
     base, data = base_of(model.get("path")), _name(train)
@@ -77,11 +79,18 @@ def text(folder: Path, result: Mapping[str, Any], train: Manifest) -> str:
         "manifest": train.hash,
         "versions": _versions(result),
     }
+    return _template().render(values).rstrip() + "\n"
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    """The card's, compiled once for all exports of a process."""
+    import jinja2
+
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(values).rstrip() + "\n"
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
 _TASKS = {

@@ -6,7 +6,8 @@ import pytest
 
 from tests.cluster.kit.lab import Cluster, obstacle
 
-_NOT_RUN = pytest.StashKey[str]()
+#: Before the reason of those that are skipped.
+_NOT_RUN = "no cluster: "
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -16,17 +17,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not mine or "not cluster" in expression:
         return
     if reason := obstacle():
-        config.stash[_NOT_RUN] = f"{len(mine)} cluster tests NOT RUN: {reason}"
         # Without root there is no cluster to test on: the closing lines say so, in red.
         for item in mine:
-            item.add_marker(pytest.mark.skip(reason=reason))
+            item.add_marker(pytest.mark.skip(reason=f"{_NOT_RUN}{reason}"))
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    if line := config.stash.get(_NOT_RUN, ""):
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # From the reports: under xdist this process has collected nothing.
+    told = [str(one.longrepr[2]) for one in terminalreporter.stats.get("skipped", ())]
+    reasons = [one.partition(_NOT_RUN)[2] for one in told if _NOT_RUN in one]
+    if reasons:
         terminalreporter.section("no SLURM cluster here", red=True, bold=True)
+        line = f"{len(reasons)} cluster tests NOT RUN: {reasons[0]}"
         terminalreporter.write_line(line, red=True, bold=True)
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import tomllib
 from pathlib import Path
@@ -153,7 +154,16 @@ def test_mistakes(root: Path, words: tuple[str, ...], told: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_sweep_starts_without_torch() -> None:
+    """Its jobs import it: a mistake, a dry run and SLURM's arrays need not wait for seconds."""
+    code = "import sys, selfdistill.experiments.run as _; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 # --- real launches
+
+#: One start for all jobs, where it is not the launches that are looked at.
+ONE = ("--in_process", "--jobs", "1")
 
 
 def finished(sweep: Path) -> dict[str, int]:
@@ -205,7 +215,7 @@ def test_a_record_goes_on_without_its_weights(tmp_path: Path) -> None:
     """Another machine has the JSON files alone: it trains again what a new row starts from."""
     my, sweep = make_specs(tmp_path), tmp_path / "sweep"
     make_table(my, "kept", ["further_pretraining"], ["colours"])
-    assert run(tmp_path, "kept").returncode == 0
+    assert run(tmp_path, "kept", *ONE).returncode == 0
     sweep.rename(tmp_path / "first")
     for path in (tmp_path / "first").rglob("*.json"):
         if path.name in ("result.json", "job.json", "sweep.json"):
@@ -218,7 +228,7 @@ def test_a_record_goes_on_without_its_weights(tmp_path: Path) -> None:
     assert "2 jobs, 2 of them complete" in done.stdout
     assert finished(sweep) == before, "nothing needs the weights that are gone"
     make_table(my, "kept", ["further_pretraining", "self_distillation"], ["colours"])
-    done = run(tmp_path, "kept")
+    done = run(tmp_path, "kept", *ONE)
     assert done.returncode == 0, done.stdout + done.stderr
     after, anew = finished(sweep), "colours/pretrain/pretrain/result.json"
     assert {name for name in before if before[name] != after[name]} == {anew}
@@ -244,7 +254,7 @@ def test_the_documents_example_runs(tmp_path: Path) -> None:
     for name, text in found:
         # Five steps of warm-up are all that the tiny schedule has.
         (my / name).write_text(text.replace('"finetune.warmup" = 5', '"finetune.warmup" = 2'))
-    done = run(tmp_path, "mine")
+    done = run(tmp_path, "mine", *ONE)
     assert done.returncode == 0, done.stdout + done.stderr
     cells = Sweep.open(tmp_path / "sweep").plan().cells
     sweep = tmp_path / "sweep"

@@ -111,6 +111,7 @@ def test_figures_are_those_of_the_run(world: World, tmp_path: Path) -> None:
     assert len(sure) == min(24, len(wrong))
 
 
+@pytest.mark.multi
 def test_two_ranks_and_sets_of_other_forms_give_the_same(world: World, tmp_path: Path) -> None:
     wanted = world.result["metrics"]["test_accuracy"]
     words = ["--module", "selfdistill.launcher.evaluate", world.stage, world.shards]

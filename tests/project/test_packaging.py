@@ -136,6 +136,7 @@ def test_mistakes_are_told_before_the_ranks_start(tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.multi
 def test_an_installed_copy_trains(installed: Path) -> None:
     make_images(installed / "images")
     make_base(installed / "base")

@@ -19,7 +19,12 @@ from selfdistill.engine.models.images import formats
 from selfdistill.engine.models.images.found import Found, check_sizes
 from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.models.images.types.base import IMAGENET_MEAN, IMAGENET_STD, Tensors
-from selfdistill.engine.models.images.vit_mae import ViTMAE, position_table
+from selfdistill.engine.models.images.vit_mae import (
+    MAEDecoder,
+    ViTEncoder,
+    ViTMAE,
+    position_table,
+)
 from selfdistill.engine.models.source import locate
 
 #: Of a shape's fields, those that change nothing of the encoder.
@@ -139,8 +144,8 @@ def fingerprint(
 
 def _complete(part: str, found: Found, given: Mapping[str, Tensor]) -> Tensors:
     """Copies into NaN-filled tensors of the shape's own names, so that nothing missed is silent."""
-    with torch.device("meta"):
-        model: Any = getattr(ViTMAE(found.shape), part)
+    with torch.device("meta"):  # on which a module is slow to make: the part alone
+        model: Any = {"encoder": ViTEncoder, "decoder": MAEDecoder}[part](found.shape)
     wanted = model.state_dict()  # shapes alone, until all are known to be right
     missing = sorted(wanted.keys() - given.keys())
     strange = sorted(given.keys() - wanted.keys())

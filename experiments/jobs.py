@@ -152,11 +152,16 @@ class Job:
 
     def result(self, root: Path) -> dict[str, Any] | None:
         """What it left; None before it is complete."""
-        try:
-            found = read_result(root / self.leaves / RESULT)
-        except (FileNotFoundError, UserError):
-            return None
-        return found if self.stage != "finetune" or (found.get("n") or 1) >= self.seeds else None
+        leaves = root / self.leaves
+        places = [leaves / RESULT]
+        if self.stage == "finetune" and self.seeds == 1:  # the first of several that are under way
+            places.append(leaves / f"seed-{self.words.get('seed', 0)}" / RESULT)
+        for path in places:
+            with suppress(FileNotFoundError, UserError):
+                found = read_result(path)
+                if self.stage != "finetune" or (found.get("n") or 1) >= self.seeds:
+                    return found
+        return None
 
     def usable(self, root: Path) -> bool:
         """Whether it is complete, and what others start from is there: a record has no weights."""

@@ -13,6 +13,7 @@ from selfdistill.data.errors import UserError
 from selfdistill.data.shards.manifest import FILE, Manifest
 from selfdistill.data.splits import UNLABELLED
 from selfdistill.engine.checkpoints.files import write_text
+from selfdistill.engine.checkpoints.results import RESULT, read_result
 from selfdistill.experiments.jobs import Job
 from selfdistill.experiments.plan import Plan
 from selfdistill.experiments.spec import Profile, Specs
@@ -262,6 +263,29 @@ def _told(words: list[str], root: str | None, models: str | None) -> dict[str, s
     return kept
 
 
+def _first_of_several(root: Path, job: Job) -> None:
+    """Puts a fine-tuning that was asked for alone where the first of several is looked for.
+
+    Its result comes last: whatever happens in between, it is complete in one of the two places.
+    """
+    leaves = root / job.leaves
+    if job.stage != "finetune" or job.seeds == 1:
+        return
+    try:
+        found = read_result(leaves / RESULT)
+    except (FileNotFoundError, UserError):
+        return
+    if "n" in found or found.get("seed") is None:
+        return
+    first = leaves / f"seed-{found['seed']}"
+    own = [path for path in leaves.iterdir() if not path.name.startswith("seed-")]
+    if any((first / path.name).exists() for path in own):
+        return  # the launch says that there are two
+    first.mkdir(exist_ok=True)
+    for path in sorted(own, key=lambda path: path.name == RESULT):
+        path.rename(first / path.name)
+
+
 def begin(
     root: Path, job: Job, command: list[str], data_root: Path, models: Path | None = None
 ) -> list[str]:
@@ -274,6 +298,7 @@ def begin(
         UserError: another command made what is there.
     """
     check(root, job, command, data_root, models)
+    _first_of_several(root, job)
     path = record(root, job)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Going on with what it began, it began then.

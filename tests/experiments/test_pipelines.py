@@ -274,3 +274,27 @@ def test_a_pipeline_is_what_its_seeds_make_in_one_launch(deep: Path, tmp_path: P
         assert found != weights(tmp_path / "sweep" / "colours" / job / stage)
     found = weights(tmp_path / "sweep" / "colours" / "self_distillation,pipeline=1" / "finetune")
     assert found == weights(tmp_path / "whole" / "all" / "finetune")
+
+
+def test_one_seed_of_each_pipeline_may_become_several(tmp_path: Path) -> None:
+    """What is complete is the first of them, at every moment, and is not done again."""
+    one, three = (Asked("table1", ("xray",), ("fine_tuning",), seeds, 2) for seeds in (1, 3))
+    made = sweep_of(tmp_path, ["xray"], one)
+    run_all(made)
+    (job, _), (more, _) = (made.plan([asked]).cells[0].jobs for asked in (one, three))
+    leaves = made.root / job.leaves
+    (leaves / "export").mkdir()
+    (leaves / "export" / "weights").write_text("learnt")
+    before = job.result(made.root)
+    words = ["--stage", "finetune"]
+    assert state.begin(made.root, more, words, made.data_root) == words
+    assert (leaves / "seed-0" / "export" / "weights").read_text() == "learnt"
+    assert [path.name for path in leaves.iterdir()] == ["seed-0"]
+    assert before is not None
+    assert (job.result(made.root), more.result(made.root)) == (before, None)
+    (cell,) = made.plan([one]).cells
+    assert results.outcome(made.root, cell).status == "done"
+    finish(made.root, more)
+    assert job.result(made.root) == more.result(made.root) != before
+    state.begin(made.root, more, words, made.data_root)  # several stay as they are
+    assert (leaves / "result.json").is_file()

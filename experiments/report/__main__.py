@@ -132,7 +132,12 @@ def _dates(contents: Contents) -> str:
     began = [float(r["began"]) for r in records if "began" in r]
     if not began:
         return NONE
-    ended = [float(r["began"]) + float(r.get("seconds", 0)) for r in records if "began" in r]
+    # What was interrupted began long before the launch that its seconds are of.
+    ended = [
+        float(r.get("started", r["began"])) + float(r.get("seconds", 0))
+        for r in records
+        if "began" in r
+    ]
     first, last = (
         datetime.datetime.fromtimestamp(t, datetime.UTC).strftime("%Y-%m-%d %H:%M")
         for t in (min(began), max(ended))

@@ -131,11 +131,17 @@ class Finding:
     @property
     def _base(self) -> list[Part]:
         """The cells that others are compared with; of a method's own slope its first."""
-        if self.test.b:
-            names = ((p, p.table.table.rows[p.row]) for p in self.parts)
-            return [p for p, row in names if self.test.b in (row.method, row.title)]
         less = [p for p in self.parts if p.weight < 0]
-        return less if self.test.weights else [self.parts[0]]
+        if self.test.b and self.test.along:
+            return [p for p in self.parts if self._is_of(p, self.test.b)]
+        return less if self.test.b or self.test.weights else [self.parts[0]]
+
+    def _is_of(self, part: Part, name: str) -> bool:
+        """Whether a part stands in the row, or one of the rows, of a name."""
+        table = part.table.table
+        if self.test.along == "datasets":
+            return row_of(table, name) == part.row
+        return table.rows[part.row].method == name
 
     @property
     def planned(self) -> int:

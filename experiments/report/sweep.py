@@ -80,12 +80,19 @@ class Contents:
 
     @functools.cached_property
     def outcomes(self) -> list[Outcome]:
-        """Each fine-tuning once, of the most seeds and pipelines that any table has."""
+        """Each fine-tuning once, of the most seeds and pipelines that any table has complete.
+
+        A table of more seeds that is under way takes nothing from one of fewer.
+        """
+
+        def rank(one: Outcome) -> tuple[bool, int]:
+            return one.status == "done", one.cell.seeds
+
         found: dict[str, Outcome] = {}
         for table in self.tables:
             for one in table.cells.values():
                 known = found.get(one.cell.job.name)
-                if known is None or one.cell.seeds > known.cell.seeds:
+                if known is None or rank(one) > rank(known):
                     found[one.cell.job.name] = one
         return list(found.values())
 

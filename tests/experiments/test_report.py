@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selfdistill.experiments import results
+from selfdistill.experiments import results, state
 from selfdistill.experiments.report import __main__ as report
 from selfdistill.experiments.report import differences as report_differences
 from selfdistill.experiments.report import sweep as report_sweep
 from selfdistill.experiments.report.blocks import Code, Fold, Report, Section
+from selfdistill.experiments.report.claims import evidence
 from selfdistill.experiments.report.sweep import Contents
+from selfdistill.experiments.spec import Claim, Contrast
 from selfdistill.experiments.state import Asked, Sweep
 from tests.kit.report import (
+    BEGAN,
     finish,
     grids,
     look,
@@ -328,3 +331,40 @@ def test_commands_and_versions_are_told(built: Report, sweep: Sweep) -> None:
         f"{counts['done']} complete, 2 failed, {counts['blocked']} blocked by a failed one,"
         f" {counts['open']} not complete"
     )
+
+
+def test_a_table_under_way_takes_nothing_from_a_complete_one(tmp_path: Path) -> None:
+    """Of three seeds all is there, of five, which another table wants, nothing is whole."""
+    asked = [Asked(table, ("cub",), (), seeds) for table, seeds in (("table5", 3), ("table3", 5))]
+    made = sweep_of(tmp_path, ["cub"], *asked)
+    for job in made.plan([asked[0]]).ordered():
+        finish(made.root, job)
+    contents = report_sweep.read(made.root)
+    found = report_differences.comparisons(contents, "fine_tuning")
+    assert found["self_distillation"].each["cub"].n == 3
+    # Self-distillation is wanted by both, fine-tuning and contrastive pre-training by one.
+    told = said(section(report.build(contents), "what-was-run"))
+    assert "; 2 of 9 combinations are complete" in told
+
+
+def test_what_was_interrupted_ended_when_its_last_launch_did(tmp_path: Path) -> None:
+    made = sweep_of(tmp_path, ["cub"], Asked("table5", ("cub",), (), 2))
+    for job in made.plan().ordered():
+        finish(made.root, job)
+    path = state.record(made.root, job)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"started": BEGAN + 3600}))
+    grid = grids(section(report.build(report_sweep.read(made.root)), "overview").blocks)[0]
+    facts = {line.entries[0].text: line.entries[1].text for line in grid.lines}
+    assert facts["dates"] == "2025-06-15 15:06 to 2025-06-15 16:08 UTC"
+
+
+def test_the_baseline_may_be_a_place_on_an_axis(tmp_path: Path) -> None:
+    made = sweep_of(tmp_path, ["xray"], Asked("figure4", ("xray",), (), 3))
+    run_all(made)
+    rows = {"a": "self_distillation@4", "b": "self_distillation@1"}
+    test = Contrast(says="it goes on", expect="above", matters=1.0, **rows)
+    asked = Claim(name="c", title="", paper="", tables=["figure4"], tests=[test])
+    (one,) = evidence.findings(report_sweep.read(made.root), asked)
+    assert one.design is not None
+    base = 100 * np.std([s / 100 for s in scores(made, "xray/self_distillation")], ddof=1)
+    assert one.design.spread == pytest.approx(base)

@@ -56,16 +56,19 @@ def _ran(contents: Contents) -> list[Block]:
     seeds = " to ".join(dict.fromkeys((samples[0].count, samples[-1].count)))
     if any(len(o.cell.jobs) > 1 for o in done):
         seeds += " (pipelines × each)"
-    asked = {
-        one.cell.job.name
+    wanted = [
+        one
         for table in contents.tables
         for place, one in table.cells.items()
         if place in table.wanted
-    } | {one.cell.job.name for one in done}
-    whole = len(done) == len(asked)
+    ]
+    asked = {one.cell.job.name for one in (*wanted, *done)}
+    # Complete in one table, a cell may be under way for another, of more seeds.
+    complete = asked - {one.cell.job.name for one in wanted if one.status != "done"}
+    whole = complete == asked
     lines = [
         f"{len(methods)} methods on {len(sets)} data sets, {seeds} fine-tunings of each"
-        f" combination; {len(done)} of {len(asked)} combinations are complete.",
+        f" combination; {len(complete)} of {len(asked)} combinations are complete.",
         f"Methods: {'; '.join(methods)}. Data sets: {'; '.join(sets)}.",
         f"Models and schedules: {contents.profile.title}.",
     ]

@@ -270,7 +270,7 @@ def test_a_job_that_is_being_started_is_told_to_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[int] = []
-    nothing: Any = SimpleNamespace(data_root=tmp_path)
+    nothing: Any = SimpleNamespace(data_root=tmp_path, models=None)
     local = Local(tmp_path, nothing, ranks=1, slots=1, hours=0)
 
     def start(*_: object) -> Any:
@@ -288,7 +288,7 @@ def test_a_sweep_takes_the_gpus_that_it_was_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two of a host's eight; the others are somebody else's. (There is no GPU here.)"""
-    nothing: Any = SimpleNamespace(data_root=tmp_path)
+    nothing: Any = SimpleNamespace(data_root=tmp_path, models=None)
     local = Local(tmp_path, nothing, ranks=1, slots=2, hours=0)
     monkeypatch.setattr(local, "devices", 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")

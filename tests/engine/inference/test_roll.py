@@ -2,6 +2,7 @@
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from torch.distributed import HashStore
@@ -45,11 +46,11 @@ def test_the_first_leaves_last(rolls: tuple[Roll, Roll], monkeypatch: pytest.Mon
     assert 0.4 < time.monotonic() - began < 30
 
 
-def test_one_that_fails_is_told_at_once(rolls: tuple[Roll, Roll], tmp_path: object) -> None:
+def test_one_that_fails_is_told_at_once(rolls: tuple[Roll, Roll], tmp_path: Path) -> None:
     first, other = rolls
     with pytest.raises(OSError, match="full"), other:
         raise OSError("full")
-    parts = Parts(tmp_path / "labels.csv", {}, 9)  # type: ignore[operator]
+    parts = Parts(tmp_path / "labels.csv", {}, 9)
     with first, pytest.raises(TryAgain, match="rank 1 of 2 has failed: launch again"):
         parts.wait(first.look)
 

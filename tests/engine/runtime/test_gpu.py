@@ -74,15 +74,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("gpu"), samples_per_shard=10)
 
 
-def test_settings_agree(root: Path) -> None:
-    """ZeRO 0-3, three teachers, three precisions, in one process group."""
-    shared = {
+def distilling(root: Path) -> dict[str, object]:
+    """Options of a short distillation."""
+    return {
         "stage": "distill",
         "data": str(root / "shards"),
         "model": str(root / "base"),
         "teacher": str(root / "teacher"),
         "distill.steps": 20,
     }
+
+
+def test_settings_agree(root: Path) -> None:
+    """ZeRO 0-3, three teachers, three precisions, in one process group."""
+    shared = distilling(root)
     settings: dict[str, dict[str, object]] = {
         "zero0": {"zero": "zero0"},
         "zero1": {"zero": "zero1"},
@@ -187,13 +192,7 @@ def test_the_last_stage_needs_no_more_memory_than_the_first(
 
 def test_offload_agrees(root: Path) -> None:
     """By itself, and last: DeepSpeed first compiles its optimiser for the CPU, if it can there."""
-    shared = {
-        "stage": "distill",
-        "data": str(root / "shards"),
-        "model": str(root / "base"),
-        "teacher": str(root / "teacher"),
-        "distill.steps": 20,
-    }
+    shared = distilling(root)
     names = ("zero0", "zero3_offload")
     cases = [shared | {"zero": name, "output": str(root / "away" / name)} for name in names]
     run_cases(root / "away-cases", cases, ranks=1)

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,15 @@ from benchmarks.sizes import SIZES, batches, for_transformers
 from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.models.images.weights import load_pretrained
 from selfdistill.engine.monitoring import flops
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.kit import warm
+from tests.kit.launches import ROOT, environment
 
 
 def bench(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.step", *words]
-    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=600)
+    command = [warm.executable(), "-m", "benchmarks.step", *words]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=600
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -205,6 +206,7 @@ def test_a_killed_worker_ends_its_job_alone_and_separate_launches_go_on(
     )
     (my / "tables" / "long.toml").write_text(f'title = "l"\ndatasets = ["colours"]\n{rows}')
     words = words_of(root, sweep, "long", "--seeds", "2", "--in_process")
+    words[0] = sys.executable  # the tree of processes is looked at
     first = sweep / "colours" / "fine_tuning,steps=80"
 
     def saved() -> set[Path]:

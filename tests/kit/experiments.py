@@ -2,9 +2,9 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
+from tests.kit import warm
 from tests.kit.launches import COMMON, ROOT, environment, make_world
 
 PROFILE = """title = "small enough for tests"
@@ -54,7 +54,7 @@ def make_table(my: Path, name: str, rows: list[str], datasets: list[str], seeds:
 
 def command(root: Path, *words: str, module: str = "run") -> list[str]:
     """Words of experiments.run with the tiny specs."""
-    head = [sys.executable, "-m", f"experiments.{module}", *words]
+    head = [str(warm.executable()), "-m", f"experiments.{module}", *words]
     known = {
         "data_root": root / "shards",
         "specs": root / "my",

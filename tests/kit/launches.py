@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from selfdistill.data import pack
+from tests.kit import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -117,17 +118,24 @@ def free_port() -> int:
 
 
 def launch(
-    *words: str | Path, ranks: int = 2, launcher: str = "deepspeed", timeout: float = 600
+    *words: str | Path,
+    ranks: int = 2,
+    launcher: str = "deepspeed",
+    python: Path | None = None,
+    timeout: float = 600,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a script of the project under a launcher, on loopback, with a port of its own."""
-    port = str(free_port())
+    """Runs a script of the project under a launcher, on loopback, with a port of its own.
+
+    All processes start warm (tests/kit/warm), unless `python` is another Python.
+    """
+    port, python = str(free_port()), python or warm.executable()
     head = {
-        "deepspeed": ["deepspeed", "--num_gpus", str(ranks), "--master_port", port],
-        "torchrun": ["torchrun", f"--nproc_per_node={ranks}", f"--master_port={port}"],
-        "python": [sys.executable],
+        "deepspeed": ["--num_gpus", str(ranks), "--master_port", port],
+        "torchrun": [f"--nproc_per_node={ranks}", f"--master_port={port}"],
+        "python": [],
     }[launcher]
     return subprocess.run(
-        [*head, *map(str, words)],
+        [python.with_name(launcher), *head, *map(str, words)],
         cwd=ROOT,
         env=environment(),
         capture_output=True,

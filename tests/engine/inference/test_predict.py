@@ -32,6 +32,7 @@ from tests.data.inputs import messy
 from tests.engine.inference.test_foreign import SIZES
 from tests.engine.inference.test_model import trained
 from tests.kit import texts as text_kit
+from tests.kit import warm
 from tests.kit.launches import ROOT, environment, launch, make_base
 
 PHOTOS = {
@@ -203,7 +204,7 @@ def test_texts_from_files_and_standard_input(tmp_path: Path, ranks: Ranks) -> No
         assert [r["class"] for r in found] == [r["class"] for r in expected]
         assert [r["probability"] for r in found] == [r["probability"] for r in expected]
     done = subprocess.run(
-        [sys.executable, "-m", "launcher.predict", run, "-", tmp_path / "stdin.csv"],
+        [warm.executable(), "-m", "launcher.predict", run, "-", tmp_path / "stdin.csv"],
         input="\n".join(texts),
         text=True,
         capture_output=True,

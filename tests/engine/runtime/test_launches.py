@@ -3,6 +3,7 @@
 import http.server
 import json
 import math
+import sys
 import threading
 import tomllib
 from collections import Counter
@@ -60,8 +61,10 @@ def test_every_launcher_and_number_of_ranks_gives_the_same_losses(root: Path) ->
         ("deepspeed", 4, "zero1"),
     ):
         name = f"{launcher}-{ranks}"
-        words = options(root, name, zero=zero, teacher=root / "teacher")
-        done = launch("engine/run.py", "--stage", "distill", *words, ranks=ranks, launcher=launcher)
+        words = ["engine/run.py", "--stage", "distill"]
+        words += options(root, name, zero=zero, teacher=root / "teacher")
+        # From nothing, as a user's launch; all others here start warm.
+        done = launch(*words, ranks=ranks, launcher=launcher, python=Path(sys.executable))
         assert done.returncode == 0, (name, (done.stdout + done.stderr)[-3000:])
         assert json.loads((root / "runs" / name / "distill-1" / "result.json").read_text())[
             "world"

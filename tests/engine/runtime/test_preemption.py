@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from selfdistill.engine.monitoring.monitor import read_metrics
 from selfdistill.engine.runtime import preemption
 from selfdistill.engine.runtime.preemption import AGAIN
+from tests.kit import warm
 from tests.kit.launches import COMMON, ROOT, environment, launch, make_world, metrics, samples
 
 pytestmark = pytest.mark.multi
@@ -102,14 +103,18 @@ def test_interrupted_anywhere_it_ends_bit_for_bit_the_same(root: Path) -> None:
 
 
 def start(
-    root: Path, name: str, env: dict[str, str] | None = None, **more: object
+    root: Path,
+    name: str,
+    env: dict[str, str] | None = None,
+    python: str | Path = sys.executable,
+    **more: object,
 ) -> tuple[subprocess.Popen[str], Path]:
     """A run of one process, until its fifth step, or one that it did itself."""
     folder, began = root / "runs" / name, time.time()
     # So many that a busy machine has time to send a signal before the last of them.
     words = options(root) | {"stage": "pretrain", "pretrain.steps": 4000, "save_every": 9000} | more
     process = subprocess.Popen(
-        [sys.executable, "engine/run.py", "--output", str(folder)]
+        [python, "engine/run.py", "--output", str(folder)]
         + [word for key, value in words.items() for word in (f"--{key}", str(value))],
         cwd=ROOT,
         env=environment(**(env or {})),
@@ -130,7 +135,7 @@ def start(
 def test_a_signal_saves_and_ends_with_the_code_that_asks_for_another_launch(
     root: Path, number: signal.Signals
 ) -> None:
-    process, stage = start(root, number.name)
+    process, stage = start(root, number.name, python=warm.executable())
     process.send_signal(number)
     out, err = process.communicate(timeout=100)
     assert process.returncode == AGAIN, err

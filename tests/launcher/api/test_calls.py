@@ -11,6 +11,7 @@ from transformers import ViTForImageClassification
 
 import selfdistill as sd
 from selfdistill.launcher.api.training import words_of
+from tests.kit import warm
 from tests.kit.launches import (
     COMMON,
     ROOT,
@@ -153,7 +154,7 @@ def test_mistakes_are_exceptions_with_the_commands_line(
 ) -> None:
     def told(*words: str | Path) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "selfdistill", *map(str, words)],
+            [warm.executable(), "-m", "selfdistill", *map(str, words)],
             cwd=ROOT,
             env=environment(),
             capture_output=True,

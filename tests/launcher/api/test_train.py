@@ -15,9 +15,8 @@ import pytest
 
 from selfdistill.engine.runtime.preemption import AGAIN
 from selfdistill.launcher.train import Launch
+from tests.kit import warm
 from tests.kit.launches import COMMON, ROOT, environment, make_world, metrics
-
-TRAIN = (sys.executable, "-m", "selfdistill", "train")
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +29,16 @@ def words(root: Path, name: str, **more: object) -> list[str]:
     return [f"--{key}={value}" for key, value in table.items()]
 
 
+TRAIN = ("-m", "selfdistill", "train")
+
+
 def call(*words: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*TRAIN, *map(str, words)], cwd=cwd, env=environment(), capture_output=True, text=True
+        [warm.executable(), *TRAIN, *map(str, words)],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
 
 
@@ -86,7 +92,7 @@ def test_ctrl_c_reaches_the_ranks_which_save(root: Path) -> None:
     """As a terminal sends it: to the whole group of processes of the command."""
     given = words(root, "cut", **{"stage": "pretrain", "pretrain.steps": 4000, "save_every": 9999})
     process = subprocess.Popen(
-        [*TRAIN, "--num_gpus", "2", *given],
+        [warm.executable(), *TRAIN, "--num_gpus", "2", *given],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,

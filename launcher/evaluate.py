@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,13 +28,14 @@ from selfdistill.data.shards.manifest import is_remote
 from selfdistill.data.sources import scored
 from selfdistill.data.splits import ALIASES, DIVIDED
 from selfdistill.engine.checkpoints.results import RESULT, read_result
-from selfdistill.engine.inference import Precision, evaluation, found, tables, work
-from selfdistill.engine.inference.batches import workers_of
-from selfdistill.engine.inference.evaluation import Evaluation, class_numbers
-from selfdistill.engine.inference.model import Loaded
-from selfdistill.engine.runtime.distributed import Ranks, cores
+from selfdistill.engine.inference import Precision, tables
 from selfdistill.launcher import ranked
 from selfdistill.launcher.predict import batch_of, opened, say
+
+if TYPE_CHECKING:
+    from selfdistill.engine.inference.evaluation import Evaluation
+    from selfdistill.engine.inference.model import Loaded
+    from selfdistill.engine.runtime.distributed import Ranks
 
 FILE, PAGE = "evaluation.json", "evaluation.html"
 _BARS = (
@@ -64,7 +65,7 @@ def evaluate(
     skip_broken: bool = False,
     seed: int = 0,
     overwrite: bool = False,
-) -> Evaluation | None:
+) -> "Evaluation | None":
     """Scores a classifier on a labelled set: every figure with its bootstrap interval.
 
     Args:
@@ -89,6 +90,11 @@ def evaluate(
         seed: Of the intervals' draws.
         overwrite: Replace the files in OUT.
     """
+    # torch: seconds, for which neither --help nor a wrong option waits.
+    from selfdistill.engine.inference import evaluation, found, work
+    from selfdistill.engine.inference.batches import workers_of
+    from selfdistill.engine.runtime.distributed import cores
+
     images.allow(max_pixels)
     out = None if out is None else os.path.expanduser(out)
     ranks = work.join()
@@ -110,7 +116,7 @@ def evaluate(
     if not is_remote(data):
         data = os.path.expanduser(data)
     with _opened(data, split, loaded, ranks, columns) as (given, left_out):
-        class_numbers(loaded, given.manifest, data)
+        evaluation.class_numbers(loaded, given.manifest, data)
         say(list(loaded.notes), ranks.main)
         size, shares = _as_scored(model, loaded, ranks)
         size = batch_of(batch, loaded) if batch is not None else size or batch_of(None, loaded)
@@ -132,7 +138,7 @@ def evaluate(
     return came
 
 
-def _tell(came: Evaluation, model: Loaded, given: Packed, data: str, out: str | None) -> None:
+def _tell(came: "Evaluation", model: "Loaded", given: Packed, data: str, out: str | None) -> None:
     """The table on the terminal, and the files."""
     from selfdistill.launcher.pages import evaluation as pages  # a second, for matplotlib
 
@@ -176,7 +182,7 @@ def _writable(folder: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _opened(
-    data: str, split: str | None, model: Loaded, ranks: Ranks, columns: dict[str, Any]
+    data: str, split: str | None, model: "Loaded", ranks: "Ranks", columns: dict[str, Any]
 ) -> Iterator[tuple[Packed, int]]:
     """The labelled samples, packed now where they are not; how many of them packing left out.
 
@@ -228,7 +234,7 @@ def _split_folder(folder: Path, split: str) -> Path:
     raise UserError(f"{folder} has no split {split!r}, it has {has}: name one (--split)")
 
 
-def _fitted(model: Loaded) -> dict[str, Any]:
+def _fitted(model: "Loaded") -> dict[str, Any]:
     """How pictures are packed as those that the model learned from were."""
     codec: Any = model.codec
     span = codec.span
@@ -236,11 +242,13 @@ def _fitted(model: Loaded) -> dict[str, Any]:
     return stored | {"fit": codec.how} | ({} if span is None else {"range": f"{span[0]},{span[1]}"})
 
 
-def _as_scored(source: str, model: Loaded, ranks: Ranks) -> tuple[int | None, int]:
+def _as_scored(source: str, model: "Loaded", ranks: "Ranks") -> tuple[int | None, int]:
     """Batch and ranks with which a model's own fine-tuning scored it; None where it is not known.
 
     The last digits of a sum depend on them. See `engine.training.scoring.evaluation.scored_batch`.
     """
+    from selfdistill.engine.inference import found
+
     place = Path(found.locate(source).path).expanduser()
     if model.device.type == "cuda" or not (place.parent / RESULT).is_file():
         return None, 1
@@ -253,7 +261,7 @@ def _as_scored(source: str, model: Loaded, ranks: Ranks) -> tuple[int | None, in
 
 
 @contextlib.contextmanager
-def _shown(samples: int, ranks: Ranks) -> Iterator[Any]:
+def _shown(samples: int, ranks: "Ranks") -> Iterator[Any]:
     """A bar with rate and time left, on a terminal."""
     console, began, done = Console(stderr=True), time.monotonic(), 0
     with Progress(*_BARS, console=console, disable=not ranks.main) as progress:

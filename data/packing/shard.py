@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import webdataset
 from numpy.typing import NDArray
 
 from selfdistill.data import rng
@@ -131,6 +130,8 @@ class _Writing:
         self.labels: list[labels.Label | None] = []
         self.digests: list[int] = []
         self.left_out: list[str] = []
+        import webdataset  # it imports torch: seconds, for which no mistake need wait
+
         self._file = self.draft.open("wb")
         self._tar = webdataset.TarWriter(
             self._file, encoder=False, mtime=0, user="root", group="root"

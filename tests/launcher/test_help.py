@@ -11,7 +11,7 @@ LOOK = """
 import runpy, sys
 sys.argv = ["selfdistill", *sys.argv[1:]]
 try:
-    runpy.run_module(f"selfdistill.launcher.{sys.argv.pop(1)}", run_name="__main__")
+    runpy.run_module(f"selfdistill.{sys.argv.pop(1)}", run_name="__main__")
 except SystemExit as end:
     heavy = [name for name in ("torch", "transformers", "timm", "deepspeed") if name in sys.modules]
     print(f"@@ {end.code or 0} {heavy}")
@@ -20,7 +20,18 @@ else:
 """
 
 
-@pytest.mark.parametrize("command", ["predict", "embed", "plan"])
+#: Each with an option.
+COMMANDS = {
+    "launcher.predict": "precision",
+    "launcher.embed": "precision",
+    "launcher.evaluate": "precision",
+    "launcher.plan": "precision",
+    "data.pack": "samples_per_shard",
+    "data.verify": "max_pixels",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["--tyop", "1"], 2)])
 def test_no_torch(command: str, words: list[str], code: int) -> None:
     done = subprocess.run(
@@ -31,4 +42,4 @@ def test_no_torch(command: str, words: list[str], code: int) -> None:
         capture_output=True,
     )
     assert f"@@ {code} []" in done.stdout, done.stdout + done.stderr
-    assert ("--precision" in done.stdout) == (code == 0)
+    assert (f"--{COMMANDS[command]}" in done.stdout) == (code == 0)

@@ -29,9 +29,8 @@ def main(address: str, python: str, *words: str) -> None:
             content = json.dumps(told).encode()
             socket.send_fds(server, [len(content).to_bytes(8, "big")], [0, 1, 2])
             server.sendall(content)
-            for number in FORWARDED:
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    signal.signal(number, lambda n, _: server.sendall(bytes([n])))
+            for number in FORWARDED:  # those that this process was born to ignore, too
+                signal.signal(number, lambda n, _: server.sendall(bytes([n])))
             answer = server.recv(16).decode()
         if answer != "cold":
             end(int(answer))

@@ -187,7 +187,7 @@ def test_weights_and_gradients_are_fp32(name: str, ranks: Ranks) -> None:
 
 
 @pytest.mark.multi
-def test_fifty_steps_in_bf16_are_within_a_percent_of_fp32(tmp_path: Path) -> None:
+def test_thirty_steps_in_bf16_are_within_a_percent_of_fp32(tmp_path: Path) -> None:
     """The shipped small model on digits; one teacher for both.
 
     The mean over the steps: AdamW's first steps, whose size the gradient's sign alone decides, make
@@ -203,9 +203,13 @@ def test_fifty_steps_in_bf16_are_within_a_percent_of_fp32(tmp_path: Path) -> Non
         "finetune.seeds": 1,
         "zero": "auto",
         "distill.lr": 1.5e-4,
+        # Processors without units for it take minutes for all of a set in bf16.
+        "teacher.mode": "replicated",
+        "finetune.test": False,
+        "finetune.train_scored": 0,
     }
     for stage in ("pretrain", "distill", "finetune"):
-        shared |= {f"{stage}.steps": 50, f"{stage}.batch": 16}
+        shared |= {f"{stage}.steps": 30, f"{stage}.batch": 8}
     run_cases(
         tmp_path / "cases",
         [
@@ -221,12 +225,12 @@ def test_fifty_steps_in_bf16_are_within_a_percent_of_fp32(tmp_path: Path) -> Non
         "finetune-model": {"loss": 0.01},
     }
     for stage, terms in bounds.items():
-        full, low = (metrics(tmp_path / name / stage)[:50] for name in ("fp32", "bf16"))
+        full, low = (metrics(tmp_path / name / stage)[:30] for name in ("fp32", "bf16"))
         for term, bound in terms.items():
             key = f"loss/{term}"
             apart = [abs(b[key] / a[key] - 1) for a, b in zip(full, low, strict=True)]
-            assert len(apart) == 50
-            assert 0 < sum(apart) / 50 < bound, (stage, term, apart)
+            assert len(apart) == 30
+            assert 0 < sum(apart) / 30 < bound, (stage, term, apart)
             assert max(apart) < 5 * bound, (stage, term, apart)
 
 

@@ -22,6 +22,8 @@ MODULES = (
     *("selfdistill.engine.run", "selfdistill.engine.stages.finetune"),
     *("selfdistill.engine.stages.distill", "selfdistill.engine.stages.decoder"),
 )
+#: What a launch sets before it imports them, where it is not set; a test in this process may have.
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 #: Beginnings of the variables that libraries read when they are imported.
 IMPORTED = ("DS_", "HF_", "LD_", "MKL_", "OMP_", "TRANSFORMERS_", "TRITON_")
 
@@ -58,7 +60,7 @@ def serve(listener: socket.socket) -> tuple[socket.socket, Request, list[int]]:
 
 def imported(environment: dict[str, str]) -> dict[str, str]:
     """Those variables of an environment that libraries read when they are imported."""
-    return {k: v for k, v in environment.items() if k.startswith(IMPORTED)}
+    return QUIET | {k: v for k, v in environment.items() if k.startswith(IMPORTED)}
 
 
 def watch(caller: socket.socket, child: int) -> NoReturn:
@@ -125,8 +127,7 @@ def main() -> None:
     import numpy as np
 
     listener, given = socket.socket(fileno=int(sys.argv[1])), imported(dict(os.environ))
-    # What a launch sets before it imports them.
-    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    os.environ |= given
     for name in MODULES:
         importlib.import_module(name)
     assert threading.active_count() == 1, "of several threads a fork has one; others hold locks"

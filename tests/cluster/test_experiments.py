@@ -1,6 +1,7 @@
 """A sweep as SLURM arrays, on a real cluster, with a cell that fails."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def test_a_sweep_as_arrays(cluster: Cluster, tmp_path: Path) -> None:
         '[options]\n"pretrain.warmup" = 99\n'
     )
     make_table(my, "core", ["fine_tuning", "broken", "self_distillation"], ["colours"])
-    words = command(tmp_path, "core", "--slurm")
+    words = command(tmp_path, "core", "--slurm", python=sys.executable)
     env = environment()
     done = cluster.run(LOGIN, *words, cwd=ROOT, env=env)
     ids = re.findall(r"^(\d+)  level", done.stdout, re.M)

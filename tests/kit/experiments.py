@@ -52,9 +52,9 @@ def make_table(my: Path, name: str, rows: list[str], datasets: list[str], seeds:
     (my / "tables" / f"{name}.toml").write_text("\n".join(told) + "\n")
 
 
-def command(root: Path, *words: str, module: str = "run") -> list[str]:
-    """Words of experiments.run with the tiny specs."""
-    head = [str(warm.executable()), "-m", f"experiments.{module}", *words]
+def command(root: Path, *words: str, module: str = "run", python: str | None = None) -> list[str]:
+    """Words of experiments.run with the tiny specs; it starts warm, unless a Python is named."""
+    head = [python or str(warm.executable()), "-m", f"experiments.{module}", *words]
     known = {
         "data_root": root / "shards",
         "specs": root / "my",

@@ -25,7 +25,8 @@ from pathlib import Path
 @functools.cache
 def executable() -> Path:
     """The program. What it forks from starts at the first call, and ends with this process."""
-    folder = tempfile.TemporaryDirectory(prefix="warm-")
+    # Not where a test may look for what was left; and a socket's path has 107 bytes.
+    folder = tempfile.TemporaryDirectory(prefix="warm-", dir="/tmp")
     program, address = Path(folder.name, "python"), Path(folder.name, "socket")
     client = Path(__file__).with_name("client.py")
     words = shlex.join([sys.executable, "-IS", str(client), str(address), sys.executable])

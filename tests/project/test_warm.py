@@ -16,9 +16,10 @@ from tests.kit.warm.server import QUIET
 
 #: What a process sees of itself.
 LOOK = """
-import json, os, sys
+import json, os, sys, tempfile
 found = dict(words=sys.argv, name=__name__, folder=os.getcwd(), paths=sys.path[:2])
 found |= dict(variable=os.environ.get("VARIABLE"), rank=os.environ.get("RANK"))
+found |= dict(place=tempfile.gettempdir())
 found |= dict(read=sys.stdin.read(), terminal=sys.stdout.isatty(), file=__file__)
 found |= dict(through=sys.stdout.write_through, errors=sys.stderr.errors)
 print(json.dumps(found))
@@ -43,7 +44,12 @@ def test_it_is_what_the_real_one_is(tmp_path: Path, how: tuple[str, ...]) -> Non
             [python, *how],
             input="given",
             cwd=tmp_path,
-            env=environment(VARIABLE="here", PYTHONPATH=f"{tmp_path}/more", PYTHONUNBUFFERED=""),
+            env=environment(
+                VARIABLE="here",
+                TMPDIR=str(tmp_path),
+                PYTHONPATH=f"{tmp_path}/more",
+                PYTHONUNBUFFERED="",
+            ),
             capture_output=True,
             text=True,
         )

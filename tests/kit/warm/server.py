@@ -10,6 +10,7 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -81,6 +82,7 @@ def run(request: Request, streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
+    tempfile.tempdir = None  # which was TMPDIR's when it was asked for first
     words = request["words"]
     unbuffered = words[0] == "-u"
     words = words[unbuffered:]

@@ -118,7 +118,7 @@ class Local:
                         remaining.remove(job)
                         better = job.dropped(self.root)
                         why = "others did better" if better else "what it starts from diverged"
-                        self.console.print(f"{job.name}: dropped, {why}")
+                        self.console.print(f"{job.name}: dropped, {why}", soft_wrap=True)
                         continue
                     if time.monotonic() > self.until:
                         continue
@@ -146,7 +146,7 @@ class Local:
             words = job.command(self.root, self.plan.data_root)
             words = state.begin(self.root, job, words, self.plan.data_root, self.plan.models)
         except UserError as error:
-            self.console.print(f"{job.name}: failed: {error}", style="red")
+            self.console.print(f"{job.name}: failed: {error}", style="red", soft_wrap=True)
             ends[job.name] = "failed"
             return
         slot = min(set(range(self.slots)) - {one.slot for one in self.running})
@@ -243,7 +243,9 @@ class Local:
             outcome += "; it loses the search" if diverged else ""
             outcome += f" in {seconds:.0f} s{self._time_left(remaining)}"
             style = "red" if code else None
-            self.console.print(f"[{ended}/{total}] {job.name}: {outcome}", style=style)
+            self.console.print(
+                f"[{ended}/{total}] {job.name}: {outcome}", style=style, soft_wrap=True
+            )
 
     def _time_left(self, remaining: list[Job]) -> str:
         """An estimate from the jobs that ran in this call."""

@@ -117,7 +117,8 @@ def leave(error: BaseException | None) -> NoReturn:
     elif error is not None:
         code = 1
         sys.excepthook(type(error), error, error.__traceback__)
-    threading._shutdown()  # type: ignore[attr-defined]  # threads that are no daemons end first
+    # What Python calls at its end, which has no public name: threads that are no daemons end first.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -154,7 +155,7 @@ def main() -> None:
     for number in (signal.SIGCHLD, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     caller.close()
-    # NumPy draws the seed of its global state once, when it is imported.
+    # NumPy draws the seed of its global state, the legacy one, once, when it is imported.
     np.random.seed()  # noqa: NPY002
     try:
         run(request, streams)

@@ -30,7 +30,10 @@ _WITH: dict[str, tuple[str, Any]] = {
 }
 #: Of one kind of input; `base.PICTURED`, which change pictures, are refused with texts.
 _KINDS = {
-    "image": ("mae", "model.image_size", "finetune.flip", "diet.augment"),
+    "image": (
+        *("mae", "model.image_size", "finetune.flip", "diet.augment"),
+        *("decoder.width", "decoder.depth"),
+    ),
     "text": ("mlm", "text", "model.tokenizer"),
 }
 
@@ -52,6 +55,8 @@ def idle(config: Config) -> list[str]:
     }
     if config.pretrain.objective == "diet" or config.probe.every:
         foreign.discard("distill.feature")  # which is read there, too
+    if stages & {"pretrain", "distill"}:  # a new decoder may be theirs, a random one
+        foreign -= {"decoder.width", "decoder.depth"}
     if foreign:
         lines.append(f"of no use to --stage {config.stage}: {_options(foreign)}")
     for section, (other, value) in _WITH.items():

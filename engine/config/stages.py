@@ -104,6 +104,10 @@ class DecoderSection(StageSection):
         None, description="packed data set to learn from (left out: the target's own)"
     )
     auto: bool = Field(True, description="with --stage all, where the model has no decoder")
+    width: int | None = Field(
+        None, gt=0, multiple_of=32, description="of a new decoder for images (left out: 512)"
+    )
+    depth: int | None = Field(None, gt=0, le=1024, description="its blocks (left out: 8)")
 
 
 class PretrainSection(KeptSection):

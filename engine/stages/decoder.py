@@ -47,7 +47,7 @@ class Decoder(Masked):
 
     def __init__(self, run: Run, base: Any, modality: Modality) -> None:
         train = _source(run)
-        record = {"model": base.sha256} | modality.record()
+        record = {"model": base.sha256} | modality.record(base)
         seed = run.config.seed
         super().__init__(run, NAME, train, modality, base, seed=seed, record=record)
 

@@ -67,7 +67,7 @@ class Distill(Probed):
         self.reconstructs = plan.mae_weight > 0 or (plan.match == "prediction" and plan.weight > 0)
         self.counted = plan.match == "feature" and plan.weight > 0 and plan.mae_weight > 0
         name = f"distill-{number}"
-        record |= modality.record() | adapters.record(run.config)
+        record |= modality.record(base) | adapters.record(run.config)
         super().__init__(run, name, train, modality, base, seed=run.config.seed, record=record)
 
     @property

@@ -50,7 +50,7 @@ class Pretrain(Probed, Masked):
         train = self.split(run)
         modality = modality_of(run, train)
         base = initial(run, modality)
-        record = {"model": base.sha256} | modality.record() | self.settings(run)
+        record = {"model": base.sha256} | modality.record(base) | self.settings(run)
         record |= adapters.record(run.config)
         super().__init__(
             run, "pretrain", train, modality, base, seed=run.config.seed, record=record
@@ -63,6 +63,13 @@ class Pretrain(Probed, Masked):
     def settings(self, run: Run) -> dict[str, Any]:
         """More settings that its figures depend on."""
         return {}
+
+    def check(self) -> None:
+        """See `Stage`: also what stage 2, which learns from the same, would refuse after this."""
+        super().check()
+        if self.config.stage == "all" and not self.labelled:
+            later = self.config.distill
+            later.check_warmup("distill", later.length(self.epoch))
 
     def build(self) -> nn.Module:
         """See `Stage`."""

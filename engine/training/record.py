@@ -34,6 +34,7 @@ def record_of(
     """
     config = run.config
     elsewhere = {"seeds", "eval_every", "start", "weights", "epochs", "auto", "data", "metric"}
+    elsewhere |= {"width", "depth"}  # of the decoder: the modality tells of them
     settings, mode = plan.model_dump(mode="json", exclude=elsewhere), config.compile_mode
     return {
         **{f"{section}.{k}": v for k, v in settings.items()},

@@ -245,10 +245,7 @@ class ImageWork(Workload):
         else:
             shape, self.whole = self._found(path)
             base = _weightless(shape, path)
-        settings = run.config.mae
-        shape = replace(
-            base.shape, mask_ratio=settings.ratio, normalize_pixels=settings.normalize_pixels
-        )
+        shape = self.modality.asked(base.shape, whole=self.whole)
         self.base, self.shape = replace(base, shape=shape), shape
         self.origin = (
             f"{path}: ViT, {typed(shape.image_size)} pixels, patches of {shape.patch_size}, encoder"

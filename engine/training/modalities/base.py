@@ -135,8 +135,8 @@ class Modality(Protocol):
         """All that the unmasked view depends on beside the data, as text."""
         ...
 
-    def record(self) -> dict[str, Any]:
-        """Settings of the masked view, which must be equal at resume."""
+    def record(self, base: Any) -> dict[str, Any]:
+        """Settings of the masked view and of a new decoder, which must be equal at resume."""
         ...
 
     def count(self, batch: Batch) -> int | None:

@@ -91,7 +91,10 @@ class ImageModality(Modality):
                     f"{path}: its decoder was trained to give {was} pixels, and {now} ones are"
                     f" asked for: --mae.normalize_pixels {str(own).lower()} stays with the former"
                 )
-            return replace(loaded, shape=self._masked(loaded.shape))
+            whole = loaded.decoder is not None
+            if whole and source is None:
+                self._refit(path, loaded.shape)
+            return replace(loaded, shape=self.asked(loaded.shape, whole=whole))
         sizes = config.model.shape
         shape = Shape(
             image_size=config.model.image_size or sizes.image_size,
@@ -105,12 +108,40 @@ class ImageModality(Modality):
             decoder_heads=sizes.decoder_heads,
             decoder_mlp_width=4 * sizes.decoder_width,
         )
+        self._refit(path, shape)
         torch.manual_seed(config.seed)
-        return Pretrained.fresh(ViTMAE(self._masked(shape)))
+        return Pretrained.fresh(ViTMAE(self.asked(shape, whole=True)))
 
-    def _masked(self, shape: Shape) -> Shape:
-        settings = self.config.mae
-        return replace(shape, mask_ratio=settings.ratio, normalize_pixels=settings.normalize_pixels)
+    def asked(self, shape: Shape, *, whole: bool) -> Shape:
+        """A model's shape with the task that is asked for, and with the decoder that it will get.
+
+        Args:
+            shape: as its file has it.
+            whole: whether it has a decoder already, which keeps its shape.
+        """
+        mae, new = self.config.mae, self.config.decoder
+        task = replace(shape, mask_ratio=mae.ratio, normalize_pixels=mae.normalize_pixels)
+        if not whole and new.depth is not None:
+            task = replace(task, decoder_depth=new.depth)
+        if not whole and (width := new.width) is not None:
+            # Heads of 32 values and an MLP of 4 times the width, as MAE's makers have it.
+            heads, mlp = width // 32, 4 * width
+            task = replace(task, decoder_width=width, decoder_heads=heads, decoder_mlp_width=mlp)
+        return task
+
+    def _refit(self, path: str, shape: Shape) -> None:
+        """Says so where another shape is asked of a decoder that is there."""
+        if sized := self._sized():
+            self.run.info_once(
+                f"note: of no use: {', '.join(f'--{name}' for name in sized)}: {path} has a decoder"
+                f" already, {shape.decoder_width} x {shape.decoder_depth}"
+            )
+
+    def _sized(self) -> dict[str, int]:
+        """What is asked of a new decoder's shape, by option."""
+        new = self.config.decoder
+        given = {"decoder.width": new.width, "decoder.depth": new.depth}
+        return {name: value for name, value in given.items() if value is not None}
 
     def check(self, manifest: Manifest, base: Pretrained) -> None:
         """See `Modality`."""
@@ -225,9 +256,10 @@ class ImageModality(Modality):
         """See `Modality`."""
         return f"full {typed(base.shape.image_size)}, mean {base.mean}, std {base.std}"
 
-    def record(self) -> dict[str, Any]:
+    def record(self, base: Pretrained) -> dict[str, Any]:
         """See `Modality`."""
-        return {"mae": self.config.mae.model_dump()}
+        new = self._sized() if base.decoder is None else {}
+        return {"mae": self.config.mae.model_dump()} | new
 
     def count(self, batch: Batch) -> None:
         """See `Modality`: every image has as many masked patches."""

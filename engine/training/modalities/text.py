@@ -285,7 +285,7 @@ class TextModality(Modality):
         """See `Modality`."""
         return f"first {base.max_length} tokens"
 
-    def record(self) -> dict[str, Any]:
+    def record(self, base: Language) -> dict[str, Any]:
         """See `Modality`."""
         mlm, text = self.config.mlm, self.config.text
         words = {"mlm.whole_word": True} if mlm.whole_word else {}

@@ -31,6 +31,9 @@ R3F = "--finetune.regularizer r3f"
         ("--stage distill --model x --model.shape.width 8 --compile_mode max-autotune",
          ["of no use with --compile false: --compile_mode, which goes with --compile true",
           "of no use with --model x: --model.shape.width, which goes with --model scratch"]),
+        ("--stage pretrain --decoder.width 64", []),
+        ("--stage finetune --decoder.width 64 --decoder.depth 2",
+         ["of no use to --stage finetune: --decoder.depth, --decoder.width"]),
         ("--stage all --recipe quickstart", []),
     ],
 )  # fmt: skip
@@ -42,5 +45,7 @@ def test_options_of_the_other_kind_of_input_are_named() -> None:
     config = load(parse(["--mae.ratio", "0.5", "--text.bucket", "8"]))
     assert of_other_kind(config, "image") == "of no use to images: --text.bucket"
     assert of_other_kind(load(parse(["--text.bucket", "8"])), "text") == ""
-    config = load(parse(["--mae.ratio", "0.5", "--finetune.flip", "false"]))
-    assert of_other_kind(config, "text") == "of no use to texts: --finetune.flip, --mae.ratio"
+    words = "--mae.ratio 0.5 --finetune.flip false --decoder.width 64"
+    config = load(parse(words.split()))
+    found = "of no use to texts: --decoder.width, --finetune.flip, --mae.ratio"
+    assert of_other_kind(config, "text") == found

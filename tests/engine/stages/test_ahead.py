@@ -20,6 +20,11 @@ def test_later_stages_refuse_before_the_first(tmp_path: Path) -> None:
             "finetune.steps": None,
             "finetune.warmup": 9,
         },
+        "--distill.warmup 9: the stage has 3 steps": {
+            "distill.epochs": 1,
+            "distill.steps": None,
+            "distill.warmup": 9,
+        },
         "give --rounds 3, or an earlier start": {"finetune.start": "distill-3"},
         "take zero0, zero1 or zero2": {"finetune.regularizer": "mars", "zero": "zero3"},
         "give at most --recadam.c": {"finetune.regularizer": "recadam", "recadam.c": 1e6},
@@ -33,4 +38,4 @@ def test_later_stages_refuse_before_the_first(tmp_path: Path) -> None:
         ranks=1,
     )
     assert len(list((root / "runs").iterdir())) == len(mistakes)
-    assert not list((root / "runs").glob("*/pretrain"))
+    assert not list((root / "runs").glob("*/pretrain/metrics.jsonl"))

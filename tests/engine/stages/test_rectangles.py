@@ -54,6 +54,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "picture_every": 5,
         "decoder.steps": 3,
         "decoder.batch": 8,
+        "decoder.width": 32,
+        "decoder.depth": 2,
     }
     cases = [
         shared | {"model": str(root / name), "output": str(root / f"run-{name}"), "zero": zero}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, RobertaForMaskedLM
+from transformers import AutoModel, RobertaForMaskedLM, ViTMAEForPreTraining
 
 from tests.engine.training.test_parity_text import batches, kind_of
 from tests.kit import texts as text_kit
@@ -19,6 +19,8 @@ from tests.kit.plain_loop import RATE, STEPS, ZERO3, adamw, is_bias_or_1d, large
 
 pytestmark = pytest.mark.multi
 
+#: A decoder of another shape than the configuration of the encoder says.
+THIN = {"decoder.width": 96, "decoder.depth": 2}
 ZEROS = ("zero0", "zero1", "zero2", "zero3")
 
 
@@ -74,7 +76,12 @@ def said(root: Path) -> str:
         | {"save_every": 1, "keep_finished": False, "finetune.metric": "macro_f1"},
         images
         | {"stage": "decoder", "output": str(runs / "whole")}
-        | {"model": str(root / "images" / "base")},
+        | {"model": str(root / "images" / "base"), "decoder.width": 64},
+        images | {"stage": "all", "output": str(runs / "thin")} | THIN,
+        images
+        | {"stage": "all", "output": str(runs / "thin"), "decoder.depth": 3, "decoder.width": 96}
+        | {"expect_error": "made with decoder.depth = 2, now it is 3"},
+        images | {"stage": "all", "output": str(runs / "thin-off"), "decoder.auto": False} | THIN,
         common
         | {"stage": "pretrain", "output": str(runs / "zero0"), "model": str(root / "other")}
         | {"expect_error": "is the decoder of another encoder"},
@@ -130,7 +137,7 @@ def test_stage_1_starts_from_it(root: Path, said: str) -> None:
     random = metrics(root / "runs" / "none" / "pretrain")[0]["loss/mae"]
     assert metrics(root / "runs" / "images" / "pretrain")[0]["loss/mae"] < random
     assert metrics(root / "runs" / "off" / "pretrain")[0]["loss/mae"] == random
-    assert said.count("has no decoder: a new, random one takes its place") == 3
+    assert said.count("has no decoder: a new, random one takes its place") == 4
     assert not (root / "runs" / "off" / "decoder").exists()
     # One that began without goes on without.
     assert not (root / "runs" / "none" / "decoder").exists()
@@ -164,12 +171,30 @@ def test_a_model_with_a_decoder_needs_none(root: Path, said: str) -> None:
     assert not (root / "runs" / "whole" / "decoder").exists()
 
 
+def test_it_has_the_shape_that_is_asked_for(root: Path, said: str) -> None:
+    """Whichever stage makes it; transformers' own class loads it, and goes by its settings."""
+    for run, stages in {
+        "thin": ("decoder", "pretrain", "distill-1"),
+        "thin-off": ("pretrain", "distill-1"),
+    }.items():
+        for stage in stages:
+            export = root / "runs" / run / stage / "export"
+            model, told = ViTMAEForPreTraining.from_pretrained(export, output_loading_info=True)
+            assert not told["missing_keys"] | told["unexpected_keys"] | told["mismatched_keys"]
+            config = model.config
+            assert (config.decoder_hidden_size, config.decoder_num_hidden_layers) == (96, 2)
+            heads = config.decoder_num_attention_heads
+            assert (heads, config.decoder_intermediate_size) == (3, 384)
+    base = root / "images" / "base"
+    assert f"of no use: --decoder.width: {base} has a decoder already, 16 x 1" in said
+
+
 def test_it_is_found_again(root: Path, said: str) -> None:
     """By encoder, data and settings: another run takes it, and what comes of it is the same."""
     assert said.count("decoder: found again") == 1
     assert (
-        len(list((root / "shelf").iterdir())) == len(ZEROS) + 2
-    )  # one more of texts, one of images
+        len(list((root / "shelf").iterdir())) == len(ZEROS) + 3
+    )  # one more of texts, two of images
     for stage in ("decoder", "pretrain", "distill-1"):
         first, second = (
             load_file(root / "runs" / run / stage / "export" / "model.safetensors")

@@ -56,20 +56,25 @@ def test_general_data_are_counted(tmp_path: Path) -> None:
     assert general.sample_bytes is not None
 
 
-def test_the_decoder_alone_is_trained() -> None:
-    """DINOv2-S with MAE's decoder: transformers' one has the same parameters."""
+@pytest.mark.parametrize("width", [None, 128])
+def test_the_decoder_alone_is_trained(width: int | None) -> None:
+    """DINOv2-S with MAE's decoder, or a thinner one: transformers' has the same parameters."""
     with torch.device("meta"):
         config = ViTMAEConfig(image_size=224, patch_size=14, hidden_size=384, num_attention_heads=6)
+        if width:
+            config.decoder_hidden_size, config.decoder_intermediate_size = width, 4 * width
+            config.decoder_num_hidden_layers = 2
         theirs = ViTMAEForPreTraining(config).decoder
-    found = made(recipe="dinov2_small", precision="fp32")
+    asked = {"decoder__width": width, "decoder__depth": 2} if width else {}
+    found = made(recipe="dinov2_small", precision="fp32", **asked)
     parameters = found.work.parameters("decoder", 0)
     assert parameters.trained == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     assert parameters.all == found.work.parameters("pretrain", 0).all
     job, later = found.jobs[:2]
-    asked, full = (need(found, one, zero.read("zero0")) for one in (job, later))
-    assert asked.optimizer == 8 * parameters.trained
-    assert asked.weights == full.weights
-    assert asked.activations < full.activations
+    alone, full = (need(found, one, zero.read("zero0")) for one in (job, later))
+    assert alone.optimizer == 8 * parameters.trained
+    assert alone.weights == full.weights
+    assert alone.activations < full.activations
 
 
 def test_the_head_alone_is_trained() -> None:

@@ -332,7 +332,7 @@ def pack(
         elif part is not None:
             span = beside(out_dir, set(replaced), wanted)
             span = wanted if span is None and isinstance(wanted, tuple) else span
-        elif wanted is not None or not found.known:  # known data sets have 8 bits
+        else:
             with Progress(*_BARS, console=console, transient=True) as progress:
                 span, note = find_span(divided, out_dir, set(replaced), wanted, chosen, progress)
             found.notes.extend([note] if note else [])

@@ -120,7 +120,7 @@ def run_stages(run: Run) -> None:
     from selfdistill.engine.stages import ahead
     from selfdistill.engine.stages.decoder import train_decoder
     from selfdistill.engine.stages.distill import Distill
-    from selfdistill.engine.stages.finetune import finetune
+    from selfdistill.engine.stages.finetune import finetune, starts
     from selfdistill.engine.stages.pretrain import pretraining
     from selfdistill.engine.stages.splits import labelled_splits
     from selfdistill.engine.training.loop import run_stage
@@ -140,14 +140,8 @@ def run_stages(run: Run) -> None:
         for number in range(1, config.rounds + 1):
             run.boundary(f"distill-{number}", wait=True)
             run_stage(Distill(run, number))
-    if config.stage == "finetune":
-        finetune(run, config.finetune.start)
-    if config.stage == "all":
-        starts = [config.finetune.start]
-        if config.compare:
-            rounds = [f"distill-{number}" for number in range(1, config.rounds)]
-            starts = ["model", "pretrain", *rounds, "auto"]
-        for start in starts:
+    if config.stage in ("finetune", "all"):
+        for start in starts(config):
             finetune(run, start)
 
 

@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 QUEUED = "slurm.json"
 
 
-def submit(root: Path, plan: Plan) -> list[str]:
-    """Queues what is open; returns the arrays' ids.
+def check(root: Path) -> None:
+    """Refuses to queue anything; before the sweep is changed, by which queued tasks go.
 
     Raises:
-        UserError: SLURM is not here, or refuses an array.
+        UserError: SLURM is not here, or arrays of an earlier call have not ended.
     """
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch on PATH: run this on a login node of the cluster")
@@ -35,6 +35,14 @@ def submit(root: Path, plan: Plan) -> list[str]:
             f"{root}: arrays {', '.join(left)} of an earlier call are still queued or running:"
             f" wait for them, or scancel {' '.join(left)}"
         )
+
+
+def submit(root: Path, plan: Plan) -> list[str]:
+    """Queues what is open; returns the arrays' ids.
+
+    Raises:
+        UserError: SLURM refuses an array.
+    """
     names = {job.name for job in state.wanted(root, plan)}
     levels = [[job.name for job in level if job.name in names] for level in plan.levels()]
     levels = [level for level in levels if level]
@@ -58,7 +66,8 @@ def submit(root: Path, plan: Plan) -> list[str]:
         # Not afterok: one failed task must not stop those that do not need it.
         wait = [f"--dependency=afterany:{ids[-1]}"] if ids else []
         command = [
-            *("sbatch", "--parsable", f"--array=0-{len(level) - 1}", *wait),
+            # Whatever SBATCH_EXPORT says: the tasks live on these variables.
+            *("sbatch", "--parsable", "--export=ALL", f"--array=0-{len(level) - 1}", *wait),
             *(f"--output={root}/logs/%x-%A_%a.log", f"--job-name=level-{number}"),
             str(ROOT / "slurm" / "experiments.sh"),
         ]

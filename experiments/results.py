@@ -20,12 +20,12 @@ from selfdistill.experiments.state import Status
 
 
 def varied(mean: float, spread: float) -> bool:
-    """Whether figures have an interval: they vary by more than rounding, or all of them are 0.
+    """Whether figures have an interval: they vary by more than rounding.
 
-    Scores are counts over few samples, so that two or three differences are easily equal; Student's
-    t would be sure of them.
+    Scores are counts over few samples, so that two or three differences are easily equal, or 0;
+    Student's t would be sure of them.
     """
-    return mean == 0 or spread > 1e-9 * abs(mean)
+    return spread > 1e-9 * abs(mean)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _quantity(result: dict[str, Any], key: str, before: float) -> float | None:
     node: Any = result
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None
-    return None if node is None else float(node)
+    return float(node) if isinstance(node, int | float) else None
 
 
 def outcome(root: Path, cell: Cell) -> Outcome:

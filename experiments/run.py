@@ -18,7 +18,7 @@ from selfdistill.data.errors import UserError
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.config import options as configuration
 from selfdistill.engine.config.schema import Config
-from selfdistill.experiments import state
+from selfdistill.experiments import arrays, state
 from selfdistill.experiments.jobs import PIPELINE, SEARCH_SEED, Choice, Job, typed
 from selfdistill.experiments.local import Local, gpus
 from selfdistill.experiments.plan import Plan
@@ -278,11 +278,13 @@ def main(
         return
     root.mkdir(parents=True, exist_ok=True)
     with alone(root):
+        if (root / state.SWEEP).exists():  # another call may have asked for more meanwhile
+            sweep.asked = Sweep.open(root).asked
+        if slurm:
+            arrays.check(root)
         sweep.ask(asked)
         sweep.save()
         if slurm:
-            from selfdistill.experiments import arrays
-
             arrays.submit(root, plan)
             return
         devices = gpus() or len(os.sched_getaffinity(0))

@@ -8,6 +8,7 @@ what the tables' cells are tested for.
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -130,6 +131,11 @@ class Dataset(Spec):
     options: Options = Field(default_factory=dict)
 
     _options = field_validator("options")(_known_options)
+
+    @property
+    def family(self) -> str:
+        """Its name without the size: that of sets which differ in their place alone."""
+        return re.sub(r"_\d+$", "", self.name)
 
 
 class Row(BaseModel):
@@ -279,9 +285,16 @@ class Contrast(BaseModel):
             raise ValueError("give one of a (with b, or along), weights, against")
         if self.a and not self.b and not self.along:
             raise ValueError(f"{self.a} is compared with nothing: give b, or along")
+        if self.weights and self.along:
+            raise ValueError("along goes with a (and b), not with weights")
         if self.weights and abs(sum(self.weights.values())) > 1e-9:
             raise ValueError("weights do not sum up to 0")
         return self
+
+    @property
+    def named(self) -> list[str]:
+        """The rows that it names."""
+        return [*self.weights, *(name for name in (self.a, self.b) if name)]
 
 
 class Claim(Spec):

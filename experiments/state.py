@@ -130,19 +130,23 @@ class Sweep:
     def ask(self, new: list[Asked]) -> None:
         """Adds tables; one that is asked for again joins the one before, where that is possible.
 
-        On the same data sets, methods join; of the same methods and seeds, data sets do.
+        On the same data sets, methods join; of the same methods and seeds, data sets do. More seeds
+        of some methods are a table of their own: they say nothing of the others.
         """
         for one in new:
             joined = one
             for old in [a for a in self.asked if a.table == one.table]:
-                if old.datasets == joined.datasets:
+                more = joined.seeds or old.seeds, joined.pipelines or old.pipelines
+                alike = more == (old.seeds, old.pipelines)
+                whole = not joined.only or bool(old.only and set(old.only) <= set(joined.only))
+                if old.datasets == joined.datasets and (alike or whole):
                     # Asked for whole once, it is whole.
                     only = _joined(old.only, joined.only) if old.only and joined.only else ()
                     joined = replace(
                         joined,
                         only=only,
-                        seeds=joined.seeds or old.seeds,
-                        pipelines=joined.pipelines or old.pipelines,
+                        seeds=more[0],
+                        pipelines=more[1],
                     )
                 elif (
                     old.datasets

@@ -8,6 +8,11 @@
 
 ROOT=$(cd "${SELFDISTILL_ROOT:-$SLURM_SUBMIT_DIR}" && pwd) || exit 2
 [ ! -x "$ROOT/.venv/bin/python" ] || PATH=$ROOT/.venv/bin:$PATH
+if ! command -v python >/dev/null; then
+    echo "error: there is no python on ${SLURMD_NODENAME:-this node}: load its module or activate its" \
+        "environment in the template" >&2
+    exit 2
+fi
 OUTPUT=${OUTPUT:-runs/slurm/run}
 # Node-local, since a compiled op belongs to one kind of machine.
 OWN=/tmp/selfdistill-$(id -un)
@@ -72,15 +77,27 @@ own() {
 }
 
 # rank COMMAND...: one task of srun. The first that fails leaves its exit code in $FIRST; what the
-# others end with says nothing of the cause, since srun ends them.
+# others end with says nothing of the cause, since srun ends them. SLURM's signals may come to this
+# shell alone (ProctrackType=cgroup) or to all of the task's processes: the command gets them from
+# here. Ctrl-C as USR2: a second one would end it at once.
 rank() {
-    trap : TERM USR2
-    local lock code
+    local lock code=0 pid=
+    trap '[ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null' TERM
+    trap '[ -z "$pid" ] || kill -USR2 "$pid" 2>/dev/null' USR2 INT
     for lock in "$TORCH_EXTENSIONS_DIR"/*/lock; do
         if [ -e "$lock" ] && stale "$lock"; then rm -f "$lock"; fi
     done
-    own && "$@"
-    code=$?
+    own || code=$?
+    if [ $code = 0 ]; then
+        "$@" &
+        pid=$!
+        while :; do
+            wait "$pid"
+            code=$?
+            # Above 128 with the command still there: a signal to this shell.
+            [ $code -gt 128 ] && kill -0 "$pid" 2>/dev/null || break
+        done
+    fi
     if [ $code != 0 ]; then
         (set -o noclobber && echo "$code $SLURM_PROCID $SLURMD_NODENAME" >"$FIRST") 2>/dev/null
     fi

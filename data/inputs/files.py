@@ -126,14 +126,18 @@ class Tarred(Inputs):
         return _digest(self.names, self.paths)
 
 
+def kinds(kind: Literal["image", "text"]) -> frozenset[str]:
+    """Suffixes of files that are each an input."""
+    return frozenset(_PICTURES) if kind == "image" else frozenset({".txt"})
+
+
 def folder(root: Path, kind: Literal["image", "text"]) -> Files:
     """All files below a folder, in the order of their paths; hidden ones and the like are none.
 
     Raises:
         UserError: it has none, or cannot be listed.
     """
-    wanted = _PICTURES if kind == "image" else frozenset({".txt"})
-    paths, others = files_below(root, wanted)
+    paths, others = files_below(root, kinds(kind))
     if not paths:
         there = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(3))
         what = "pictures" if kind == "image" else "texts (.txt)"

@@ -14,6 +14,7 @@ from selfdistill.data.inputs import files, packed
 from selfdistill.data.inputs.base import Input, Inputs
 from selfdistill.data.inputs.tables import TextRows, Wanted, listed
 from selfdistill.data.shards import tars
+from selfdistill.data.sources.images import files_below
 from selfdistill.data.sources.texts import JSONL
 
 Kind = Literal["image", "text"]
@@ -82,8 +83,7 @@ def _named(source: str, kind: Kind, wanted: Wanted, split: str | None, stdin: St
     if not path.exists():
         return _pattern(source, kind, wanted)
     if path.is_dir():
-        tarred = kind == "image" and tars.beside(path)
-        return files.tarred(path) if tarred else _folder(path, kind, wanted)
+        return _folder(path, kind, wanted)
     return _file(path, kind, wanted)
 
 
@@ -110,11 +110,28 @@ def _folder(path: Path, kind: Kind, wanted: Wanted) -> Inputs:
     if kind == "text":
         tables = [p for p in sorted(path.iterdir()) if p.suffix.lower() in (*JSONL, ".csv", ".tsv")]
         if len(tables) == 1:
+            _refuse_mixed(path, tables, kind)
             return TextRows(tables[0], wanted)
         if tables:
             names = ", ".join(p.name for p in tables[:4])
             raise UserError(f"{path} holds several tables ({names}): give one of them")
+    elif tarred := tars.beside(path):
+        _refuse_mixed(path, tarred, kind)
+        return files.tarred(path)
     return files.folder(path, kind)
+
+
+def _refuse_mixed(path: Path, holders: list[Path], kind: Kind) -> None:
+    """Refuses a folder of files, each an input, and of a table or tars that hold inputs, too."""
+    suffixes = files.kinds(kind)
+    single, _ = files_below(path, suffixes)
+    if single:
+        what = "pictures" if kind == "image" else "texts"
+        raise UserError(
+            f"{path} holds {len(single)} files of {what}, such as {single[0].name}, and"
+            f" {holders[0].name}, which holds some, too: move one of them away, or give"
+            f" {holders[0]}"
+        )
 
 
 def _pattern(source: str, kind: Kind, wanted: Wanted) -> Inputs:

@@ -101,6 +101,9 @@ class Rows:
             return
         reader = csv.reader(lines, **self.form)
         self.header = [name.strip() for name in next(reader, [])]
+        twice = next((c for i, c in enumerate(self.header) if c in self.header[:i]), None)
+        if twice is not None:
+            raise UserError(f"{self.path} has the column {twice!r} twice: rename one of them")
         begin = lines.at
         for row in reader:
             if row:

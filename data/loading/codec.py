@@ -146,8 +146,24 @@ class Pictures(Images):
             self.noted.append(name)
 
         try:
+            if self.span is None:
+                self._refuse_dark(content)
             return images.pixels(
                 content, self.size, noted, self.span, self.chosen, self.whole, self.how
             )
         except ValueError as error:
             raise BrokenData(str(error)) from None
+
+    def _refuse_dark(self, content: bytes) -> None:
+        """Refuses a picture of more than 8 bits that would come out nearly black.
+
+        Packing looks for the range of a set; of one picture nobody can tell it.
+        """
+        if content.startswith(b"\xff\xd8"):  # a JPEG has 8 bits
+            return
+        seen = images.values(content, self.chosen)
+        if seen and seen.whole and not seen.windows and 0 <= seen.low < seen.high < 2**15:
+            raise ValueError(
+                f"it has values of {seen.low:.10g} to {seen.high:.10g} of 16 bits, and the model"
+                " was not trained on such: give their range (--range LOW,HIGH)"
+            )

@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -133,7 +134,7 @@ def _class_folders(folder: Path, classes: list[str], whole: bool, walk: _Walk) -
         if extra.name not in classes and walk.images(extra):
             raise UserError(
                 f"{extra} is a class that the training images do not have: add such images there,"
-                " or remove the folder"
+                f" or remove the folder.{nearest(extra.name, classes, '')}"
             )
     for label, name in enumerate(classes):
         found = walk.images(folder / name) if (folder / name).is_dir() else []
@@ -161,17 +162,21 @@ def _class_names(folder: Path, walk: _Walk) -> list[str]:
             f"{folder} holds {has}: put images into one folder a class, or pack them without labels"
             " (--unlabelled)"
         )
-    beside = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    for path in folder.iterdir():
-        suffix = path.suffix.lower()
-        if path.is_file() and suffix not in walk.suffixes and not is_stray(path.name):
-            walk.others[path] = suffix or "no suffix"
-    if loose := [path for path in beside if path.is_file() and not is_stray(path.name)]:
-        raise UserError(
-            f"{folder} holds class folders and {len(loose)} images beside them, such as"
-            f" {loose[0].name}: put each into the folder of its class"
-        )
+    _refuse_loose(folder, walk, "class folders", "put each into the folder of its class")
     return classes
+
+
+def _refuse_loose(folder: Path, walk: _Walk, kind: str, cure: str) -> None:
+    """Refuses images that lie beside folders of classes or splits; notes other files there."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not is_stray(p.name))
+    for path in files:
+        if (suffix := path.suffix.lower()) not in walk.suffixes:
+            walk.others[path] = suffix or "no suffix"
+    if loose := [path for path in files if path.suffix.lower() in SUFFIXES]:
+        raise UserError(
+            f"{folder} holds {kind} and {len(loose)} images beside them, such as {loose[0].name}:"
+            f" {cure}"
+        )
 
 
 def split_folders(root: Path, walk: _Walk) -> dict[str, Path]:
@@ -191,9 +196,11 @@ def split_folders(root: Path, walk: _Walk) -> dict[str, Path]:
         else:
             found[split] = folder
     others = [folder for folder in others if walk.images(folder)]
-    if others and len(found) < 2:  # one alone may be a class: pass/ and test/
+    # One alone may be a class, pass/ and test/, if its images are not in folders of classes.
+    nested = any(walk.images(inner) for one in found.values() for inner in walk.folders(one))
+    if others and len(found) < 2 and not nested:
         return {}
-    if others:
+    if others and found:
         raise UserError(
             f"{root} holds splits ({', '.join(p.name for p in found.values())}) and"
             f" {others[0].name} with images, too: move that away; or, if all are classes, pack them"
@@ -208,6 +215,9 @@ def from_split_folders(folders: dict[str, Path], unlabelled: bool, walk: _Walk) 
         return {split: (_unlabelled(folder, walk), []) for split, folder in folders.items()}
     first = next(iter(folders))
     classes = _class_names(folders[first], walk)
+    for folder in folders.values():
+        loose = "put each into the folder of its class, or move this split away"
+        _refuse_loose(folder, walk, "a split of class folders", loose)
     return {
         split: (_class_folders(folder, classes, split == first, walk), classes)
         for split, folder in folders.items()
@@ -238,11 +248,12 @@ def from_csv(
         if not given:
             raise UserError(f"{where} has no path: {cure}")
         image = path.parent / given
-        if not image.is_file() and "\\" in given:  # written on Windows
-            image = path.parent / given.replace("\\", "/")
+        if not image.is_file():
+            image = _spelt(path.parent, given)
         if not image.is_file():
             raise UserError(
-                f"{where}: there is no image {image}: paths are relative to the CSV: {cure}"
+                f"{where}: there is no image {image}: paths are relative to the CSV: {cure}."
+                f"{_beside(image)}"
             )
         if image in seen:
             raise UserError(f"{where}: {given} stands in line {seen[image]} too: {cure}")
@@ -276,6 +287,21 @@ def from_csv(
     if notes is not None and (ignored := [c for c in header if c not in (*wanted, "split")]):
         notes.append(f"note: of {path.name} these columns are ignored: {', '.join(ignored)}")
     return grouped(rows)
+
+
+def _spelt(folder: Path, given: str) -> Path:
+    """A path as another system writes it: Windows' separators, macOS's letters with marks apart."""
+    path = folder / given.replace("\\", "/")
+    forms = (folder / unicodedata.normalize(form, given) for form in ("NFC", "NFD"))
+    return next((one for one in (path, *forms) if one.is_file()), path)
+
+
+def _beside(image: Path) -> str:
+    """A hint at a file of another case, or with the suffix that a table leaves out."""
+    names = sorted(p.name for p in image.parent.iterdir()) if image.parent.is_dir() else []
+    meant = image.name.casefold()
+    near = [name for name in names if meant in (name.casefold(), Path(name).stem.casefold())]
+    return f" There is {near[0]}" if near else ""
 
 
 def find(
@@ -316,6 +342,7 @@ def find(
             )
         found = from_csv(root, unlabelled, columns or Columns(), notes)
     elif split is None and (folders := split_folders(root, walk)):
+        _refuse_loose(root, walk, "splits", "put each into its split, or move them away")
         found = from_split_folders(folders, unlabelled, walk)
     elif unlabelled:
         found = {"": (_unlabelled(root, walk), [])}

@@ -1,6 +1,7 @@
 """Labels that can hardly be what was meant: refused, or told before anything is trained on them."""
 
 import re
+import unicodedata
 from collections import Counter
 
 from selfdistill.data.errors import UserError, counted
@@ -52,8 +53,8 @@ def check(splits: Splits) -> list[str]:
         other = folded.setdefault(_folded(name), name)
         if other != name:
             notes.append(
-                f"note: classes {other!r} and {name!r} differ in case, spaces or zeros alone: if"
-                " they are one, name them alike and pack again"
+                f"note: classes {other!r} and {name!r} differ in case, spaces or zeros alone, or in"
+                " forms of letters: if they are one, name them alike and pack again"
             )
     if not lists and (joined := _joined(classes)):
         notes.append(
@@ -129,6 +130,7 @@ def _refuse_few_or_many(classes: list[str], samples: int, cure: str, *, several:
 
 def _folded(name: str) -> str:
     """A class name as it would be typed carelessly: " 01" and "1.0" are 1, "Cat " is cat."""
+    name = unicodedata.normalize("NFC", name)  # macOS has letters and their marks apart
     plain = " ".join(re.split(r"[\s_-]+", name.strip().casefold()))
     if re.fullmatch(r"\d+(\.0*)?", plain):
         return plain.split(".")[0].lstrip("0") or "0"

@@ -281,13 +281,11 @@ def _check_complete(
         result.get("record", record) | {"data": result.get("manifest")},
         record | {"data": data},
     )
-    stage = next(key.split(".")[0] for key in record if key.endswith(".steps"))
     for key, old, new in differing(made, record):
-        cure = (
-            "give the same, take another --output, or do the stage again with --overwrite true"
-            f" --stage {stage}"
+        raise UserError(
+            f"{folder} is complete, {in_words(key, old, new)}: give the same, take another"
+            " --output, or delete that folder, which is then done anew"
         )
-        raise UserError(f"{folder} is complete, {in_words(key, old, new)}: {cure}")
 
 
 def open_stage(run: Run, stage: str, record: dict[str, Any], data: str) -> bool:
@@ -354,15 +352,21 @@ def _aside(folder: Path) -> Path:
 def replacing(run: Run, stage: str) -> Iterator[None]:
     """Within, a stage begins: what `open_stage` put aside is then deleted, or else put back.
 
-    Rank 0 does it, alone: the others may have failed.
+    One that is interrupted on the way has begun: the parts of its teacher's table stay. Rank 0 does
+    it, alone: the others may have failed.
     """
     folder, begun = run.folder / stage, False
     try:
         yield
         begun = True
+    except Preempted:
+        begun = True
+        raise
     finally:
         if run.ranks.main and _aside(folder).exists():
             shutil.rmtree(_aside(folder) if begun else folder, ignore_errors=True)
+            if begun and folder.parent != run.folder:  # the mean over seeds that were
+                (folder.parent / RESULT).unlink(missing_ok=True)
             if not begun:
                 os.replace(_aside(folder), folder)
                 terminal.say(f"{stage}: put back, since nothing could begin in its place")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from selfdistill.data.errors import UserError
-from selfdistill.engine.runtime.rendezvous import in_step
+from selfdistill.engine.runtime.rendezvous import of_step
 
 
 def take(env: MutableMapping[str, str]) -> torch.device:
@@ -47,7 +47,9 @@ def choose(env: Mapping[str, str]) -> torch.device:
         return torch.device("cpu")
     local, shown = int(env["LOCAL_RANK"]), torch.cuda.device_count()
     # srun shows a task that GPUs are bound to (--gpus-per-task, --gpu-bind) its own, from 0 on.
-    bound = in_step(env) and (shown == 1 or "SLURM_GPUS_PER_TASK" in env)
+    # With --gpu-bind=none it shows all of the node's.
+    own = env.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]  # such as a100:2
+    bound = of_step(env) and (shown == 1 or (own.isdigit() and shown <= int(own)))
     index = 0 if bound else local
     if index >= shown:
         raise UserError(

@@ -17,7 +17,7 @@ from selfdistill.data.errors import TryAgain, UserError
 from selfdistill.engine.runtime import devices, network
 from selfdistill.engine.runtime.failures import refused
 from selfdistill.engine.runtime.meeting import PATIENCE, Meeting
-from selfdistill.engine.runtime.rendezvous import in_step, resolve
+from selfdistill.engine.runtime.rendezvous import of_step, resolve
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def cores() -> int:
     A SLURM task may be bound to them, or see those of its node's other tasks as well.
     """
     seen, granted = len(os.sched_getaffinity(0)), os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if in_step(os.environ) and granted.isdigit():
+    if of_step(os.environ) and granted.isdigit():
         return max(1, min(seen, int(granted)))
     return max(1, seen // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
@@ -54,7 +54,7 @@ def cores() -> int:
 def few_cores() -> str | None:
     """What to say where srun gives a task one core of many; None where all is well."""
     tasks, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.cpu_count() or 1
-    if not in_step(os.environ) or cores() > 1 or there < 2 * tasks:
+    if not of_step(os.environ) or cores() > 1 or there < 2 * tasks:
         return None
     return (
         f"warning: SLURM gives each task 1 of this node's {there} cores: no loader process reads"

@@ -65,6 +65,19 @@ def in_step(env: Mapping[str, str]) -> bool:
     return env.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in env
 
 
+def of_step(env: Mapping[str, str]) -> bool:
+    """Whether this rank is a task of `srun`, and none of a launcher that a task started.
+
+    Args:
+        env: of the process; what its launcher says wins, as in `resolve`.
+    """
+    if not in_step(env):
+        return False
+    tasks = env.get("SLURM_STEP_NUM_TASKS", "1")
+    rank, world = env.get("RANK", env["SLURM_PROCID"]), env.get("WORLD_SIZE", tasks)
+    return (rank, world) == (env["SLURM_PROCID"], tasks)
+
+
 def from_slurm(env: Mapping[str, str]) -> dict[str, str]:
     """The variables of a process that `srun` started: one task is one rank.
 

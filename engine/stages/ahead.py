@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from selfdistill.data.errors import UserError
 from selfdistill.data.shards.manifest import Manifest
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.regularizers import REGULARIZERS, matching
 from selfdistill.engine.runtime import zero
-from selfdistill.engine.stages.finetune import check_judge
+from selfdistill.engine.stages.finetune import check_judge, check_seeds, stage_name, starts
 from selfdistill.engine.stages.labels import check_labels, check_pairs
 
 
@@ -29,7 +30,10 @@ def check(run: Run, splits: Mapping[str, Manifest]) -> None:
     check_judge(config, splits)
     check_labels(train, config)
     check_pairs(config, run.ranks.world)
-    tuned = "finetune" if plan.start in ("auto", "distill") else f"finetune-{plan.start}"
+    for start in starts(config):
+        check_seeds(run, stage_name(config, start))
+    _check_rounds(run)
+    tuned = stage_name(config, plan.start)
     stages = {
         "pretrain": ["pretrain"],
         "distill": [f"distill-{number}" for number in range(1, config.rounds + 1)],
@@ -48,4 +52,17 @@ def check(run: Run, splits: Mapping[str, Manifest]) -> None:
         raise UserError(
             f"--finetune.start {plan.start}: --stage all makes {config.rounds} round(s): give"
             f" --rounds {number}, or an earlier start"
+        )
+
+
+def _check_rounds(run: Run) -> None:
+    """Refuses more rounds than those whose last student was fine-tuned."""
+    config, folder = run.config, run.folder / "finetune"
+    done = run.shared_result("finetune") or {}
+    made, last = Path(str(done.get("start", ""))).parent.name, f"distill-{config.rounds}"
+    again = config.overwrite or config.finetune.weights is not None
+    if "auto" in starts(config) and made.startswith("distill-") and made != last and not again:
+        raise UserError(
+            f"{folder} is complete, made from {made}, now it would be from {last}: take another"
+            " --output, or delete that folder, which is then done anew"
         )

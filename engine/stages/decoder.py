@@ -76,7 +76,10 @@ def train_decoder(run: Run) -> None:
         return
     if main_only(run.ranks, lambda: _begun_without(run)):
         if config.stage == NAME:
-            run.info(f"{NAME}: {run.folder / 'pretrain'} began without: it goes on so")
+            run.info(
+                f"{NAME}: {run.folder / 'pretrain'} began without: it goes on so; to begin again"
+                " with one, delete that folder first"
+            )
         return
     modality = modality_of(run, unlabelled_split(run) if config.data.path else _source(run))
     base = modality.load()
@@ -88,13 +91,18 @@ def train_decoder(run: Run) -> None:
     kept = _shelf() / _key(stage)
     if main_only(run.ranks, lambda: _take(run, kept)):
         run.info(f"{NAME}: found again ({kept}): made of the same encoder, data and settings")
+        return  # `--resume never` would take it for one that this run had left
     run_stage(stage)
     main_only(run.ranks, lambda: _keep(run, kept))
 
 
 def _begun_without(run: Run) -> bool:
     """Whether stage 1 began with another decoder: it goes on with that."""
-    return (run.folder / "pretrain").exists() and not (run.folder / NAME).exists()
+    if run.config.overwrite and run.config.stage == "all":  # it is done again, too
+        return False
+    left = (RESULT, "checkpoints", "metrics.jsonl")  # of a stage that took a step
+    begun = any((run.folder / "pretrain" / name).exists() for name in left)
+    return begun and not (run.folder / NAME).exists()
 
 
 def _shelf() -> Path:

@@ -40,26 +40,39 @@ from selfdistill.engine.training.teacher import view
 FEW = 50
 
 
+def starts(config: Config) -> list[str]:
+    """What a launch fine-tunes from, in order."""
+    if not config.compare:
+        return [config.finetune.start]
+    rounds = [f"distill-{number}" for number in range(1, config.rounds)]
+    return ["model", "pretrain", *rounds, "auto"]
+
+
+def stage_name(config: Config, start: str) -> str:
+    """The folder of a fine-tuning in the run's."""
+    whole = config.finetune.weights is not None or start in ("auto", "distill")
+    return "finetune" if whole else f"finetune-{start}"
+
+
 def finetune_source(run: Run, start: str) -> tuple[str, str]:
     """Stage folder name and weights of a fine-tuning.
 
     Raises:
         UserError: the stage to start from is not complete.
     """
-    config = run.config
+    config, name = run.config, stage_name(run.config, start)
     if config.finetune.weights is not None:
-        return "finetune", config.finetune.weights
+        return name, config.finetune.weights
     if start == "model":
         if config.model.path is None:
             raise UserError("--finetune.start model needs --model")
-        return "finetune-model", config.model.path
-    if start == "pretrain" or start.startswith("distill-"):
-        stage, name = start, f"finetune-{start}"
-    else:
+        return name, config.model.path
+    stage = start
+    if name == "finetune":
         rounds = numbered(run.folder, "distill-")
         done = [number for number, folder in rounds.items() if (folder / RESULT).is_file()]
         number = done[-1] if done and config.stage == "finetune" else config.rounds
-        stage, name = f"distill-{number}", "finetune"
+        stage = f"distill-{number}"
     if run.result(stage) is None:
         option = (
             f" --rounds {stage.removeprefix('distill-')}" if start.startswith("distill-") else ""
@@ -75,7 +88,9 @@ def finetune(run: Run, start: str) -> None:
     """Stage 3: cross-entropy with a fresh head, once for each seed; test data are scored once."""
     config = run.config
     name, source = main_only(run.ranks, lambda: finetune_source(run, start))
-    _check_seeds(run, name)
+    if check_seeds(run, name):
+        run.info(f"{name}: deleting {run.folder / name} (--overwrite)")
+        main_only(run.ranks, lambda: shutil.rmtree(run.folder / name))
     seeds = range(config.seed, config.seed + config.finetune.seeds)
     results = []
     for seed in seeds:
@@ -149,19 +164,32 @@ def bounds_of(scores: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     return {f"{split}_{name}": bounds for name, bounds in found.of.items()}
 
 
-def _check_seeds(run: Run, name: str) -> None:
-    """One fine-tuning lies in its folder, several in folders below it: no mixture."""
-    done, asked = run.shared_result(name), run.config.finetune.seeds
-    if done is None or ("n" not in done) == (asked == 1):
-        return
-    folder = run.folder / name
+def check_seeds(run: Run, name: str) -> bool:
+    """One fine-tuning lies in its folder, several in folders below it: no mixture.
+
+    Returns:
+        Whether the other form lies there, and `--overwrite` allows to delete it.
+
+    Raises:
+        UserError: it does not.
+    """
+    folder, asked = run.folder / name, run.config.finetune.seeds
+
+    def count() -> int:
+        done, below = run.result(name), len(list(folder.glob("seed-*")))
+        if done is not None:
+            return int(done.get("n", 1))
+        return max(2, below) if below else int((folder / "checkpoints").exists())
+
+    found = main_only(run.ranks, count)
+    if not found or (found == 1) == (asked == 1):
+        return False
     if not run.config.overwrite:
         raise UserError(
-            f"{folder} is complete with {done.get('n', 1)} seed(s), now they are {asked}: take"
-            " another --output, or --stage finetune --overwrite true"
+            f"{folder} has {found} seed(s), now they are {asked}: take another --output, or delete"
+            " that folder, which is then done anew"
         )
-    run.info(f"{name}: deleting {folder} (--overwrite)")
-    main_only(run.ranks, lambda: shutil.rmtree(folder))
+    return True
 
 
 def _summary(name: str, source: str, results: list[dict[str, Any]]) -> dict[str, Any]:

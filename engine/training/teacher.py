@@ -197,10 +197,13 @@ def choose(mode: str, bytes_needed: int | None, config: Config, folder: Path) ->
         return "cached"  # as it began: the table itself takes the room that is looked for below
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(existing).free
-    if mode == "cached" and bytes_needed > free and not (folder / "table.json").exists():
+    parts = sum(part.stat().st_size for part in folder.glob("rows-*.npy"))
+    most = 2 * bytes_needed - parts  # when they are joined
+    if mode == "cached" and most > free and not (folder / "table.json").exists():
         raise UserError(
-            f"{folder}: the feature table needs {bytes_needed / 2**30:.1f} GiB, "
-            f"{free / 2**30:.1f} GiB are free: free space, or --teacher.mode replicated"
+            f"{folder}: the feature table needs {bytes_needed / 2**30:.1f} GiB, twice that until it"
+            f" is whole; {free / 2**30:.1f} GiB are free: free {(most - free) / 2**30:.1f} GiB, or"
+            " take --teacher.mode replicated"
         )
     if mode != "auto":
         return mode

@@ -153,13 +153,19 @@ def _told_apart(contents: Contents, found: dict[str, Comparison]) -> Grid:
     lines = []
     for name, one in found.items():
         by_sign = [
-            [contents.datasets[d].title for d, s in one.each.items() if s.n > 1 and s.sign == sign]
-            for sign in (1, 0, -1)
+            [contents.datasets[d].title for d, s in one.each.items() if _sign(s) == sign]
+            for sign in (1, 0, -1, None)
         ]
         sets = ("; ".join(titles) or NONE for titles in by_sign)
         lines.append(Line(words(contents.methods[name].title, *sets)))
-    head = words("method", "interval above 0", "interval contains 0", "interval below 0")
-    return Grid(head, lines, "data sets by where the 95% interval lies", labels=4)
+    places = ("interval above 0", "interval contains 0", "interval below 0", "no interval")
+    head = words("method", *places)
+    return Grid(head, lines, "data sets by where the 95% interval lies", labels=5)
+
+
+def _sign(sample: Sample) -> int | None:
+    """Its sign; None where there is no interval."""
+    return sample.sign if math.isfinite(sample.interval()[0]) else None
 
 
 def in_short(contents: Contents) -> list[str]:
@@ -184,7 +190,8 @@ def in_short(contents: Contents) -> list[str]:
                 f" {signed(pooled.mean)} points, 95% interval {plain(low, 2)} to {plain(high, 2)},"
                 f" {row}."
             )
-        signs = [s.sign for name, s in one.each.items() if s.n > 1 and name in one.over]
+        signs = [_sign(s) for name, s in one.each.items() if name in one.over]
+        signs = [sign for sign in signs if sign is not None]
         if signs:
             parts.append(
                 f"On single data sets against {other}, the interval lies above 0 on"

@@ -75,12 +75,15 @@ def _lines(table: Reported, key: str) -> dict[str, dict[float, Sample]]:
     places = [row.x for row in table.table.rows]
     # Rows at one place are of several lines.
     methods = on_rows and len(set(places)) < len(places)
+    families = {d.family for d in table.present if d.name in table.table.at}
     found: dict[str, dict[float, Sample]] = {}
     for (number, name), one in sorted(table.cells.items(), key=lambda item: item[0][0]):
         x = table.table.rows[number].x if on_rows else table.table.at.get(name)
         sample = one.sample(key)
         if one.status == "done" and sample.n and x is not None:
             label = one.cell.dataset.title if on_rows else table.title(number)
+            if not on_rows and len(families) > 1:
+                label += f", {one.cell.dataset.family.replace('_', ' ')}"
             if methods:
                 several = f", {label}" if len(table.present) > 1 else ""
                 label = f"{one.cell.method.title}{several}"
@@ -119,7 +122,7 @@ def _apart(places: Sequence[float]) -> list[float]:
 FOREST = (
     "Points: mean paired differences; lines: their 95% intervals; diamonds: pooled over data sets."
     " Filled and blue: above 0; filled and orange: below 0; hollow and grey: the interval contains"
-    " 0. A point without a line has too few seeds for an interval."
+    " 0. A point without a line has no interval: too few seeds, or all differ by the same."
 )
 
 

@@ -80,13 +80,13 @@ class Contents:
 
     @functools.cached_property
     def outcomes(self) -> list[Outcome]:
-        """Each fine-tuning once, of the most seeds and pipelines that any table has complete.
+        """Each fine-tuning once, of the most pipelines, then seeds, that any table has complete.
 
-        A table of more seeds that is under way takes nothing from one of fewer.
+        A table of more that is under way takes nothing from one of fewer.
         """
 
-        def rank(one: Outcome) -> tuple[bool, int]:
-            return one.status == "done", one.cell.seeds
+        def rank(one: Outcome) -> tuple[bool, int, int]:
+            return one.status == "done", len(one.cell.jobs), one.cell.seeds
 
         found: dict[str, Outcome] = {}
         for table in self.tables:

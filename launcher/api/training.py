@@ -57,6 +57,10 @@ def train(options: Mapping[str, Any]) -> Path:
     return config.place()
 
 
+#: Of the launcher where a rank ended by SIGKILL or SIGTERM: of a shell, and of DeepSpeed's (-9).
+_KILLED = (137, 143, 247, 241)
+
+
 def _reason(code: int, last: list[str], *, asked: bool) -> BaseException:
     """Why a training ended early, from its exit code and its last lines."""
     told = [line.removeprefix("error: ") for line in last if line.startswith("error: ")]
@@ -70,6 +74,8 @@ def _reason(code: int, last: list[str], *, asked: bool) -> BaseException:
         return KeyboardInterrupt(f"interrupted at {where[1]}: launch again to go on from there")
     if code == AGAIN:
         return TryAgain([*told, *said, "interrupted: launch again to go on"][0])
+    if code in _KILLED:
+        return TryAgain("a rank was killed, perhaps for memory: launch again to go on")
     return Ended("\n".join([f"the training ended with exit code {code}:", *last]))
 
 

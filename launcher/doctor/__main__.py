@@ -124,7 +124,7 @@ def main(
     report.tell(attempt("devices", machine.devices))
     if me.tasks > 1:
         report.tell(nodes.add_up(me, timeout))
-    report.tell(attempt("compiler", lambda: machine.compiler(_gpus())))
+    report.tell(attempt("compiler", lambda: machine.compiler()))
     report.tell(attempt("builds", machine.builds))
     report.tell(attempt("shared memory", machine.shared_memory))
     report.tell(attempt("open files", machine.open_files))

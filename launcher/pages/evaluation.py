@@ -98,7 +98,7 @@ def notes(found: Evaluation) -> list[str]:
             kind = "error" if right else "right answer"
             said.append(
                 f"no {kind} among {found.n} samples: rates up to {100 * min(1, 3 / found.n):.1f}%"
-                " would show none either, which the interval cannot see"
+                " would show none either, which the intervals of ranked figures cannot see"
             )
         absent = sum(not one for one in support)
         if absent:

@@ -48,7 +48,7 @@ def show(plan: Plan, console: Console) -> None:
     if "device" not in options.model_fields_set:
         console.print(
             f"note: planned for {device.name}; --device names another GPU. For processors give"
-            " --tflops (of two cores in fp32 0.3), --memory_gb and --mfu 0.6",
+            " --device cpu --precision fp32 --mfu 0.6, --tflops (of two cores 0.3) and --memory_gb",
             markup=False,
             highlight=False,
         )
@@ -145,15 +145,19 @@ def memory_sheet(plan: Plan, job: Job) -> Sheet:
 def disk_sheet(plan: Plan) -> Sheet:
     """What the run leaves, and what it needs while it runs."""
     config, sizes = plan.config, dict[tuple[str, str], float]()
+    largest = 0.0, ""
     for job in plan.jobs:
         parameters = plan.work.parameters(job.stage, plan.classes)
         if config.save_every:
             each = 12 + 4 * job.saved
             one = f"({each} B x {parameters.trained:,} + 4 B x {parameters.frozen:,})"
-            arithmetic = f"{one} x (keep {config.keep} + 1 being written)"
             size = memory.checkpoint_bytes(parameters, job.saved)
-            size *= (config.keep + 1) * job.repeats
-            sizes[f"{job.name}: checkpoints", arithmetic + job.times] = size
+            if config.keep_finished:
+                name = f"{job.name}: checkpoints"
+                sizes[name, f"{one} x keep {config.keep}{job.times}"] = (
+                    size * config.keep * job.repeats
+                )
+            largest = max(largest, (size, one))
         images = plan.work.samples == "images"
         twice = images and job.stage == "finetune" and config.finetune.settled == "cls"
         written = plan.work.exported(job.stage, plan.classes)
@@ -168,6 +172,13 @@ def disk_sheet(plan: Plan) -> Sheet:
             )
             size = teacher.table_bytes(job.samples, shape) * job.repeats
             sizes[f"{job.name}: teacher's table", arithmetic] = size
+    if config.save_every:  # of one stage at a time
+        most, one = largest
+        if config.keep_finished:
+            sizes["the largest checkpoint, being written", one] = most
+        else:
+            arithmetic = f"{one} x (keep {config.keep} + 1 being written)"
+            sizes["checkpoints of the stage that runs", arithmetic] = most * (config.keep + 1)
     for name, manifest in plan.manifests.items():
         size = sum(shard.bytes for shard in manifest.shards)
         if is_remote(manifest.root):

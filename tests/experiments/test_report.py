@@ -219,6 +219,16 @@ def test_what_only_left_out_is_not_asked_unless_it_is_there(tmp_path: Path) -> N
     assert re.match(r"[\d.]+\s±\s[\d.]+$", told["fine-tuning"][1])
 
 
+def test_a_table_of_fewer_pipelines_takes_nothing_away(tmp_path: Path) -> None:
+    """Of more seeds of one pipeline, as other tables have by default."""
+    asked = Asked("table1", ("xray",), (), 1, 3), Asked("table4", ("xray",))
+    made = sweep_of(tmp_path, ["xray"], *asked)
+    run_all(made)
+    contents = report_sweep.read(made.root)
+    methods = {one.cell.method.name: len(one.cell.jobs) for one in contents.outcomes}
+    assert methods["self_distillation"] == methods["fine_tuning"] == 3
+
+
 def test_one_table_asked_for_twice_has_two_places(tmp_path: Path) -> None:
     made = sweep_of(tmp_path, ["cub"], Asked("table5", ("cub",)), Asked("table5", ("dtd",)))
     keys = [one.key for one in report.build(report_sweep.read(made.root)).sections]

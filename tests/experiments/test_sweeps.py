@@ -129,6 +129,15 @@ def test_tables_that_are_asked_for_again_join(tmp_path: Path) -> None:
     assert Sweep.open(tmp_path).asked == sweep.asked
     sweep.ask([Asked("table1", ("cub", "dogs")), Asked("table1", ("dtd",), seeds=5)])
     assert sweep.asked[-2:] == [Asked("table1", ("dogs", "cub")), Asked("table1", ("dtd",), (), 5)]
+    # More seeds of some leave the whole as it is; of all, they are the whole's.
+    sweep.asked = [Asked("table1", ("cub",), (), 5)]
+    sweep.ask([Asked("table1", ("cub",), ("cub/mars",), 10)])
+    assert sweep.asked == [
+        Asked("table1", ("cub",), (), 5),
+        Asked("table1", ("cub",), ("cub/mars",), 10),
+    ]
+    sweep.ask([Asked("table1", ("cub",), (), 10)])
+    assert sweep.asked == [Asked("table1", ("cub",), (), 10)]
 
 
 # --- mistakes

@@ -2,6 +2,8 @@
 
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -215,6 +217,40 @@ def test_a_folder_of_compiled_code_is_ones_own(tmp_path: Path) -> None:
     assert launched(tmp_path, words, **more).returncode == 0
     assert place.stat().st_mode & 0o777 == 0o700
     assert canary.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_to_the_tasks_shell_alone_reaches_the_rank(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """SLURM's proctrack/cgroup signals the process that srun started, and none of its children."""
+    says = "import signal, sys, time; signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75));"
+    says += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print('there', flush=True)"
+    script = f'source slurm/common.sh; rank {sys.executable} -c "{says}; time.sleep(60)"'
+    place = {"OWN": str(tmp_path / "own"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "own" / "ops")}
+    more = {"SLURMD_NODENAME": "node1", "SLURM_PROCID": "0", "FIRST": str(tmp_path / "first")}
+    env = {"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "1"}
+    env |= {"RECIPE": "", "DATA": "d", "OUTPUT": str(tmp_path / "run"), **place, **more}
+    task = subprocess.Popen(
+        ["bash", "-c", script], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+    )
+    assert task.stdout is not None
+    assert task.stdout.readline() == "there\n"
+    task.send_signal(number)
+    assert task.wait(timeout=30) == 75
+    assert (tmp_path / "first").read_text() == "75 0 node1\n"
+
+
+def test_without_python_a_job_says_so(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "id"):
+        (tmp_path / "bin" / name).symlink_to(str(shutil.which(name)))
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    where = {"PATH": str(tmp_path / "bin"), "SELFDISTILL_ROOT": str(tmp_path)}
+    done = launched(tmp_path, SLURMD_NODENAME="node1", ARGS="--seed 1", **where)
+    assert done.returncode == 2
+    assert "error: there is no python on node1" in done.stderr
+    assert "quotes" not in done.stderr
 
 
 def test_a_percent_sign_in_the_run_folder_is_not_sbatchs(

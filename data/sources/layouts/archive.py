@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from selfdistill.data.errors import UserError
@@ -21,6 +21,8 @@ from selfdistill.data.splits import ALIASES
 _ZSTD = (".tar.zst", ".tzst")
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", *_ZSTD, ".zip")
 _PIECE = 2**20
+#: The flag of a zip's entry whose name is in UTF-8.
+_UTF8 = 0x800
 
 
 def is_archive(path: Path) -> bool:
@@ -135,6 +137,9 @@ def _extract_plain(path: Path, content: Path, folder: Path) -> None:
                 for info in wanted:
                     if stat.S_ISLNK(info.external_attr >> 16):
                         raise _link(path, info.filename)
+                    if not info.flag_bits & _UTF8:  # macOS writes UTF-8, and does not say so
+                        with suppress(UnicodeError):
+                            info.filename = info.filename.encode("cp437").decode()
                 archive.extractall(folder, members=wanted)
         else:
             with tarfile.open(content, "r" if content is path else "r:") as tar:

@@ -92,7 +92,7 @@ class ImageModality(Modality):
                     f" asked for: --mae.normalize_pixels {str(own).lower()} stays with the former"
                 )
             whole = loaded.decoder is not None
-            if whole and source is None:
+            if whole:
                 self._refit(path, loaded.shape)
             return replace(loaded, shape=self.asked(loaded.shape, whole=whole))
         sizes = config.model.shape
@@ -131,7 +131,8 @@ class ImageModality(Modality):
 
     def _refit(self, path: str, shape: Shape) -> None:
         """Says so where another shape is asked of a decoder that is there."""
-        if sized := self._sized():
+        sized = self._sized()
+        if self.asked(shape, whole=True) != self.asked(shape, whole=False):
             self.run.info_once(
                 f"note: of no use: {', '.join(f'--{name}' for name in sized)}: {path} has a decoder"
                 f" already, {shape.decoder_width} x {shape.decoder_depth}"

@@ -1,6 +1,8 @@
-"""How far the samples that there are bear a figure: bootstrap intervals.
+"""How far the samples that there are bear a figure: Wilson's and bootstrap intervals.
 
-The samples are drawn anew, as many as there are, with replacement; a figure's interval holds the
+Accuracy is a share of the samples, whose interval is Wilson's (1927): it holds where a model makes
+few mistakes, or none, of which a bootstrap would draw none either. Of all else the samples are
+drawn anew, as many as there are, with replacement; a figure's interval holds the
 middle 95% of its values, less what they are off in the mean, the bias of a draw: a mean over many
 classes is, and average precision, which samples that come twice lift.
 
@@ -16,8 +18,10 @@ Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -43,7 +47,7 @@ class Intervals:
 
     Attributes:
         of: name -> (low, high).
-        draws: name -> number of draws that its interval is made of.
+        draws: name -> number of draws that its interval is made of; none of accuracy's.
         calibrated: the `ece` that a perfectly calibrated model would have on so many samples, in
             the mean; None without probabilities.
     """
@@ -83,8 +87,8 @@ def of_classes(
         values |= _of_samples(ranked, right, confidence, means, rng, work, fewest)
         by_chance = _calibrated(confidence, rng)
     found = _intervals(values, by_chance)
+    _count(found, int(np.trace(confusion)), int(confusion.sum()))
     found.of["micro_f1"] = found.of["accuracy"]  # one and the same, where each sample has one class
-    found.draws["micro_f1"] = found.draws["accuracy"]
     return found
 
 
@@ -122,7 +126,27 @@ def of_sets(
     means = {"accuracy": (labels == predicted).all(1).astype(np.float64)}
     # A decision each, which are drawn with their sample.
     values |= _of_samples(ranked, labels, probabilities, means, rng, work, fewest)
-    return _intervals(values, _calibrated(probabilities.ravel(), rng))
+    found = _intervals(values, _calibrated(probabilities.ravel(), rng))
+    _count(found, int(means["accuracy"].sum()), n)
+    return found
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """Wilson's interval of a share, `right` of `n`."""
+    z2, share = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2, right / n
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n**2))) / (1 + z2 / n)
+    # All or none: 1 and 0 are bounds, but for rounding.
+    return 0.0 if right == 0 else middle - half, 1.0 if right == n else middle + half
+
+
+def _count(found: Intervals, right: int, n: int) -> None:
+    """Puts in Wilson's interval, which others share where all samples are right, or none is."""
+    found.of["accuracy"] = wilson(right, n)
+    del found.draws["accuracy"]
+    for name in ("balanced_accuracy", "macro_f1", "micro_f1"):
+        if name in found.of and right in (0, n):
+            found.of[name] = found.of["accuracy"]
 
 
 def _of_counts(confusion: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -188,7 +188,7 @@ def _advise(place: _Place) -> list[str]:
     title = {name: one.cell.title for name, (_, one) in known.items()}
     head = f"Take {title[chosen]}"
     if chosen == "fine_tuning":
-        told = ", and stop there: of no other method is it shown that it scores higher."
+        told = ", and stop there: no other method is shown to score higher by as much as matters."
     else:
         ratio = cost[chosen] / cost["fine_tuning"] if cost["fine_tuning"] else math.nan
         told = f": it beats plain fine-tuning, and takes {ratio:.1f} times as long."

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 
+from selfdistill.data.cli import nearest
+from selfdistill.data.errors import UserError
 from selfdistill.experiments.jobs import PIPELINE
 from selfdistill.experiments.report import sweep as report_sweep
 from selfdistill.experiments.report import tables as report_tables
@@ -115,6 +117,18 @@ class Finding:
         points = [(units(o, self.test.against), units(o, self.test.key)) for o in outcomes]
         return contrast([(1.0, slopes(points))])
 
+    @property
+    def identical(self) -> bool:
+        """Whether two cells have the same runs, to the last digit of all that was measured."""
+        if self.waits or len(self.parts) != 2:
+            return False
+        one, other = (
+            {seed: found["metrics"] for seed, found in part.outcome.results.items()}
+            for part in self.parts
+            if part.outcome is not None
+        )
+        return one == other and any(len(figures) > 1 for figures in one.values())
+
     @functools.cached_property
     def design(self) -> Design | None:
         """What was planned, with the baseline's spread; None where that is not known, or 0."""
@@ -181,6 +195,23 @@ def tables_of(contents: Contents, claim: Claim) -> list[Reported]:
     ]
 
 
+def check(contents: Contents, claim: Claim) -> None:
+    """Refuses a row that no table of the claim has: it would never be run.
+
+    Raises:
+        UserError: names it.
+    """
+    tables = [contents.specs.table(name) for name in claim.tables]
+    for name in dict.fromkeys(name for test in claim.tests for name in test.named):
+        if all(row_of(table, name) is None for table in tables):
+            rows = [row for table in tables for row in table.rows]
+            known = dict.fromkeys(word for row in rows for word in (row.method, row.title) if word)
+            raise UserError(
+                f"claims/{claim.name}.toml: {name!r} is no row of {', '.join(claim.tables)}:"
+                f" correct it.{nearest(name, known, prefix='')}"
+            )
+
+
 def findings(contents: Contents, claim: Claim) -> list[Finding]:
     """All comparisons of a claim that were asked for and have their data, complete or not."""
     found: dict[tuple[object, ...], Finding] = {}
@@ -191,7 +222,9 @@ def findings(contents: Contents, claim: Claim) -> list[Finding]:
                     continue
                 # Two tables, or one that was asked for twice, may have the same cells.
                 names = [o.cell.job.name if (o := p.outcome) else p.row for p in one.parts]
-                found.setdefault((number, one.label, *names), one)
+                key = (number, one.label, *names)
+                if key not in found or (found[key].waits and not one.waits):
+                    found[key] = one
     return list(found.values())
 
 
@@ -234,7 +267,9 @@ def row_of(table: Table, name: str) -> int | None:
         return titled[0]
     mine = [(n, row) for n, row in rows if row.method == method]
     if x:
-        return next((n for n, row in mine if row.x == float(x)), None)
+        with suppress(ValueError):  # no number: no row's
+            return next((n for n, row in mine if row.x == float(x)), None)
+        return None
     plain = [n for n, row in mine if not (row.options or row.lengthen or row.rounds)]
     return next(iter(plain or [n for n, _ in mine]), None)
 
@@ -244,8 +279,8 @@ def _over_datasets(table: Reported, test: Contrast) -> Iterator[Finding]:
     families: dict[str, dict[str, float]] = {}
     for dataset in table.present:
         if dataset.name in table.table.at:
-            family = re.sub(r"_\d+$", "", dataset.name)
-            families.setdefault(family, {})[dataset.name] = table.table.at[dataset.name]
+            place = table.table.at[dataset.name]
+            families.setdefault(dataset.family, {})[dataset.name] = place
     rows = [(row_of(table.table, name), sign) for name, sign in ((test.a, 1), (test.b, -1)) if name]
     if any(row is None for row, _ in rows):
         return

@@ -122,7 +122,8 @@ def _power(verdict: Verdict) -> str:
     """What the design would see, from the number of repetitions and the baseline's spread alone."""
     known = [one for one in verdict.each if math.isfinite(one.detects)]
     if not known:
-        return "Nothing yet: the spread of the baseline is not known." if verdict.ran else ""
+        planned = any(not one.finding.test.against for one in verdict.ran)
+        return "Nothing yet: the spread of the baseline is not known." if planned else ""
     texts = []
     for test in verdict.claim.tests:
         mine = [one.detects for one in known if one.finding.test is test]

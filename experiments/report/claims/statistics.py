@@ -79,8 +79,6 @@ class Estimate:
         """Two-sided p-value of the number being `bound`; 1 without an interval."""
         if not self.varied:
             return 1.0
-        if self.error == 0:
-            return float(self.mean == bound)
         return float(2 * stats.t.sf(abs(self.mean - bound) / self.error, self.df))
 
     @property
@@ -200,6 +198,6 @@ class Design:
 
         return float(optimize.brentq(beyond, 0.0, high, xtol=1e-9 * high))
 
-    def needs(self, effect: float, alpha: float = ALPHA) -> int | None:
-        """Repetitions that see an effect with 80% power; None for more than `MOST`."""
-        return next((n for n in range(2, MOST + 1) if self._power(effect, n, alpha) >= POWER), None)
+    def needs(self, effect: float, alpha: float = ALPHA, power: float = POWER) -> int | None:
+        """Repetitions that see an effect with so much power; None for more than `MOST`."""
+        return next((n for n in range(2, MOST + 1) if self._power(effect, n, alpha) >= power), None)

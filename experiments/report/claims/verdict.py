@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from selfdistill.experiments.report.claims.evidence import Finding, findings
-from selfdistill.experiments.report.claims.statistics import ALPHA, MOST, Estimate, holm
+from selfdistill.experiments.report.claims.evidence import Finding, check, findings
+from selfdistill.experiments.report.claims.statistics import ALPHA, MOST, POWER, Estimate, holm
 from selfdistill.experiments.report.sweep import Contents
 from selfdistill.experiments.spec import Claim, Contrast
 
 Word = Literal["supported", "not supported", "can't tell", "not run"]
+#: What is asked of two cells of which the same runs are an instance.
+_LEVEL = ("within", "not_below")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def every(contents: Contents) -> list[Verdict]:
 
 def judge(contents: Contents, claim: Claim) -> Verdict:
     """What the sweep says of a claim."""
+    check(contents, claim)
     return Verdict(claim, decide(findings(contents, claim)))
 
 
@@ -101,10 +104,17 @@ def decide(known: Sequence[Finding]) -> list[Judged]:
         design = finding.design
         alpha = ALPHA / len(known)
         detects = design.detects(alpha) if design else math.nan
-        needs = design.needs(finding.test.matters, alpha) if design else None
+        # Within is two one-sided tests, both of which must see it.
+        power = 1 - (1 - POWER) / (2 if finding.test.expect == "within" else 1)
+        needs = design.needs(finding.test.matters, alpha, power) if design else None
         if estimate is None:
             reason = "; ".join(finding.waits) or "no interval: fewer than two repetitions"
             judged.append(Judged(finding, math.nan, "not run", reason, detects, needs))
+            continue
+        if finding.identical:
+            same: Word = "supported" if finding.test.expect in _LEVEL else "not supported"
+            reason = "the same to the last digit"
+            judged.append(Judged(finding, math.nan, same, reason, detects, needs))
             continue
         if not estimate.varied:
             reason = "every repetition differs by the same: no interval"
@@ -172,8 +182,7 @@ def _not_below(test: Contrast, e: Estimate, differs: bool, excluded: bool) -> tu
 
 def _within(test: Contrast, e: Estimate, differs: bool, excluded: bool) -> tuple[Word, str]:
     if excluded:
-        equal = e.mean == 0 and e.error == 0
-        return "supported", "the same to the last digit" if equal else "less apart than matters"
+        return "supported", "less apart than matters"
     if differs and abs(e.mean) >= test.matters:
         return "not supported", "told from 0, and by as much as matters"
     if differs:

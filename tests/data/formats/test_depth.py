@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 from sklearn.preprocessing import minmax_scale
 
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import BrokenData, UserError
 from selfdistill.data.formats import depth, images
 from selfdistill.data.index import index
+from selfdistill.data.loading.codec import Pictures
 from selfdistill.data.loading.loader import Sequential
 from selfdistill.data.pack import pack
 from selfdistill.data.shards.manifest import Manifest
@@ -261,3 +262,20 @@ def test_a_mixture_of_windows_and_none_is_told() -> None:
         depth.choose(None, depth.joined([with_one, without]))
     assert depth.choose(None, depth.joined([with_one, with_one]))[0] is None
     assert depth.choose("auto", depth.joined([with_one, without]))[0] == (0, 60000)
+
+
+def test_one_picture_alone_is_not_read_nearly_black() -> None:
+    """Of a model that was trained on pictures of 8 bits: of one picture nobody knows the range."""
+
+    def written(values: np.ndarray) -> bytes:
+        out = io.BytesIO()
+        Image.fromarray(values).save(out, "PNG")
+        return out.getvalue()
+
+    dim, full = bits(12), bits(16)
+    full[0, 0] = 2**16 - 1
+    with pytest.raises(BrokenData, match=r"values of \d+ to \d+ of 16 bits.*--range LOW,HIGH"):
+        Pictures(6).decode(written(dim), "x.png")
+    assert Pictures(6, (0.0, 4095.0)).decode(written(dim), "x.png").max() > 200
+    assert Pictures(6).decode(written(full), "x.png").max() == 255
+    assert Pictures(6).decode(written(dim.astype(np.uint8)), "x.png").shape == (3, 6, 6)

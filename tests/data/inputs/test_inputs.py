@@ -164,6 +164,9 @@ BAD: list[tuple[str, Kind, dict[str, Any], str]] = [
     ("a.png", "image", {"split": "test"}, "--split test: .* is no packed set"),
     ("a.pgn", "image", {}, r"there is no .*a\.pgn\. Did you mean a\.png"),
     ("two", "text", {}, r"several tables \(a\.csv, b\.csv\)"),
+    ("both", "image", {}, r"1 files of pictures, such as a\.png, and old\.tar, which holds some"),
+    ("both", "text", {}, r"1 files of texts, such as a\.txt, and t\.csv, which holds some"),
+    ("twice.csv", "image", {}, "has the column 'path' twice"),
     ("bad.csv", "text", {}, "bad.csv: .*: correct the file"),
     ("latin.csv", "text", {}, "not text in UTF-8"),
     ("t.parquet", "text", {}, "cannot be read"),
@@ -192,6 +195,10 @@ def test_mistakes_are_one_line(
     (tmp_path / "two").mkdir()
     for one in ("a.csv", "b.csv"):
         (tmp_path / "two" / one).write_text("text\na\n")
+    (tmp_path / "twice.csv").write_text("path,label,path\na.png,x,b.png\n")
+    (tmp_path / "both").mkdir()
+    for one in ("a.png", "a.txt", "old.tar", "t.csv"):
+        (tmp_path / "both" / one).write_bytes(png())
     with pytest.raises(UserError, match=message) as caught:
         find(str(tmp_path / name), kind, **options)
     assert "\n" not in str(caught.value)

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import io
 import os
+import unicodedata
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -229,6 +230,40 @@ def test_names_of_splits_are_no_classes(tmp_path: Path, capsys: pytest.CaptureFi
     tree(tmp_path / "classes", "pass/1.png", "test/2.png")
     assert call(pack, tmp_path / "classes", tmp_path / "three", "--splits", "1") == 0
     assert [name for _, name in packed(tmp_path / "three")] == ["pass", "test"]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ("train/a/1.png train/b/2.png unlabelled/3.png", "unlabelled with images, too"),
+        ("train/a/1.png train/b/2.png test/3.png", "test holds a split of class folders and 1 im"),
+        ("train/a/1.png train/b/2.png test/a/3.png 4.png", "holds splits and 1 images beside them"),
+        ("train/Ant/1.png train/b/2.png test/ant/3.png", "Did you mean Ant?"),
+    ],
+)
+def test_no_image_beside_splits_is_passed_over(
+    more: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tree(tmp_path / "images", *more.split())
+    assert call(pack, root, tmp_path / "out") == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_as_other_systems_spell_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apart, joined = (unicodedata.normalize(form, "Ärzte") for form in ("NFD", "NFC"))
+    tree(tmp_path, f"{apart}.png", "b.png", "c/D.PNG")
+    table = tmp_path / "list.csv"
+    table.write_text(f"path,label\n{joined}.png,{joined}\nb.png,{apart}\nc\\D.PNG,x\n")
+    assert call(pack, table, tmp_path / "out", "--splits", "1") == 0
+    assert "or in forms of letters" in capsys.readouterr().err
+    assert len(packed(tmp_path / "out")) == 3
+    for name, meant in (("B.png", "b.png"), ("b", "b.png"), ("c/d.png", "D.PNG")):
+        table.write_text(f"path,label\n{name},x\n")
+        assert call(pack, table, tmp_path / "again") == 2
+        assert capsys.readouterr().err.endswith(f"correct the file. There is {meant}\n")
 
 
 def test_lists_beside_images_are_no_texts(tmp_path: Path) -> None:

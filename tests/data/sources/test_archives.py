@@ -50,6 +50,22 @@ def test_an_archive_of_class_folders(tmp_path: Path) -> None:
     assert found == {"train": {1: "bee", 2: "ant", 3: "bee", 4: "ant"}}
 
 
+def test_names_of_a_zip_that_a_mac_made(tmp_path: Path) -> None:
+    """In UTF-8, of which its flag says nothing; those of old Windows stay as they are."""
+    for name, written in (("Entzündung", "utf-8"), ("Müll", "cp437")):
+        path = tmp_path / f"{written}.zip"
+        with zipfile.ZipFile(path, "w") as target:
+            for number in range(1, 5):
+                inner = (name, "x" * len(name.encode(written)))[number % 2]
+                place = f"{inner}/{number}.png".encode(written).decode("latin-1")
+                target.writestr(place.encode("ascii", "replace").decode(), png(numbered(number, 8)))
+        content = path.read_bytes()
+        asked = "".join(c if c.isascii() else "?" * len(c.encode(written)) for c in name)
+        path.write_bytes(content.replace(asked.encode(), name.encode(written)))
+        found = packed(path, tmp_path / f"out-{written}", "--splits", 1)
+        assert name in found["train"].values()
+
+
 def test_an_archive_of_one_split_by_another_name(tmp_path: Path) -> None:
     """As the folder that it extracts to: it is not divided."""
     with zipfile.ZipFile(tmp_path / "birds.zip", "w") as target:

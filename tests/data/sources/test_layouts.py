@@ -252,6 +252,17 @@ def test_xrays_in_another_format(tmp_path: Path) -> None:
     assert packed(tmp_path / "source", tmp_path / "out") == EXPECTED["xray"]
 
 
+@pytest.mark.parametrize(
+    "more", ["train/COVID19/1.jpeg", "validation/NORMAL/1.jpeg", "train/NORMAL/patient7/1.jpeg"]
+)
+def test_other_xrays_are_not_taken_for_these(more: str, tmp_path: Path) -> None:
+    """Many sets have these two classes: none of their pictures is passed over."""
+    xray(tmp_path / "source")
+    assert layouts.detect(tmp_path / "source") == "xray"
+    picture(tmp_path / "source" / "chest_xray" / more, 50)
+    assert layouts.detect(tmp_path / "source") is None
+
+
 def test_aircraft_banner_is_cut_off_unless_told(tmp_path: Path) -> None:
     aircraft(tmp_path)
     assert call(pack, tmp_path, tmp_path / "cut", "--split", "test") == 0

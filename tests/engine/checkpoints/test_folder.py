@@ -48,8 +48,13 @@ def test_a_complete_stage_is_skipped_only_if_it_is_the_same(tmp_path: Path) -> N
                 "model": str(root / "other"),
                 "expect_error": "has other weights",
             },
-            same | {"rounds": 2, "expect_error": "another start"},
-            same | {"finetune.seeds": 2, "expect_error": "with 1 seed(s), now they are 2"},
+            same
+            | {"rounds": 2, "expect_error": "made from distill-1, now it would be from distill-2"},
+            same | {"finetune.seeds": 2, "expect_error": "has 1 seed(s), now they are 2"},
+            # Before the fine-tunings of a comparison that come before it.
+            same
+            | {"finetune.seeds": 2, "compare": True}
+            | {"expect_error": "has 1 seed(s), now they are 2"},
             same
             | {"stage": "pretrain", "pretrain.warmup": 5, "overwrite": True}
             | {"expect_error": "pretrain.warmup 5: the stage has 5 steps"},
@@ -66,7 +71,10 @@ def test_a_complete_stage_is_skipped_only_if_it_is_the_same(tmp_path: Path) -> N
         ],
         ranks=1,
     )
-    assert printed.count("complete, skipped") >= 6
+    assert printed.count("complete, skipped") == 4
+    assert {one.name for one in run.iterdir() if one.is_dir()} == {
+        *(".pulse", "pretrain", "distill-1", "finetune"),
+    }
     assert (run / "pretrain" / "export" / "model.safetensors").is_file()
     assert not list(run.glob(".*overwritten"))
     # The run's config.toml tells how each stage was made, whatever failed since.
@@ -76,6 +84,31 @@ def test_a_complete_stage_is_skipped_only_if_it_is_the_same(tmp_path: Path) -> N
     result = json.loads((run / "finetune" / "result.json").read_text())
     assert result["seconds"] > 0
     assert result["record"]["finetune.steps"] == 5
+
+
+def test_seeds_that_are_overwritten_leave_no_old_mean(tmp_path: Path) -> None:
+    root = make_world(tmp_path)
+    run = root / "runs" / "x" / "finetune-model"
+    seeds = {
+        "data": str(root / "shards"),
+        "model": str(root / "base"),
+        "output": str(run.parent),
+        "stage": "finetune",
+        "finetune.start": "model",
+        "finetune.seeds": 2,
+    }
+    run_cases(
+        root / "cases",
+        [
+            seeds,
+            seeds | {"finetune.lr": 1e-3, "overwrite": True, "leave_at": "finetune-model/seed-1"},
+            seeds | {"finetune.lr": 1e-3, "expect_error": "seed-1 is complete, made with finetune"},
+        ],
+        ranks=1,
+    )
+    lines = [json.loads((run / f"seed-{n}" / "result.json").read_text()) for n in (0, 1)]
+    assert [one["record"]["finetune.lr"] == 1e-3 for one in lines] == [True, False]
+    assert not (run / "result.json").exists()
 
 
 def test_a_copy_that_a_worker_has_does_not_keep_the_lock(tmp_path: Path) -> None:

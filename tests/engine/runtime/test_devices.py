@@ -21,6 +21,7 @@ STEP = {
     "SLURM_STEP_NODELIST": "node[1-2]",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
 }
+ALONE = STEP | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
 LAUNCHER = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
@@ -37,6 +38,10 @@ def shown(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
         (STEP, 1, 0),
         (STEP, 2, 1),
         (STEP | {"SLURM_GPUS_PER_TASK": "2"}, 2, 0),
+        (STEP | {"SLURM_GPUS_PER_TASK": "a100:2"}, 2, 0),
+        (STEP | {"SLURM_GPUS_PER_TASK": "1"}, 4, 1),  # and --gpu-bind=none
+        # torchrun or deepspeed in a task, which has all of the node's.
+        (ALONE | LAUNCHER | {"LOCAL_RANK": "1", "SLURM_GPUS_PER_TASK": "2"}, 2, 1),
         # A shared node: four of its eight are the job's.
         (STEP | {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, 4, 1),
         # deepspeed --include localhost:4,5 and torchrun.
@@ -137,6 +142,17 @@ def test_a_launchers_one_thread_becomes_the_cores(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world)
         distributed._share_cores()
         assert taken == expected, (local_world, gpus)
+
+
+def test_ranks_of_a_launcher_in_a_task_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"SLURM_CPUS_PER_TASK": "64", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (ALONE | LAUNCHER | more).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert distributed.cores() == 32
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert distributed.cores() == 64
 
 
 def test_one_core_a_task_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:

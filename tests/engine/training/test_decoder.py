@@ -81,6 +81,13 @@ def said(root: Path) -> str:
         images
         | {"stage": "all", "output": str(runs / "thin"), "decoder.depth": 3, "decoder.width": 96}
         | {"expect_error": "made with decoder.depth = 2, now it is 3"},
+        # The decoder of the run has its shape: what is asked of another one is of no use.
+        images | {"stage": "pretrain", "output": str(runs / "images"), "decoder.width": 64},
+        # What was refused before its first step has not begun without.
+        images
+        | {"stage": "pretrain", "output": str(runs / "refused"), "pretrain.warmup": 5}
+        | {"expect_error": "the stage has 5 steps"},
+        images | {"stage": "decoder", "output": str(runs / "refused"), "resume": "never"},
         images | {"stage": "all", "output": str(runs / "thin-off"), "decoder.auto": False} | THIN,
         common
         | {"stage": "pretrain", "output": str(runs / "zero0"), "model": str(root / "other")}
@@ -137,7 +144,7 @@ def test_stage_1_starts_from_it(root: Path, said: str) -> None:
     random = metrics(root / "runs" / "none" / "pretrain")[0]["loss/mae"]
     assert metrics(root / "runs" / "images" / "pretrain")[0]["loss/mae"] < random
     assert metrics(root / "runs" / "off" / "pretrain")[0]["loss/mae"] == random
-    assert said.count("has no decoder: a new, random one takes its place") == 4
+    assert said.count("has no decoder: a new, random one takes its place") == 5
     assert not (root / "runs" / "off" / "decoder").exists()
     # One that began without goes on without.
     assert not (root / "runs" / "none" / "decoder").exists()
@@ -185,13 +192,14 @@ def test_it_has_the_shape_that_is_asked_for(root: Path, said: str) -> None:
             assert (config.decoder_hidden_size, config.decoder_num_hidden_layers) == (96, 2)
             heads = config.decoder_num_attention_heads
             assert (heads, config.decoder_intermediate_size) == (3, 384)
-    base = root / "images" / "base"
-    assert f"of no use: --decoder.width: {base} has a decoder already, 16 x 1" in said
+    for there in (root / "images" / "base", root / "runs" / "images" / "decoder" / "export"):
+        assert f"of no use: --decoder.width: {there} has a decoder already, 16 x 1" in said
 
 
 def test_it_is_found_again(root: Path, said: str) -> None:
     """By encoder, data and settings: another run takes it, and what comes of it is the same."""
-    assert said.count("decoder: found again") == 1
+    assert said.count("decoder: found again") == 2
+    assert (root / "runs" / "refused" / "decoder" / "result.json").exists()
     assert (
         len(list((root / "shelf").iterdir())) == len(ZEROS) + 3
     )  # one more of texts, two of images

@@ -21,12 +21,25 @@ sys.path[0] = str(Path(__file__).resolve().parents[3]) if __name__ == "__main__"
 from selfdistill.data import pack  # noqa: E402
 from selfdistill.data.errors import UserError  # noqa: E402
 from selfdistill.data.shards.manifest import Manifest  # noqa: E402
+from selfdistill.engine.config.schema import Config  # noqa: E402
 from selfdistill.engine.run import _quiet  # noqa: E402
 from selfdistill.engine.runtime.distributed import Ranks, initialize, main_only  # noqa: E402
 from selfdistill.engine.training import teacher  # noqa: E402
 from selfdistill.engine.training.tables import share_tables  # noqa: E402
 from tests.engine.checkpoints.attack import flip  # noqa: E402
 from tests.kit.launches import launch, make_images  # noqa: E402
+
+
+def test_a_table_needs_twice_its_room_until_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, free = Config(), SimpleNamespace(free=150)
+    monkeypatch.setattr(teacher.shutil, "disk_usage", lambda _: free)
+    with pytest.raises(UserError, match="twice that until it is whole"):
+        teacher.choose("cached", 100, config, tmp_path)
+    (tmp_path / "rows-0-9.npy").write_bytes(bytes(60))  # of a pass that was interrupted
+    assert teacher.choose("cached", 100, config, tmp_path) == "cached"
+    assert teacher.choose("auto", 100, config, tmp_path) == "replicated"
 
 
 @pytest.mark.multi

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from selfdistill.data.errors import TryAgain
 from selfdistill.engine.runtime.preemption import AGAIN
+from selfdistill.launcher.api import training
 from selfdistill.launcher.train import Launch
 from tests.kit import warm
 from tests.kit.launches import COMMON, ROOT, environment, make_world, metrics
@@ -142,6 +144,13 @@ def test_an_ended_process_among_them_hides_no_rank_from_a_signal() -> None:
     launch = Launch(process)
     launch.signal(signal.SIGTERM)
     assert launch.code() == AGAIN
+
+
+@pytest.mark.parametrize("code", [75, 137, 247])
+def test_a_killed_rank_asks_for_the_same_call(code: int) -> None:
+    """247 is how DeepSpeed's launcher ends where SIGKILL ended a rank, as for memory."""
+    assert isinstance(training._reason(code, [], asked=False), TryAgain)
+    assert isinstance(training._reason(1, ["boom"], asked=False), RuntimeError)
 
 
 def test_a_terminal_may_go_under_nohup(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -334,7 +334,7 @@ def test_the_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     said = capsys.readouterr().out
     assert "P = 111,655,680 trained + 252,160 frozen" in said
     assert "zero1 *" in said
-    assert "(12 B x 111,655,680 + 4 B x 252,160) x (keep 2 + 1 being written)" in said
+    assert "(12 B x 111,655,680 + 4 B x 252,160) x keep 2" in said
     assert "4 B x 6,000 x 768" in said
     assert "20,000 steps x 64 x 155.3 GFLOP / (8 x 989.4 TFLOP/s x 0.4) = 63 s" in said
     assert " device hours, " in said.partition(" at 3600 an hour")[0].splitlines()[-1]

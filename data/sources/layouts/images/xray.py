@@ -22,9 +22,27 @@ FEW = 100
 
 
 def where(root: Path) -> Path | None:
-    """The folder of the splits, if `root` is or holds it."""
+    """The folder of the splits, if `root` is or holds it, and they hold nothing else.
+
+    Many a set of X-rays has these two classes, among others or in folders of patients.
+    """
     wanted = [f"{split}/{name}" for split in ("train", "test") for name in CLASSES]
-    return base.find(root, (".", "chest_xray", "chest_xray/chest_xray"), wanted)
+    found = base.find(root, (".", "chest_xray", "chest_xray/chest_xray"), wanted)
+    if found is None:
+        return None
+    splits = {path.name for path in _inside(found)} - {"chest_xray"}
+    if not splits <= {"train", "val", "test"}:
+        return None
+    folders = [path for split in splits for path in _inside(found / split)]
+    if any(path.name not in CLASSES for path in folders):
+        return None
+    files = [path for one in folders for path in _inside(one)]
+    return found if all(path.suffix.lower() in SUFFIXES for path in files) else None
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What lies in a folder, but for other programs' leavings."""
+    return [path for path in folder.iterdir() if not is_stray(path.name)]
 
 
 def read(folder: Path, options: base.Options) -> base.Layout:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import expit, softmax
+from scipy.stats import binomtest
 from sklearn import metrics as sk
 from torchmetrics.functional.classification import (
     binary_calibration_error,
@@ -116,7 +117,7 @@ def test_classes_that_do_not_occur_lower_no_f1() -> None:
     labels = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]], bool)
     found = metrics.of_sets(labels, labels.astype(float))
     assert found["macro_f1"] == found["micro_f1"] == 1
-    assert intervals.of_sets(labels, labels.astype(float)).of["macro_f1"][1] == 1
+    assert intervals.of_sets(labels, labels.astype(float)).of["macro_f1"] == intervals.wilson(3, 3)
     alone = metrics.of_sets(labels[:, [0, 2]], np.array([[1.0, 0], [0, 0], [0, 0]]))
     assert alone["macro_f1"] == alone["micro_f1"] == pytest.approx(2 / 3)
     row = metrics.by_class_of_sets(labels[:, :1], np.array([[1.0], [1], [0]]))
@@ -187,7 +188,19 @@ def test_intervals_hold_their_figure_and_repeat() -> None:
     cheap = intervals.of_classes(matrix, labels, probabilities, seed=1, work=100)
     assert set(found.of) - set(cheap.of) == {"auroc", "average_precision"}
     few = intervals.of_classes(matrix, labels, probabilities, seed=1, work=400 * 6 * 70)
-    assert few.draws["auroc"] == intervals.FEWEST < few.draws["accuracy"] == intervals.DRAWS
+    assert few.draws["auroc"] == intervals.FEWEST < few.draws["macro_f1"] == intervals.DRAWS
+
+
+def test_shares_have_the_interval_of_wilson() -> None:
+    """As scipy has it; a model without a mistake has no interval of no width."""
+    for right, n in ((0, 5), (3, 5), (20, 20), (49, 50), (961, 1000)):
+        low, high = binomtest(right, n).proportion_ci(method="wilson")
+        assert intervals.wilson(right, n) == pytest.approx((low, high), abs=1e-12)
+    found = intervals.of_classes(np.diag([12, 8]))
+    assert found.of["accuracy"] == found.of["macro_f1"] == (pytest.approx(0.8389, abs=1e-4), 1)
+    few = [np.random.default_rng(seed).binomial(50, 0.97) for seed in range(1000)]
+    covered = [low <= 0.97 <= high for low, high in (intervals.wilson(one, 50) for one in few)]
+    assert 0.91 < np.mean(covered) < 0.97  # the bootstrap's held it in 78%
 
 
 def test_intervals_cover_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,7 @@
-"""Claims: statistics against scipy and closed forms, verdicts on sweeps whose truth is known."""
+"""Verdicts of claims on sweeps whose truth is known."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -19,115 +18,11 @@ from selfdistill.experiments.report import __main__ as report
 from selfdistill.experiments.report import sweep as report_sweep
 from selfdistill.experiments.report.blocks import Report
 from selfdistill.experiments.report.claims import answers, pages, verdict
-from selfdistill.experiments.report.claims.statistics import (
-    Design,
-    Estimate,
-    Units,
-    contrast,
-    holm,
-    slope_weights,
-    slopes,
-)
 from selfdistill.experiments.report.sweep import Contents
 from selfdistill.experiments.spec import Claim, Contrast, Specs
 from selfdistill.experiments.state import Asked, Sweep
 from tests.kit.launches import ROOT
 from tests.kit.report import grids, look, pack, run_all, said, scores, section, sweep_of
-
-TOLD = np.random.default_rng(7)
-
-
-def numbered(values: Sequence[float], first: int = 0) -> Units:
-    return Units({first + n: float(v) for n, v in enumerate(values)})
-
-
-def estimate(*cells: tuple[float, Units]) -> Estimate:
-    found = contrast(cells)
-    assert found is not None
-    return found
-
-
-# --- statistics
-
-
-def test_the_same_seeds_are_a_paired_t_test_and_others_welchs() -> None:
-    a, b = TOLD.normal(70, 2, 5), TOLD.normal(69, 1, 5)
-    for ours, known in (
-        (estimate((1, numbered(a)), (-1, numbered(b))), stats.ttest_rel(a, b)),
-        (
-            estimate((1, numbered(a)), (-1, numbered(b[:3], first=8))),
-            stats.ttest_ind(a, b[:3], equal_var=False),
-        ),
-    ):
-        assert ours.interval() == pytest.approx(tuple(known.confidence_interval(0.95)))
-        assert (ours.p(), ours.df) == pytest.approx((known.pvalue, known.df))
-    # A pipeline's mean has the seeds' numbers, and is no seed.
-    other = Units(numbered(b).values, "pipeline")
-    assert not estimate((1, numbered(a)), (-1, other)).paired
-    assert contrast([(1, numbered(a)), (-1, numbered(b[:1]))]) is None
-
-
-def test_slopes_are_least_squares() -> None:
-    x = [1.0, 2.0, 3.0, 5.0]
-    y = TOLD.normal(size=(4, 6)) + np.array(x)[:, None]
-    weights = slope_weights(x)
-    each = [stats.linregress(x, y[:, seed]).slope for seed in range(6)]
-    known = stats.ttest_1samp(each, 0)
-    ours = estimate(*((w, numbered(row)) for w, row in zip(weights, y, strict=True)))
-    assert (ours.mean, ours.p()) == pytest.approx((np.mean(each), known.pvalue))
-    both = slopes([(numbered([place] * 6), numbered(row)) for place, row in zip(x, y, strict=True)])
-    assert list(both.values.values()) == pytest.approx(each)
-    apart = estimate(*((w, numbered(y[n], 10 * n)) for n, w in enumerate(weights)))
-    assert apart.mean == pytest.approx(np.mean(each))
-    assert not apart.paired
-
-
-@pytest.mark.parametrize("paired", [True, False])
-def test_intervals_hold_the_truth_as_often_as_they_say(paired: bool) -> None:
-    hit, draws = 0, 2000
-    for _ in range(draws):
-        common = TOLD.normal(0, 3, 4) if paired else np.zeros(4)
-        a, b = common + TOLD.normal(1.5, 2, 4), common + TOLD.normal(0, 1, 4)
-        cells = (1, numbered(a)), (-1, numbered(b, 0 if paired else 9))
-        low, high = estimate(*cells).interval()
-        hit += low <= 1.5 <= high
-    assert hit / draws == pytest.approx(0.95, abs=0.015)
-
-
-def test_holm_is_the_closed_test_of_bonferronis() -> None:
-    for size, missing in ((1, 0), (3, 0), (4, 2)):
-        values = list(TOLD.random(size) ** 3)
-        family = [*values, *[1.0] * missing]
-        for index, ours in enumerate(holm(values, len(family))):
-            subsets = (
-                s
-                for n in range(1, len(family) + 1)
-                for s in itertools.combinations(range(len(family)), n)
-                if index in s
-            )
-            known = max(min(1.0, len(s) * min(family[i] for i in s)) for s in subsets)
-            assert ours == pytest.approx(known)
-
-
-def test_power_is_that_of_cohens_tables() -> None:
-    two = Design((1.0, -1.0), 64, False, 1.0)
-    assert two.detects() == pytest.approx(0.5, abs=0.002)
-    assert (two.needs(0.5), two.needs(0.8)) == (64, 26)
-    one = Design((1.0,), 34, True, 1.0)
-    assert one.needs(0.5) == 34
-    assert two.needs(0.01) is None
-    # With many repetitions it is the normal distribution's.
-    many = Design((1.0, -1.0), 100_000, False, 2.0)
-    wide = stats.norm.ppf(0.9975) + stats.norm.ppf(0.8)
-    assert many.detects(0.005) == pytest.approx(wide * 2 * np.sqrt(2 / 100_000), rel=1e-4)
-    # By simulation, for the five seeds that tables have.
-    few = Design((1.0, -1.0), 5, True, 1.0)
-    x = TOLD.normal(few.detects(), np.sqrt(2), (20_000, 5))
-    seen = stats.ttest_1samp(x, 0, axis=1)
-    assert np.mean((seen.pvalue < 0.05) & (seen.statistic > 0)) == pytest.approx(0.8, abs=0.01)
-
-
-# --- verdicts
 
 
 def scored(
@@ -170,7 +65,7 @@ def claim(**test: Any) -> Claim:
         ([0.1, 0.11, 0.12], "not supported", "not supported", "supported", "supported"),
         ([-0.1, -0.11, -0.12], "not supported", "not supported", "supported", "supported"),
         ([-3.0, 4.0, 0.5], "can't tell", "can't tell", "can't tell", "can't tell"),
-        ([0.0, 0.0, 0.0], "not supported", "not supported", "supported", "supported"),
+        ([0.0, 0.0, 0.0], "can't tell", "can't tell", "can't tell", "can't tell"),
         # Told from 0, but not from what matters.
         ([0.8, 1.1, 0.9], "supported", "not supported", "can't tell", "supported"),
         ([-0.8, -1.1, -0.9], "not supported", "supported", "can't tell", "can't tell"),
@@ -192,6 +87,32 @@ def test_the_rule(
         assert verdict.sentence(found).lower().startswith(word), expect
         assert found.each[0].reason
         assert found.single
+
+
+def test_the_same_runs_are_told_from_equal_scores(tmp_path: Path) -> None:
+    contents = scored(
+        tmp_path, "table5", {"fine_tuning": [50.0, 53.0], "self_distillation": [50.0, 53.0]}
+    )
+    asked = [claim(expect=e, a="self_distillation", b="fine_tuning") for e in ("within", "above")]
+    assert {verdict.judge(contents, one).word for one in asked} == {"can't tell"}
+    for path in (contents.root / "xray" / "fine_tuning").glob("finetune*/seed-*/result.json"):
+        (other,) = (contents.root / "xray" / "self_distillation").glob(
+            f"finetune*/{path.parent.name}/result.json"
+        )
+        told = json.loads(other.read_text()) | {"metrics": json.loads(path.read_text())["metrics"]}
+        other.write_text(json.dumps(told))
+    contents = report_sweep.read(contents.root)
+    assert [verdict.judge(contents, one).word for one in asked] == ["supported", "not supported"]
+
+
+def test_a_row_that_is_none_is_refused(tmp_path: Path) -> None:
+    contents = scored(tmp_path, "table5", {"fine_tuning": [50.0, 53.0]})
+    with pytest.raises(UserError, match=r"'supcn' is no row of table5.*Did you mean supcon"):
+        verdict.judge(contents, claim(expect="above", a="supcn", b="fine_tuning"))
+    with pytest.raises(UserError, match="'supcon@one' is no row"):
+        verdict.judge(contents, claim(expect="above", a="supcon@one", b="fine_tuning"))
+    with pytest.raises(ValueError, match="along goes with a"):
+        claim(expect="above", weights={"mars": 1, "r3f": -1}, along="rows")
 
 
 def test_verdicts_of_the_example_are_holms_over_all_that_were_asked(
@@ -281,8 +202,9 @@ def test_length_first_round_and_distance(tmp_path: Path) -> None:
     rounds = ["further_pretraining", "self_distillation"]
     rounds += [f"self_distillation,rounds={n}" for n in (2, 3, 4)]
     away = [9.0, 6.0, 5.5, 5.4, 5.2]
+    random = np.random.default_rng(7)
     for name, far in zip(rounds, away, strict=True):
-        gaps.append([0.3 * far + 0.01 * e for e in TOLD.normal(size=3)])
+        gaps.append([0.3 * far + 0.01 * e for e in random.normal(size=3)])
         told = [{"gap": g, "distance_from_init": far} for g in gaps[-1]]
         write(made, f"xray/{name}", told)
     found = {one.claim.name: one for one in verdict.every(report_sweep.read(made.root))}

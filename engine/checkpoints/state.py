@@ -41,7 +41,10 @@ BEFORE = {
 }
 
 #: What records of then do not name, and nobody knows: it is not compared with them.
-SINCE = ("model_settings", "text.max_length", "val split", "test split")
+SINCE = (
+    *("model_settings", "text.max_length", "val split", "test split"),
+    *("probe.feature", "probe.train", "probe.val"),
+)
 
 
 def differing(made: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

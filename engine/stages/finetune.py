@@ -97,7 +97,7 @@ def finetune(run: Run, start: str) -> None:
         stage = name if config.finetune.seeds == 1 else f"{name}/seed-{seed}"
         run.boundary(stage, wait=True)
         run_stage(Finetune(run, stage, source, seed))
-        results.append(run.shared_result(stage))
+        results.append(_scored_by(run, stage))
     if config.finetune.seeds > 1:
         write_result(run, name, _summary(name, source, [r for r in results if r]))
     final = run.shared_result(name)
@@ -115,6 +115,17 @@ def finetune(run: Run, start: str) -> None:
                 spread_text = f" (95% interval of the sample {low:.2f} to {high:.2f})"
             run.info(f"{name}: {key} {100 * value:.2f}%{spread_text}")
     _put_into_proportion(run, name, final["metrics"])
+
+
+def _scored_by(run: Run, stage: str) -> dict[str, Any] | None:
+    """The result of a fine-tuning, by the figure that is asked for now; one may be complete."""
+    result, asked = run.shared_result(stage), run.config.finetune.metric
+    there = result is not None and any(k.endswith(f"_{asked}") for k in result["metrics"])
+    if result is None or not there or asked == result.get("metric"):
+        return result
+    result |= {"metric": asked}
+    write_result(run, stage, result)
+    return result
 
 
 def _put_into_proportion(run: Run, name: str, metrics: dict[str, float]) -> None:

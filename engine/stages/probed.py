@@ -63,7 +63,11 @@ class Probed(Stage):
             lacking = str(error)
         lacking = lacking or lacks(splits)
         if not lacking:
-            self.probe = Probe(run, modality, base, splits, probed_feature(run, modality, base))
+            feature = probed_feature(run, modality, base)
+            self.probe = Probe(run, modality, base, splits, feature)
+            if plan.judged:  # what is measured otherwise is no better or worse
+                hashes = {f"probe.{name}": splits[name].hash for name in ("train", "val")}
+                self.record |= {"probe.feature": feature} | hashes
             self.whole_curve = True
             # No clock decides on weights that are kept.
             self.paced = settings.every == "auto" and not plan.judged

@@ -39,6 +39,8 @@ def test_a_complete_stage_is_skipped_only_if_it_is_the_same(tmp_path: Path) -> N
             same | {"zero": "zero1", "log_every": 2, "pretrain.accumulation": 2},
             # The run's own model comes before the recipe's.
             no_model | {"stage": "finetune", "recipe": str(recipe)},
+            # All figures are kept: another one may be asked for later.
+            no_model | {"stage": "finetune", "finetune.metric": "macro_f1"},
             same | {"pretrain.lr": 0.5, "expect_error": "made with pretrain.lr = 0.00015"},
             same | {"seed": 3, "expect_error": "made with seed = 0, now it is 3"},
             same | {"model": str(root / "other"), "expect_error": "another model"},
@@ -71,7 +73,7 @@ def test_a_complete_stage_is_skipped_only_if_it_is_the_same(tmp_path: Path) -> N
         ],
         ranks=1,
     )
-    assert printed.count("complete, skipped") == 4
+    assert printed.count("complete, skipped") == 5
     assert {one.name for one in run.iterdir() if one.is_dir()} == {
         *(".pulse", "pretrain", "distill-1", "finetune"),
     }
@@ -84,6 +86,8 @@ def test_a_complete_stage_is_skipped_only_if_it_is_the_same(tmp_path: Path) -> N
     result = json.loads((run / "finetune" / "result.json").read_text())
     assert result["seconds"] > 0
     assert result["record"]["finetune.steps"] == 5
+    assert result["metric"] == "macro_f1"
+    assert "finetune: test_macro_f1 " in printed
 
 
 def test_seeds_that_are_overwritten_leave_no_old_mean(tmp_path: Path) -> None:

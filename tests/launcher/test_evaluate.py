@@ -284,7 +284,7 @@ def test_sets_that_are_no_training(
     for number, file in enumerate(sorted(world.images.glob("*/red/*.png"))[:24]):
         values = np.array(Image.open(file).convert("L")).astype(np.uint16)
         files.append(tmp_path / "set" / "test" / "red" / f"{number:03d}.png")
-        Image.fromarray(values * 16).save(files[-1])  # of 12 bits
+        Image.fromarray(values * 257).save(files[-1])  # of 16 bits
     (tmp_path / "set" / "test" / "red" / "broken.png").write_text("")
     came = evaluate(str(world.run), "~/set", out="~/out", skip_broken=True)
     assert came is not None

@@ -5,6 +5,12 @@ import os
 import re
 
 _ADDRESS = re.compile(r"""([A-Za-z][A-Za-z0-9+.-]*://)([^\s/]*@)?(\S*)""")
+# A data set's command, to the end of its line; of it what follows such a word.
+_COMMAND = re.compile(r"pipe:[^\n]*")
+_SECRET = re.compile(
+    r"(?i)((?:bearer|basic|--user|-u)\s+|[\w-]*(?:key|secret|token|passw(?:or)?d)[\w-]*\s*[=:]\s*)"
+    r"(?!bearer|basic)[^\s'\";&|]+"
+)
 #: Variable that says how the package's command is typed; the ranks that it starts have it, too.
 TYPED = "SELFDISTILL_TYPED"
 
@@ -44,7 +50,7 @@ class PeerLost(TryAgain):
 
 
 def redacted(text: str) -> str:
-    """Text without the secrets of addresses in it: logins, and values of a query.
+    """Text without the secrets of addresses in it: logins, values of a query, of commands' words.
 
     Args:
         text: Any, such as ``https://user:password@host/x?token=secret``.
@@ -58,7 +64,7 @@ def redacted(text: str) -> str:
         shown = _QUERY.sub(lambda part: f"{part[1] or part[2]}***", rest)
         return scheme + ("***@" if login else "") + shown
 
-    return _ADDRESS.sub(hide, text)
+    return _ADDRESS.sub(hide, _COMMAND.sub(lambda line: _SECRET.sub(r"\1***", line[0]), text))
 
 
 def printable(text: str) -> str:

@@ -161,3 +161,13 @@ def fresh(path: Path, mode: str = "w") -> IO[Any]:
     # Whoever calls closes it.
     opened: IO[Any] = open(path, mode, encoding=encoding, opener=_exclusive)  # noqa: SIM115
     return opened
+
+
+def fsync(*paths: Path) -> None:
+    """Forces files, or folders' entries, to the disk."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

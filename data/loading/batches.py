@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch.utils.data import DataLoader
 
-from selfdistill.data.errors import UserError
+from selfdistill.data.errors import TryAgain, UserError
 from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.datasets import Samples
 from selfdistill.data.loading.order import Ints
@@ -133,7 +133,7 @@ class Batches:
                 if batch is None:
                     return
                 if "error" in batch:
-                    raise UserError(batch["error"])
+                    raise (TryAgain if batch["passing"] else UserError)(batch["error"])
                 self._count(batch.pop("broken"))
                 self._note(batch.pop("noted"))
                 yield received(batch)

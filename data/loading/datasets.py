@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from selfdistill.data.errors import BrokenData, UserError
+from selfdistill.data.errors import BrokenData, TryAgain, UserError
 from selfdistill.data.formats.texts import Texts
 from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.order import Ints, Order
@@ -66,7 +66,7 @@ class Samples(Dataset[dict[str, Any]], ABC):
         try:
             batch = self.batch(positions, self.ring.room(number) if self.ring else None)
         except UserError as error:
-            return {"error": str(error)}
+            return {"error": str(error), "passing": isinstance(error, TryAgain)}
         noted, self.codec.noted = self.codec.noted[:1], []
         batch["noted"] = noted
         return self.ring.carry(number, batch) if self.ring else carried(batch)

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from selfdistill.data.errors import BrokenData, UserError
+from selfdistill.data.errors import PASSING, BrokenData, TryAgain, UserError
 from selfdistill.data.files import LARGEST
 from selfdistill.data.formats import labels
 from selfdistill.data.remote.cache import Report, ShardCache
+from selfdistill.data.remote.fetch import Away
 from selfdistill.data.shards.manifest import FILE, IN_TABLE, MEMBERS, Manifest, is_remote
 from selfdistill.data.shards.tars import BLOCK, parse_header
 
@@ -42,6 +43,16 @@ class Record(NamedTuple):
     label: int
     name: str
     labels: tuple[int, ...] = ()
+
+
+def _refused(place: str, error: OSError, verb: str = "opened") -> UserError:
+    """Why a shard cannot be opened or read: for now, or until somebody mends it."""
+    what = f"shard {place} cannot be {verb}: {error.strerror}"
+    if error.errno in PASSING:
+        return TryAgain(f"{what}: launch again, or see to the file system")
+    return BrokenData(
+        f"{what}: put it back, or pack the data anew (python -m data.pack --overwrite)"
+    )
 
 
 class Reader:
@@ -119,10 +130,7 @@ class Reader:
                 raise OSError(0, "it is no regular file")
             found = status.st_size
         except OSError as error:
-            raise BrokenData(
-                f"shard {place} cannot be opened: {error.strerror}: put it back, or pack the data"
-                " anew (python -m data.pack --overwrite)"
-            ) from None
+            raise _refused(place, error) from None
         wanted = self.manifest.shards[shard].bytes
         if found != wanted:
             what = "is cut off" if found < wanted else "is another file"
@@ -144,18 +152,21 @@ class Reader:
         place = self.manifest.shard_place(shard)
         try:
             if self.cache is not None and is_remote(place):
+                self._release()
                 fd = self.cache.open(place, info.sha256, info.bytes)
             else:
                 try:
                     fd = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                except OSError:
+                except OSError as error:
                     self._check_size(shard, place, None)
-                    raise
+                    raise _refused(place, error) from None
                 try:
                     self._check_size(shard, place, fd)
                 except UserError:
                     os.close(fd)
                     raise
+        except Away as error:  # no fault of the shard's: it is neither skipped nor given up
+            raise TryAgain(str(error)) from None
         except BrokenData as error:
             self._failed[shard] = str(error)
             raise
@@ -163,6 +174,11 @@ class Reader:
         if len(self._open) > self.max_open:
             os.close(self._open.popitem(last=False)[1])
         return fd
+
+    def _release(self) -> None:
+        """Closes what the cache has dropped: as long as it is open its blocks are not free."""
+        for shard in [s for s, fd in self._open.items() if not os.fstat(fd).st_nlink]:
+            os.close(self._open.pop(shard))
 
     def prefetch(self, shards: list[int]) -> None:
         """Fetches remote shards in the background, in this order; older wishes are dropped."""
@@ -196,16 +212,19 @@ class Reader:
             raise self._broken(shard, name, fault)
         span, label = (at - BLOCK, at + size), -1
         several: tuple[int, ...] = ()
-        if label_at < 0:
-            parts = [(os.pread(fd, span[1] - span[0], span[0]), 0)]
-        else:
-            label_span = (label_at - BLOCK, label_at + label_size)
-            low, high = min(span[0], label_span[0]), max(span[1], label_span[1])
-            if high - low <= size + label_size + _GAP:
-                whole = os.pread(fd, high - low, low)
-                parts = [(whole, span[0] - low), (whole, label_span[0] - low)]
+        try:
+            if label_at < 0:
+                parts = [(os.pread(fd, span[1] - span[0], span[0]), 0)]
             else:
-                parts = [(os.pread(fd, b - a, a), 0) for a, b in (span, label_span)]
+                label_span = (label_at - BLOCK, label_at + label_size)
+                low, high = min(span[0], label_span[0]), max(span[1], label_span[1])
+                if high - low <= size + label_size + _GAP:
+                    whole = os.pread(fd, high - low, low)
+                    parts = [(whole, span[0] - low), (whole, label_span[0] - low)]
+                else:
+                    parts = [(os.pread(fd, b - a, a), 0) for a, b in (span, label_span)]
+        except OSError as error:
+            raise _refused(self._places[shard], error, "read") from None
         try:
             content, name = self._member(*parts[0], size)
             if label_at == IN_TABLE:

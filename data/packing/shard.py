@@ -152,6 +152,8 @@ class _Writing:
     def close(self) -> Shard:
         """The shard, whole and in its place."""
         self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())  # a record will say that it is there
         self._file.close()
         if not self.labels:
             self.draft.unlink()

@@ -56,6 +56,7 @@ class _Note(records.Record):
 
     time: float
     error: str
+    away: bool = False
 
 
 class ShardCache:
@@ -64,7 +65,7 @@ class ShardCache:
     Args:
         folder: On a disk of the node itself; by default `default_folder()`.
         limit_gb: About how much it may hold, in GB (1e9 bytes); the least recently opened files go
-            first. By default 64.
+            first. By default 64; infinite for small files beside shards of another limit.
         report: Told when it or its disk is too small, and of transfers that are tried again; by
             default Python warnings, `as_python_warning` and `fetch.as_retrying`.
         verify: Whether a process hashes what it finds in the folder before its first use: somebody
@@ -85,7 +86,7 @@ class ShardCache:
         self.folder = Path(folder) if folder else default_folder()
         self.report = report or as_python_warning
         self._retrying = report or fetch.as_retrying
-        self.limit = round((DEFAULT_GB if limit_gb is None else limit_gb) * 1e9)
+        self.limit = (DEFAULT_GB if limit_gb is None else limit_gb) * 1e9
         self._fits = self.limit
         if self.limit <= 0:
             raise UserError(f"the shard cache may hold {limit_gb} GB: give more than 0")
@@ -239,7 +240,8 @@ class ShardCache:
         except BrokenData as error:
             # For those that wait behind the lock: they would try for as long, one after another.
             with contextlib.suppress(OSError), fresh(note) as file:
-                json.dump({"time": time.time(), "error": str(error)}, file)
+                away = isinstance(error, fetch.Away)
+                json.dump({"time": time.time(), "error": str(error), "away": away}, file)
             raise
         finally:
             part.unlink(missing_ok=True)
@@ -253,7 +255,7 @@ class ShardCache:
         except (OSError, ValueError, UserError):
             return
         if began < note.time <= time.time():
-            raise BrokenData(note.error)
+            raise (fetch.Away if note.away else BrokenData)(note.error)
 
     def _files(self) -> list[tuple[float, int, Path]]:
         """Last use, size and path of what is kept."""

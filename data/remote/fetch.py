@@ -66,6 +66,10 @@ class NotThere(BrokenData):
     """A URL at which there is nothing, as its server says."""
 
 
+class Away(BrokenData):
+    """A URL that did not come in all tries, and may at another time: an outage, not its file."""
+
+
 class Retrying(Warning):
     """A transfer failed and is tried again. No UserWarning: these are often hidden."""
 
@@ -107,7 +111,7 @@ class Failure(Exception):
                 f"{url} is not the file that its manifest names ({reason}{count}): upload shards"
                 " and manifest.json of the same packing again"
             )
-        kind = NotThere if self.absent else BrokenData
+        kind = NotThere if self.absent else Away if self.again else BrokenData
         cure = self.cure or "check the address and that this node reaches it"
         if verb == "fetch":
             cure += " (or take a command: 'pipe:aws s3 cp s3://... -')"

@@ -311,7 +311,7 @@ class Manifest:
 
             # By its descriptor: another process may drop the file to make room for a shard.
             most = 4096 + 32 * self.samples  # npy's header, four numbers a sample
-            cache = ShardCache(self.cache_dir)
+            cache = ShardCache(self.cache_dir, float("inf"))  # drops no shard
             return open(cache.open(place, self.members_file.sha256, None, most), "rb")
         try:
             return files.opened(Path(place), _CURE)
@@ -397,3 +397,4 @@ def write(
     }
     written = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     (folder / FILE).write_text(written, encoding="utf-8")
+    files.fsync(folder / MEMBERS, folder / FILE)

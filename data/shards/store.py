@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from selfdistill.data import records
 from selfdistill.data.errors import UserError
+from selfdistill.data.files import fsync
 
 SETTINGS = "parts.json"
 #: Parts that a message lists.
@@ -124,7 +125,8 @@ class Store:
 
     def done(self, group: str) -> set[int]:
         """Numbers of the pieces of a group that are finished."""
-        return {int(path.stem) for path in self._records(group).glob("[0-9]*.npz")}
+        found = self._records(group).glob("[0-9]*.npz")
+        return {int(path.stem) for path in found if path.stat().st_size}  # not of a power cut
 
     def keep(self, group: str, number: int, told: Any, **arrays: NDArray[Any]) -> None:
         """Writes a piece's record: what JSON keeps, and arrays."""
@@ -138,6 +140,7 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{self._own}")
         draft.write_bytes(content)
+        fsync(draft)
         draft.replace(path)
 
     def kept(self, group: str, number: int) -> tuple[Any, dict[str, NDArray[Any]]]:
@@ -177,7 +180,9 @@ class Store:
 
     def publish(self, group: str, final: Path) -> None:
         """Puts a group's folder, with its index, in place."""
+        fsync(self.folder / group)
         (self.folder / group).rename(final)
+        fsync(final.parent)
 
     def remove(self) -> None:
         """Removes all of it."""

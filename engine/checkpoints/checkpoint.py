@@ -29,8 +29,9 @@ from torch import Tensor
 from selfdistill.data import records
 from selfdistill.data.cli import format_error
 from selfdistill.data.errors import TryAgain, UserError, printable
+from selfdistill.data.files import fsync
 from selfdistill.engine.checkpoints import training_state
-from selfdistill.engine.checkpoints.files import fsync, remove, sha256, write_text
+from selfdistill.engine.checkpoints.files import remove, sha256, write_text
 from selfdistill.engine.checkpoints.results import numbered
 from selfdistill.engine.checkpoints.state import VERSION, State, Written, differing, in_words
 from selfdistill.engine.runtime.distributed import Ranks, broadcast, gather, main_only

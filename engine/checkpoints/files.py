@@ -7,22 +7,13 @@ import os
 import shutil
 from pathlib import Path
 
-from selfdistill.data.files import fresh, opened
+from selfdistill.data.files import fresh, fsync, opened
 
 
 def sha256(path: Path) -> str:
     """Hex digest of a regular file."""
     with opened(path, "remove it") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync(path: Path) -> None:
-    """Forces a file, or a folder's entries, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove(path: Path) -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from selfdistill.data.errors import UserError
-from selfdistill.data.files import fresh
-from selfdistill.engine.checkpoints.files import fsync
+from selfdistill.data.files import fresh, fsync
 
 #: A column's values: text, a number, several texts, several numbers, so many fp32 numbers.
 Kind = Literal["text", "number", "count", "texts", "numbers", "vector", "vectors"]

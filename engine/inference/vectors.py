@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfdistill.data.errors import BrokenData
+from selfdistill.data.files import fsync
 from selfdistill.data.inputs.base import Inputs
 from selfdistill.data.inputs.packed import Packed
 from selfdistill.data.loading.codec import Images, Pictures
-from selfdistill.engine.checkpoints.files import fsync
 from selfdistill.engine.inference import tables
 from selfdistill.engine.inference.model import Loaded
 from selfdistill.engine.inference.parts import Parts, Row

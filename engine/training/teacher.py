@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from selfdistill.data import records
 from selfdistill.data.errors import TryAgain, UserError
-from selfdistill.data.files import fresh
+from selfdistill.data.files import fresh, fsync
 from selfdistill.data.loading.codec import Codec
 from selfdistill.data.loading.loader import Sequential
 from selfdistill.data.loading.windows import Windows
 from selfdistill.data.shards.manifest import Manifest
-from selfdistill.engine.checkpoints.files import fsync, write_text
+from selfdistill.engine.checkpoints.files import write_text
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.config.schema import Config
 from selfdistill.engine.runtime.allocator import release

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from selfdistill.data import records
 from selfdistill.data.errors import BrokenData, UserError
-from selfdistill.data.files import fresh
+from selfdistill.data.files import fresh, fsync
 from selfdistill.data.formats.texts import parse
 from selfdistill.data.loading import windows
 from selfdistill.data.loading.reader import Reader
 from selfdistill.data.loading.windows import Windows
 from selfdistill.data.shards.manifest import Manifest
-from selfdistill.engine.checkpoints.files import fsync, write_text
+from selfdistill.engine.checkpoints.files import write_text
 from selfdistill.engine.checkpoints.folder import Run
 from selfdistill.engine.models.texts.tokenizer import tokenizer_hash
 from selfdistill.engine.runtime.distributed import main_only

@@ -83,6 +83,8 @@ def of(found: Found) -> list[tuple[str, str, str]]:
     if found.kind == "image":
         if found.transformers is not None:
             code = _CLASSIFY if found.classes else _ENCODE.format(_plain(found))
+            if found.transformers.get("model_type") == "clip_vision_model":
+                code = code.replace(*_POOLED)
             made.append(("transformers", "In transformers:", code))
         if found.timm is not None:
             code = _TIMM_CLASSIFY if found.classes else _TIMM_ENCODE
@@ -131,6 +133,13 @@ with torch.no_grad():
     found = model(**processor(load_image("photo.jpg"), return_tensors="pt"))
 features = found.last_hidden_state  # [1, tokens, width]
 print(features.mean(1).shape)"""
+#: CLIP's last_hidden_state lacks the last LayerNorm, which its pooled vector has.
+_POOLED = (
+    """features = found.last_hidden_state  # [1, tokens, width]
+print(features.mean(1).shape)""",
+    """features = found.pooler_output  # [1, width]: the class token, after the last LayerNorm
+print(features.shape)""",
+)
 _TIMM = """import functools
 
 import timm

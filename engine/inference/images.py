@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from selfdistill.data import records
@@ -153,6 +155,7 @@ def open_images(
         config = records.read_object(inner / "config.json")
         head = None if _without_attention(config) else _timm_head(inner, config, path)
         if head is not None:
+            _check_copies(folder, head)
             return ImageNetwork(str(inner), head, told, span, channels, size)
     head = None
     if (folder / "config.json").is_file():
@@ -160,6 +163,22 @@ def open_images(
         read = _timm_head if "architecture" in config else _head
         head = read(folder, config, path)
     return ImageNetwork(path, head, told, span, channels, size)
+
+
+def _check_copies(folder: Path, head: _Head) -> None:
+    """Refuses a folder whose two models, for transformers and for timm, have other heads.
+
+    Raises:
+        UserError: a program that knows nothing of timm/ saved the one above it anew.
+    """
+    with suppress(OSError, SafetensorError), safe_open(folder / "model.safetensors", "pt") as file:
+        names, there = ("classifier.bias", "head.bias", "timm_model.head.bias"), set(file.keys())
+        bias = next((file.get_tensor(n).float() for n in names if n in there), None)
+        if bias is not None and not torch.equal(bias, head.bias.float()):
+            raise UserError(
+                f"{folder} was saved anew by another program, and {folder / 'timm'} is of before:"
+                f" remove that folder, or give {folder / 'timm'} to take the model of before"
+            )
 
 
 def _without_attention(config: dict[str, Any]) -> bool:
@@ -180,8 +199,9 @@ def _span(told: Told, path: str) -> depth.Range | None:
 
 def _names(given: Any, number: int) -> list[str]:
     """The classes' names, or their numbers where they have none."""
-    names = given if isinstance(given, list) else []
-    names = [str(name) for name in names]
+    if isinstance(given, dict):  # by number, as text
+        given = [given.get(str(i), i) for i in range(number)]
+    names = [str(name) for name in given] if isinstance(given, list) else []
     return names if len(names) == number else [str(i) for i in range(number)]
 
 
@@ -203,6 +223,10 @@ def _timm_head(folder: Path, config: dict[str, Any], origin: str) -> _Head | Non
     number = config.get("num_classes", inner.get("num_classes", 0))
     if type(number) is not int or number < 1:
         return None
+    names = config.get("label_names") or inner.get("label_names")
+    tuned = names or "_ft_" in str(inner.get("tag") or config.get("architecture"))
+    if "_clip_" in str(config.get("architecture")) and not tuned:
+        return None  # CLIP's projection, which timm calls a head
     tensors = read_folder(folder)
     if "head.weight" not in tensors or "head_dist.weight" in tensors:
         return None
@@ -216,7 +240,6 @@ def _timm_head(folder: Path, config: dict[str, Any], origin: str) -> _Head | Non
             f"{origin}: its head pools by {str(pool)[:40]!r}, which is not known here: take a model"
             f" that pools by one of {', '.join(_POOLS)}"
         )
-    names = config.get("label_names") or inner.get("label_names")
     several = config.get("problem_type") == PROBLEM
     return _Head(weight, bias, _POOLS[pool], _names(names, len(bias)), several)
 
@@ -235,7 +258,5 @@ def _head(folder: Path, config: dict[str, Any], origin: str) -> _Head | None:
             weight, pool = halves[0].contiguous(), "cls"
         elif not halves[0].any():
             weight, pool = halves[1].contiguous(), "mean"
-    named = config.get("id2label")
-    names = [named.get(str(i)) for i in range(len(bias))] if isinstance(named, dict) else None
     several = config.get("problem_type") == PROBLEM
-    return _Head(weight, bias, pool, _names(names, len(bias)), several)
+    return _Head(weight, bias, pool, _names(config.get("id2label"), len(bias)), several)

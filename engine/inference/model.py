@@ -320,10 +320,11 @@ def _here(source: str) -> Path:
     Raises:
         UserError: it is no such name, or cannot be fetched.
     """
+    from selfdistill.engine.models import source as sources
+
     own = Path(source).expanduser()
     if own.exists():
-        return own
-    from selfdistill.engine.models import source as sources
+        return sources.locate(source)  # of a model's file the folder
     from selfdistill.engine.models.texts import sentences
     from selfdistill.engine.models.texts.weights import TOKENIZER_FILES
 

@@ -93,6 +93,10 @@ def _fetch(name: str, configs: list[str]) -> Path:
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*configs, "model.safetensors"]))
+        if not (folder / "config.json").exists():  # ours of what transformers has no class of
+            folder = Path(snapshot_download(name, allow_patterns=[*configs, "timm/*"]))
+            if (folder / "timm" / "config.json").exists():
+                return folder
         if not (folder / "model.safetensors").exists():
             others = ["model-*.safetensors", "model.safetensors.index.json"]
             others += ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
@@ -225,7 +229,9 @@ def read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except Exception as error:  # whatever its unpickler meets in a broken file
         raise UserError(f"{path} is no readable torch file: fetch it again") from error
     args = content.get("args") if isinstance(content, dict) else None
-    for name in _STATE if isinstance(content, dict) else ():
+    # As timm does, the weights' average first, which its makers' figures are of.
+    states = [key for name in _STATE for key in (f"{name}_ema", name)]
+    for name in states if isinstance(content, dict) else ():
         if isinstance(content.get(name), dict):
             content = content[name]
             break

@@ -16,6 +16,8 @@ from torch import Tensor
 from selfdistill.data.errors import UserError
 from selfdistill.data.formats.images import Sides, Size, typed
 from selfdistill.engine.models.images import formats
+from selfdistill.engine.models.images.formats.hugging_face import DECODER
+from selfdistill.engine.models.images.formats.timm_folder import POOLING
 from selfdistill.engine.models.images.found import Found, check_sizes
 from selfdistill.engine.models.images.shape import Shape
 from selfdistill.engine.models.images.types.base import IMAGENET_MEAN, IMAGENET_STD, Tensors
@@ -27,6 +29,8 @@ from selfdistill.engine.models.images.vit_mae import (
 )
 from selfdistill.engine.models.source import locate
 
+#: What an export has beside its model: see `engine.checkpoints.export`.
+_BESIDE = (DECODER, POOLING, "selfdistill.json")
 #: Of a shape's fields, those that change nothing of the encoder.
 _APART = ("decoder_", "mask_ratio", "normalize_pixels")
 
@@ -97,7 +101,7 @@ def load_pretrained(source: str, image_size: Size | None = None) -> Pretrained:
         UserError: unknown or unreadable source, another architecture, missing or strange tensors,
             an image size that is no multiple of the patch size.
     """
-    found = formats.read(locate(source), source)
+    found = formats.read(locate(source, patterns=_BESIDE), source)
     check_sizes(found)
     encoder = _complete("encoder", found, found.encoder)
     decoder = _complete("decoder", found, found.decoder) if found.decoder else None

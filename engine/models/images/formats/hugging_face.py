@@ -174,6 +174,11 @@ def _size(config: Mapping[str, Any], key: str, default: int, origin: str) -> Any
 def _read_processor(folder: Path, found: Found, kind: ModelType) -> None:
     """Mean and standard deviation, which the weights were trained with."""
     path, told = _processor(folder)
+    timms = records.read_object(folder / "config.json").get("pretrained_cfg")
+    if told is None and isinstance(timms, dict) and "mean" in timms and "std" in timms:
+        # A rectangle's, of ours: transformers' wrapper of timm's transform reads it there.
+        normalise(found, timms["mean"], timms["std"], folder / "config.json")
+        return
     if told is None:
         found.notes.append(
             f"no preprocessor_config.json: images are normalised by {kind.normalised_by} mean and"

@@ -86,7 +86,8 @@ class ShardCache:
         self.folder = Path(folder) if folder else default_folder()
         self.report = report or as_python_warning
         self._retrying = report or fetch.as_retrying
-        self.limit = (DEFAULT_GB if limit_gb is None else limit_gb) * 1e9
+        limit = (DEFAULT_GB if limit_gb is None else limit_gb) * 1e9
+        self.limit = limit if limit == math.inf else round(limit)
         self._fits = self.limit
         if self.limit <= 0:
             raise UserError(f"the shard cache may hold {limit_gb} GB: give more than 0")

@@ -112,9 +112,10 @@ def _extra(root: Path, found: _Found, columns: Columns, notes: list[str]) -> Sam
             f"--unlabelled {root} goes with a train split, the source has only"
             f" {', '.join(found.splits)}: drop the option"
         )
+    held = division.groups(found.splits)
     if found.kind == "text":
-        return text_sources.find_extra(root, columns)
-    return image_sources.find_extra(root, notes)
+        return text_sources.find_extra(root, columns, held, notes)
+    return image_sources.find_extra(root, notes, grouped=bool(held))
 
 
 def _kind(

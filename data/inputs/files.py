@@ -60,7 +60,10 @@ class Files(Inputs):
         path, name = self.paths[place], self.names[place]
         try:
             content = files.read(path, _CURE)
-            return Input(name, Text(content.decode("utf-8-sig"), None) if self.texts else content)
+            if not self.texts:
+                return Input(name, content)
+            # The last line's end is the file's, not the text's.
+            return Input(name, Text(content.decode("utf-8-sig").rstrip("\r\n"), None))
         except (FileNotFoundError, NotADirectoryError):
             return broken(name, "it is not there")
         except UnicodeDecodeError as error:

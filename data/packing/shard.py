@@ -145,7 +145,7 @@ class _Writing:
             record[member] = number
         self._tar.write(record)
         self.labels.append(sample.label)
-        self.digests.append(duplicates.digest(content))
+        self.digests.append(duplicates.digest(content, text=extension == "txt"))
         if self.keep:
             self.samples.append(sample)
 

@@ -121,7 +121,7 @@ def _check_sample(
             raise ValueError(f"its label {label} is outside the {classes} classes")
         if decode is not None:
             decode(content)
-        return duplicates.digest(content), label, ""
+        return duplicates.digest(content, text=file.text.get("stored") == "txt"), label, ""
     except ValueError as error:
         return 0, -1, f"{name}: {error}" if name else str(error)
 

@@ -48,6 +48,12 @@ def _take(samples: Samples, rows: NDArray[np.bool_]) -> Samples:
     return list(itertools.compress(samples, rows))
 
 
+def groups(splits: Splits) -> set[str]:
+    """The groups of val and test (`--group_column`)."""
+    parts = (samples for split, (samples, _) in splits.items() if split in ("val", "test"))
+    return {s.group for part in parts if isinstance(part, list) for s in part if s.group}
+
+
 def strata(labels: Sequence[Label | None]) -> NDArray[np.int64]:
     """What samples are divided by: their class; of several the one that the fewest samples have.
 

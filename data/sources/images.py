@@ -140,8 +140,8 @@ def _class_folders(folder: Path, classes: list[str], whole: bool, walk: _Walk) -
         found = walk.images(folder / name) if (folder / name).is_dir() else []
         if whole and not found:
             raise UserError(
-                f"class {name!r} has no images in {folder / name}: put some there, or remove the"
-                " folder"
+                f"class {name!r} has no images in {folder / name}{_texts(walk)}: put some there, or"
+                " remove the folder"
             )
         samples += [
             Sample(f"{name}/{p.relative_to(folder / name).with_suffix('')}", p, label)
@@ -153,7 +153,7 @@ def _class_folders(folder: Path, classes: list[str], whole: bool, walk: _Walk) -
 def _class_names(folder: Path, walk: _Walk) -> list[str]:
     classes = [p.name for p in walk.folders(folder)]
     if not classes:
-        has = "neither class folders nor images"
+        has = f"neither class folders nor images{_texts(walk)}"
         if walk.images(folder):
             has = "images but no class folders"
             if ".cls" in walk.others.values():
@@ -352,18 +352,28 @@ def find(
     found = {s: v for s, v in found.items() if v[0]}
     if not found:
         known = " ".join(sorted(SUFFIXES))
-        raise UserError(f"{root} has no images: give a folder of them ({known})")
+        raise UserError(f"{root} has no images{_texts(walk)}: give a folder of them ({known})")
     if notes is not None:
         notes += walk.notes()
     return found
 
 
-def find_extra(root: Path, notes: list[str] | None = None) -> list[Sample]:
+def _texts(walk: _Walk) -> str:
+    """What to say where files of texts were found in place of images."""
+    texts = ".txt" in walk.others.values()
+    how = "texts, one a file, are packed as JSON Lines with columns text and label"
+    return f" ({how})" if texts else ""
+
+
+def find_extra(
+    root: Path, notes: list[str] | None = None, *, grouped: bool = False
+) -> list[Sample]:
     """All images of a folder, without labels.
 
     Args:
         root: The folder.
         notes: Gets a line for each thing that was passed over.
+        grouped: Whether val and test have groups of their own, of which a folder says nothing.
 
     Returns:
         The samples.
@@ -378,6 +388,8 @@ def find_extra(root: Path, notes: list[str] | None = None) -> list[Sample]:
     samples = _unlabelled(root, walk)
     if notes is not None:
         notes += walk.notes()
+        told = f"note: {root} may hold images of groups that val or test have: a folder tells none"
+        notes += [told] * grouped
     if not samples:
         known = " ".join(sorted(SUFFIXES))
         raise UserError(f"--unlabelled {root} has no images: give a folder of them ({known})")

@@ -248,7 +248,8 @@ def _plain_columns(schema: "pyarrow.Schema", label: str) -> list[str]:
     """Columns of texts and numbers, and the labels, which may be lists; others say nothing here."""
     import pyarrow.types as types
 
-    kinds = (types.is_string, types.is_large_string, types.is_integer, types.is_floating)
+    texts = (types.is_string, types.is_large_string, types.is_string_view)
+    kinds = (*texts, types.is_integer, types.is_floating)
     more = (types.is_boolean, types.is_dictionary)
     lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
     return [
@@ -298,8 +299,7 @@ def _write(
         for values in batch.to_pylist():
             shown = {key: _plain(path, row, values[key], names.get(key)) for key in plain}
             if image is None:
-                kept = {key: value for key, value in shown.items() if value is not None}
-                line = kept | ({"split": split} if split else {})
+                line = shown | ({"split": split} if split else {})
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
             else:
                 content = values[image]

@@ -1,6 +1,7 @@
 """CSV and TSV files with a header."""
 
 import csv
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +38,12 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
             if not tsv:
-                form = {"delimiter": separator(file.readline(LONGEST)), "strict": True}
-                file.seek(0)
+                first = file.readline(LONGEST)
+                told = re.fullmatch(r"sep=(.)\s*", first)  # Excel's, before the header
+                form = {"delimiter": told[1] if told else separator(first), "strict": True}
+                if not told:
+                    file.seek(0)
+            before = int(not tsv and told is not None)
             reader = csv.DictReader(_lines(path, file), **form)
             header = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             twice = next((c for i, c in enumerate(header) if c in header[:i]), None)
@@ -46,12 +51,14 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 raise UserError(f"{path} has the column {twice!r} twice: rename one of them")
             yield 1, dict.fromkeys(header, "")
             for row in reader:
+                line = reader.line_num + before
                 if None in row or None in row.values():
                     raise UserError(
-                        f"{path} line {reader.line_num} has not as many fields as the header:"
-                        " correct the file"
+                        f"{path} line {line} has not as many fields as the header: correct the file"
                     )
-                yield reader.line_num, row
+                # Excel has empty ones below a table.
+                if len(header) == 1 or any(value.strip() for value in row.values()):
+                    yield line, row
     except UnicodeDecodeError:
         kind = "TSV" if tsv else "CSV"
         raise UserError(f"{path} is not text in UTF-8: save it as {kind} in UTF-8") from None

@@ -1,7 +1,8 @@
 """Where texts come from: JSON Lines, CSV, TSV, plain lines, a saved folder of `datasets`."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,8 +119,16 @@ def find(
     return grouped(rows)
 
 
-def find_extra(root: Path, columns: Columns) -> Samples:
+def find_extra(
+    root: Path, columns: Columns, held: Collection[str] = (), notes: list[str] | None = None
+) -> Samples:
     """All texts of a file or folder, without labels.
+
+    Args:
+        root: The file or folder.
+        columns: Names of the columns.
+        held: Groups of val and test, whose texts are left out.
+        notes: Gets a line of how many these are.
 
     Raises:
         UserError: There are none.
@@ -131,9 +140,12 @@ def find_extra(root: Path, columns: Columns) -> Samples:
             f"--unlabelled {root} holds no texts, as the source does: give a file"
             f" ({', '.join(SUFFIXES)}) with a column {columns.text!r}, or a folder of such"
         )
-    found = _streams(
-        {"": root} if root.is_file() or _is_saved(root) else _split_files(root), columns
-    )
+    left: Counter[str] = Counter()
+    found = _streams(_files(root), columns, frozenset(held), left)
+    if held and notes is not None:
+        told = f"note: of {root.name} {left['held']} texts of groups in val or test are left out"
+        lack = f"; {left['none']} have no {columns.group!r}, and may be of such"
+        notes.append(told + (lack if left["none"] else ""))
     streams = [samples for samples, _ in found.values() if isinstance(samples, Stream)]
     lengths = sum(len(samples) for samples in streams)
     listing = " ".join(samples.digest() for samples in streams)
@@ -173,8 +185,16 @@ def _split_files(root: Path) -> dict[str, Path]:
     return {s: found[s] for s in DIVIDED if s in found}
 
 
-def _streams(files: dict[str, Path], columns: Columns) -> Splits:
-    """Texts without labels, read anew at each pass; of a file that is divided a stream a split."""
+def _streams(
+    files: dict[str, Path],
+    columns: Columns,
+    held: frozenset[str] = frozenset(),
+    left: Counter[str] | None = None,
+) -> Splits:
+    """Texts without labels, read anew at each pass; of a file that is divided a stream a split.
+
+    Those of groups in `held` are left out, and counted in `left`, as are those without a group.
+    """
 
     def sample(number: int, field: _Field) -> Sample:
         return Sample(_key(field, columns, number), _text(field, columns), None, field.where)
@@ -183,6 +203,11 @@ def _streams(files: dict[str, Path], columns: Columns) -> Splits:
         path: Path, split: str, owners: bytearray | None = None
     ) -> Iterator[Callable[[], Sample]]:
         for number, field in enumerate(_fields(path, split, columns)):
+            group = field.values.get(str(columns.group)) if held else None
+            if left is not None and owners is not None and held:
+                left["none" if group in (None, "") else "held" if str(group) in held else ""] += 1
+            if held and str(group) in held:
+                continue
             if owners is not None:
                 owners.append(_OWNERS.index(field.split))
             yield partial(sample, number, field)

@@ -75,6 +75,8 @@ class TextNetwork(Network):
             self.several = config.problem_type == PROBLEM
             state = classifier.network.state_dict()
             self.sha256 = fingerprint({k: v for k, v in state.items() if v.is_floating_point()}, {})
+        if base.max_length < 10**6:
+            self.notes += (f"{path}: of a text the first {base.max_length} tokens are read",)
         self.encoder = TextEncoder(encoder, base.config)
         self.bucket = told.bucket or TextSection().bucket
         self.codec = self._codec(Given, "json")

@@ -76,12 +76,6 @@ class Probed(Stage):
         else:
             raise UserError(f"--probe.every {settings.every}: {lacking}: pack one, or leave it out")
 
-    def check(self) -> None:
-        """See `Stage`: also the splits that are probed by."""
-        super().check()
-        for manifest in self.probe.splits.values() if self.probe else ():
-            self.modality.check(manifest, self.base)
-
     @property
     def manifests(self) -> list[Manifest]:
         """See `Stage`: also those that are probed by."""

@@ -91,8 +91,9 @@ class Stage:
 
     def check(self) -> None:
         """Refuses data that the model cannot read, and a warm-up that is too long."""
-        if self.windows is None:  # else it was told how texts are cut
-            self.modality.check(self.train, self.base)
+        for manifest in self.manifests:
+            if self.windows is None or manifest is not self.train:  # else it was told of windows
+                self.modality.check(manifest, self.base)
         self.plan.check_warmup(self.section, self.steps)
 
     @property

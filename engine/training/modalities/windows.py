@@ -34,6 +34,8 @@ _PORTION = 2**24
 #: Texts of a large split by which the bytes of a window are chosen: so many in a row, in so many
 #: places, since each place of a remote set is a shard to fetch.
 _IN_A_ROW, _PLACES = 64, 8
+#: Tokens of a word on average, beyond which it is none.
+_LONGEST_WORD = 8
 
 
 class _Counted(records.Record):
@@ -44,6 +46,33 @@ class _Counted(records.Record):
     looked_at: records.Count
     tokens: records.Count
     left_out: records.Count
+
+
+def _check_words(run: Run, manifest: Manifest, tokenizer: Any) -> None:
+    """Refuses words that are whole texts to the tokenizer, as in Chinese, which has no spaces.
+
+    Masked as a whole, most texts would have no masked token, and some no other.
+
+    Raises:
+        UserError: says so, by the first texts.
+    """
+    data, tokens, words = run.config.data, 0, 0
+    reader = Reader(manifest, data.cache_dir, data.cache_gb)
+    for sample in range(min(_IN_A_ROW, manifest.samples)):
+        try:
+            record = reader.record(sample)
+            text = parse(record.input, record.name, manifest.text["stored"]).text
+        except BrokenData:
+            continue
+        found = tokenizer(text, add_special_tokens=False, verbose=False).word_ids()
+        tokens, words = tokens + len(found), words + len(set(found))
+    reader.close()
+    if tokens > _LONGEST_WORD * words:
+        raise UserError(
+            f"--mlm.whole_word true: words of {manifest.root} have {tokens / words:.0f} tokens on"
+            " average: the tokenizer does not tell them apart, as of languages without spaces:"
+            " leave it out"
+        )
 
 
 def windows_of(
@@ -65,6 +94,8 @@ def windows_of(
         Preempted: the ranks leave while texts are counted.
     """
     settings = run.config.text
+    if run.config.mlm.whole_word:
+        main_only(run.ranks, lambda: _check_words(run, manifest, tokenizer))
     if not settings.split or manifest.text.get("pairs"):
         return None
     most = (max_length - special) // 2

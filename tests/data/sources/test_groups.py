@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from selfdistill.data.loading.reader import Reader
 from selfdistill.data.pack import pack
+from selfdistill.data.shards.manifest import Manifest
 from selfdistill.data.sources.division import divide
 from selfdistill.data.sources.samples import Sample
 from tests.kit.command import call
@@ -113,6 +115,28 @@ def test_authors_of_texts(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert call(pack, path, tmp_path / "out", "--group_column", "author") == 0
+
+
+def test_texts_of_held_out_patients_are_not_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labelled = [f"note {p}.{i},{'ab'[p % 2]},p{p}" for p in range(20) for i in range(3)]
+    more = [f"more of {p},p{p}" for p in range(25)] + ["of nobody,"]
+    for name, rows in (("l", ["text,label,patient", *labelled]), ("u", ["text,patient", *more])):
+        (tmp_path / f"{name}.csv").write_text("\n".join(rows) + "\n")
+    out = tmp_path / "out"
+    source, more_source = (str(tmp_path / f"{name}.csv") for name in "lu")
+    pack(source, str(out), group_column="patient", unlabelled=more_source)
+    told = capsys.readouterr().err
+
+    def texts(split: str) -> list[str]:
+        reader = Reader(Manifest.load(str(out / split)))
+        return [one.input.decode() for one in reader.read(np.arange(reader.manifest.samples))]
+
+    held = {one.split()[1].split(".")[0] for split in ("val", "test") for one in texts(split)}
+    extra = [one for one in texts("unlabelled") if one.startswith("more")]
+    assert {one.split()[-1] for one in extra} == {str(p) for p in range(25)} - held
+    assert f"{len(held)} texts of groups in val or test are left out; 1 have no 'patient'" in told
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

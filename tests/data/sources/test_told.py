@@ -135,3 +135,28 @@ def test_a_broken_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "note: left out: " in (said := capsys.readouterr().out)
     assert "torn.png" in said
     assert Manifest.load_split(str(tmp_path / "out"), "train").samples == 4
+
+
+def test_what_excel_leaves_in_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A first line that names the separator, empty rows below, a space at an end."""
+    rows = [f"visit {i};{'ab'[i % 2]}" for i in range(20)]
+    for split, end in (("train", ""), ("test", " ")):
+        lines = ["sep=;", "text;label", *(row.replace(";", f"{end};") for row in rows), ";", ";"]
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{split}.csv").write_text("\r\n".join(lines) + "\r\n")
+    assert call(pack, tmp_path / "in", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert "train: 20 samples, 2 classes" in out
+    assert "20 inputs" in out or "20 samples of test" in out or "also in" in out, out
+    (tmp_path / "in" / "train.csv").write_text("sep=;\ntext;label\na;x\nb\n")
+    assert call(pack, tmp_path / "in", tmp_path / "again") == 2
+    assert "train.csv line 4 has not as many fields" in capsys.readouterr().err
+
+
+def test_folders_of_texts_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("notes/1.txt", "classes/a/1.txt", "classes/b/1.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("a text")
+    for words in (("notes", "--unlabelled"), ("classes",)):
+        assert call(pack, tmp_path / words[0], tmp_path / "out", *words[1:]) == 2
+        assert "texts, one a file, are packed as JSON Lines" in capsys.readouterr().err

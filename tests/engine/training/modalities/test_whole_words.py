@@ -1,17 +1,25 @@
 """Masks of whole words: all tokens of a word or none, with the share that was asked for."""
 
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from selfdistill.data.errors import UserError
 from selfdistill.data.formats.texts import Texts
+from selfdistill.data.pack import pack
+from selfdistill.data.shards.manifest import Manifest
+from selfdistill.engine.checkpoints.folder import Run
+from selfdistill.engine.config.options import load
+from selfdistill.engine.runtime.distributed import Ranks
 from selfdistill.engine.training.modalities.tokens import Encoder
+from selfdistill.engine.training.modalities.windows import _check_words
 from selfdistill.engine.training.views import MaskTokens
 from tests.kit import texts as text_kit
 
@@ -163,3 +171,19 @@ def test_a_tokenizer_that_does_not_tell_words_apart() -> None:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
         with pytest.raises(UserError, match=r"whole_word true: the tokenizer of x does not tell"):
             Encoder(tokenizer, 62, 1, words=True, origin="x")
+
+
+def test_words_that_are_whole_texts_are_refused(tmp_path: Path) -> None:
+    """As of XLM-R's tokenizer in Chinese: one word a text, and so all of it masked, or nothing."""
+    for name, text in (("chinese", "患者出现发热咳嗽" * 3), ("english", "the patient has a fever")):
+        lines = [json.dumps({"text": text, "label": str(i % 2)}) for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        pack(str(tmp_path / f"{name}.jsonl"), str(tmp_path / name), splits="1")
+    letters = {c: i for i, c in enumerate(["?", "▁", *sorted(set("患者出现发热咳嗽thepainsfvr"))])}
+    raw = Tokenizer(models.BPE(letters, [], unk_token="?"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    run = Run(load({}), Ranks(0, 0, 1, torch.device("cpu")), tmp_path)
+    _check_words(run, Manifest.load(str(tmp_path / "english" / "train")), tokenizer)
+    with pytest.raises(UserError, match="have 25 tokens on average"):
+        _check_words(run, Manifest.load(str(tmp_path / "chinese" / "train")), tokenizer)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -29,15 +30,15 @@ NORM = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 CLASSES = ["ant", "bee", "cat"]
 
 
-def network(**more: object) -> tuple[Shape, ViTMAE]:
-    sizes = {"patch_size": 8, "width": 32, "depth": 2, "heads": 2, "mlp_width": 128}
+def network(**more: Any) -> tuple[Shape, ViTMAE]:
+    sizes: dict[str, Any] = {"patch_size": 8, "width": 32, "depth": 2, "heads": 2, "mlp_width": 128}
     sizes |= {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "decoder_mlp_width": 64}
     torch.manual_seed(0)
-    shape = Shape(**(sizes | {"image_size": 32, "norm_eps": 1e-6} | more))  # type: ignore[arg-type]
+    shape = Shape(**(sizes | {"image_size": 32, "norm_eps": 1e-6} | more))
     return shape, ViTMAE(shape)
 
 
-def classifier(folder: Path, **more: object) -> Path:
+def classifier(folder: Path, **more: Any) -> Path:
     shape, model = network(**more)
     head = {"weight": torch.randn(3, 32), "bias": torch.zeros(3)}
     export_classifier(folder, shape, model.encoder.state_dict(), head, CLASSES, "cls", *NORM)
